@@ -1,0 +1,63 @@
+# Each target does its own set-up in .venv; see `make help`. Needs Python 3.10 or newer; the tests need g++ too.
+# PYTHON is the interpreter that .venv is made with. gpu-test and bench use PYTHON as it is when you name it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECORD ?= tests/gpu/record.json
+# Test processes: one per core, at most 8.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
+SETUP = @$(PYTHON) tools/setup_venv.py --venv $(VENV) --extras
+PYTEST = $(BIN)/python -m pytest -n $(JOBS)
+
+# Machines with a GPU may have no network: an interpreter named by the user is not replaced by .venv.
+NAMED_PYTHON := $(filter command environment,$(origin PYTHON))
+GPU_PYTHON := $(if $(NAMED_PYTHON),$(PYTHON),$(BIN)/python)
+GPU_SETUP := $(if $(NAMED_PYTHON),,venv-test)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo env test test-all compile-all lint gpu-test gpu-pending bench clean venv-demo venv-test check-g++
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: venv-demo  ## exact attention on this machine's GPU, or its CPU: computed, checked, timed, drawn
+	@$(BIN)/python -m fa2cupy demo
+
+env: venv-demo  ## what a bug report needs
+	@$(BIN)/python -m fa2cupy env
+
+test: lint check-g++  ## lint, then every test that needs no GPU; under 15 minutes on 2 cores
+	$(PYTEST) -m "not slow" --ignore=tests/gpu --ignore=tests/frameworks tests
+
+test-all: lint check-g++  ## the same with the large sizes of tests/host, and every tile row compiled
+	$(PYTEST) --ignore=tests/gpu --ignore=tests/frameworks tests
+
+compile-all: venv-test  ## compile every tile row for every architecture with NVRTC 12 and 13
+	$(PYTEST) tests/test_compile.py
+
+lint: venv-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+gpu-test: $(GPU_SETUP)  ## the tests that need a GPU; writes RECORD (tests/gpu/record.json)
+	$(GPU_PYTHON) -m pytest tests/gpu --record "$(RECORD)"
+
+gpu-pending: venv-test  ## no GPU at hand: mark the record as pending, REASON="..."
+	@$(BIN)/python tests/gpu/record.py --pending "$(REASON)"
+
+bench: $(GPU_SETUP)  ## ours and the installed peers, interleaved in one run
+	$(GPU_PYTHON) benchmarks/run.py
+
+clean:  ## remove .venv, build products and tool caches (not the kernel cache)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv-demo:
+	$(SETUP) cuda,demo
+
+venv-test:
+	$(SETUP) nvrtc,demo,test,lint
+
+check-g++:
+	@command -v $${CXX:-g++} >/dev/null || { echo "tests/host compiles the kernels with g++, which is missing: apt-get install g++" >&2; exit 1; }
