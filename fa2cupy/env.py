@@ -1,0 +1,75 @@
+"""Every FA2CUPY_* environment variable, in one table, read when it is asked for (never at import)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fa2cupy.errors import InvalidArgument
+
+__all__ = ["VARIABLES", "Variable", "cache_dir", "current", "debug", "kernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable: its name, what it does, and what holds when it is unset or empty."""
+
+    name: str
+    meaning: str
+    default: str
+
+
+CACHE_DIR = Variable(
+    "FA2CUPY_CACHE_DIR",
+    "directory of compiled kernels; one that others can write is not trusted",
+    "$XDG_CACHE_HOME/fa2cupy, else ~/.cache/fa2cupy",
+)
+DEBUG = Variable("FA2CUPY_DEBUG", "1 prints each new plan and compiles with -lineinfo; 0 does not", "0")
+KERNEL = Variable("FA2CUPY_KERNEL", "sm80 forces the sm_80 kernels (sm90 kernels do not exist yet)", "by the GPU")
+
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, KERNEL)
+
+_FALSE = ("0", "false", "no", "off")
+_TRUE = ("1", "true", "yes", "on")
+
+
+def _read(variable: Variable) -> str:
+    return os.environ.get(variable.name, "").strip()
+
+
+def cache_dir() -> Path:
+    """Directory of the compiled kernels (not created here). RuntimeError when no home directory can be found."""
+    explicit = _read(CACHE_DIR)
+    if explicit:
+        return Path(explicit).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path in these variables is invalid and to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fa2cupy"
+
+
+def debug() -> bool:
+    """Whether plans are printed and kernels carry line information. InvalidArgument for anything but 0 or 1."""
+    value = _read(DEBUG).lower()
+    if value in _TRUE:
+        return True
+    if not value or value in _FALSE:
+        return False
+    raise InvalidArgument(f"{DEBUG.name}={value!r} is not understood: use 1 or 0")
+
+
+def kernel() -> str | None:
+    """The kernel family that is forced ('sm80'), or None to choose by the GPU. InvalidArgument for any other."""
+    value = _read(KERNEL).lower()
+    if not value:
+        return None
+    if value == "sm80":
+        return value
+    if value == "sm90":
+        raise InvalidArgument(f"{KERNEL.name}=sm90: there are no sm90 kernels yet; use sm80, or unset it")
+    raise InvalidArgument(f"{KERNEL.name}={value!r} is not a kernel family: use sm80, or unset it")
+
+
+def current() -> dict[str, str]:
+    """Name -> value of the variables that are set, for bug reports."""
+    return {variable.name: os.environ[variable.name] for variable in VARIABLES if variable.name in os.environ}
