@@ -43,9 +43,9 @@ def cache_dir() -> Path:
     explicit = _read(CACHE_DIR)
     if explicit:
         return Path(explicit).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification: a relative path in these variables is invalid and to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fa2cupy"
+    return (base if base.is_absolute() else Path.home() / ".cache") / "fa2cupy"
 
 
 def debug() -> bool:

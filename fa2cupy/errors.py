@@ -3,6 +3,8 @@
 All derive from `Fa2Error` and from the built-in exception that a caller would catch anyway.
 """
 
+# ruff: noqa: N818 - the names say what went wrong; the base class says that it is an error
+
 from __future__ import annotations
 
 __all__ = [
