@@ -1,0 +1,28 @@
+"""CUDA C at run time: find the source, compile it with NVRTC, keep the binary, load it, launch it.
+
+Nothing here knows about attention, and importing it imports neither CuPy nor any CUDA library.
+"""
+
+from fa2cupy.jit.batch import CompileResult, Job, compile_many
+from fa2cupy.jit.compiler import Cubin, KernelResources
+from fa2cupy.jit.driver import DeviceInfo, Launcher, device_guard, device_info, driver_version, launch
+from fa2cupy.jit.kernel import Kernel, LaunchConfig, kernel
+from fa2cupy.jit.source import Source
+
+__all__ = [
+    "CompileResult",
+    "Cubin",
+    "DeviceInfo",
+    "Job",
+    "Kernel",
+    "KernelResources",
+    "LaunchConfig",
+    "Launcher",
+    "Source",
+    "compile_many",
+    "device_guard",
+    "device_info",
+    "driver_version",
+    "kernel",
+    "launch",
+]

@@ -1,0 +1,202 @@
+"""From a source to something that can be launched: memory cache, disk cache, NVRTC, module on a device.
+
+Where CUDA binaries come from and how they are loaded; it does not know what they compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from fa2cupy import env
+from fa2cupy.errors import CompilationError, LaunchError, MissingDependency
+from fa2cupy.jit import cache, compiler, driver
+from fa2cupy.jit import source as source_module
+from fa2cupy.jit.cache import Entry
+from fa2cupy.jit.compiler import Cubin, Defines, KernelResources
+from fa2cupy.jit.source import Source
+
+__all__ = ["Kernel", "LaunchConfig", "build", "kernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """Grid in blocks, block in threads, dynamic shared memory in bytes.
+
+    `cluster` is what the source's `__cluster_dims__` says; the launch itself does not need it.
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    shared_mem_bytes: int = 0
+
+
+def build(source: Source, arch: str, defines: Defines, *, context: str = "") -> Entry:
+    """The binary of a source, from the disk cache or else compiled (and stored).
+
+    NVRTC is loaded only when something has to be compiled, or when its build is not known yet.
+    """
+    disk = cache.open_cache()
+    if not compiler.nvrtc_is_loaded() and (remembered := disk.recall_nvrtc()):
+        entry = disk.load(cache.cache_key(source, arch, defines, remembered))
+        if entry is not None:
+            return entry
+    nvrtc_build = compiler.nvrtc_build()
+    disk.remember_nvrtc(compiler.nvrtc_path(), nvrtc_build)
+    key = cache.cache_key(source, arch, defines, nvrtc_build)
+    entry = disk.load(key)
+    if entry is not None:
+        return entry
+    with disk.lock(key):
+        entry = disk.load(key)  # by the process that held the lock
+        if entry is not None:
+            return entry
+        cubin = compiler.compile(source, arch, defines, context=context)
+        path = disk.store(key, cubin, {"source": source.path, "arch": arch, "defines": dict(defines)})
+        return Entry(cubin, path, compiled=True)
+
+
+def _discard(source: Source, arch: str, defines: Defines, cubin: Cubin) -> None:
+    cache.open_cache().discard(cache.cache_key(source, arch, defines, cubin.build))
+
+
+class Kernel:
+    """One entry point of a binary, loaded on any number of devices."""
+
+    def __init__(self, name: str, source: Source, arch: str, defines: Defines, context: str, entry: Entry) -> None:
+        self.name, self.arch = name, arch
+        self._source, self._defines, self._context = source, dict(defines), context
+        self._entry = entry
+        self._functions: dict[int, int] = {}
+        self._shared_memory: dict[int, int] = {}
+        self._modules: list[Any] = []  # unloaded when they die
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name!r}, {self._source.path!r}, {self.arch!r}, {self.resources})"
+
+    @property
+    def cubin(self) -> Cubin:
+        return self._entry.cubin
+
+    @property
+    def resources(self) -> KernelResources | None:
+        """Registers, spills, stack and static shared memory; None where the driver compiles PTX."""
+        return self.cubin.kernels.get(self.name)
+
+    def function(self, device_index: int, shared_mem_bytes: int = 0) -> int:
+        """CUfunction on a device, allowed to use that much dynamic shared memory. LaunchError if it cannot be loaded.
+
+        Not for the hot path, and not inside a graph capture: the first call on a device loads the module.
+        """
+        with self._lock:
+            function = self._functions.get(device_index)
+            if function is None:
+                function = self._functions[device_index] = self._load(device_index)
+            if shared_mem_bytes > self._shared_memory.get(device_index, 0):
+                with driver.device_guard(device_index):
+                    driver.set_max_dynamic_shared_memory(function, shared_mem_bytes)
+                self._shared_memory[device_index] = shared_mem_bytes
+            return function
+
+    def _load(self, device_index: int) -> int:
+        cupy = compiler.require_cupy()
+        _check_driver(self.cubin)
+        with cupy.cuda.Device(device_index):
+            try:
+                return self._load_module(cupy)
+            except cupy.cuda.driver.CUDADriverError as error:
+                if self._entry.compiled:
+                    raise self._load_error(error) from error
+            # What was on disk is whole by its digest, and yet this driver refuses it: make it anew, once.
+            _discard(self._source, self.arch, self._defines, self.cubin)
+            self._entry = build(self._source, self.arch, self._defines, context=self._context)
+            try:
+                return self._load_module(cupy)
+            except cupy.cuda.driver.CUDADriverError as error:
+                raise self._load_error(error) from error
+
+    def _load_module(self, cupy: Any) -> int:
+        path = self._entry.path
+        if path is not None:
+            module = cupy.RawModule(path=str(path))
+            function = module.get_function(self.name).kernel
+        else:
+            module = cupy.cuda.function.Module()
+            module.load(self.cubin.image)
+            function = module.get_function(self.name)
+        self._modules.append((module, function))
+        return int(function.ptr)
+
+    def _load_error(self, error: Exception) -> LaunchError:
+        return LaunchError(f"{self.name} of {self._source.path} for {self.arch} cannot be loaded: {error}")
+
+
+def _check_driver(cubin: Cubin) -> None:
+    """MissingDependency if the binary was made by an NVRTC that this machine's driver is too old for.
+
+    Cubins work across a major version, PTX only up to the driver's own version.
+    """
+    made, supported = tuple(int(part) for part in cubin.build.split()[0].split(".")[:2]), driver.driver_version()
+    if made[0] <= supported[0] and not (cubin.is_ptx and made > supported):
+        return
+    reason = "this GPU is newer than NVRTC, so that only a driver at least as new as NVRTC can compile for it"
+    raise MissingDependency(
+        f"NVRTC {made[0]}.{made[1]} is too new for this machine's driver, which supports CUDA "
+        f"{supported[0]}.{supported[1]}{f' ({reason})' if made[0] <= supported[0] else ''}: upgrade the driver, or "
+        f"uninstall the CuPy and the nvidia-cuda-nvrtc that are there and pip install '{driver.pip_extra()}'"
+    )
+
+
+class _Memo:
+    """A dictionary whose missing values are made once, under one lock per key."""
+
+    def __init__(self) -> None:
+        self._values: dict[Hashable, Any] = {}
+        self._locks: dict[Hashable, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        with contextlib.suppress(KeyError):
+            return self._values[key]
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._values:
+                self._values[key] = make()
+            return self._values[key]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._values, self._locks = {}, {}
+
+
+_entries = _Memo()
+_kernels = _Memo()
+
+
+def kernel(source: str | Source, name: str, arch: str, defines: Defines, *, context: str = "") -> Kernel:
+    """The kernel `name` of a source of cuda_src ("sm80/flash_fwd.cu"), compiled for `arch` with these macros.
+
+    From memory, else from disk, else from NVRTC; any number of threads may ask. `context`, the printed plan, goes into
+    a CompilationError. Other errors: MissingDependency.
+    """
+    key = (source, arch, tuple(sorted(defines.items())), env.debug())
+
+    def make() -> Kernel:
+        def make_entry() -> tuple[Source, Entry]:
+            loaded = source if isinstance(source, Source) else source_module.load(source)
+            return loaded, build(loaded, arch, defines, context=context)
+
+        loaded, entry = _entries.get(key, make_entry)
+        if entry.cubin.kernels and name not in entry.cubin.kernels:
+            found = ", ".join(sorted(entry.cubin.kernels))
+            raise CompilationError(f"{loaded.path} has no kernel {name}: it has {found}", context=context)
+        return Kernel(name, loaded, arch, defines, context, entry)
+
+    found: Kernel = _kernels.get((name, key), make)
+    return found
