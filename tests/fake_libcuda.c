@@ -1,0 +1,119 @@
+/* A CUDA driver that launches nothing and remembers what it was asked: see fake_driver.py. */
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int CUresult;
+typedef struct {
+  unsigned grid[3], block[3], shared_mem_bytes;
+  void* stream;
+  void* attrs;
+  unsigned num_attrs;
+} CUlaunchConfig;
+
+typedef struct {
+  uint64_t function, stream, context, extra;
+  unsigned grid[3], block[3], shared_mem_bytes, num_attrs;
+  unsigned char params[256];
+} Launch;
+
+enum { kMaxLaunches = 4096, kMaxDevices = 4, kStackDepth = 8 };
+
+/* Set by the tests. */
+int fake_init_status, fake_version, fake_device_count, fake_launch_status, fake_set_attribute_status, fake_record;
+int fake_cc[kMaxDevices][2];
+int fake_params_bytes;
+/* Read by the tests. */
+Launch fake_launches[kMaxLaunches];
+int fake_launch_count, fake_retain_count, fake_push_count, fake_last_attribute[2];
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static __thread void* stack[kStackDepth];
+static __thread int depth;
+
+void fake_reset(void) {
+  fake_init_status = fake_launch_status = fake_set_attribute_status = 0;
+  fake_version = 12040;
+  fake_device_count = 2;
+  fake_record = 1;
+  for (int i = 0; i < kMaxDevices; ++i) fake_cc[i][0] = 9, fake_cc[i][1] = 0;
+  fake_params_bytes = 0;
+  fake_launch_count = fake_retain_count = fake_push_count = depth = 0;
+}
+
+CUresult cuInit(unsigned flags) { return flags ? 1 : fake_init_status; }
+CUresult cuDriverGetVersion(int* version) { *version = fake_version; return 0; }
+CUresult cuDeviceGetCount(int* count) { *count = fake_device_count; return 0; }
+CUresult cuDeviceGet(int* device, int ordinal) {
+  if (ordinal < 0 || ordinal >= fake_device_count) return 101;
+  *device = ordinal;
+  return 0;
+}
+CUresult cuDeviceGetName(char* name, int size, int device) {
+  strncpy(name, device ? "Second Fake GPU" : "Fake GPU", (size_t)size);
+  return 0;
+}
+CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
+  switch (attribute) {
+    case 16: *value = 132 + device; return 0;
+    case 38: *value = 50 << 20; return 0;
+    case 75: *value = fake_cc[device][0]; return 0;
+    case 76: *value = fake_cc[device][1]; return 0;
+    case 97: *value = 232448; return 0;
+    default: return 1;
+  }
+}
+CUresult cuDevicePrimaryCtxRetain(void** context, int device) {
+  pthread_mutex_lock(&mutex);
+  ++fake_retain_count;
+  pthread_mutex_unlock(&mutex);
+  *context = (void*)(uintptr_t)(0x1000 + device);
+  return 0;
+}
+CUresult cuCtxGetCurrent(void** context) { *context = depth ? stack[depth - 1] : NULL; return 0; }
+CUresult cuCtxPushCurrent_v2(void* context) {
+  if (depth == kStackDepth || !context) return 201;
+  stack[depth++] = context;
+  pthread_mutex_lock(&mutex);
+  ++fake_push_count;
+  pthread_mutex_unlock(&mutex);
+  return 0;
+}
+CUresult cuCtxPopCurrent_v2(void** context) {
+  if (!depth) return 201;
+  *context = stack[--depth];
+  return 0;
+}
+CUresult cuGetErrorName(int status, const char** text) {
+  *text = status == 1 ? "CUDA_ERROR_INVALID_VALUE" : status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : NULL;
+  return *text ? 0 : 1;
+}
+CUresult cuGetErrorString(int status, const char** text) {
+  *text = status == 1 ? "invalid argument" : status == 700 ? "an illegal memory access was encountered" : NULL;
+  return *text ? 0 : 1;
+}
+CUresult cuFuncSetAttribute(void* function, int attribute, int value) {
+  (void)function;
+  fake_last_attribute[0] = attribute;
+  fake_last_attribute[1] = value;
+  return depth ? fake_set_attribute_status : 201;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** params, void** extra) {
+  if (!fake_record) return fake_launch_status;
+  pthread_mutex_lock(&mutex);
+  if (fake_launch_count < kMaxLaunches) {
+    Launch* launch = &fake_launches[fake_launch_count++];
+    launch->function = (uint64_t)(uintptr_t)function;
+    launch->stream = (uint64_t)(uintptr_t)config->stream;
+    launch->context = (uint64_t)(uintptr_t)(depth ? stack[depth - 1] : NULL);
+    launch->extra = (uint64_t)(uintptr_t)extra;
+    memcpy(launch->grid, config->grid, sizeof launch->grid);
+    memcpy(launch->block, config->block, sizeof launch->block);
+    launch->shared_mem_bytes = config->shared_mem_bytes;
+    launch->num_attrs = config->num_attrs;
+    memcpy(launch->params, params[0], (size_t)fake_params_bytes);
+  }
+  pthread_mutex_unlock(&mutex);
+  return fake_launch_status;
+}
