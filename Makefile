@@ -54,10 +54,10 @@ clean:  ## remove .venv, build products and tool caches (not the kernel cache)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv-demo:
-	$(SETUP) cuda,demo
+	$(SETUP) demo
 
 venv-test:
-	$(SETUP) nvrtc,demo,test,lint
+	$(SETUP) cuda,test,lint
 
 check-g++:
 	@command -v $${CXX:-g++} >/dev/null || { echo "tests/host compiles the kernels with g++, which is missing: apt-get install g++" >&2; exit 1; }

@@ -1,11 +1,11 @@
 """Create or refresh the virtual environment that the Makefile's targets run in.
 
-    python tools/setup_venv.py --venv .venv --extras cuda,demo
+    python tools/setup_venv.py --venv .venv --extras demo
 
-installs this checkout, editable, with the named extras. The word ``cuda`` means "CuPy for this machine": cuda13 for a
-driver of R580 or newer, cuda12 for R525 or newer, nothing without a GPU. ``nvrtc`` means the same, but cuda12 without a
-GPU, because the tests compile the kernels with NVRTC, which needs none. What is installed is noted in the environment;
-nothing runs again until pyproject.toml, setup.cfg, the interpreter or the place of the checkout changes.
+installs this checkout, editable, with the named extras. ``demo`` becomes demo-cuda13 with a driver of R580 or newer,
+demo-cuda12 with R525 or newer, and stays without CuPy where there is no GPU. ``cuda`` becomes cuda13 or cuda12, and
+cuda12 without a GPU: the tests compile the kernels with NVRTC, which needs none. What is installed is noted in the
+environment; nothing runs again until pyproject.toml, setup.cfg, the interpreter or the place of the checkout changes.
 
 Runs on the system's interpreter, before anything is installed: standard library only.
 """
@@ -52,10 +52,10 @@ def cuda_extra(cuda_version):
 
 
 def resolve_extras(words):
-    """Replace ``cuda`` and ``nvrtc`` by the extra for this machine."""
-    found = cuda_extra(driver_cuda_version()) if {"cuda", "nvrtc"} & set(words) else None
-    chosen = {"cuda": found, "nvrtc": found or "cuda12"}
-    return sorted({extra for extra in (chosen.get(word, word) for word in words) if extra})
+    """Replace ``demo`` and ``cuda`` by the extras for this machine."""
+    found = cuda_extra(driver_cuda_version())
+    chosen = {"demo": "demo-" + found if found else "demo", "cuda": found or "cuda12"}
+    return {chosen.get(word, word) for word in words}
 
 
 def venv_python(venv):
@@ -79,8 +79,8 @@ def create(venv):
         shutil.rmtree(venv, ignore_errors=True)
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         stop(
-            f"{sys.executable} cannot create a virtual environment. On Debian and Ubuntu the module is a package of its "
-            f"own:\n    apt-get install python3-venv        (or python{version}-venv)\n"
+            f"{sys.executable} cannot create a virtual environment. On Debian and Ubuntu that is a package:\n"
+            f"    apt-get install python3-venv        (or python{version}-venv)\n"
             f"What it said:\n{(result.stdout + result.stderr).strip()}"
         )
 
@@ -90,13 +90,13 @@ def install(venv, extras):
     print(f"setup: installing fa2cupy{target[1:]} (once, until pyproject.toml or setup.cfg changes)", flush=True)
     command = [str(venv_python(venv)), "-m", "pip", "install", "--quiet", "--editable", target]
     if subprocess.run(command, cwd=ROOT).returncode:
-        stop("pip could not install " + target + "; what it said is above. A network or a package mirror is needed once.")
+        stop(f"pip could not install {target}; what it said is above. Once, this needs a network or a package mirror.")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", default=".venv")
-    parser.add_argument("--extras", default="", help="comma-separated; cuda and nvrtc are resolved for this machine")
+    parser.add_argument("--extras", default="", help="comma-separated; demo and cuda suit this machine")
     args = parser.parse_args()
     if sys.version_info < MIN_PYTHON:
         stop(f"Python 3.10 or newer is needed, this is {platform.python_version()}: make PYTHON=python3.12 ...")
@@ -109,14 +109,15 @@ def main():
         create(venv)
         lines = []
     installed = set(lines[1:])
-    if not lines or not installed.issuperset(extras):
-        # A machine that got its GPU after the first set-up changes its CuPy: the wheels exclude each other.
-        if {"cuda12", "cuda13"} <= installed | set(extras):
-            create(venv)
-            installed = set()
-        wanted = sorted(installed | set(extras))
-        install(venv, wanted)
-        stamp.write_text("\n".join([fingerprint(), *wanted]) + "\n")
+    if lines and installed >= extras:
+        return
+    wanted = installed | extras
+    if len({"cuda12" if "cuda12" in extra else "cuda13" for extra in wanted if "cuda" in extra}) > 1:
+        # The driver changed since the first set-up, and CuPy's wheels for CUDA 12 and 13 exclude each other.
+        create(venv)
+        wanted = extras
+    install(venv, sorted(wanted))
+    stamp.write_text("\n".join([fingerprint(), *sorted(wanted)]) + "\n")
 
 
 if __name__ == "__main__":

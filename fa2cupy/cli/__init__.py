@@ -1,0 +1,1 @@
+"""The subcommands of ``python -m fa2cupy``: demo, env and compile."""

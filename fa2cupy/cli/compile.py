@@ -1,0 +1,84 @@
+"""compile: every kernel for the GPUs you name, into the cache. Needs NVRTC, but no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+
+from fa2cupy import env, kernels
+from fa2cupy.cli.progress import counter
+from fa2cupy.errors import Fa2Error
+from fa2cupy.jit import CompileResult, compile_many, compiler, driver
+
+HEADER = ("arch", "kernel", "tile", "registers", "shared", "spills", "seconds", "warnings")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``compile``."""
+    parser.add_argument("--arch", action="append", metavar="sm_XY", help="repeatable; default: this machine's GPUs")
+    parser.add_argument("--quick", action="store_true", help="only what the tests compile, not every row and dtype")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and print the table; 1 when a kernel did not compile, 2 when there is nothing to compile for."""
+    archs = list(dict.fromkeys(args.arch or own_archs()))
+    if not archs:
+        print("This machine has no usable GPU. Name one: --arch sm_80 (A100), sm_86, sm_89, sm_90 (H100), sm_120 ...")
+        return 2
+    jobs = [job for arch in archs for job in kernels.compile_jobs(arch, all_rows=not args.quick)]
+    print(f"NVRTC {compiler.nvrtc_build()}, {len(jobs)} kernels for {', '.join(archs)}")
+    start = time.perf_counter()
+    with counter(len(jobs), "compiling") as step:
+        results = compile_many(jobs, max_workers=args.jobs, on_done=lambda _: step())
+    print(table(results))
+    failures = [result.error for result in results if result.error]
+    for error in failures:
+        print(f"\n{error}")
+    cached = sum(result.cached for result in results)
+    print(
+        f"{len(results) - cached - len(failures)} compiled, {cached} were in the cache, {len(failures)} failed, "
+        f"{time.perf_counter() - start:.1f} s; cache: {env.cache_dir()}"
+    )
+    return 1 if failures else 0
+
+
+def own_archs() -> list[str]:
+    """Architectures of this machine's GPUs, without those that the kernels do not support."""
+    found = []
+    try:
+        count = driver.device_count()
+    except Fa2Error:
+        return []
+    for index in range(count):
+        try:
+            major, minor = driver.device_info(index).cc
+        except Fa2Error:
+            continue
+        found.append(f"sm_{major}{minor}")
+    return found
+
+
+def table(results: Sequence[CompileResult]) -> str:
+    """Registers per thread, bytes of shared memory, bytes spilled, seconds of NVRTC and warnings of each kernel."""
+    rows = [HEADER, *(_row(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER) - 1)]
+    # Words to the left, numbers to the right.
+    align: list[Callable[[str, int], str]] = [str.ljust] * 3 + [str.rjust] * 4
+    lines = []
+    for row in rows:
+        cells = [align[column](row[column], width) for column, width in enumerate(widths)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines)
+
+
+def _row(result: CompileResult) -> tuple[str, ...]:
+    job, resources = result.job, result.resources
+    if result.error:
+        return job.arch, job.name, job.label, "failed", "", "", "", ""
+    if resources is None:
+        numbers = ("PTX", "", "")
+    else:
+        numbers = (str(resources.registers), str(resources.static_shared), str(resources.spill_bytes))
+    return job.arch, job.name, job.label, *numbers, f"{result.seconds:.1f}", "; ".join(result.warnings)
