@@ -74,7 +74,8 @@ class _Driver:
         self.push_context: Callable[..., int] = library.cuCtxPushCurrent_v2
         self.pop_context: Callable[..., int] = library.cuCtxPopCurrent_v2
         self._library = library
-        self._primary_contexts: dict[int, int] = {}
+        # What CuPy, torch and JAX use; kept for the life of the process.
+        self.primary_contexts: dict[int, int] = {}
         self._lock = threading.Lock()
         version = c_int()
         self.call("cuDriverGetVersion", byref(version))
@@ -132,17 +133,15 @@ class _Driver:
         self.call("cuDeviceGetCount", byref(count))
         return count.value
 
-    def primary_context(self, index: int) -> int:
-        """Handle of the device's primary context (what CuPy, torch and JAX use), retained for the process' life."""
-        context = self._primary_contexts.get(index)
-        if context is None:
-            device = self.device(index)
-            with self._lock:
-                context = self._primary_contexts.get(index)
-                if context is None:
-                    handle = c_void_p()
-                    self.call("cuDevicePrimaryCtxRetain", byref(handle), device)
-                    context = self._primary_contexts[index] = handle.value or 0
+    def retain_primary_context(self, index: int) -> int:
+        """Handle of a device's primary context, which is made if it does not exist yet."""
+        device = self.device(index)
+        with self._lock:
+            context = self.primary_contexts.get(index)
+            if context is None:
+                handle = c_void_p()
+                self.call("cuDevicePrimaryCtxRetain", byref(handle), device)
+                context = self.primary_contexts[index] = handle.value or 0
         return context
 
 
@@ -199,11 +198,11 @@ def device_info(index: int) -> DeviceInfo:
 
 
 class _Current(threading.local):
-    """Where cuCtxGetCurrent writes; one per thread."""
+    """Where cuCtxGetCurrent writes, and a reference to it; one per thread."""
 
     def __init__(self) -> None:
-        self.context = c_void_p()
-        self.reference = byref(self.context)
+        context = c_void_p()
+        self.pair = context, byref(context)
 
 
 _current = _Current()
@@ -248,10 +247,12 @@ def device_guard(index: int) -> AbstractContextManager[None]:
     Enter it at once, in the thread that called: whether there is anything to do is decided here.
     """
     driver = _driver()
-    current = _current
-    driver.get_current_context(current.reference)
-    context = driver.primary_context(index)
-    if current.context.value == context:
+    current, reference = _current.pair
+    driver.get_current_context(reference)
+    context = driver.primary_contexts.get(index)
+    if context is None:
+        context = driver.retain_primary_context(index)
+    if current.value == context:
         return _ALREADY_CURRENT
     return _PushedContext(driver, context)
 
