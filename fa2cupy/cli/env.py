@@ -112,7 +112,7 @@ def _settings() -> Lines:
             yield name, repr(os.environ[name])
 
 
-def _gpu_record() -> Lines:
+def gpu_record() -> Lines:
     import fa2cupy
 
     path = Path(fa2cupy.__file__).resolve().parent.parent / "tests" / "gpu" / "record.json"
@@ -131,5 +131,5 @@ SECTIONS: dict[str, Callable[[], Lines]] = {
     "NVRTC": _nvrtc,
     "Cache": _cache,
     "Settings": _settings,
-    "Last run of the GPU tests": _gpu_record,
+    "Last run of the GPU tests": gpu_record,
 }
