@@ -245,7 +245,7 @@ def _slab(
         m = xp.amax(S, axis=-1, keepdims=True) if S.shape[-1] else xp.sum(S, axis=-1, keepdims=True)
         m = xp.where(sees, m, 0.0)
         P = xp.exp(S - m)
-        l = xp.sum(P, axis=-1, keepdims=True)  # noqa: E741  (the paper's name)
+        l = xp.sum(P, axis=-1, keepdims=True)
         out = rounded(xp.where(sees, (rounded(P) @ V) / xp.where(sees, l, 1.0), 0.0))
         lse = xp.where(sees, m + xp.log(xp.where(sees, l, 1.0)), -np.inf)
         lse = lse if dtype == "float64" else round_to(lse, "float32", xp)

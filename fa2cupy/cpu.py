@@ -1,0 +1,235 @@
+"""Attention on the CPU: the tiled algorithm of FlashAttention-2 in NumPy, for arrays that are NumPy's.
+
+The names are the paper's: S = Q K^T, P = exp(S - m), l = rowsum(P), O = P V / l, the saved log-sum-exp L; and backward
+D = rowsum(dO * O), dP = dO V^T, dS = P * (dP - D). docs/algorithm.md explains both passes beside the kernels.
+
+Inside, arrays are (n, g, seqlen, d): n counts the pairs (batch, key head), g the query heads that share that key head,
+so that grouped heads (GQA) need no repeated K and their dK and dV add up by themselves. A tile folds g into its rows:
+(n, g x block_m, block_n) is one batched matmul. Memory beside the inputs is linear in the sequence lengths.
+
+float16 and bfloat16 are computed in float32, float32 and float64 in their own type. bfloat16 is read and written as
+bits, whether the dtype is ml_dtypes' or the plain uint16 of an array that came without it. Shapes, types and overlaps
+have been checked by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+BLOCK_M = 256  # query rows of a tile
+BLOCK_N = 256  # key columns of a tile
+_TILE_SCORES = 1 << 18  # elements of S at a time, over as many n as fit: 1 MiB, for the cache
+
+
+@np.errstate(all="ignore")  # NaN and infinity in the inputs are the caller's business and show in the results
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    out: Array | None = None,
+    lse: Array | None = None,
+) -> tuple[Array, Array]:
+    """out (batch, seqlen_q, heads, head_dim_v) in the dtype of q, lse (batch, heads, seqlen_q) in the type of the sums.
+
+    q is (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k, head_dim or head_dim_v), any strides.
+    `out` and `lse` are written when given.
+    """
+    out = np.empty((*q.shape[:3], v.shape[3]), q.dtype) if out is None else out
+    lse = np.empty((q.shape[0], q.shape[2], q.shape[1]), _compute_dtype(q)) if lse is None else lse
+    first, diagonal = _visible(q, k, causal)
+    num_heads_k = k.shape[2]
+    Q, K, V = (_load(x, num_heads_k) for x in (q[:, first:], k, v))
+    Q, scale = _positive_scale(Q, softmax_scale)
+    O = np.empty((*Q.shape[:3], V.shape[3]), Q.dtype)
+    L = np.empty((*Q.shape[:3], 1), Q.dtype)
+    for n in _slabs(Q, K):
+        for i in _blocks(0, Q.shape[2], BLOCK_M):
+            O[n, :, i], L[n, :, i] = _forward_block(Q[n, :, i], K[n, 0], V[n, 0], scale, i.start + diagonal)
+    out[:, :first] = 0
+    lse[:, :, :first] = -np.inf
+    _store(O, out[:, first:])
+    _store(L, lse[:, :, first:].swapaxes(1, 2)[..., None])
+    return out, lse
+
+
+def _forward_block(Q: Array, K: Array, V: Array, scale: float, diagonal: int) -> tuple[Array, Array]:
+    """O (n, g, m, d_v) and L (n, g, m, 1) of a block of queries Q (n, g, m, d) over all K (n, seqlen_k, d) and V.
+
+    Query row r of the block sees the keys up to r + diagonal.
+    """
+    n, g, rows, _ = Q.shape
+    Q = _fold(Q)
+    m = np.full((n, g * rows, 1), -np.inf, Q.dtype)  # running maximum of S, without the scale
+    l = np.zeros((n, g * rows, 1), Q.dtype)  # running sum of P
+    O = np.zeros((n, g * rows, V.shape[2]), Q.dtype)  # not divided by l until the end
+    for j in reversed(list(_blocks(0, min(K.shape[1], diagonal + rows), BLOCK_N))):
+        S = Q @ K[:, j].swapaxes(1, 2)
+        _mask(S, rows, diagonal - j.start)
+        m_new = np.maximum(m, S.max(-1, keepdims=True))
+        m_finite = np.where(np.isneginf(m_new), 0, m_new)  # no key so far: -inf - -inf would be NaN
+        alpha = np.exp((m - m_finite) * scale)
+        P = _exp(S, m_finite, scale)
+        l = alpha * l + P.sum(-1, keepdims=True)
+        O = alpha * O + P @ V[:, j]
+        m = m_new
+    L = m.astype(np.float64) * scale + np.log(l)
+    return (O / l).reshape(n, g, rows, V.shape[2]), L.reshape(n, g, rows, 1)
+
+
+@np.errstate(all="ignore")
+def backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """dq, dk, dv in the shapes and dtypes of q, k, v, written where given; `out` and `lse` are what `forward` gave.
+
+    As in the kernel, the outer loop is over key blocks, which own dK and dV; dQ is added up over them.
+    """
+    dq, dk, dv = (np.empty(x.shape, x.dtype) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
+    first, diagonal = _visible(q, k, causal)
+    num_heads_k = k.shape[2]
+    Q, K, V, dO = (_load(x, num_heads_k) for x in (q[:, first:], k, v, dout[:, first:]))
+    D = np.sum(dO * _load(out[:, first:], num_heads_k), axis=-1, keepdims=True)
+    L = _load(lse[:, :, first:].swapaxes(1, 2)[..., None], num_heads_k)
+    Q, scale = _positive_scale(Q, softmax_scale)
+    shift, rest = _split_lse(L, scale)
+    dQ, dK, dV = np.zeros_like(Q), np.zeros_like(K), np.zeros_like(V)
+    for n in _slabs(Q, K):
+        for j in _blocks(0, K.shape[2], BLOCK_N):
+            Kj, Vj = K[n, 0, j], V[n, 0, j]
+            for i in _blocks(max(0, j.start - diagonal) // BLOCK_M * BLOCK_M, Q.shape[2], BLOCK_M):
+                Qi, dOi, Di, shift_i, rest_i = (_fold(x[n, :, i]) for x in (Q, dO, D, shift, rest))
+                S = Qi @ Kj.swapaxes(1, 2)
+                _mask(S, i.stop - i.start, i.start + diagonal - j.start)
+                P = _exp(S, shift_i, scale, rest_i)  # exp(S - L)
+                dV[n, 0, j] += P.swapaxes(1, 2) @ dOi
+                dS = dOi @ Vj.swapaxes(1, 2)  # dP, turned into dS = P * (dP - D) in place
+                dS -= Di
+                dS *= P
+                dK[n, 0, j] += dS.swapaxes(1, 2) @ Qi
+                dQ[n, :, i] += (dS @ Kj).reshape(dQ[n, :, i].shape)
+    dQ *= softmax_scale
+    dK *= scale  # the sign is in Q
+    dq[:, :first] = 0
+    for x, dx in ((dQ, dq[:, first:]), (dK, dk), (dV, dv)):
+        _store(x, dx)
+    return dq, dk, dv
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def _visible(q: Array, k: Array, causal: bool) -> tuple[int, int]:
+    """(first, diagonal): the first query row that sees a key, and the last key that this row sees.
+
+    The rows before `first` are dropped: nothing of them is read. Row first + r sees the keys up to r + diagonal:
+    causal is bottom-right aligned, the last query sees the last key.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if seqlen_k == 0:
+        return seqlen_q, 0
+    if not causal:
+        return 0, seqlen_k
+    first = max(0, seqlen_q - seqlen_k)
+    return first, seqlen_k - (seqlen_q - first)
+
+
+def _mask(S: Array, rows: int, diagonal: int) -> None:
+    """Set the scores of a tile (n, g x rows, columns) to -inf where column > row + diagonal."""
+    columns = S.shape[2]
+    if columns - 1 > diagonal:
+        hidden = np.arange(columns) > np.arange(rows)[:, None] + diagonal
+        S.reshape(S.shape[0], -1, rows, columns)[:, :, hidden] = -np.inf
+
+
+def _exp(S: Array, shift: Array, scale: float, rest: Array | None = None) -> Array:
+    """exp((S - shift) scale - rest), in place. Subtracting before scaling is exact where it matters: for S near m."""
+    S -= shift
+    S *= scale
+    if rest is not None:
+        S -= rest
+    return np.exp(S, out=S)
+
+
+def _split_lse(L: Array, scale: float) -> tuple[Array, Array]:
+    """(shift, rest) for `_exp`, with shift x scale + rest = L. At logits of -50,000 a float32 is 0.004 from the next:
+    S x scale - L would add one more such error to those of S and L themselves, (S - shift) x scale - rest does not."""
+    shift = np.clip(L / scale, -1e30, 1e30)  # finite when the scale is tiny
+    return shift, (L - shift.astype(np.float64) * scale).astype(L.dtype)
+
+
+def _positive_scale(Q: Array, softmax_scale: float) -> tuple[Array, float]:
+    """The scale made positive by giving Q its sign: the running maximum and -inf x scale rely on it. 0 makes Q = 0."""
+    scale = abs(float(softmax_scale))
+    if Q.dtype.type(scale) == 0:
+        return np.zeros_like(Q), 1.0
+    return (Q if softmax_scale > 0 else -Q), scale
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks and layouts
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """start, start + size, ... as slices that end at stop."""
+    return (slice(n, min(n + size, stop)) for n in range(start, stop, size))
+
+
+def _slabs(Q: Array, K: Array) -> Iterator[slice]:
+    """Ranges of n that are computed at once: more than one where tiles are small."""
+    scores = Q.shape[1] * min(Q.shape[2], BLOCK_M) * min(K.shape[2], BLOCK_N)
+    return _blocks(0, Q.shape[0], max(1, _TILE_SCORES // max(1, scores)))
+
+
+def _fold(x: Array) -> Array:
+    """(n, g, rows, d) -> (n, g x rows, d)"""
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
+
+
+def _compute_dtype(x: Array) -> npt.DTypeLike:
+    return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def _is_bfloat16(x: Array) -> bool:
+    return x.dtype == np.uint16 or x.dtype.name == "bfloat16"
+
+
+def _load(x: Array, num_heads_k: int) -> Array:
+    """(batch, seqlen, heads, d) -> (batch x num_heads_k, heads / num_heads_k, seqlen, d), contiguous, for computing."""
+    batch, seqlen, num_heads, d = x.shape
+    group = num_heads // max(1, num_heads_k)
+    x = x.reshape(batch, seqlen, num_heads_k, group, d).transpose(0, 2, 3, 1, 4)
+    if _is_bfloat16(x):
+        x = (x.view(np.uint16).astype(np.uint32, order="C") << 16).view(np.float32)
+    return np.ascontiguousarray(x, _compute_dtype(x)).reshape(batch * num_heads_k, group, seqlen, d)
+
+
+def _store(x: Array, out: Array) -> None:
+    """The inverse of `_load`: round x to the dtype of `out` and write it there."""
+    x = x.reshape(out.shape[0], out.shape[2], out.shape[1], out.shape[3]).swapaxes(1, 2)
+    if _is_bfloat16(out):
+        out = out.view(np.uint16)
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        nearest_even = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        x = np.where(np.isnan(x), 0x7FC0, nearest_even).astype(np.uint16)
+    out[...] = x
