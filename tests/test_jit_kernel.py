@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fa2cupy.errors import CompilationError, LaunchError, MissingDependency
+from fa2cupy.errors import CompilationError, LaunchError, MissingDependency, UnsupportedDevice
 from fa2cupy.jit import LaunchConfig, cache, compiler
 from fa2cupy.jit.compiler import Cubin, KernelResources
 from fa2cupy.jit.source import Source
@@ -26,6 +26,10 @@ class CUDADriverError(RuntimeError):
     pass
 
 
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
 class FakeCupy:
     """Modules "load" unless their image contains `bad`; functions are numbered."""
 
@@ -33,11 +37,14 @@ class FakeCupy:
         self.bad = b"\0never\0"
         self.loaded: list[tuple[int, str]] = []
         self.device = 0
+        self.busy = False
         outer = self
 
         class Device:
             def __init__(self, index: int) -> None:
                 self.index = index
+                if outer.busy:
+                    raise CUDARuntimeError("cudaErrorDevicesUnavailable")
 
             def __enter__(self) -> None:
                 self.previous, outer.device = outer.device, self.index
@@ -76,6 +83,7 @@ class FakeCupy:
         self.cuda = SimpleNamespace(
             Device=Device,
             driver=SimpleNamespace(CUDADriverError=CUDADriverError),
+            runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError),
             function=SimpleNamespace(Module=Module),
         )
 
@@ -222,7 +230,9 @@ def test_binary_that_the_driver_keeps_refusing(compiled: list[str], cupy: FakeCu
     cupy.bad = b"code"
     kernel = kernel_module.kernel(SOURCE, "k", "sm_90", {})
     for _ in range(2):
-        with pytest.raises(LaunchError, match=r"k of k\.cu for sm_90 cannot be loaded: CUDA_ERROR_INVALID_IMAGE"):
+        with pytest.raises(
+            LaunchError, match=r"k of k\.cu for sm_90 cannot be loaded on device 0: CUDA_ERROR_INVALID_IMAGE"
+        ):
             kernel.function(0)
     assert compiled == ["sm_90"]
     forget()
@@ -259,7 +269,22 @@ def test_driver_older_than_nvrtc(
 def test_no_driver(compiled: list[str], cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_driver(monkeypatch, "libcuda-that-is-not-there.so.1"):
         with pytest.raises(MissingDependency, match="no CUDA driver"):
-            kernel_module.kernel(SOURCE, "k", "sm_90", {}).function(0)
+            kernel_module.kernel(SOURCE, "k", "sm_90", {}).function(0, 1000)
+
+
+@pytest.mark.parametrize(("version", "remembered"), [(11080, False), (12000, True), (13000, True), (0, True)])
+def test_nvrtc_that_is_too_new_is_not_remembered(
+    compiled: list[str], fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, version: int, remembered: bool
+) -> None:
+    """Another process may find an NVRTC that suits the driver."""
+    monkeypatch.setattr(compiler, "nvrtc_path", lambda: __file__)
+    if version:
+        fake["version"] = version
+    else:
+        monkeypatch.setattr(kernel_module.driver, "_library_names", lambda: ("libcuda-that-is-not-there.so.1",))
+    kernel_module.driver._driver.cache_clear()
+    kernel_module.kernel(SOURCE, "k", "sm_90", {})
+    assert cache.open_cache().recall_nvrtc() == (BUILD if remembered else None)
 
 
 def test_launch_config_is_a_value() -> None:

@@ -46,7 +46,8 @@ def build(source: Source, arch: str, defines: Defines, *, context: str = "") -> 
         if entry is not None:
             return entry
     nvrtc_build = compiler.nvrtc_build()
-    disk.remember_nvrtc(compiler.nvrtc_path(), nvrtc_build)
+    if not _driver_objection(nvrtc_build, is_ptx=False):  # else another process may well find a better one
+        disk.remember_nvrtc(compiler.nvrtc_path(), nvrtc_build)
     key = cache.cache_key(source, arch, defines, nvrtc_build)
     entry = disk.load(key)
     if entry is not None:
@@ -105,20 +106,24 @@ class Kernel:
 
     def _load(self, device_index: int) -> int:
         cupy = compiler.require_cupy()
-        _check_driver(self.cubin)
-        with cupy.cuda.Device(device_index):
-            try:
+        driver.device_info(device_index)  # says in our words what CuPy would say in its own
+        if objection := _driver_objection(self.cubin.build, self.cubin.is_ptx):
+            raise MissingDependency(objection)
+        try:
+            with cupy.cuda.Device(device_index):
+                try:
+                    return self._load_module(cupy)
+                except cupy.cuda.driver.CUDADriverError:
+                    if self._entry.compiled:
+                        raise
+                # What was on disk is whole by its digest, and yet this driver refuses it: make it anew, once.
+                _discard(self._source, self.arch, self._defines, self.cubin)
+                self._entry = build(self._source, self.arch, self._defines, context=self._context)
                 return self._load_module(cupy)
-            except cupy.cuda.driver.CUDADriverError as error:
-                if self._entry.compiled:
-                    raise self._load_error(error) from error
-            # What was on disk is whole by its digest, and yet this driver refuses it: make it anew, once.
-            _discard(self._source, self.arch, self._defines, self.cubin)
-            self._entry = build(self._source, self.arch, self._defines, context=self._context)
-            try:
-                return self._load_module(cupy)
-            except cupy.cuda.driver.CUDADriverError as error:
-                raise self._load_error(error) from error
+        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            raise LaunchError(
+                f"{self.name} of {self._source.path} for {self.arch} cannot be loaded on device {device_index}: {error}"
+            ) from error
 
     def _load_module(self, cupy: Any) -> int:
         path = self._entry.path
@@ -132,23 +137,24 @@ class Kernel:
         self._modules.append((module, function))
         return int(function.ptr)
 
-    def _load_error(self, error: Exception) -> LaunchError:
-        return LaunchError(f"{self.name} of {self._source.path} for {self.arch} cannot be loaded: {error}")
 
-
-def _check_driver(cubin: Cubin) -> None:
-    """MissingDependency if the binary was made by an NVRTC that this machine's driver is too old for.
+def _driver_objection(nvrtc_build: str, is_ptx: bool) -> str:
+    """Why this machine's driver will not take what an NVRTC made, or the empty string (also without a driver).
 
     Cubins work across a major version, PTX only up to the driver's own version.
     """
-    made, supported = tuple(int(part) for part in cubin.build.split()[0].split(".")[:2]), driver.driver_version()
-    if made[0] <= supported[0] and not (cubin.is_ptx and made > supported):
-        return
-    reason = "this GPU is newer than NVRTC, so that only a driver at least as new as NVRTC can compile for it"
-    raise MissingDependency(
+    try:
+        supported = driver.driver_version()
+    except MissingDependency:
+        return ""
+    made = tuple(int(part) for part in nvrtc_build.split()[0].split(".")[:2])
+    if made[0] <= supported[0] and not (is_ptx and made > supported):
+        return ""
+    reason = " (this GPU is newer than NVRTC, so the driver itself has to compile for it)" if is_ptx else ""
+    return (
         f"NVRTC {made[0]}.{made[1]} is too new for this machine's driver, which supports CUDA "
-        f"{supported[0]}.{supported[1]}{f' ({reason})' if made[0] <= supported[0] else ''}: upgrade the driver, or "
-        f"uninstall the CuPy and the nvidia-cuda-nvrtc that are there and pip install '{driver.pip_extra()}'"
+        f"{supported[0]}.{supported[1]}{reason}: upgrade the driver, or uninstall the CuPy and the nvidia-cuda-nvrtc "
+        f"that are there and pip install '{driver.pip_extra()}'"
     )
 
 
