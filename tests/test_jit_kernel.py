@@ -269,7 +269,19 @@ def test_driver_older_than_nvrtc(
 def test_no_driver(compiled: list[str], cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_driver(monkeypatch, "libcuda-that-is-not-there.so.1"):
         with pytest.raises(MissingDependency, match="no CUDA driver"):
-            kernel_module.kernel(SOURCE, "k", "sm_90", {}).function(0, 1000)
+            kernel_module.kernel(SOURCE, "k", "sm_90", {}).function(0)
+
+
+def test_device_that_cannot_be_used(compiled: list[str], cupy: FakeCupy, fake: FakeDriver) -> None:
+    kernel = kernel_module.kernel(SOURCE, "k", "sm_90", {})
+    with pytest.raises(UnsupportedDevice, match="device 7 does not exist"):
+        kernel.function(7)
+    fake.set_compute_capability(1, (7, 0))
+    with pytest.raises(UnsupportedDevice, match=r"compute capability 7\.0"):
+        kernel.function(1)
+    cupy.busy = True
+    with pytest.raises(LaunchError, match="cannot be loaded on device 0: cudaErrorDevicesUnavailable"):
+        kernel.function(0)
 
 
 @pytest.mark.parametrize(("version", "remembered"), [(11080, False), (12000, True), (13000, True), (0, True)])
