@@ -1,0 +1,216 @@
+"""From arrays to a launch: validate a new signature once, then repeat it cheaply.
+
+A call's signature is all that its plan depends on: each array's type, shape, strides, dtype, device and pointer modulo
+16, and the options. The first call of a signature validates, plans, compiles and leaves a `PreparedCall`; the next
+ones look it up, check what can differ under one signature (autograd, graph capture, overlap with given outputs),
+allocate and launch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, describe, framework_of
+from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.overlap import Extent, has_duplicates, shares_memory
+
+__all__ = ["BACKWARD", "FORWARD", "Operation", "PreparedCall", "call", "check_overlap", "remember", "workspace_block"]
+
+Launchable = Callable[[tuple[int, ...], int], None]
+
+# Signatures kept. A decoding loop adds one per length, so the oldest are dropped rather than all of them.
+_MAX_PREPARED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """The forward or the backward: its array arguments, in the order in which the kernels take their pointers.
+
+    resembles: for each output, the position of the input that a new one is allocated like.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    resembles: tuple[int, ...]
+
+    @property
+    def is_backward(self) -> bool:
+        return self.name == "attention_backward"
+
+
+FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"), (0, 0))
+BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"), (1, 2, 3))
+
+
+class _PreparedCalls:
+    """Signature -> PreparedCall, bounded. Reads take no lock."""
+
+    def __init__(self, capacity: int) -> None:
+        self._calls: dict[Any, PreparedCall] = {}
+        self._capacity, self._lock = capacity, threading.Lock()
+        self.get = self._calls.get
+
+    def put(self, key: Any, prepared: PreparedCall) -> None:
+        with self._lock:
+            while len(self._calls) >= self._capacity:
+                del self._calls[next(iter(self._calls))]
+            self._calls[key] = prepared
+
+    def clear(self) -> None:
+        with self._lock:
+            self._calls.clear()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+
+PREPARED = _PreparedCalls(_MAX_PREPARED)
+_framework_by_type: dict[type, Framework] = {}  # types that a prepared call exists for
+
+
+def signature_key(operation: Operation, signature: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The key of `PREPARED`. With the options' types, since 1 == True: causal=1 is an error after causal=True too."""
+    return operation.name, signature, options, tuple(map(type, options))
+
+
+def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:
+    """Let the next calls with this key, whose first array has this type, take the short way."""
+    PREPARED.put(key, prepared)
+    _framework_by_type[array_type] = prepared.framework
+
+
+def call(
+    operation: Operation,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Any, ...],
+    workspace: Any,
+    options: tuple[object, ...],
+) -> list[Any]:
+    """Run the operation and return the outputs, the caller's or new ones. `options` are those of `Options.checked`."""
+    framework = _framework_by_type.get(type(inputs[0]))
+    if framework is not None:
+        arrays = inputs + outputs
+        try:
+            signature, pointers = framework.signature(arrays)
+            prepared = PREPARED.get(signature_key(operation, signature, options))
+        except Exception:  # unhashable options, mixed frameworks, ...: the first call says what is wrong
+            prepared = None
+        if prepared is not None:
+            return prepared.run(arrays, pointers, workspace)
+    from fa2cupy.first_call import first_call
+
+    return first_call(operation, inputs, outputs, workspace, options)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """Everything about one signature that does not depend on pointers.
+
+    fresh: (position among all arrays, position of the input that it is like, allocator) of each output not given.
+    extents: of all arrays, in pointer order; for new outputs None.
+    """
+
+    operation: Operation
+    framework: Framework
+    device: Device
+    launchable: Launchable
+    fresh: tuple[tuple[int, int, Callable[[Any], Any]], ...]
+    given: frozenset[str]
+    extents: tuple[Extent | None, ...]
+    workspace_bytes: int
+    allocate_workspace: Callable[[Any], Any]
+    stream: Callable[[int], int]
+    guard: Callable[[int], AbstractContextManager[None]]
+
+    @property
+    def allocates(self) -> bool:
+        return bool(self.fresh or self.workspace_bytes)
+
+    def run(self, arrays: tuple[Any, ...], pointers: list[int], workspace: Any) -> list[Any]:
+        """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs."""
+        framework, operation = self.framework, self.operation
+        framework.check_call(arrays, operation.name)
+        if self.given or workspace is not None:
+            self._check_given(arrays, pointers, workspace)
+        index = self.device.index
+        with self.guard(index):
+            stream = self.stream(index)
+            if self.allocates and not framework.allocates_in_capture and framework.is_capturing(stream, index):
+                self._refuse_capture(workspace)
+            first_output = len(operation.inputs)
+            results = list(arrays[first_output:])
+            for position, like, allocate in self.fresh:
+                results[position - first_output] = array = allocate(arrays[like])
+                pointers[position] = framework.address(array)
+            if operation.is_backward:
+                if workspace is None and self.workspace_bytes:
+                    workspace = self.allocate_workspace(arrays[0])
+                pointers.append(framework.address(workspace) if self.workspace_bytes else 0)
+            self.launchable(tuple(pointers), stream)
+        return results
+
+    def _refuse_capture(self, workspace: Any) -> None:
+        first_output = len(self.operation.inputs)
+        missing = [self.operation.outputs[position - first_output] for position, _, _ in self.fresh]
+        if self.workspace_bytes and workspace is None:
+            missing.append("workspace")
+        if missing:
+            size = f" (workspace: {self.workspace_bytes} bytes)" if "workspace" in missing else ""
+            raise InvalidArgument(
+                f"fa2cupy.{self.operation.name} inside a CUDA graph capture: {self.framework.name}'s memory pool "
+                f"cannot be used there, so {', '.join(name + '=' for name in missing)} must be given{size}"
+            )
+
+    def _check_given(self, arrays: tuple[Any, ...], pointers: list[int], workspace: Any) -> None:
+        names = (*self.operation.inputs, *self.operation.outputs)
+        blocks = [
+            (name, pointer, extent)
+            for name, pointer, extent in zip(names, pointers, self.extents, strict=True)
+            if extent is not None
+        ]
+        check_overlap(blocks, self.given)
+        if workspace is not None:
+            block = workspace_block(self.framework, workspace, self.device, self.workspace_bytes)
+            check_overlap([*blocks, block], {"workspace"})
+
+
+def check_overlap(blocks: list[tuple[str, int, Extent]], written: Set[str]) -> None:
+    """Raise if a written block shares memory with any other one. Blocks: (name, pointer, extent)."""
+    for i, (name, pointer, extent) in enumerate(blocks):
+        for other, other_pointer, other_extent in blocks[i + 1 :]:
+            if (name in written or other in written) and shares_memory(pointer, extent, other_pointer, other_extent):
+                target, source = (name, other) if name in written else (other, name)
+                raise InvalidArgument(f"{target} shares memory with {source}: an output must have elements of its own")
+
+
+def workspace_block(framework: Framework, workspace: Any, device: Device, needed: int) -> tuple[str, int, Extent]:
+    if framework_of(workspace) is not framework:
+        raise InvalidType(
+            f"workspace is a {describe(workspace)}: an array of {framework.name} is needed, as the inputs are"
+        )
+    framework.check(workspace, "workspace")
+    if framework.device(workspace, "workspace") != device:
+        raise InvalidArgument(
+            f"workspace is on {framework.device(workspace, 'workspace')} but the inputs are on {device}: "
+            "one device is needed"
+        )
+    extent = framework.extent(workspace)
+    pointer = framework.pointer(workspace, "workspace")
+    size = 1
+    for length in framework.shape(workspace):
+        size *= length
+    size *= framework.itemsize(workspace)
+    if (size and extent.high - extent.low != size) or has_duplicates(extent):
+        raise InvalidArgument("workspace is not contiguous: one block of memory is needed")
+    if size < needed:
+        raise InvalidArgument(f"workspace has {size} bytes: at least {needed} are needed")
+    if needed and pointer % WORKSPACE_ALIGNMENT:
+        raise InvalidArgument(
+            f"workspace starts at address {pointer:#x}: a multiple of {WORKSPACE_ALIGNMENT} is needed"
+        )
+    return "workspace", pointer, extent

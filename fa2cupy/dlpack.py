@@ -1,0 +1,120 @@
+"""Read a DLPack capsule with ctypes: pointer, shape, strides, dtype and device, whatever the dtype.
+
+NumPy cannot import bfloat16 through DLPack and CuPy needs ml_dtypes for it; attention only needs the numbers. The
+capsule is read and kept, not consumed: its own destructor gives the memory back to the producer when it is freed.
+Layout: https://dmlc.github.io/dlpack/latest/c_api.html (both the versioned and the unversioned struct).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from fa2cupy.errors import InvalidArgument, InvalidType
+
+__all__ = ["CPU", "CUDA", "CUDA_HOST", "CUDA_MANAGED", "DLPackView", "device_of", "read"]
+
+# DLDeviceType
+CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+
+_DTYPE_NAMES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_READ_ONLY = 1  # bit of DLManagedTensorVersioned.flags
+_MAJOR_VERSION = 1  # of the versioned struct that this module knows
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("type_code", ctypes.c_uint8),
+        ("type_bits", ctypes.c_uint8),
+        ("type_lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = [("dl_tensor", _DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+class _DLManagedTensorVersioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("dl_tensor", _DLTensor),
+    ]
+
+
+_capsule_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is_valid.restype, _capsule_is_valid.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+@dataclass(frozen=True, slots=True)
+class DLPackView:
+    """What a capsule says. `strides` in elements; `device` is (DLDeviceType, index); `owner` keeps the memory alive."""
+
+    ptr: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    itemsize: int
+    device: tuple[int, int]
+    readonly: bool
+    owner: object
+
+
+def read(capsule: object) -> DLPackView:
+    """The contents of a DLPack capsule that nobody has consumed yet. InvalidType for anything else."""
+    if _capsule_is_valid(capsule, b"dltensor_versioned"):
+        address = _capsule_pointer(capsule, b"dltensor_versioned")
+        versioned = _DLManagedTensorVersioned.from_address(address)
+        if versioned.major > _MAJOR_VERSION:
+            raise InvalidType(
+                f"DLPack {versioned.major}.{versioned.minor} is not supported: at most {_MAJOR_VERSION}.x"
+            )
+        tensor, readonly = versioned.dl_tensor, bool(versioned.flags & _READ_ONLY)
+    elif _capsule_is_valid(capsule, b"dltensor"):
+        address = _capsule_pointer(capsule, b"dltensor")
+        tensor, readonly = _DLManagedTensor.from_address(address).dl_tensor, False
+    else:
+        raise InvalidType("not an unconsumed DLPack capsule: __dlpack__() must return a new one at each call")
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if tensor.strides:
+        strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
+    else:  # NULL means C-contiguous
+        strides, step = (), 1
+        for size in reversed(shape):
+            strides, step = (step, *strides), step * size
+    bits = tensor.type_bits * tensor.type_lanes
+    kind = _DTYPE_NAMES.get(tensor.type_code, f"type{tensor.type_code}_")
+    dtype = "bool" if kind == "bool" else f"{kind}{tensor.type_bits}"
+    if tensor.type_lanes != 1:
+        dtype += f"x{tensor.type_lanes}"
+    return DLPackView(
+        ptr=(tensor.data or 0) + tensor.byte_offset,
+        shape=shape,
+        strides=strides,
+        dtype=dtype,
+        itemsize=max(1, bits // 8),
+        device=(tensor.device_type, tensor.device_id),
+        readonly=readonly,
+        owner=capsule,
+    )
+
+
+def device_of(array: object, name: str) -> tuple[int, int]:
+    """(DLDeviceType, index) of a `__dlpack__` producer, called `name` in errors."""
+    try:
+        kind, index = array.__dlpack_device__()  # type: ignore[attr-defined]
+        return int(kind), int(index)
+    except Exception as error:  # the producer's own code: anything can come out of it
+        raise InvalidArgument(f"{name}: its __dlpack_device__ failed with {type(error).__name__}: {error}") from error

@@ -1,0 +1,296 @@
+"""The first call of a signature: every check, the copies that are needed, the plan; or the CPU, or JAX.
+
+The order is: keywords, types and frameworks, devices, dtypes, shapes, autograd, memory (strides, overlap), GPU, plan.
+Nothing is launched or allocated before all of them have passed.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fa2cupy import env, jax_arrays
+from fa2cupy.arrays import (
+    ITEMSIZE,
+    Device,
+    Framework,
+    TensorRef,
+    contiguous_strides,
+    describe,
+    framework_of,
+    from_producer,
+)
+from fa2cupy.calls import (
+    BACKWARD,
+    PREPARED,
+    Launchable,
+    Operation,
+    PreparedCall,
+    check_overlap,
+    remember,
+    signature_key,
+    workspace_block,
+)
+from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
+from fa2cupy.overlap import has_duplicates
+from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
+
+__all__ = ["bound_plan", "first_call"]
+
+Arrays = dict[str, Any]
+
+
+def first_call(
+    operation: Operation,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Any, ...],
+    workspace: Any,
+    raw_options: tuple[Any, ...],
+) -> list[Any]:
+    options = Options.checked(*raw_options)
+    given = {name: array for name, array in zip(operation.outputs, outputs, strict=True) if array is not None}
+    framework, arrays = _one_framework({**dict(zip(operation.inputs, inputs, strict=True)), **given})
+    if framework.name == "JAX" and (given or workspace is not None):
+        name = next(iter(given), "workspace")
+        raise InvalidArgument(
+            f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
+        )
+    refs = {name: framework.ref(array, name) for name, array in arrays.items()}
+    device = _one_device(refs)
+    dtype = check_dtypes(refs, options)
+    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+    for name in refs:
+        sizes.check_shape(name, refs[name].shape, options.layout)
+    framework.check_call(tuple(arrays.values()), operation.name)
+    _check_memory(framework, arrays, refs, given)
+
+    if device.kind == "cpu":
+        from fa2cupy import host
+
+        if workspace is not None:
+            block = workspace_block(framework, workspace, device, 0)
+            blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
+            check_overlap([*blocks, block], {"workspace"})
+        compute = host.backward if operation.is_backward else host.forward
+        return compute(framework, arrays, sizes, dtype, options)
+    from fa2cupy.jit import driver
+
+    driver.device_info(device.index)  # no driver, or a GPU that is too old, before anything is copied or allocated
+    if framework.name == "JAX":
+        return _call_jax(operation, framework, arrays, sizes, dtype, options, device)
+    with driver.device_guard(device.index):
+        arrays = _copy_where_needed(operation, framework, arrays, device)
+    ordered = tuple(arrays.get(name) for name in operation.inputs + operation.outputs)
+    signature, pointers = framework.signature(ordered)
+    key = signature_key(operation, signature, raw_options)
+    prepared = PREPARED.get(key)  # known when a copy or a conversion brought us here
+    if prepared is None:
+        prepared = _prepare(operation, framework, arrays, sizes, dtype, options, device)
+        remember(key, type(ordered[0]), prepared)
+    return prepared.run(ordered, pointers, workspace)
+
+
+def _one_framework(arrays: Arrays) -> tuple[Framework, Arrays]:
+    """The framework of all arrays, `__dlpack__` producers of other libraries replaced by CuPy or NumPy arrays."""
+    converted: Arrays = {}
+    framework: Framework | None = None
+    first = next(iter(arrays))
+    for name, array in arrays.items():
+        found = framework_of(array)
+        if found is None:
+            if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+                hint = f"; pass cupy.asarray({name})" if hasattr(array, "__cuda_array_interface__") else ""
+                raise InvalidType(
+                    f"{name} is a {describe(array)}: an array of CuPy, PyTorch, JAX or NumPy, or another object with "
+                    f"__dlpack__, is needed{hint}"
+                )
+            array = from_producer(array, name)
+            found = framework_of(array)
+            assert found is not None
+        found.check(array, name)
+        if framework is None:
+            framework = found
+        elif found is not framework:
+            raise InvalidType(
+                f"{name} is a {describe(arrays[name])} but {first} is a {describe(arrays[first])}: "
+                "all arrays must come from the same framework"
+            )
+        converted[name] = array
+    assert framework is not None
+    return framework, converted
+
+
+def _one_device(refs: Mapping[str, TensorRef]) -> Device:
+    first = next(iter(refs))
+    for name, ref in refs.items():
+        if ref.device != refs[first].device:
+            raise InvalidArgument(
+                f"{name} is on {ref.device} but {first} is on {refs[first].device}: all arrays must be on one device"
+            )
+    return refs[first].device
+
+
+def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, TensorRef], given: Arrays) -> None:
+    """What strides and pointers must fulfil."""
+    for name, ref in refs.items():
+        itemsize = ITEMSIZE[ref.dtype]
+        if ref.device.kind == "cuda" and ref.ptr % itemsize and 0 not in ref.shape:
+            raise InvalidArgument(
+                f"{name} starts at address {ref.ptr:#x}: a multiple of its {itemsize}-byte elements is needed"
+            )
+    for name, array in given.items():
+        if framework.readonly(array):
+            raise InvalidArgument(f"{name} is read-only: an output must be writable")
+        if not framework.has_contiguous_rows(array) or not framework.is_strided_by_element(array):
+            raise InvalidArgument(
+                f"{name} has strides {framework.byte_strides(array)} (bytes): its last dimension must be contiguous"
+            )
+        if has_duplicates(framework.extent(array)):
+            raise InvalidArgument(
+                f"{name} has strides {framework.byte_strides(array)} (bytes) for shape {refs[name].shape}: "
+                "an output must not hold an element twice"
+            )
+    if given:
+        blocks = [(name, ref.ptr, framework.extent(arrays[name])) for name, ref in refs.items()]
+        check_overlap(blocks, set(given))
+
+
+def _copy_where_needed(operation: Operation, framework: Framework, arrays: Arrays, device: Device) -> Arrays:
+    """Copies of the inputs whose last dimension is not contiguous; the other arrays as they are."""
+    copies: Arrays = {}
+    for name in operation.inputs:
+        if not framework.has_contiguous_rows(arrays[name]) or not framework.is_strided_by_element(arrays[name]):
+            if not framework.allocates_in_capture and framework.is_capturing(
+                framework.stream(device.index)(device.index), device.index
+            ):
+                raise InvalidArgument(
+                    f"{name} must be copied because its last dimension is not contiguous, which {framework.name} "
+                    "cannot do inside a CUDA graph capture: pass a contiguous array"
+                )
+            copies[name] = framework.contiguous(arrays[name])
+    return {**arrays, **copies}
+
+
+def _prepare(
+    operation: Operation,
+    framework: Framework,
+    arrays: Arrays,
+    sizes: Sizes,
+    dtype: str,
+    options: Options,
+    device: Device,
+) -> PreparedCall:
+    from fa2cupy.jit import driver
+
+    problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
+    stream = framework.stream(device.index)
+    try:
+        launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
+    except (LaunchError, CompilationError) as error:
+        if framework.is_capturing(stream(device.index), device.index):
+            raise LaunchError(
+                f"fa2cupy.{operation.name} could not load its kernel inside a CUDA graph capture: call it once with "
+                "the same shapes before the capture"
+            ) from error
+        raise
+    names = operation.inputs + operation.outputs
+    storage = framework.dtype(arrays["q"])
+    fresh = []
+    for position, like in zip(range(len(operation.inputs), len(names)), operation.resembles, strict=True):
+        name = names[position]
+        if name not in arrays:
+            shape = sizes.shape(name, options.layout)
+            element = "float32" if name == "lse_out" else storage
+            fresh.append((position, like, framework.allocator(shape, element, arrays[names[like]])))
+    return PreparedCall(
+        operation=operation,
+        framework=framework,
+        device=device,
+        launchable=launchable,
+        fresh=tuple(fresh),
+        given=frozenset(name for name in operation.outputs if name in arrays),
+        extents=tuple(framework.extent(arrays[name]) if name in arrays else None for name in names),
+        workspace_bytes=needed,
+        allocate_workspace=framework.allocator((needed,), "uint8", arrays["q"]),
+        stream=stream,
+        guard=driver.device_guard,
+    )
+
+
+def _problem(
+    operation: Operation,
+    framework: Framework,
+    arrays: Arrays,
+    sizes: Sizes,
+    dtype: str,
+    options: Options,
+    device: Device,
+) -> AttentionProblem:
+    """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout, aligned."""
+    tensors = {}
+    for name in operation.inputs + operation.outputs:
+        if name in arrays:
+            ref = framework.ref(arrays[name], name)
+        else:
+            shape = sizes.shape(name, options.layout)
+            ref = TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
+        tensors["lse" if name == "lse_out" else name] = ref
+    return AttentionProblem.from_refs(tensors, sizes, dtype, options)
+
+
+def _call_jax(
+    operation: Operation,
+    framework: Framework,
+    arrays: Arrays,
+    sizes: Sizes,
+    dtype: str,
+    options: Options,
+    device: Device,
+) -> list[Any]:
+    problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
+    launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
+    storage = framework.dtype(arrays["q"])
+    outputs = tuple(
+        (sizes.shape(name, options.layout), "float32" if name == "lse_out" else storage) for name in operation.outputs
+    )
+    workspace = needed if operation.is_backward else None
+    return jax_arrays.run(
+        jax_arrays.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values())
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def bound_plan(
+    operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None
+) -> tuple[Launchable, int]:
+    """(what launches the problem, bytes of workspace). `family`: FA2CUPY_KERNEL, which chooses the plan."""
+    plan = _plan(operation, problem, device_index, deterministic)
+    if env.debug():
+        print(plan, file=sys.stderr)
+    return plan.bind(device_index), plan.workspace_bytes
+
+
+def _plan(operation: str, problem: AttentionProblem, device_index: int, deterministic: bool) -> Any:
+    from fa2cupy import kernels
+    from fa2cupy.jit import driver
+
+    info = driver.device_info(device_index)
+    if operation == BACKWARD.name:
+        return kernels.plan_backward(problem, info, deterministic)
+    return kernels.plan_forward(problem, info)
+
+
+def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) -> int:
+    """Bytes of workspace that the backward of q, k, v needs."""
+    options = Options.checked(*raw_options)
+    framework, arrays = _one_framework(dict(zip(("q", "k", "v"), inputs, strict=True)))
+    refs = {name: framework.ref(array, name) for name, array in arrays.items()}
+    device = _one_device(refs)
+    dtype = check_dtypes(refs, options)
+    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+    if device.kind == "cpu":
+        return 0
+    problem = _problem(BACKWARD, framework, arrays, sizes, dtype, options, device)
+    return int(_plan(BACKWARD.name, problem, device.index, options.deterministic).workspace_bytes)

@@ -1,0 +1,66 @@
+"""Arrays on the CPU, whoever they belong to: views of them go through `cpu.py`, results go back in kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fa2cupy import cpu
+from fa2cupy.arrays import Framework
+from fa2cupy.problem import Options, Sizes, softmax_scale
+
+__all__ = ["backward", "forward"]
+
+
+class _Host:
+    """The tensors of one call as `cpu.py` takes them: NumPy, in bshd order, bfloat16 as its bits in uint16.
+
+    arrays: those of the caller, all checked, by argument name; outputs only if given.
+    """
+
+    def __init__(self, framework: Framework, arrays: Mapping[str, Any], sizes: Sizes, dtype: str, options: Options):
+        self._framework, self._arrays, self._sizes, self._options = framework, arrays, sizes, options
+        self._dtype = dtype
+        self._new: dict[str, np.ndarray] = {}
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The argument `name`; new memory for an output that was not given."""
+        dtype = self._dtype_of(name)
+        bits = "uint16" if dtype == "bfloat16" else dtype
+        if name in self._arrays:
+            array = self._framework.to_numpy(self._arrays[name]).view(bits)
+        else:
+            array = self._new[name] = np.empty(self._sizes.shape(name, self._options.layout), bits)
+        in_order = self._options.layout == "bshd" or name in ("lse", "lse_out")
+        return array if in_order else array.transpose(0, 2, 1, 3)
+
+    def result(self, name: str) -> Any:
+        """What the caller gets for the output `name`."""
+        if name in self._arrays:
+            return self._arrays[name]
+        return self._framework.from_numpy(self._new[name], self._dtype_of(name), self._arrays["q"])
+
+    def _dtype_of(self, name: str) -> str:
+        if name in ("lse", "lse_out"):
+            return "float64" if self._dtype == "float64" else "float32"
+        return self._dtype
+
+
+def forward(framework: Framework, arrays: Mapping[str, Any], sizes: Sizes, dtype: str, options: Options) -> list[Any]:
+    """out, lse of q, k, v."""
+    host = _Host(framework, arrays, sizes, dtype, options)
+    q, k, v, out, lse = (host.tensor(name) for name in ("q", "k", "v", "out", "lse_out"))
+    cpu.forward(q, k, v, causal=options.causal, softmax_scale=softmax_scale(sizes, options), out=out, lse=lse)
+    return [host.result("out"), host.result("lse_out")]
+
+
+def backward(framework: Framework, arrays: Mapping[str, Any], sizes: Sizes, dtype: str, options: Options) -> list[Any]:
+    """dq, dk, dv of dout, q, k, v, out, lse."""
+    host = _Host(framework, arrays, sizes, dtype, options)
+    inputs = [host.tensor(name) for name in ("dout", "q", "k", "v", "out", "lse")]
+    dq, dk, dv = (host.tensor(name) for name in ("dq", "dk", "dv"))
+    scale = softmax_scale(sizes, options)
+    cpu.backward(*inputs, causal=options.causal, softmax_scale=scale, dq=dq, dk=dk, dv=dv)
+    return [host.result(name) for name in ("dq", "dk", "dv")]
