@@ -8,7 +8,8 @@ RECORD ?= tests/gpu/record.json
 # Test processes: one per core, at most 8.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 SETUP = @$(PYTHON) tools/setup_venv.py --venv $(VENV) --extras
-PYTEST = $(BIN)/python -m pytest -n $(JOBS)
+# One BLAS thread per test process: more of them fight for the cores.
+PYTEST = OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # Machines with a GPU may have no network: an interpreter named by the user is not replaced by .venv.
 NAMED_PYTHON := $(filter command environment,$(origin PYTHON))

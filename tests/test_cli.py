@@ -72,28 +72,25 @@ def test_demo_notices_a_wrong_result() -> None:
     out, lse = backend.forward(q, k, v)
     dq, dk, dv = backend.backward(dout, q, k, v, out, lse)
     right: list[Any] = [q, k, v, out, lse, dout, dq, dk, dv]
-    assert demo.report_error("right", backend, byte_model.AttentionCall(*right))
+    assert demo.report_error("right", backend, byte_model.AttentionCall(*right), demo.LIMIT_RANDOM)
     for place in (3, 6, 7, 8):
         wrong = list(right)
         wrong[place] = wrong[place] * 1.05
-        assert not demo.report_error("wrong", backend, byte_model.AttentionCall(*wrong))
+        assert not demo.report_error("wrong", backend, byte_model.AttentionCall(*wrong), demo.LIMIT_RANDOM)
         wrong[place] = wrong[place] * np.nan
-        assert not demo.report_error("wrong", backend, byte_model.AttentionCall(*wrong))
+        assert not demo.report_error("wrong", backend, byte_model.AttentionCall(*wrong), demo.LIMIT_RANDOM)
 
 
 def test_the_demos_formula_is_the_tests_formula() -> None:
     rng = np.random.default_rng(0)
     q, dout = (rng.standard_normal((2, 33, 4, 8)) for _ in range(2))
     k, v = (rng.standard_normal((2, 33, 2, 8)) for _ in range(2))
-    scale = 8**-0.5
-    out, lse = reference.attention_reference(q, k, v, True, scale)
-    expected = (out, *reference.attention_backward_reference(dout, q, k, v, out, lse, True, scale))
+    expected = (_forward64(q, k, v)[0], *_backward64(dout, q, k, v, None, None))
     for mine, theirs in zip(demo.plain_formula(q, k, v, dout), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-12)
 
 
 def test_byte_model_gradients_are_slopes_of_its_loss() -> None:
-    backend = backends.cpu()
     rng = np.random.default_rng(0)
     params = byte_model.init(16, seed=0, dtype=np.float64)
     text = rng.integers(0, 256, (2, 17)).astype(np.uint8)
@@ -101,7 +98,6 @@ def test_byte_model_gradients_are_slopes_of_its_loss() -> None:
     def loss(at: Params) -> float:
         return byte_model.loss_and_gradients(at, text, _forward64, _backward64)[0] * np.log(2)
 
-    assert not backend.is_gpu
     _, grads, calls = byte_model.loss_and_gradients(params, text, _forward64, _backward64)
     assert len(calls) == byte_model.NUM_LAYERS
     for name, gradient in grads.items():
@@ -111,13 +107,11 @@ def test_byte_model_gradients_are_slopes_of_its_loss() -> None:
 
 
 def _forward64(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-    out, lse = reference.attention_reference(q, k, v, True, q.shape[-1] ** -0.5)
-    return out, lse
+    return reference.attention_reference(q, k, v, causal=True)
 
 
 def _backward64(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any) -> tuple[Any, Any, Any]:
-    dq, dk, dv = reference.attention_backward_reference(dout, q, k, v, out, lse, True, q.shape[-1] ** -0.5)
-    return dq, dk, dv
+    return reference.attention_backward_reference(dout, q, k, v, causal=True)
 
 
 def test_env_prints_every_section(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

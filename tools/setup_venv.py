@@ -88,7 +88,7 @@ def create(venv):
 def install(venv, extras):
     target = ".[{}]".format(",".join(extras)) if extras else "."
     print(f"setup: installing fa2cupy{target[1:]} (once, until pyproject.toml or setup.cfg changes)", flush=True)
-    command = [str(venv_python(venv)), "-m", "pip", "install", "--quiet", "--editable", target]
+    command = [str(venv_python(venv)), "-m", "pip", "install", "-qq", "--editable", target]
     if subprocess.run(command, cwd=ROOT).returncode:
         stop(f"pip could not install {target}; what it said is above. Once, this needs a network or a package mirror.")
 

@@ -35,11 +35,12 @@ class Backend:
         out, lse = fa2cupy.attention(*map(self._send, (q, k, v)), causal=True, return_lse=True)
         return self.to_host(out).astype(q.dtype), self.to_host(lse)
 
-    def backward(self, dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, ...]:
+    def backward(self, dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Array, Array, Array]:
         """Gradients of host arrays, computed on the device, in q's dtype."""
-        sent = [self._send(x) for x in (dout, q, k, v, out)]
-        grads = fa2cupy.attention_backward(*sent, self.to_device(lse), causal=True)
-        return tuple(self.to_host(x).astype(q.dtype) for x in grads)
+        dout, q_, k, v, out = (self._send(x) for x in (dout, q, k, v, out))
+        grads = fa2cupy.attention_backward(dout, q_, k, v, out, self.to_device(lse), causal=True)
+        dq, dk, dv = (self.to_host(x).astype(q.dtype) for x in grads)
+        return dq, dk, dv
 
     def _send(self, x: Array) -> Any:
         return self.to_device(x.astype(self.dtype, copy=False))

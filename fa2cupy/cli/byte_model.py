@@ -114,7 +114,8 @@ def loss_and_gradients(
 
 
 def _weight_gradient(x: Array, dy: Array) -> Array:
-    return x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+    result: Array = x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+    return result
 
 
 class Adam:

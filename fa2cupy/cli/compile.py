@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fa2cupy import env, kernels
 from fa2cupy.cli.progress import counter
@@ -64,12 +64,12 @@ def table(results: Sequence[CompileResult]) -> str:
     """Registers per thread, bytes of shared memory, bytes spilled, seconds of NVRTC and warnings of each kernel."""
     rows = [HEADER, *(_row(result) for result in results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER) - 1)]
-    # Words to the left, numbers to the right.
-    align: list[Callable[[str, int], str]] = [str.ljust] * 3 + [str.rjust] * 4
     lines = []
     for row in rows:
-        cells = [align[column](row[column], width) for column, width in enumerate(widths)]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
+        # Words to the left, numbers to the right.
+        words = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[3:-1], widths[3:], strict=True)]
+        lines.append("  ".join([*words, *numbers, row[-1]]).rstrip())
     return "\n".join(lines)
 
 

@@ -20,7 +20,12 @@ from fa2cupy.cli.progress import progress
 Array = NDArray[Any]
 
 SEQLEN, BATCH, STEPS = 128, 8, 60
+TRAINING_SECONDS = 10.0  # a busy or slow machine trains less instead of longer
 SNIPPET = 48
+# Relative root-mean-square errors that the formats explain, with room. Rounding P, dS and the results to bfloat16 costs
+# 2.5e-3 on random inputs; in a trained layer with sharp attention dS nearly cancels, and dq costs 2e-2.
+LIMIT_RANDOM = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-5}
+LIMIT_TRAINED = {"bfloat16": 6e-2, "float16": 8e-3, "float32": 1e-4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +82,10 @@ def byte_case(backend: Backend, steps: int) -> tuple[bool, list[float], Attentio
     rng = np.random.default_rng(0)
     params = byte_model.init(SEQLEN, seed=0)
     optimiser = byte_model.Adam(params, rate=4e-3)
-    print(f"1. Two-layer causal attention on {source.size:,} bytes of fa2cupy/attention.py, {steps} training steps")
-    losses, calls, text = [], [], source[None, : SEQLEN + 1]
+    print(f"1. Two-layer causal attention on {source.size:,} bytes of fa2cupy/attention.py")
+    losses: list[float] = []
+    calls: list[AttentionCall] = []
+    text = source[None, : SEQLEN + 1]
     start = time.perf_counter()
     for _ in progress(range(steps), "training"):
         starts = rng.integers(0, source.size - SEQLEN, BATCH)
@@ -86,12 +93,16 @@ def byte_case(backend: Backend, steps: int) -> tuple[bool, list[float], Attentio
         bits, grads, calls = byte_model.loss_and_gradients(params, text, backend.forward, backend.backward)
         optimiser.step(params, grads)
         losses.append(bits)
+        if time.perf_counter() - start > TRAINING_SECONDS:
+            break
     elapsed = time.perf_counter() - start
     last = sum(losses[-5:]) / len(losses[-5:])
-    print(f"   loss {losses[0]:.2f} -> {last:.2f} bits per byte in {elapsed:.1f} s (a blind guess costs 8)")
+    print(
+        f"   loss {losses[0]:.2f} -> {last:.2f} bits per byte in {len(losses)} steps, {elapsed:.1f} s (a guess costs 8)"
+    )
     good = True
     for layer, call in enumerate(calls, 1):
-        good &= report_error(f"layer {layer}", backend, call)
+        good &= report_error(f"layer {layer}", backend, call, LIMIT_TRAINED)
     print()
     return good, losses, calls[-1], text[0].tobytes()
 
@@ -106,21 +117,22 @@ def grouped_query_case(backend: Backend) -> bool:
         rng.standard_normal((batch, seqlen, count, dim), dtype=np.float32).astype(backend.dtype)
         for count in (heads, heads_k, heads_k, heads)
     )
-    sent = [backend.to_device(x) for x in (q, k, v)]
-    sent_dout = backend.to_device(dout)
-    out, lse = fa2cupy.attention(*sent, causal=True, return_lse=True)
-    grads = fa2cupy.attention_backward(sent_dout, *sent, out, lse, causal=True)
+    q_, k_, v_, dout_ = (backend.to_device(x) for x in (q, k, v, dout))
+    out, lse = fa2cupy.attention(q_, k_, v_, causal=True, return_lse=True)
+    dq, dk, dv = fa2cupy.attention_backward(dout_, q_, k_, v_, out, lse, causal=True)
     # One key head with its query heads is enough to see an error, and quick in float64.
-    few, one = heads // heads_k, 1
-    host = [backend.to_host(x) for x in (*sent, out, sent_dout, *grads)]
-    parts = [x[:1, :, :count] for x, count in zip(host, (few, one, one, few, few, few, one, one), strict=True)]
-    call = AttentionCall(*parts[:4], backend.to_host(lse)[:1, :few], *parts[4:])
-    good = report_error("first key head", backend, call)
+    few = heads // heads_k
+    host_out, host_dq, host_dk, host_dv = (backend.to_host(x)[:1] for x in (out, dq, dk, dv))
+    call = AttentionCall(
+        q=q[:1, :, :few], k=k[:1, :, :1], v=v[:1, :, :1], out=host_out[:, :, :few], lse=backend.to_host(lse)[:1, :few],
+        dout=dout[:1, :, :few], dq=host_dq[:, :, :few], dk=host_dk[:, :, :1], dv=host_dv[:, :, :1],
+    )  # fmt: skip
+    good = report_error("first key head", backend, call, LIMIT_RANDOM)
 
     flops = 0.5 * 4 * batch * heads * seqlen * seqlen * dim
-    seconds = backend.seconds(lambda: fa2cupy.attention(*sent, causal=True))
+    seconds = backend.seconds(lambda: fa2cupy.attention(q_, k_, v_, causal=True))
     print(timing("forward", seconds, flops))
-    seconds_back = backend.seconds(lambda: fa2cupy.attention_backward(sent_dout, *sent, out, lse, causal=True))
+    seconds_back = backend.seconds(lambda: fa2cupy.attention_backward(dout_, q_, k_, v_, out, lse, causal=True))
     print(timing("backward", seconds_back, 2.5 * flops))
     if backend.is_gpu:
         plain = backends.unfused(q, k, v)
@@ -139,7 +151,7 @@ def timing(name: str, seconds: float, flops: float) -> str:
     return f"   {name:<16} {seconds * 1e3:9.3f} ms {shown:>15}"
 
 
-def report_error(name: str, backend: Backend, call: AttentionCall) -> bool:
+def report_error(name: str, backend: Backend, call: AttentionCall, limit: dict[str, float]) -> bool:
     """Print the root-mean-square errors relative to the plain formula in float64; whether they are small enough."""
     rounded = [backend.round(x).astype(np.float64) for x in (call.q, call.k, call.v, call.dout)]
     references = plain_formula(*rounded)
@@ -148,9 +160,7 @@ def report_error(name: str, backend: Backend, call: AttentionCall) -> bool:
         difference = getattr(call, key).astype(np.float64) - reference
         errors[key] = float(np.sqrt(np.mean(difference**2) / np.mean(reference**2)))
     print(f"   {name:<16} error against float64: " + ", ".join(f"{key} {value:.1e}" for key, value in errors.items()))
-    # Twice what the best kernels show in 16 bits; float32 has no such rounding of P and dS.
-    limit = {"bfloat16": 1e-2, "float16": 1.3e-3, "float32": 1e-5}[backend.dtype.name]
-    return all(value <= limit for value in errors.values())
+    return all(value <= limit[backend.dtype.name] for value in errors.values())
 
 
 def plain_formula(q: Array, k: Array, v: Array, dout: Array) -> tuple[Array, Array, Array, Array]:

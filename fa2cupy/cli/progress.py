@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def counter(total: int, description: str) -> Iterator[Callable[[], object]]:
+def counter(total: int, description: str) -> Iterator[Callable[[], None]]:
     """Within the block a bar on stderr counts to `total`; call what is yielded once for each step."""
     try:
         from tqdm import tqdm
@@ -22,7 +22,11 @@ def counter(total: int, description: str) -> Iterator[Callable[[], object]]:
         return
     # disable=None is tqdm's own word for "only on a terminal".
     with tqdm(total=total, desc=description, leave=False, ascii=" -", disable=None, dynamic_ncols=True) as bar:
-        yield lambda: bar.update()
+
+        def step() -> None:
+            bar.update()
+
+        yield step
 
 
 def progress(items: Sequence[T], description: str) -> Iterator[T]:
