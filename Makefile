@@ -48,7 +48,7 @@ gpu-pending: venv-test  ## no GPU at hand: mark the record as pending, REASON=".
 	@$(BIN)/python tests/gpu/record.py --pending "$(REASON)"
 
 bench: $(GPU_SETUP)  ## ours and the installed peers, interleaved in one run
-	$(GPU_PYTHON) benchmarks/run.py
+	$(GPU_PYTHON) benchmarks/bench.py
 
 clean:  ## remove .venv, build products and tool caches (not the kernel cache)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,217 @@
+"""Ours and the peers, timed in turns in one run. Needs a GPU and torch; a peer that is not here is left out by name.
+
+    python benchmarks/bench.py                               all 72 cells, every peer, results/<gpu>.jsonl and .png
+    python benchmarks/bench.py --modes bwd --head-dims 128   a part of the grid
+    python benchmarks/bench.py --cases gqa,thin,head_dims    the extra cells
+    python benchmarks/bench.py --part 1/2                    half of the cells; the command for the rest is printed
+
+How it is timed is in timing.py, what each library is in peers.py, what a record holds in results.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cases as case_module
+from benchmarks import peers, plot, results
+from benchmarks.cases import Case
+from benchmarks.timing import Clock, TorchClock, take_turns
+
+GEMM_SIZE = 8192
+GEMM_FLOPS = 2.0 * GEMM_SIZE**3
+# Root-mean-square difference between two right answers in bfloat16, relative: a sanity check, not a test.
+AGREEMENT = 2e-2
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def words(text: str) -> list[str]:
+        return [w for w in text.split(",") if w]
+
+    def integers(text: str) -> list[int]:
+        return [int(w) for w in words(text)]
+
+    def fraction(text: str) -> tuple[int, int]:
+        index, _, count = text.partition("/")
+        return int(index), int(count)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", type=words, default=[], metavar="fwd,bwd")
+    parser.add_argument("--head-dims", type=integers, default=[], metavar="64,128,256")
+    parser.add_argument("--seqlens", type=integers, default=[], metavar="512,...,16384")
+    parser.add_argument("--peers", type=words, default=list(peers.DEFAULT), metavar=",".join(peers.NAMES))
+    parser.add_argument(
+        "--cases",
+        type=words,
+        default=["grid"],
+        help=f"{', '.join(case_module.CASE_SETS)}, or fwd:d128:b2:s8192:h32/8:causal",
+    )
+    parser.add_argument("--part", type=fraction, default=(1, 1), metavar="i/n", help="measure every n-th cell only")
+    parser.add_argument("--run", help="the run that this command continues (default: a new one)")
+    parser.add_argument("--bursts", type=int, default=8, help="bursts of each library in each cell")
+    parser.add_argument("--burst-ms", type=float, default=20.0, help="about how long a burst is (5 to 25 calls)")
+    parser.add_argument("--out", type=Path, help="file or directory (default: benchmarks/results/<gpu>.jsonl)")
+    parser.add_argument("--commit", help="default: what git says")
+    args = parser.parse_args(arguments)
+    unknown = [p for p in args.peers if p not in peers.NAMES]
+    if unknown:
+        parser.error(f"unknown peer {unknown[0]!r}: {', '.join(peers.NAMES)}")
+    if any(m not in case_module.MODES for m in args.modes):
+        parser.error(f"--modes takes {' and '.join(case_module.MODES)}")
+    try:
+        args.selected = case_module.select(args.cases, args.modes, args.head_dims, args.seqlens, args.part)
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.selected:
+        parser.error("no cell passes these filters")
+    return args
+
+
+def estimated_seconds(
+    cases: Sequence[Case], libraries: int, bursts: int, burst_ms: float, tflops: float = 300.0
+) -> float:
+    """What a run takes if every library reaches `tflops`: bursts, delays, warm-up, and the set-up of each cell."""
+    total = 0.0
+    for case in cases:
+        ms = case.flops / tflops / 1e9
+        calls = max(5, min(25, round(burst_ms / ms)))
+        # 3 calls to warm up, 3 to choose the length of a burst, 1 to be checked.
+        total += libraries * (bursts * (calls * ms + 6.0) + 7 * ms + 10.0) / 1e3 + 0.4
+    return total
+
+
+def compile_ours(cases: Sequence[Case]) -> None:
+    """Compile our kernels for the cases at once, by a small call of each kind in threads of its own."""
+    kinds = sorted({replace(c, batch=1, seqlen=256) for c in cases}, key=lambda c: c.label)
+    with ThreadPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda c: peers.calls(c, peers.make_tensors(c), ["fa2cupy"]), kinds))
+
+
+def check_agreement(case: Case, calls: dict[str, Any], names: Sequence[str]) -> None:
+    """RuntimeError when ours differs from the first peer that runs the case: a wrong kernel's speed means nothing."""
+    other = next((n for n in names if n in calls and not n.startswith("fa2cupy")), None)
+    if other is None:
+        return
+    for ours in (n for n in calls if n.startswith("fa2cupy")):
+        got, expected = calls[ours](), calls[other]()
+        pairs = [(got, expected)] if case.mode == "fwd" else list(zip(got, expected, strict=True))
+        for name, (x, y) in zip(("out",) if case.mode == "fwd" else ("dq", "dk", "dv"), pairs, strict=True):
+            x, y = x.float(), y.float()
+            error = float((x - y).norm() / y.norm())
+            if not error < AGREEMENT:
+                raise RuntimeError(f"{case.label}: {name} of {ours} and {other} differ by {error:.2e}")
+
+
+def measure(
+    case: Case, names: Sequence[str], clock: Clock, bursts: int, burst_ms: float
+) -> tuple[dict[str, float], dict[str, str], str]:
+    """name -> milliseconds, name -> why not, and a remark (workspace, bursts thrown away)."""
+    import torch
+
+    tensors = peers.make_tensors(case)
+    calls, refused = peers.calls(case, tensors, names)
+    check_agreement(case, calls, names)
+    timings = take_turns(calls, clock, bursts=bursts, burst_ms=burst_ms)
+    remarks = []
+    if case.mode == "bwd" and "fa2cupy" in calls:
+        remarks.append(f"workspace {peers.workspace_bytes(case, tensors) / 2**20:.1f} MiB")
+    late = {name: t.thrown_away for name, t in timings.items() if t.thrown_away}
+    if late:
+        remarks.append("thrown away " + " ".join(f"{name} {n}" for name, n in late.items()))
+    del tensors, calls
+    torch.cuda.empty_cache()
+    return {name: t.ms for name, t in timings.items()}, refused, ", ".join(remarks)
+
+
+def measure_gemm(clock: Clock, bursts: int, burst_ms: float) -> float:
+    """Milliseconds of an 8192^3 bfloat16 product of random matrices: what the tensor cores sustain in this run."""
+    import torch
+
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    return take_turns({"gemm": lambda: torch.matmul(a, b, out=c)}, clock, bursts=bursts, burst_ms=burst_ms)["gemm"].ms
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        import torch
+        from tqdm import tqdm
+    except ImportError as error:
+        sys.exit(f"the benchmark needs {error.name}: pip install {error.name}")
+    if not torch.cuda.is_available():
+        sys.exit("the benchmark needs a GPU, and torch sees none")
+    gpu = torch.cuda.get_device_name()
+    path = args.out or results.RESULTS
+    if path.suffix != ".jsonl":
+        path = path / results.file_name(gpu)
+    file = results.Results(path)
+    run, commit = args.run or results.new_run_id(), args.commit or results.commit()
+    absent = peers.probe(args.peers)
+    for name, reason in absent.items():
+        print(f"left out: {name} ({reason})")
+    names = [n for n in args.peers if n not in absent and n != "gemm"]
+    with_gemm = "gemm" in args.peers and args.part[0] == 1
+    for case in args.selected:
+        for name in names:
+            file.check(run, name, case)
+    if with_gemm:
+        file.check(run, "gemm", None)
+    seconds = estimated_seconds(args.selected, len(names), args.bursts, args.burst_ms)
+    print(
+        f"run {run}, commit {commit}, {gpu}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}\n"
+        f"{len(args.selected)} cells x {len(names)} libraries, about {seconds:.0f} s after compiling; into {path}",
+        flush=True,
+    )
+
+    start = time.monotonic()
+    fa4_ready = peers.warm_fa4_cache(args.selected, min(6, os.cpu_count() or 1)) if "fa4" in names else lambda: None
+    if any(n.startswith("fa2cupy") for n in names):
+        compile_ours(args.selected)
+    fa4_ready()
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+
+    clock = TorchClock()
+    if with_gemm:
+        ms = measure_gemm(clock, args.bursts, args.burst_ms)
+        file.append(results.make_record(run, "gemm", None, ms, GEMM_FLOPS, gpu, commit))
+        print(f"GEMM {GEMM_SIZE}^3: {GEMM_FLOPS / ms / 1e9:.0f} TFLOP/s", flush=True)
+    # On a terminal a bar; in a log the lines that are written above it are enough.
+    for case in tqdm(args.selected, desc="cells", ascii=" -", disable=None):
+        times, refused, remark = measure(case, names, clock, args.bursts, args.burst_ms)
+        for name, ms in times.items():
+            kernel = peers.kernel_family(case) if name.startswith("fa2cupy") else None
+            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, kernel))
+        speeds = "  ".join(f"{name} {case.flops / ms / 1e9:.0f}" for name, ms in times.items())
+        tqdm.write(f"{case.label}: {speeds}" + (f"  ({remark})" if remark else ""))
+        for name, reason in refused.items():
+            if not (name == "fa3" and case.mode == "bwd"):
+                tqdm.write(f"  not run by {name}: {reason}")
+
+    records = [r for r in results.load(path) if r["run"] == run]
+    print("\n" + results.summary(records))
+    try:
+        print(f"\npicture: {plot.draw(records, path.with_suffix('.png'))}")
+    except ImportError:
+        print("\nno picture: matplotlib is not installed here; python benchmarks/plot.py draws it from the file")
+    except ValueError as error:
+        print(f"\nno picture: {error}")
+    index, count = args.part
+    if index < count:
+        print(f"next: the same command with --part {index + 1}/{count} --run {run}")
+    print(f"{time.monotonic() - start:.0f} s in total")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

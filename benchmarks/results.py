@@ -1,0 +1,236 @@
+"""The records: one JSON line per measurement, appended, every run kept; ratios of ours to the peers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from benchmarks.cases import Case
+
+__all__ = [
+    "KEYS",
+    "OURS",
+    "PEERS",
+    "DuplicateCellError",
+    "Results",
+    "commit",
+    "file_name",
+    "geometric_mean",
+    "load",
+    "make_record",
+    "new_run_id",
+    "ratios",
+    "summary",
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = "fa2cupy"
+PEERS = ("fa2", "cudnn", "fa3", "fa4")
+CELL_KEYS = ("mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads", "num_heads_k")
+KEYS = ("run", "peer", "kernel", *CELL_KEYS, "ms", "tflops", "gpu", "date", "commit")
+
+Record = dict[str, object]
+
+
+class DuplicateCellError(ValueError):
+    """One cell of one peer was measured twice in a run."""
+
+
+def new_run_id() -> str:
+    """UTC start time, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def commit() -> str:
+    """The checkout's commit, ``+`` after it when tracked files differ; ``unknown`` outside git."""
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip() or "unknown"
+
+
+def file_name(gpu: str) -> str:
+    """``NVIDIA H200`` -> ``h200.jsonl``."""
+    words = re.sub(r"^nvidia\s+(geforce\s+|tesla\s+)?", "", gpu.strip().lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-") + ".jsonl"
+
+
+def make_record(
+    run: str, peer: str, case: Case | None, ms: float, flops: float, gpu: str, commit: str, kernel: str | None = None
+) -> Record:
+    """A line of the results. case is None for the GEMM; kernel (sm80, sm90) is for ours. Milliseconds and TFLOP/s."""
+    cell = {key: getattr(case, key) if case is not None else None for key in CELL_KEYS}
+    if case is None:
+        cell["dtype"] = "bfloat16"
+    return {
+        "run": run,
+        "peer": peer,
+        "kernel": kernel,
+        **cell,
+        "ms": round(ms, 5),
+        "tflops": round(flops / ms / 1e9, 1),
+        "gpu": gpu,
+        "date": run[:10],
+        "commit": commit,
+    }
+
+
+def load(path: Path) -> list[Record]:
+    """All records of a file; an empty list where there is none. ValueError names a line that is not one."""
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if not isinstance(record, dict) or not {"run", "peer", "mode", "ms", "tflops"} <= record.keys():
+            raise ValueError(f"{path}:{number}: not a measurement")
+        records.append(record)
+    return records
+
+
+def _cell(record: Mapping[str, object]) -> tuple[object, ...]:
+    return tuple(record[key] for key in CELL_KEYS)
+
+
+class Results:
+    """An append-only file of records that refuses a cell it already has in the same run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen = {(r["run"], r["peer"], _cell(r)) for r in load(path)}
+
+    def check(self, run: str, peer: str, case: Case | None) -> None:
+        """DuplicateCellError if this was measured already: asked before the GPU is, not only after."""
+        dtype_only = make_record(run, peer, case, 1.0, 1.0, "", "")
+        if (run, peer, _cell(dtype_only)) in self._seen:
+            name = case.label if case is not None else "the GEMM"
+            raise DuplicateCellError(f"{peer} {name} is already in run {run} of {self.path}")
+
+    def append(self, record: Record) -> None:
+        if set(record) != set(KEYS):
+            raise ValueError(f"a record has the keys {KEYS}, not {tuple(record)}")
+        key = (record["run"], record["peer"], _cell(record))
+        if key in self._seen:
+            raise DuplicateCellError(f"measured twice in run {record['run']}: {record['peer']} {_cell(record)}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._seen.add(key)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN for no values."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def by_cell(records: Iterable[Mapping[str, object]]) -> dict[tuple[object, ...], dict[str, float]]:
+    """cell -> peer -> milliseconds, the GEMM left out. DuplicateCellError if a peer has a cell twice."""
+    table: dict[tuple[object, ...], dict[str, float]] = {}
+    for record in records:
+        if record["mode"] is None:
+            continue
+        row = table.setdefault(_cell(record), {})
+        if str(record["peer"]) in row:
+            raise DuplicateCellError(f"{record['peer']} {_cell(record)} twice")
+        row[str(record["peer"])] = float(record["ms"])  # type: ignore[arg-type]
+    return table
+
+
+def ratios(
+    records: Iterable[Mapping[str, object]], mode: str, others: Sequence[str], ours: str = OURS
+) -> dict[tuple[object, ...], float]:
+    """cell -> speed of ours over the fastest of `others` that has the cell, of the records of one run."""
+    return {
+        cell: min(row[p] for p in others if p in row) / row[ours]
+        for cell, row in by_cell(records).items()
+        if cell[0] == mode and ours in row and any(p in row for p in others)
+    }
+
+
+def forward_and_backward(
+    records: Sequence[Mapping[str, object]], others: Sequence[str]
+) -> dict[tuple[object, ...], float]:
+    """Cell without its mode -> the best single library's ms(fwd) + ms(bwd) over ours."""
+    table = by_cell(records)
+    result = {}
+    for cell, row in table.items():
+        back = table.get(("bwd", *cell[1:]), {})
+        both = [p for p in others if p in row and p in back]
+        if cell[0] == "fwd" and both and OURS in row and OURS in back:
+            result[cell[1:]] = min(row[p] + back[p] for p in both) / (row[OURS] + back[OURS])
+    return result
+
+
+def describe(cell: Sequence[object]) -> str:
+    """A cell in a few characters, for tables: ``D64 S512 causal``, and what is not the grid's own."""
+    _, d, dv, s, causal, dtype, b, h, hk = cell
+    text = f"D{d}" + (f"/{dv}" if dv != d else "") + f" S{s} " + ("causal" if causal else "full")
+    usual = (
+        h == hk and isinstance(h, int) and isinstance(d, int) and h == max(1, 2048 // d) and b == 16384 // int(str(s))
+    )
+    return text + ("" if usual else f" B{b} H{h}/{hk}") + ("" if dtype == "bfloat16" else f" {dtype}")
+
+
+def _line(title: str, values: Mapping[tuple[object, ...], float], with_mode: bool = True) -> str:
+    if not values:
+        return f"{title:28s} no cell has both"
+    worst = min(values, key=lambda c: values[c])
+    cell = worst if with_mode else ("both", *worst)
+    mean = geometric_mean(values.values())
+    return f"{title:28s} {mean:5.3f}   lowest {values[worst]:5.3f} ({describe(cell)})   {len(values)} cells"
+
+
+def summary(records: Sequence[Mapping[str, object]], ours: str = OURS) -> str:
+    """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run."""
+    flops = {(_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None}
+    gemm = [float(str(r["tflops"])) for r in records if r["peer"] == "gemm"]
+    present = [p for p in dict.fromkeys(str(r["peer"]) for r in records) if p not in (ours, "gemm")]
+    peers = [p for p in PEERS if p in present] + [p for p in present if p not in PEERS]
+    names = [ours, *peers]
+    lines = []
+    for mode in ("fwd", "bwd"):
+        cells = [c for c in by_cell(records) if c[0] == mode]
+        if not cells:
+            continue
+        lines.append(f"{mode}, TFLOP/s".ljust(30) + "".join(f"{n:>9s}" for n in names) + "   ours/fa2  ours/best")
+        for cell in cells:
+            numbers = [flops.get((cell, n)) for n in names]
+            row = describe(cell).ljust(30) + "".join(f"{n:9.0f}" if n is not None else f"{'-':>9s}" for n in numbers)
+            mine = numbers[0]
+            others = [n for n in numbers[1:] if n is not None]
+            fa2 = flops.get((cell, "fa2"))
+            row += f"{mine / fa2:11.3f}" if mine and fa2 else f"{'-':>11s}"
+            row += f"{mine / max(others):11.3f}" if mine and others else f"{'-':>11s}"
+            lines.append(row)
+        lines.append("")
+    for mode in ("fwd", "bwd"):
+        if "fa2" in peers:
+            lines.append(_line(f"{mode} {ours}/fa2", ratios(records, mode, ["fa2"], ours)))
+        if peers:
+            lines.append(_line(f"{mode} {ours}/best peer", ratios(records, mode, peers, ours)))
+    together = forward_and_backward(records, peers) if ours == OURS else {}
+    if together:
+        lines.append(_line("fwd + bwd ours/best library", together, with_mode=False))
+    if gemm:
+        lines.append(f"GEMM 8192^3 bf16: {gemm[0]:.0f} TFLOP/s")
+    return "\n".join(lines)
