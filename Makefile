@@ -14,10 +14,10 @@ PYTEST = OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(J
 # Machines with a GPU may have no network: an interpreter named by the user is not replaced by .venv.
 NAMED_PYTHON := $(filter command environment,$(origin PYTHON))
 GPU_PYTHON := $(if $(NAMED_PYTHON),$(PYTHON),$(BIN)/python)
-GPU_SETUP := $(if $(NAMED_PYTHON),,venv-test)
+GPU_SETUP := $(if $(NAMED_PYTHON),,venv-gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo env test test-all compile-all lint gpu-test gpu-pending bench clean venv-demo venv-test check-g++
+.PHONY: help demo env test test-all compile-all lint gpu-test gpu-pending bench clean venv-demo venv-test venv-gpu check-g++
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ venv-demo:
 
 venv-test:
 	$(SETUP) cuda,test,lint
+
+venv-gpu:
+	$(SETUP) cuda,demo,test,lint,torch
 
 check-g++:
 	@command -v $${CXX:-g++} >/dev/null || { echo "tests/host compiles the kernels with g++, which is missing: apt-get install g++" >&2; exit 1; }
