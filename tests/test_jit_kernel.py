@@ -167,6 +167,24 @@ def test_threads_compile_each_kernel_once(compiled: list[str]) -> None:
     assert len({id(one) for one in found}) == 2
 
 
+def test_several_kernels_at_once(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    working = compiler.compile
+    together = threading.Barrier(3, timeout=30)
+
+    def waiting(source: Source, arch: str, *args: Any, **kwargs: Any) -> Cubin:
+        together.wait()  # breaks unless all three are under way
+        return working(source, arch, *args, **kwargs)
+
+    monkeypatch.setattr(compiler, "compile", waiting)
+    requests = [(SOURCE, "k", arch, {"A": 1}) for arch in ("sm_80", "sm_86", "sm_90")]
+    found = kernel_module.kernels(requests)
+    assert [kernel.arch for kernel in found] == ["sm_80", "sm_86", "sm_90"]
+    assert kernel_module.kernels(requests) == found
+    assert kernel_module.kernels([]) == ()
+    with pytest.raises(CompilationError, match="while compiling for:\nthe plan"):
+        kernel_module.kernels([(SOURCE, "gone", "sm_80", {"A": 1})], context="the plan")
+
+
 def test_failure_is_not_remembered(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     working = compiler.compile
 

@@ -6,7 +6,7 @@ Nothing here knows about attention, and importing it imports neither CuPy nor an
 from fa2cupy.jit.batch import CompileResult, Job, compile_many
 from fa2cupy.jit.compiler import Cubin, KernelResources
 from fa2cupy.jit.driver import DeviceInfo, Launcher, device_guard, device_info, driver_version, launch
-from fa2cupy.jit.kernel import Kernel, LaunchConfig, kernel
+from fa2cupy.jit.kernel import Kernel, LaunchConfig, kernel, kernels
 from fa2cupy.jit.source import Source
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "device_info",
     "driver_version",
     "kernel",
+    "kernels",
     "launch",
 ]

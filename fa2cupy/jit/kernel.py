@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from fa2cupy.jit.cache import Entry
 from fa2cupy.jit.compiler import Cubin, Defines, KernelResources
 from fa2cupy.jit.source import Source
 
-__all__ = ["Kernel", "LaunchConfig", "build", "kernel"]
+__all__ = ["Kernel", "LaunchConfig", "build", "kernel", "kernels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,3 +207,9 @@ def kernel(source: str | Source, name: str, arch: str, defines: Defines, *, cont
 
     found: Kernel = _kernels.get((name, key), make)
     return found
+
+
+def kernels(requests: Sequence[tuple[str | Source, str, str, Defines]], *, context: str = "") -> tuple[Kernel, ...]:
+    """`kernel` for several (source, name, arch, defines) at once: what has to be compiled is compiled side by side."""
+    with ThreadPoolExecutor(max(1, len(requests)), thread_name_prefix="fa2cupy-nvrtc") as pool:
+        return tuple(pool.map(lambda request: kernel(*request, context=context), requests))
