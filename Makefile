@@ -17,7 +17,7 @@ GPU_PYTHON := $(if $(NAMED_PYTHON),$(PYTHON),$(BIN)/python)
 GPU_SETUP := $(if $(NAMED_PYTHON),,venv-gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo env test test-all compile-all lint gpu-test gpu-pending bench clean venv-demo venv-test venv-gpu check-g++
+.PHONY: help demo env test test-all compile-all lint gpu-test gpu-pending bench clean venv-demo venv-test venv-gpu check-g++ nvrtc-releases
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,13 +28,13 @@ demo: venv-demo  ## exact attention on this machine's GPU, or its CPU: computed,
 env: venv-demo  ## what a bug report needs
 	@$(BIN)/python -m fa2cupy env
 
-test: lint check-g++  ## lint, then every test that needs no GPU; under 15 minutes on 2 cores
+test: lint check-g++ nvrtc-releases  ## lint, then every test that needs no GPU; under 15 minutes on 2 cores
 	$(PYTEST) -m "not slow" --ignore=tests/gpu --ignore=tests/frameworks tests
 
-test-all: lint check-g++  ## the same with the large sizes of tests/host, and every tile row compiled
+test-all: lint check-g++ nvrtc-releases  ## the same with the large sizes of tests/host, and every tile row compiled
 	$(PYTEST) --ignore=tests/gpu --ignore=tests/frameworks tests
 
-compile-all: venv-test  ## compile every tile row for every architecture with NVRTC 12 and 13
+compile-all: venv-test nvrtc-releases  ## compile every tile row for every architecture with NVRTC 12 and 13
 	$(PYTEST) tests/test_compile.py
 
 lint: venv-test  ## ruff and mypy
@@ -62,6 +62,10 @@ venv-test:
 
 venv-gpu:
 	$(SETUP) cuda,demo,test,lint,torch
+
+# tests/test_compile.py compiles with NVRTC 12.9 and 13.0, whichever CuPy is installed.
+nvrtc-releases: venv-test
+	@$(BIN)/python -m tests.nvrtc
 
 check-g++:
 	@command -v $${CXX:-g++} >/dev/null || { echo "tests/host compiles the kernels with g++, which is missing: apt-get install g++" >&2; exit 1; }

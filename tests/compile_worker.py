@@ -1,0 +1,58 @@
+"""Compile kernels with one exact NVRTC, in a process of its own; test_compile.py starts it.
+
+    python -m tests.compile_worker <libnvrtc> <release> <arch> sample|all <threads>
+
+prints one line of JSON per kernel. CuPy uses whichever NVRTC is loaded already, so the library is loaded first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import sys
+from typing import Any
+
+# Architectures of which CI compiles every bfloat16 row; of the others, and of float16, a fixed quarter.
+EVERY_ROW = ("sm_80", "sm_86", "sm_90")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def in_sample(job: Any) -> bool:
+    """Whether `make test` compiles this job. Depends on nothing but the job's own text."""
+    text = f"{job.source} {job.name} {job.arch} {sorted(job.defines.items())}"
+    is_bfloat16 = "bfloat16" in job.label or "bf16" in job.label
+    return (is_bfloat16 and job.arch in EVERY_ROW) or hashlib.sha256(text.encode()).digest()[0] % 4 == 0
+
+
+def main() -> None:
+    library, release, arch, which, threads = sys.argv[1:]
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+    from fa2cupy.jit import compile_many, compiler
+    from fa2cupy.kernels import compile_jobs
+
+    build = compiler.nvrtc_build()
+    if not build.startswith(f"{release}."):
+        sys.exit(f"CuPy uses NVRTC {build} where {library} was loaded")
+    jobs = [job for job in compile_jobs(arch, True) if which == "all" or in_sample(job)]
+    for result in compile_many(jobs, max_workers=int(threads)):
+        job, resources = result.job, result.resources
+        record = {
+            "label": job.label,
+            "name": job.name,
+            "arch": job.arch,
+            "error": str(result.error) if result.error else "",
+            "registers": resources.registers if resources else 0,
+            "spill_bytes": resources.spill_bytes if resources else 0,
+            "allowed_spill_bytes": job.allowed_spill_bytes,
+            "shared_mem_bytes": (resources.static_shared if resources else 0) + job.shared_mem_bytes,
+            "warnings": result.warnings,
+            "seconds": result.seconds,
+            "cached": result.cached,
+        }
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
