@@ -59,6 +59,7 @@ venv-demo:
 
 venv-test:
 	$(SETUP) cuda,test,lint
+	@$(BIN)/python -m tests.nvrtc
 
 venv-gpu:
 	$(SETUP) cuda,demo,test,lint,torch

@@ -148,7 +148,10 @@ def test_env_shows_the_gpu_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     record = tmp_path / "tests" / "gpu" / "record.json"
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"state": "passed", "device": "a GPU", "worst": {"out": 1}}))
-    assert dict(env.gpu_record()) == {"state": "passed", "device": "a GPU"}
+    (record.parent / "record.py").write_text(
+        "def read(): return 1\ndef digest(): return 2\ndef verdict(record, digest): return True, f'{record} {digest}'\n"
+    )
+    assert dict(env.gpu_record()) == {"verdict": "1 2", "state": "passed", "device": "a GPU"}
 
 
 def test_compile_prints_a_table(
