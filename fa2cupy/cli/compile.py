@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         results = compile_many(jobs, max_workers=args.jobs, on_done=lambda _: step())
     print(table(results))
     failures = [result.error for result in results if result.error]
-    for error in failures:
+    for error in dict.fromkeys(map(str, failures)):
         print(f"\n{error}")
     cached = sum(result.cached for result in results)
     print(
