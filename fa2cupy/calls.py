@@ -23,7 +23,7 @@ __all__ = ["BACKWARD", "FORWARD", "Operation", "PreparedCall", "call", "check_ov
 Launchable = Callable[[tuple[int, ...], int], None]
 
 # Signatures kept. A decoding loop adds one per length, so the oldest are dropped rather than all of them.
-_MAX_PREPARED = 4096
+MAX_PREPARED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class _PreparedCalls:
         return len(self._calls)
 
 
-PREPARED = _PreparedCalls(_MAX_PREPARED)
+PREPARED = _PreparedCalls(MAX_PREPARED)
 _framework_by_type: dict[type, Framework] = {}  # types that a prepared call exists for
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fake_gpu import gpu  # noqa: F401 - a fixture for the tests of the front end
+
 
 @pytest.fixture(autouse=True)
 def _default_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

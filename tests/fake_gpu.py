@@ -1,0 +1,201 @@
+"""A GPU that is not there: CuPy arrays over host memory, plans that compute with `cpu.py` from raw pointers.
+
+What the front end hands down - pointers, strides, layouts, streams, devices - is used exactly as a kernel would use it,
+so a wrong one gives wrong numbers. Everything that would reach a driver is replaced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fa2cupy
+from fa2cupy import calls, cpu, first_call
+from fa2cupy.arrays import CUPY
+from fa2cupy.jit import driver
+from fa2cupy.overlap import Extent
+from fa2cupy.problem import AttentionProblem
+
+FORWARD_NAMES = ("q", "k", "v", "out", "lse")
+BACKWARD_NAMES = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+
+
+def aligned_empty(size: int, offset: int = 0) -> np.ndarray:
+    """`size` bytes, all 0xff (NaN), that start `offset` bytes after a multiple of 512, as GPU allocators have it."""
+    block = np.full(size + 1024, 0xFF, np.uint8)
+    start = -block.ctypes.data % 512 + offset
+    return block[start : start + size]
+
+
+def cupy_array(
+    shape: tuple[int, ...], dtype: Any, device: int = 0, *, offset: int = 0, strides: tuple[int, ...] | None = None
+) -> Any:
+    """A cupy.ndarray over new host memory, all 0xff; `strides` in bytes, `offset` in bytes from an aligned address."""
+    import cupy
+
+    dtype = np.dtype(dtype)
+    steps = strides or np.empty(shape, dtype).strides
+    extent = Extent.of(shape, steps, dtype.itemsize)
+    memory = aligned_empty(max(1, extent.high - extent.low), offset)
+    owned = cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(owned, -extent.low), steps)
+
+
+def host_view(array: Any) -> np.ndarray:
+    """The memory of a fake CuPy array as NumPy, without a copy."""
+    return view(array.data.ptr, array.shape, array.strides, array.dtype)
+
+
+def to_cupy(array: np.ndarray, device: int = 0, *, offset: int = 0, order: tuple[int, ...] | None = None) -> Any:
+    """A fake CuPy array with the values of `array`; `order` lists the axes from slowest to fastest in memory."""
+    order = order or tuple(range(array.ndim))
+    memory = cupy_array(tuple(array.shape[i] for i in order), array.dtype, device, offset=offset)
+    result = memory.transpose(np.argsort(order).tolist())
+    host_view(result)[...] = array
+    return result
+
+
+def view(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """NumPy over raw memory; strides in bytes."""
+    dtype = np.dtype(dtype)
+    extent = Extent.of(shape, strides, dtype.itemsize)
+    if extent.empty:
+        return np.empty(shape, dtype)
+    memory = (ctypes.c_char * (extent.high - extent.low)).from_address(ptr + extent.low)
+    return np.ndarray(shape, dtype, memory, -extent.low, strides)
+
+
+def tensor(problem: AttentionProblem, name: str, ptr: int) -> np.ndarray:
+    """The tensor `name` of a problem in bshd order (lse: bhs); bfloat16 as uint16."""
+    p, strides = problem, dict(problem.strides)[name]
+    if name == "lse":
+        shape: tuple[int, ...] = (p.batch, p.num_heads, p.seqlen_q)
+        return view(ptr, shape, tuple(4 * s for s in strides), np.float32)
+    length, heads = (p.seqlen_k, p.num_heads_k) if name in ("k", "v", "dk", "dv") else (p.seqlen_q, p.num_heads)
+    width = p.head_dim_v if name in ("v", "dv", "out", "dout") else p.head_dim
+    dtype = np.uint16 if p.dtype == "bfloat16" else p.dtype
+    return view(ptr, (p.batch, length, heads, width), (*(2 * s for s in strides), 2), dtype)
+
+
+@dataclass
+class Launch:
+    """One call of a fake launchable."""
+
+    problem: AttentionProblem
+    pointers: dict[str, int]
+    stream: int
+    device: int
+    current_device: int | None
+    deterministic: bool | None = None
+
+    def run(self) -> None:
+        p = self.problem
+        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name != "workspace"}
+        if "dout" not in arrays:
+            cpu.forward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
+        else:
+            cpu.backward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
+
+
+@dataclass
+class FakePlan:
+    gpu: FakeGpu
+    problem: AttentionProblem
+    workspace_bytes: int
+    deterministic: bool | None = None
+
+    def bind(self, device_index: int) -> Any:
+        self.gpu.binds += 1
+        names = FORWARD_NAMES if self.deterministic is None else (*BACKWARD_NAMES, "workspace")
+
+        def launch(pointers: tuple[int, ...], stream: int) -> None:
+            assert len(pointers) == len(names)
+            assert all(type(pointer) is int for pointer in pointers) and type(stream) is int
+            named = dict(zip(names, pointers, strict=True))
+            record = Launch(self.problem, named, stream, device_index, self.gpu.current, self.deterministic)
+            self.gpu.launches.append(record)
+            if self.gpu.compute:
+                record.run()
+
+        return launch
+
+
+@dataclass
+class FakeGpu:
+    """`launches`: what was launched; `plans`: what was planned. `current`: the device whose context is current."""
+
+    current: int | None = None
+    stream: int = 0
+    capturing: bool = False
+    compute: bool = True
+    workspace_bytes: int = 1024
+    binds: int = 0
+    plans: list[FakePlan] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    allocations: list[Any] = field(default_factory=list)
+
+    @property
+    def last(self) -> Launch:
+        return self.launches[-1]
+
+    def plan_forward(self, problem: AttentionProblem, device: Any) -> FakePlan:
+        self.plans.append(FakePlan(self, problem, 0))
+        return self.plans[-1]
+
+    def plan_backward(self, problem: AttentionProblem, device: Any, deterministic: bool) -> FakePlan:
+        self.plans.append(FakePlan(self, problem, self.workspace_bytes, deterministic))
+        return self.plans[-1]
+
+    @contextmanager
+    def guard(self, index: int) -> Any:
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Planning, the driver, and CuPy's allocator, streams and copies replaced for one test."""
+    fake = FakeGpu()
+    _forget()
+    monkeypatch.setattr(fa2cupy, "kernels", fake, raising=False)
+    monkeypatch.setattr(driver, "device_guard", fake.guard)
+    monkeypatch.setattr(
+        driver, "device_info", lambda index: driver.DeviceInfo(index, "fake", (9, 0), 132, 227 * 1024, 50 << 20)
+    )
+    _replace_cupy(fake, monkeypatch)
+    yield fake
+    _forget()
+
+
+def _forget() -> None:
+    calls.PREPARED.clear()
+    first_call.bound_plan.cache_clear()
+
+
+def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocator(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        numpy_dtype = like.dtype if like.dtype.name == dtype else np.dtype(dtype)
+
+        def allocate(_: Any) -> Any:
+            assert gpu.current == like.data.device_id, "CuPy allocates on the current device"
+            assert not gpu.capturing, "an allocation inside a capture"
+            gpu.allocations.append(cupy_array(shape, numpy_dtype, like.data.device_id))
+            return gpu.allocations[-1]
+
+        return allocate
+
+    def contiguous(array: Any) -> Any:
+        assert gpu.current == array.data.device_id
+        return to_cupy(host_view(array), array.data.device_id)
+
+    monkeypatch.setattr(CUPY, "allocator", allocator)
+    monkeypatch.setattr(CUPY, "contiguous", contiguous)
+    monkeypatch.setattr(CUPY, "stream", lambda index: lambda index: gpu.stream)
+    monkeypatch.setattr(CUPY, "is_capturing", lambda stream, index: gpu.capturing)

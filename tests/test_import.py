@@ -1,0 +1,51 @@
+"""Importing fa2cupy is cheap and pulls in no array library; the CPU path needs none either."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LIBRARIES = ("cupy", "torch", "jax", "jaxlib", "ml_dtypes", "cuda")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["fa2cupy", "fa2cupy.calls", "fa2cupy.first_call", "fa2cupy.host", "fa2cupy.jit"])
+def test_import_takes_no_array_library(module: str) -> None:
+    assert run(f"import sys, {module}; print([m for m in {LIBRARIES} if m in sys.modules])") == "[]"
+
+
+def test_numpy_arrays_take_no_array_library_and_no_driver() -> None:
+    code = """
+import sys
+import ctypes
+real = ctypes.CDLL
+def refuse(name, *args, **kwargs):
+    assert not (name and "cuda" in str(name)), name
+    return real(name, *args, **kwargs)
+ctypes.CDLL = refuse
+for name in {libraries}:
+    sys.modules[name] = None  # an import of it fails
+import numpy as np, fa2cupy
+q = np.ones((1, 3, 2, 8), np.float16)
+out, lse = fa2cupy.attention(q, q, q, causal=True, return_lse=True)
+fa2cupy.attention_backward(out, q, q, q, out, lse, causal=True)
+bits = fa2cupy.attention(*[np.full((1, 3, 2, 8), 0x3F80, np.uint16)] * 3, dtype="bfloat16")
+print(out.dtype, bits.dtype, set(bits.ravel().tolist()) == {{0x3F80}})
+"""
+    assert run(code.format(libraries=LIBRARIES)) == "float16 uint16 True"
+
+
+def test_public_names() -> None:
+    import fa2cupy
+
+    for name in fa2cupy.__all__:
+        assert getattr(fa2cupy, name) is not None
+    for function in (fa2cupy.attention, fa2cupy.attention_backward, fa2cupy.backward_workspace_bytes):
+        first, second = (function.__doc__ or "").splitlines()[:2]
+        assert 'Layout "bshd"' in first
+        assert "bottom-right" in second

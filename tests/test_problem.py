@@ -1,0 +1,197 @@
+"""`problem.py`: options, lengths and the frozen problem that plans are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fa2cupy.arrays import CUPY, Device, TensorRef, contiguous_strides
+from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes, check_flag, softmax_scale
+from tests.fake_gpu import cupy_array
+
+GPU = Device("cuda", 0)
+
+
+def ref(shape: tuple[int, ...], dtype: str = "float16", device: Device = GPU, ptr: int = 512) -> TensorRef:
+    return TensorRef(ptr, shape, contiguous_strides(shape), dtype, device, None)
+
+
+def options(**changes: object) -> Options:
+    values = {"causal": False, "softmax_scale": None, "layout": "bshd", "dtype": None, "deterministic": False}
+    return Options.checked(**{**values, **changes})
+
+
+def problem(changes: dict[str, TensorRef] | None = None, *, heads_k: int = 2, **keywords: object) -> AttentionProblem:
+    """q (2, 5, 4, 16), k and v (2, 7, heads_k, 16), the rest to match."""
+    chosen = options(**keywords)
+    sizes = Sizes(2, 5, 7, 4, heads_k, 16, 16)
+    tensors = {name: ref(sizes.shape(name, chosen.layout)) for name in ("q", "k", "v", "out")}
+    tensors["lse"] = ref(sizes.shape("lse", chosen.layout), "float32")
+    return AttentionProblem.from_refs({**tensors, **(changes or {})}, sizes, "float16", chosen)
+
+
+def test_fields() -> None:
+    p = problem(causal=True)
+    assert (p.batch, p.seqlen_q, p.seqlen_k, p.num_heads, p.num_heads_k) == (2, 5, 7, 4, 2)
+    assert (p.head_dim, p.head_dim_v, p.dtype) == (16, 16, "float16")
+    assert (p.causal, p.window_left, p.window_right) == (True, -1, 0)
+    assert p.softmax_scale == 0.25
+    assert p.aligned
+    assert dict(p.strides) == {
+        "q": (320, 64, 16),
+        "k": (224, 32, 16),
+        "v": (224, 32, 16),
+        "out": (320, 64, 16),
+        "lse": (20, 5, 1),
+    }
+    assert problem().window_right == -1
+    assert "seqlen_q=5" in repr(p)
+    assert hash(p) == hash(problem(causal=True))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        p.batch = 3  # type: ignore[misc]
+
+
+def test_layouts_give_the_same_order() -> None:
+    p = problem(layout="bhsd")
+    assert dict(p.strides)["q"] == (320, 16, 80)
+    assert dict(p.strides)["lse"] == (20, 5, 1)
+
+
+def test_junk_strides_are_dropped() -> None:
+    sizes = Sizes(1, 1, 3, 1, 1, 1, 1)
+    junk = {name: TensorRef(512, sizes.shape(name, "bshd"), (7, 9, 11, 13), "float16", GPU, None) for name in "qkv"}
+    junk["out"] = junk["q"]
+    junk["lse"] = TensorRef(512, (1, 1, 1), (5, 6, 7), "float32", GPU, None)
+    strides = dict(AttentionProblem.from_refs(junk, sizes, "float16", options()).strides)
+    assert strides == {"q": (0, 0, 0), "k": (0, 9, 0), "v": (0, 9, 0), "out": (0, 0, 0), "lse": (0, 0, 0)}
+
+
+def test_empty_tensors_have_no_strides() -> None:
+    sizes = Sizes(2, 0, 3, 4, 4, 8, 8)
+    tensors = {name: ref(sizes.shape(name, "bshd")) for name in ("q", "k", "v", "out")}
+    tensors["lse"] = ref(sizes.shape("lse", "bshd"), "float32")
+    p = AttentionProblem.from_refs(tensors, sizes, "float16", options())
+    assert dict(p.strides)["q"] == dict(p.strides)["lse"] == (0, 0, 0)
+    assert dict(p.strides)["k"] == (96, 32, 8)
+    assert p.aligned
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        TensorRef(514, (2, 5, 4, 16), (320, 64, 16, 1), "float16", GPU, None),
+        TensorRef(512, (2, 5, 4, 16), (324, 64, 16, 1), "float16", GPU, None),
+        TensorRef(512, (2, 5, 4, 16), (320, 65, 16, 1), "float16", GPU, None),
+        TensorRef(512, (2, 5, 4, 16), (320, 64, 18, 1), "float16", GPU, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["q", "out"])
+def test_unaligned(name: str, odd: TensorRef) -> None:
+    assert not problem({name: odd}).aligned
+
+
+def test_aligned_in_spite_of() -> None:
+    expanded = TensorRef(512, (2, 7, 2, 16), (0, 0, 16, 1), "float16", GPU, None)
+    assert problem({"k": expanded}).aligned
+    assert dict(problem({"k": expanded}).strides)["k"] == (0, 0, 16)
+    negative = TensorRef(512, (2, 5, 4, 16), (320, -64, 16, 1), "float16", GPU, None)
+    assert problem({"q": negative}).aligned
+    assert dict(problem({"q": negative}).strides)["q"] == (320, -64, 16)
+    lse = TensorRef(516, (2, 4, 5), (20, 5, 1), "float32", GPU, None)
+    assert problem({"lse": lse}).aligned
+
+
+def test_odd_head_dims_are_not_aligned() -> None:
+    for head_dim, aligned in ((8, True), (16, True), (59, False), (4, False), (256, True)):
+        sizes = Sizes(1, 1, 1, 1, 1, head_dim, head_dim)
+        tensors = {name: ref((1, 1, 1, head_dim)) for name in ("q", "k", "v", "out")}
+        tensors["lse"] = ref((1, 1, 1), "float32")
+        assert AttentionProblem.from_refs(tensors, sizes, "float16", options()).aligned == aligned
+
+
+@pytest.mark.parametrize(
+    "value", [0.125, np.float32(0.125), np.float64(0.125), fractions.Fraction(1, 8), np.float16(0.125)]
+)
+def test_scales(value: object) -> None:
+    scale = options(softmax_scale=value).softmax_scale
+    assert type(scale) is float
+    assert scale == 0.125
+
+
+def test_scale_of_the_true_head_dim() -> None:
+    assert softmax_scale(Sizes(1, 1, 1, 1, 1, 59, 59), options()) == 59**-0.5
+    assert softmax_scale(Sizes(1, 1, 1, 1, 1, 59, 59), options(softmax_scale=0)) == 0.0
+    assert options(softmax_scale=-3).softmax_scale == -3.0
+    assert options(softmax_scale=np.int32(2)).softmax_scale == 2.0
+
+
+def test_scale_beyond_float32_on_a_gpu() -> None:
+    assert problem(softmax_scale=1e38).softmax_scale == 1e38
+    with pytest.raises(InvalidArgument, match=r"softmax_scale=1e\+39 .* at most 2e\+38"):
+        problem(softmax_scale=1e39)
+
+
+def test_flags() -> None:
+    for value in (True, False, np.True_, np.False_):
+        assert check_flag("causal", value) is bool(value)
+    for value in ("yes", 1, 0, None, 1.0, np.int64(1), np.array(True)):
+        with pytest.raises(InvalidType, match=r"causal=.* True or False"):
+            check_flag("causal", value)
+
+
+def test_shapes_by_name() -> None:
+    sizes = Sizes(2, 5, 7, 4, 2, 16, 8)
+    for names, shape in (
+        (("q", "dq"), (2, 5, 4, 16)),
+        (("k", "dk"), (2, 7, 2, 16)),
+        (("v", "dv"), (2, 7, 2, 8)),
+        (("out", "dout"), (2, 5, 4, 8)),
+    ):
+        for name in names:
+            assert sizes.shape(name, "bshd") == shape
+            assert sizes.shape(name, "bhsd") == (shape[0], shape[2], shape[1], shape[3])
+    for name in ("lse", "lse_out"):
+        assert sizes.shape(name, "bshd") == sizes.shape(name, "bhsd") == (2, 4, 5)
+
+
+@pytest.mark.parametrize(("heads", "heads_k"), [(1, 1), (4, 4), (6, 3), (8, 2), (6, 1), (0, 0), (0, 3)])
+def test_heads_that_divide(heads: int, heads_k: int) -> None:
+    k = ref((2, 7, heads_k, 16))
+    sizes = Sizes.of(ref((2, 5, heads, 16)), k, k, "bshd")
+    assert (sizes.num_heads, sizes.num_heads_k) == (heads, heads_k)
+
+
+def test_zero_lengths_are_fine() -> None:
+    for batch, seqlen_q, seqlen_k in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)):
+        k = ref((batch, seqlen_k, 1, 16))
+        assert Sizes.of(ref((batch, seqlen_q, 1, 16)), k, k, "bshd").batch == batch
+
+
+def test_too_long() -> None:
+    k = TensorRef(512, (1, 2**31, 1, 8), (0, 0, 0, 1), "float16", GPU, None)
+    with pytest.raises(InvalidArgument, match=r"k has seqlen 2147483648.* at most 1073741824"):
+        Sizes.of(ref((1, 1, 1, 8)), k, k, "bshd")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("float16", "float16"), ("bfloat16", "bfloat16"), ("bfloat16", "uint16")]
+)
+def test_dtypes(dtype: str, stored: str) -> None:
+    tensors = {"q": ref((1, 1, 1, 8), stored), "lse": ref((1, 1, 1), "float32")}
+    assert check_dtypes(tensors, options(dtype="bfloat16" if stored == "uint16" else None)) == dtype
+
+
+def test_explicit_dtype_may_repeat_the_arrays() -> None:
+    assert check_dtypes({"q": ref((1, 1, 1, 8), "bfloat16")}, options(dtype="bfloat16")) == "bfloat16"
+    assert check_dtypes({"q": ref((1, 1, 1, 8), "float16")}, options(dtype="float16")) == "float16"
+
+
+def test_refs_of_real_arrays() -> None:
+    q = cupy_array((2, 5, 4, 16), ml_dtypes.bfloat16)
+    assert CUPY.ref(q, "q").dtype == "bfloat16"
+    assert CUPY.ref(q[:, :, ::2], "q").strides == (320, 64, 32, 1)
