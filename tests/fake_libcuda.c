@@ -40,6 +40,7 @@ void fake_reset(void) {
   for (int i = 0; i < kMaxDevices; ++i) fake_cc[i][0] = 9, fake_cc[i][1] = 0;
   fake_params_bytes = 0;
   fake_launch_count = fake_retain_count = fake_push_count = depth = 0;
+  fake_last_attribute[0] = fake_last_attribute[1] = 0;
 }
 
 CUresult cuInit(unsigned flags) { return flags ? 1 : fake_init_status; }
