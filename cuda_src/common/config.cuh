@@ -1,0 +1,38 @@
+// The only reader of -D. fa2cupy/kernels/tiles.py says what each one means and why it has its value.
+#pragma once
+
+#include "common/types.cuh"
+
+#if FA2_BF16
+using Element = bf16_t;
+#else
+using Element = half_t;
+#endif
+
+constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up to a multiple of 16
+constexpr bool kAligned = FA2_ALIGNED;  // rows can be read and written in pieces of 16 bytes
+static_assert(kHeadDim % 16 == 0 && kHeadDim >= 16 && kHeadDim <= 256, "head_dim is 16, 32, ..., 256");
+
+#ifdef FA2_BLOCK_M
+constexpr int kBlockM = FA2_BLOCK_M;  // query rows of a tile
+constexpr int kBlockN = FA2_BLOCK_N;  // keys of a tile
+constexpr int kNumWarps = FA2_NUM_WARPS;
+constexpr int kNumThreads = 32 * kNumWarps;
+static_assert(kBlockM % 16 == 0 && kBlockN % 16 == 0, "tiles are made of 16 x 16 matrices");
+#endif
+
+#ifdef FA2_CAUSAL
+constexpr bool kCausal = FA2_CAUSAL;
+#endif
+
+constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs
+#ifdef FA2_SHARED_BYTES
+constexpr int kSharedBytes = FA2_SHARED_BYTES;  // size of the dynamic shared memory that the host asks for
+#endif
+
+// One struct describes the dynamic shared memory of a kernel.
+#ifndef FA2_SHARED_MEMORY
+#define FA2_SHARED_MEMORY(Type, name)                              \
+  extern __shared__ __align__(128) unsigned char fa2_dynamic_smem[]; \
+  Type& name = *reinterpret_cast<Type*>(fa2_dynamic_smem)
+#endif

@@ -1,0 +1,26 @@
+// The order of dq_accum: dQ in float32, summed over key blocks by flash_bwd and turned into rows by
+// flash_bwd_postprocess. A tile of kBlockM query rows is stored as the accumulators of the warps that add to it, so that an
+// addition is one coalesced burst and nothing is reordered in the main loop.
+#pragma once
+
+#include "common/config.cuh"
+
+constexpr int kDqWarpsM = FA2_DQ_WARPS_M;              // warps along the rows of dQ
+constexpr int kDqWarpsD = kNumWarps / kDqWarpsM;       // warps along its columns
+constexpr int kDqMTiles = kBlockM / 16 / kDqWarpsM;    // blocks of 16 rows of a warp
+constexpr int kDqNTiles = 2 * ceil_div(kHeadDim / 16, kDqWarpsD);  // blocks of 8 columns of a warp, at most
+static_assert(kDqWarpsM * kDqWarpsD == kNumWarps && kDqWarpsM * kDqMTiles * 16 == kBlockM, "dQ is shared out evenly");
+
+constexpr int kDqTileFloats = kNumWarps * kDqMTiles * kDqNTiles * 128;
+constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and newer
+
+// Rows and columns of a warp's part. Where 16-wide column blocks cannot be shared out evenly, the last warps have fewer.
+FA2_DEVICE int dq_row(int warp) { return warp / kDqWarpsD * kDqMTiles * 16; }
+FA2_DEVICE int dq_col(int warp) { return warp % kDqWarpsD * kDqNTiles * 8; }
+
+// Offset of element `e` of block (i, j) of a thread. With kVectorRed the four elements of a thread are neighbours,
+// otherwise the same element of the 32 threads of a warp.
+FA2_DEVICE int dq_offset(int warp, int lane, int i, int j, int e) {
+  const int block = (warp * kDqMTiles + i) * kDqNTiles + j;
+  return block * 128 + (kVectorRed ? lane * 4 + e : e * 32 + lane);
+}

@@ -1,0 +1,54 @@
+// What the host hands to a kernel: one struct by value. fa2cupy/kernels/params.py has the twins; the sizes are checked
+// on both sides. Strides count elements; the last dimension is contiguous. Pointers come first.
+#pragma once
+
+#include "common/config.cuh"
+
+struct Strides {
+  int64_t batch, row, head;
+};
+
+// Which part of the problem a thread block works on (block_range.cuh).
+struct Shape {
+  int batch, num_heads, num_heads_k;
+  int seqlen_q, seqlen_k, head_dim;
+  int heads_per_section;  // heads whose tiles are interleaved in launch order
+};
+
+struct FwdParams {
+  const Element* q;  // (batch, seqlen_q, num_heads, head_dim)
+  const Element* k;  // (batch, seqlen_k, num_heads_k, head_dim)
+  const Element* v;  // (batch, seqlen_k, num_heads_k, head_dim)
+  Element* out;      // (batch, seqlen_q, num_heads, head_dim)
+  float* lse;        // (batch, num_heads, seqlen_q), natural logarithm
+  Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
+  Shape shape;
+  float scale_softmax_log2;  // softmax_scale * log2(e)
+};
+
+struct BwdParams {
+  const Element* dout;  // like out
+  const Element* q;     // (batch, seqlen_q, num_heads, head_dim)
+  const Element* k;     // (batch, seqlen_k, num_heads_k, head_dim)
+  const Element* v;     // (batch, seqlen_k, num_heads_k, head_dim)
+  const Element* out;   // (batch, seqlen_q, num_heads, head_dim)
+  const float* lse;     // (batch, num_heads, seqlen_q)
+  Element* dq;          // like q
+  Element* dk;          // like k
+  Element* dv;          // like v
+  // Workspaces; a row of tiles is m_blocks * kBlockM query rows long.
+  float* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
+  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
+  float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
+  int* dq_turn;      // (batch, num_heads, m_blocks): how many key blocks have added their dQ (deterministic only)
+  Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;
+  Shape shape;
+  float scale_softmax_log2, softmax_scale;
+};
+
+struct FillParams {
+  Element* rows;  // (batch, seqlen, num_heads, head_dim): its rows [0, num_rows) become 0
+  float* lse;     // (batch, num_heads, seqlen): likewise -inf; or null
+  Strides row_strides, lse_strides;
+  int batch, num_rows, num_heads, head_dim;
+};

@@ -1,0 +1,91 @@
+// PTX that every architecture from sm_80 on has. One instruction, one function, named as in the PTX ISA.
+// tests/host/cuda/common/ptx.cuh has the same functions for a CPU.
+#pragma once
+
+#include "common/types.cuh"
+
+// ex2.approx.ftz.f32: 2^x; -inf gives 0 (PTX ISA 9.7.3.21)
+FA2_DEVICE float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// lg2.approx.ftz.f32: log2(x) (PTX ISA 9.7.3.20)
+FA2_DEVICE float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// rcp.approx.ftz.f32: 1 / x (PTX ISA 9.7.3.13)
+FA2_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// cvt.rn.{f16x2,bf16x2}.f32: two floats rounded to nearest even, `lo` in the lower half (PTX ISA 9.7.9.21)
+template <typename T>
+FA2_DEVICE uint32_t cvt_pack(float lo, float hi);
+template <>
+FA2_DEVICE uint32_t cvt_pack<half_t>(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+template <>
+FA2_DEVICE uint32_t cvt_pack<bf16_t>(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+FA2_DEVICE float to_float(half_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+FA2_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+
+// The 32-bit address of something in shared memory, as ld.shared, ldmatrix and cp.async take it.
+FA2_DEVICE uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+FA2_DEVICE void st_shared_b32(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+FA2_DEVICE uint4 ld_shared_v4(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+FA2_DEVICE void st_shared_v4(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+// red.global.add.f32: relaxed atomic add, no result
+FA2_DEVICE void red_add_f32(float* address, float value) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+// red.global.add.v4.f32: four of them at 16 aligned bytes. sm_90 and newer.
+FA2_DEVICE void red_add_v4_f32(float* address, float x, float y, float z, float w) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+
+// ld.global.acquire.gpu.b32 and red.release.gpu.global.add.s32: a counter that orders thread blocks (PTX ISA 8.10)
+FA2_DEVICE int ld_acquire(const int* address) {
+  int value;
+  asm volatile("ld.global.acquire.gpu.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+FA2_DEVICE void red_release_add(int* address, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}

@@ -1,0 +1,234 @@
+// FlashAttention-2 backward (Dao 2023, algorithm 2) with mma.sync and cp.async: every GPU from sm_80 on.
+//
+//   P = exp(scale * Q K^T - lse)    dV = P^T dO    dP = dO V^T    dS = P * (dP - D)    dQ = scale * dS K    dK = scale * dS^T Q
+//
+// A thread block owns kBlockN keys of one key head and runs over the query blocks of all query heads that share it, so dK
+// and dV are summed in registers, GQA included. The scores are computed transposed (S^T = K Q^T): a warp owns key rows, and
+// P^T and dS^T leave the accumulators as the A operands of dV += P^T dO and dK += dS^T Q. dQ alone needs dS of all warps:
+// it goes through shared memory, and dS K is added to dq_accum in global memory.
+//
+// kSplit = 2 (head_dim > 128, where 16 rows of dK and dV fill the registers): two warps share 16 key rows. Each computes half
+// of the query columns of S^T and owns half of the head_dim columns of dK and dV; P^T goes through shared memory too.
+#include "common/block_range.cuh"
+#include "common/dq_accum.cuh"
+#include "sm80/tile.cuh"
+
+static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+
+constexpr int kStages = FA2_NUM_STAGES;               // buffers of Q and dO: with 2, the next block is copied under this one
+constexpr int kSplit = FA2_SPLIT;                     // warps that share key rows
+constexpr bool kDeterministic = FA2_DETERMINISTIC;    // dQ is added in the order of the key blocks
+
+constexpr int kKeyWarps = kNumWarps / kSplit;
+constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
+constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
+constexpr int kDCols = kHeadDim / kSplit;             // head_dim columns of dK and dV of a warp
+constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
+static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
+static_assert(kSCols % 16 == 0 && kDCols % 16 == 0, "a split leaves whole blocks of 16");
+
+struct SharedMemory {
+  Tile<kBlockN, kHeadDim> k, v;  // later dK and dV on their way to global memory
+  Tile<kBlockM, kHeadDim> q[kStages], dout[kStages];
+  Tile<kBlockN, kBlockM> ds;                          // dS^T
+  Tile<kSplit == 1 ? 16 : kBlockN, kBlockM> p;        // P^T, if two warps share it
+  alignas(16) float lse_log2[kStages][kBlockM];
+  alignas(16) float softmax_d[kStages][kBlockM];
+};
+
+static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
+
+using AccS = Accumulator<kKeyTiles, kSCols / 8>;
+using AccKV = Accumulator<kKeyTiles, kDCols / 8>;
+
+// Statistics of the kBlockM query rows that start at `gmem`: whole blocks, the workspace is padded.
+FA2_DEVICE void load_statistics(float (&smem)[kBlockM], const float* gmem) {
+  for (int i = threadIdx.x * 4; i < kBlockM; i += kNumThreads * 4) cp_async_16(smem_address(smem + i), gmem + i, 16);
+}
+
+// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key.
+template <bool kMasked>
+FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int first_key,
+                            int first_query, int first_col) {
+#pragma unroll
+  for (int j = 0; j < kSCols / 8; ++j) {
+    const int col = first_col + 8 * j + accumulator_col();
+    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + col);
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float p = ex2(fmaf(acc.x[i][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
+        if constexpr (kMasked) {
+          const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
+          if (first_query + col + e % 2 < query_begin(shape, key)) p = 0.f;
+        }
+        acc.x[i][j][e] = p;
+      }
+  }
+}
+
+// dS^T = P^T * (dP^T - D), in place of dP^T.
+FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM], int first_col) {
+#pragma unroll
+  for (int j = 0; j < kSCols / 8; ++j) {
+    const float2 d = *reinterpret_cast<const float2*>(softmax_d + first_col + 8 * j + accumulator_col());
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_dp.x[i][j][e] = acc_p.x[i][j][e] * (acc_dp.x[i][j][e] - (e % 2 == 0 ? d.x : d.y));
+  }
+}
+
+// dq_accum += dS K for this warp's part of the tile.
+FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
+  const int warp = warp_id();
+  if (dq_col(warp) >= kHeadDim) return;
+  Accumulator<kDqMTiles, kDqNTiles> acc_dq;
+  acc_dq.clear();
+  // Columns past head_dim read the padding or the next row of K: finite or not, they are not added.
+  gemm<kKeySteps>(acc_dq, operand_a_transposed(smem.ds, 0, dq_row(warp)), operand_b(smem.k, 0, dq_col(warp)));
+#pragma unroll
+  for (int i = 0; i < kDqMTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kDqNTiles; ++j) {
+      if (dq_col(warp) + 8 * j >= kHeadDim) continue;
+      const float(&x)[4] = acc_dq.x[i][j];
+      if constexpr (kVectorRed) {
+        red_add_v4_f32(dq_tile + dq_offset(warp, lane_id(), i, j, 0), x[0], x[1], x[2], x[3]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) red_add_f32(dq_tile + dq_offset(warp, lane_id(), i, j, e), x[e]);
+      }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  const Shape& shape = params.shape;
+  const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+  const Tile2 tile = tile_of(blockIdx.x, n_blocks, shape.num_heads_k, shape);
+  const int first_key = tile.block * kBlockN, keys = shape.seqlen_k - first_key;
+  const int group = shape.num_heads / shape.num_heads_k;  // query heads of this key head
+
+  const int key_row = warp_id() / kSplit * kKeyTiles * 16;
+  const int s_col = warp_id() % kSplit * kSCols, d_col = warp_id() % kSplit * kDCols;
+  const auto smem_k = operand_a(smem.k, key_row, 0);
+  const auto smem_v = operand_a(smem.v, key_row, 0);
+  const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : key_row, 0);
+  const auto smem_ds = operand_a(smem.ds, key_row, 0);
+
+  const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
+  load_tile(smem.k, params.k + tile.batch * ks.batch + tile.head * ks.head + first_key * ks.row, ks.row, keys, shape.head_dim);
+  load_tile(smem.v, params.v + tile.batch * vs.batch + tile.head * vs.head + first_key * vs.row, vs.row, keys, shape.head_dim);
+
+  // A step is a block of queries of one of the query heads that share these keys.
+  struct Step {
+    int head, m_block, stage;
+  };
+  const BlockRange range = query_blocks(shape, tile.block);
+  const int last_head = (tile.head + 1) * group - 1;
+  auto next_of = [&](const Step& step) {
+    const bool last = step.m_block + 1 == range.end;
+    return Step{step.head + last, last ? range.begin : step.m_block + 1, (step.stage + 1) % kStages};
+  };
+  auto tile_index = [&](const Step& step) {  // among all tiles of queries
+    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + step.m_block;
+  };
+  auto load_queries = [&](const Step& step) {
+    const int first_query = step.m_block * kBlockM, queries = shape.seqlen_q - first_query;
+    load_tile(smem.q[step.stage], params.q + tile.batch * qs.batch + step.head * qs.head + first_query * qs.row, qs.row,
+              queries, shape.head_dim);
+    load_tile(smem.dout[step.stage], params.dout + tile.batch * dos.batch + step.head * dos.head + first_query * dos.row,
+              dos.row, queries, shape.head_dim);
+    load_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
+    load_statistics(smem.softmax_d[step.stage], params.softmax_d + tile_index(step) * kBlockM);
+    cp_async_commit_group();
+  };
+
+  AccKV acc_dk, acc_dv;
+  acc_dk.clear();
+  acc_dv.clear();
+  auto compute_p = [&](AccS& acc, int stage, int m_block, auto masked) {
+    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, shape, first_key + key_row,
+                                         m_block * kBlockM, s_col);
+  };
+
+  const bool any = range.begin < range.end;
+  Step step{tile.head * group, range.begin, 0};
+  if (any) load_queries(step);
+  while (any && step.head <= last_head) {
+    const Step next = next_of(step);
+    const int stage = step.stage, m_block = step.m_block;
+    cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
+    __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
+    if (kStages > 1 && next.head <= last_head) load_queries(next);
+    // S^T = K Q^T, P^T = exp(scale * S^T - lse)
+    AccS acc_p;
+    acc_p.clear();
+    gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
+    if (m_block < range.mask_to) {
+      compute_p(acc_p, stage, m_block, True{});
+    } else {
+      compute_p(acc_p, stage, m_block, False{});
+    }
+    // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
+    AccS acc_ds;
+    acc_ds.clear();
+    gemm<kHeadSteps>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0));
+    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage], s_col);
+    store_accumulator(smem.ds, key_row, s_col, acc_ds);
+    // dV += P^T dO
+    const auto smem_dout = operand_b(smem.dout[stage], 0, d_col);
+    if constexpr (kSplit == 1) {
+      gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout);
+      __syncthreads();  // dS^T is complete
+    } else {
+      store_accumulator(smem.p, key_row, s_col, acc_p);
+      __syncthreads();  // P^T and dS^T are complete
+      gemm<kQuerySteps>(acc_dv, smem_p, smem_dout);
+    }
+    // dQ += dS K
+    int* turn = params.dq_turn + tile_index(step);
+    if constexpr (kDeterministic) {
+      if (threadIdx.x == 0) {
+        while (ld_acquire(turn) != tile.block) continue;  // the key block before this one has added its part
+      }
+      __syncthreads();  // so nobody adds before that
+    }
+    add_dq(params.dq_accum + tile_index(step) * kDqTileFloats, smem);
+    if constexpr (kDeterministic) {
+      __threadfence();  // this thread's part of dQ, before its turn is passed on
+      __syncthreads();  // everybody has added
+      if (threadIdx.x == 0) red_release_add(turn, 1);
+    }
+    // dK += dS^T Q
+    const auto smem_q = operand_b(smem.q[stage], 0, d_col);
+    if constexpr (kSplit == 1) {
+      gemm<kQuerySteps>(acc_dk, to_fragments(acc_ds), smem_q);
+    } else {
+      gemm<kQuerySteps>(acc_dk, smem_ds, smem_q);
+    }
+    if (kStages == 1 && next.head <= last_head) {
+      __syncthreads();  // everybody is done with Q and dO
+      load_queries(next);
+    }
+    step = next;
+  }
+
+  // dK and dV through the tiles of K and V.
+#pragma unroll
+  for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kDCols / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_dk.x[i][j][e] *= params.softmax_scale;
+  cp_async_wait_group<0>();  // K and V landed, should there have been no step
+  __syncthreads();           // everybody is done with K and V
+  store_accumulator(smem.k, key_row, d_col, acc_dk);
+  store_accumulator(smem.v, key_row, d_col, acc_dv);
+  __syncthreads();  // dK and dV are in shared memory
+  const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
+  store_tile(params.dk + tile.batch * dks.batch + tile.head * dks.head + first_key * dks.row, dks.row, keys, shape.head_dim, smem.k);
+  store_tile(params.dv + tile.batch * dvs.batch + tile.head * dvs.head + first_key * dvs.row, dvs.row, keys, shape.head_dim, smem.v);
+}

@@ -1,0 +1,152 @@
+// FlashAttention-2 forward (Dao 2023, algorithm 1) with mma.sync and cp.async: every GPU from sm_80 on.
+//
+//   O = softmax(scale * Q K^T) V,   lse = log(sum(exp(scale * Q K^T)))
+//
+// A thread block owns kBlockM query rows of one head, a warp a slice of them, so that no two warps ever share a row and the
+// softmax needs no shared memory. Key blocks run from the last to the first: the ones that need a mask come first.
+//
+//   copies   K(n-1)        V(n)          K(n-2)         V(n-1)
+//   math     ...  S = Q K(n)^T   softmax, O += P V(n)   S = Q K(n-1)^T   ...
+//
+// K and V have one buffer each; each is filled while the product that needs the other one runs.
+#include "common/block_range.cuh"
+#include "common/softmax.cuh"
+#include "sm80/tile.cuh"
+
+static_assert(sizeof(FwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+
+constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
+constexpr bool kQInRegs = FA2_Q_IN_REGS;       // Q's fragments are read once and stay in registers
+
+constexpr int kMTiles = kBlockM / kNumWarps / 16;  // of 16 rows each, per warp
+constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDim / 8;
+constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
+static_assert(kMTiles * kNumWarps * 16 == kBlockM, "each warp owns whole blocks of 16 query rows");
+
+struct SharedMemory {
+  Tile<kBlockM, kHeadDim> q;  // later the output on its way to global memory
+  Tile<kBlockN, kHeadDim> k, v;
+};
+
+static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
+
+using AccS = Accumulator<kMTiles, kSTiles>;
+using AccO = Accumulator<kMTiles, kOTiles>;
+
+// -inf where a query does not see a key. `row` and `col`: of this thread's first element.
+FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int end = key_end(shape, row + 16 * i + 8 * h) - col;
+#pragma unroll
+      for (int j = 0; j < kSTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * j + e >= end) acc_s.x[i][j][2 * h + e] = -kInfinity;
+    }
+}
+
+FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t stride, int row, int rows, float scale_log2) {
+  if (accumulator_col() != 0) return;  // four lanes hold the same row
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (row + 16 * i + 8 * h < rows) lse[(row + 16 * i + 8 * h) * stride] = softmax.lse(i, h, scale_log2);
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  const Shape& shape = params.shape;
+  const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+  const Tile2 tile = tile_of(blockIdx.x, m_blocks, shape.num_heads, shape);
+  const int m_block = kCausal ? m_blocks - 1 - tile.block : tile.block;  // the longest first
+  const int head_k = tile.head / (shape.num_heads / shape.num_heads_k);
+
+  const Strides &qs = params.q_strides, &ks = params.k_strides, &vs = params.v_strides, &os = params.out_strides;
+  const int first_query = m_block * kBlockM, queries = shape.seqlen_q - first_query;
+  const Element* gmem_q = params.q + tile.batch * qs.batch + tile.head * qs.head + first_query * qs.row;
+  const Element* gmem_k = params.k + tile.batch * ks.batch + head_k * ks.head;
+  const Element* gmem_v = params.v + tile.batch * vs.batch + head_k * vs.head;
+
+  const int warp_row = warp_id() * kMTiles * 16;
+  const auto smem_q = operand_a(smem.q, warp_row, 0);
+  const auto smem_k = operand_b_transposed(smem.k, 0, 0);
+  const auto smem_v = operand_b(smem.v, 0, 0);
+
+  auto load_k = [&](int n) {
+    load_tile(smem.k, gmem_k + n * kBlockN * ks.row, ks.row, shape.seqlen_k - n * kBlockN, shape.head_dim);
+    cp_async_commit_group();
+  };
+  auto load_v = [&](int n) {
+    load_tile(smem.v, gmem_v + n * kBlockN * vs.row, vs.row, shape.seqlen_k - n * kBlockN, shape.head_dim);
+    cp_async_commit_group();
+  };
+
+  const BlockRange range = key_blocks(shape, m_block);
+  load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
+  load_k(range.end - 1);
+
+  Fragments<kMTiles, kQInRegs ? kHeadSteps : 1> frag_q;
+  if constexpr (kQInRegs) {
+    cp_async_wait_group<0>();  // Q landed (and the first K)
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kHeadSteps; ++k)
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) smem_q.load(frag_q.r[i][k], i, k);
+  }
+
+  Softmax<kMTiles> softmax;
+  AccO acc_o;
+  acc_o.clear();
+  const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
+
+  auto step = [&](int n, auto masked) {
+    constexpr bool kMasked = decltype(masked)::value;
+    cp_async_wait_group<0>();  // K(n) landed: load_k below, or before the loop
+    __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
+    load_v(n);
+    // S = Q K^T
+    AccS acc_s;
+    acc_s.clear();
+    if constexpr (kQInRegs) {
+      gemm<kHeadSteps>(acc_s, frag_q, smem_k);
+    } else {
+      gemm<kHeadSteps>(acc_s, smem_q, smem_k);
+    }
+    cp_async_wait_group<0>();  // V(n) landed
+    __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
+    if (n > 0) load_k(n - 1);
+    // P = exp(scale * S - m)
+    if constexpr (kScaleFirst) {
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kSTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc_s.x[i][j][e] *= params.scale_softmax_log2;
+    }
+    if constexpr (kMasked) {
+      mask_scores(acc_s, shape, first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col());
+    }
+    softmax.template update<kMasked>(acc_s, acc_o, scale_log2);
+    // O = diag(alpha) O + P V
+    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v);
+  };
+  int n = range.end - 1;
+  for (; n >= range.mask_from; --n) step(n, True{});
+  for (; n >= range.begin; --n) step(n, False{});
+
+  // O = diag(l)^-1 O, through the warp's own rows of Q's tile, which only this warp has read.
+  softmax.finish(acc_o);
+  float* gmem_lse = params.lse + tile.batch * params.lse_strides.batch + tile.head * params.lse_strides.head;
+  store_lse(softmax, gmem_lse + first_query * params.lse_strides.row, params.lse_strides.row,
+            warp_row + accumulator_row(), queries, scale_log2);
+  store_accumulator(smem.q, warp_row, 0, acc_o);
+  __syncthreads();  // the whole output tile is in shared memory
+  Element* gmem_out = params.out + tile.batch * os.batch + tile.head * os.head + first_query * os.row;
+  store_tile(gmem_out, os.row, queries, shape.head_dim, smem.q);
+}

@@ -1,0 +1,127 @@
+"""Plans of the backward: cuda_src/smxx/flash_bwd_preprocess.cu, sm80/flash_bwd.cu, smxx/flash_bwd_postprocess.cu."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+from fa2cupy.jit.driver import DeviceInfo
+from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.kernels import plan as plans
+from fa2cupy.kernels.params import BwdParams, pack_strides
+from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan
+from fa2cupy.kernels.tiles import BWD_TILES, SHARED_MEMORY, BwdTile, backward_tile, padded_head_dim, shared_memory_class
+from fa2cupy.problem import AttentionProblem
+
+__all__ = ["BackwardPlan", "compile_jobs", "plan_backward"]
+
+_PRE = ("smxx/flash_bwd_preprocess.cu", "flash_bwd_preprocess")
+_MAIN = ("sm80/flash_bwd.cu", "flash_bwd")
+_POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
+_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+_DQ, _DK, _DV, _WORKSPACE = 6, 7, 8, 9  # positions among the call's pointers
+
+
+@dataclass(frozen=True)
+class BackwardPlan(Plan):
+    """Pointers: dout, q, k, v, out, lse, dq, dk, dv, workspace."""
+
+    tile: BwdTile
+    deterministic: bool
+
+
+def plan_backward(
+    problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | None = None
+) -> BackwardPlan:
+    """How to compute the gradients of `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
+    head_dim = padded_head_dim(problem.head_dim)
+    tile = tile or backward_tile(device.shared_mem_optin, head_dim)
+    arch = plans.architecture(device)
+    empty = plans.empty_rows(problem)
+    rows = problem.seqlen_q - empty
+    launches: tuple[KernelLaunch, ...] = ()
+    workspace = 0
+    m_blocks, n_blocks = -(-rows // tile.block_m), -(-problem.seqlen_k // tile.block_n)
+    query_tiles = m_blocks * problem.num_heads * problem.batch
+    key_tiles = n_blocks * problem.num_heads_k * problem.batch
+    if query_tiles and key_tiles:
+        strides = dict(problem.strides)
+        group = problem.num_heads // problem.num_heads_k
+        queries_bytes = group * rows * problem.head_dim * (2 + 2 + 4)
+        params = BwdParams()
+        for name in _TENSORS:
+            setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
+        params.shape = plans.shape_params(
+            problem, rows, plans.heads_per_section(device, problem.causal, queries_bytes)
+        )
+        params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
+        params.softmax_scale = problem.softmax_scale
+        row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}
+        offsets, workspace = _workspace(tile, head_dim, query_tiles)
+        pointers = tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_TENSORS))
+        pointers += tuple((_WORKSPACE, offset) for offset in offsets)
+        vector_red = device.cc >= (9, 0)
+        main, side = _defines(tile, problem.dtype, head_dim, problem.aligned, problem.causal, deterministic, vector_red)
+        threads = (32 * tile.num_warps, 1, 1)
+        for (source, name), defines, grid, shared in (
+            (_PRE, side, query_tiles, 0),
+            (_MAIN, main, key_tiles, tile.shared_mem_bytes(head_dim)),
+            (_POST, side, query_tiles, tile.postprocess_bytes(head_dim)),
+        ):
+            config = LaunchConfig((grid, 1, 1), threads, shared_mem_bytes=shared)
+            launches += (KernelLaunch(source, name, arch, defines, config, bytes(params), pointers),)
+    launches += plans.fill_empty(problem, arch, "dq", _DQ, empty, problem.num_heads)
+    if not rows:  # no query sees any key
+        for name, position in (("dk", _DK), ("dv", _DV)):
+            launches += plans.fill_empty(problem, arch, name, position, problem.seqlen_k, problem.num_heads_k)
+    return BackwardPlan(problem, launches, workspace, tile, deterministic)
+
+
+def _workspace(tile: BwdTile, head_dim: int, query_tiles: int) -> tuple[tuple[int, ...], int]:
+    """Byte offsets of lse_log2, softmax_d, dq_accum and dq_turn, and the size of all."""
+    rows = query_tiles * tile.block_m * 4
+    offsets, end = [], 0
+    for size in (rows, rows, query_tiles * tile.dq_tile_floats(head_dim) * 4, query_tiles * 4):
+        offsets.append(end)
+        end += -(-size // 256) * 256
+    return tuple(offsets), end
+
+
+def _defines(
+    tile: BwdTile, dtype: str, head_dim: int, aligned: bool, causal: bool, deterministic: bool, vector_red: bool
+) -> tuple[dict[str, int | str], dict[str, int | str]]:
+    """Of the main kernel, and of the two beside it: what they agree on, and no more, so that binaries are shared."""
+    side = plans.common_defines(dtype, head_dim, aligned) | {
+        "FA2_BLOCK_M": tile.block_m,
+        "FA2_BLOCK_N": tile.block_n,
+        "FA2_NUM_WARPS": tile.num_warps,
+        "FA2_DQ_WARPS_M": tile.dq_warps_m,
+        "FA2_VECTOR_RED": int(vector_red),
+        "FA2_PARAMS_BYTES": ctypes.sizeof(BwdParams),
+    }
+    main = side | {
+        "FA2_NUM_STAGES": tile.num_stages,
+        "FA2_SPLIT": tile.split,
+        "FA2_CAUSAL": int(causal),
+        "FA2_DETERMINISTIC": int(deterministic),
+        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim),
+    }
+    return main, side | {"FA2_CAUSAL": 0, "FA2_SHARED_BYTES": tile.postprocess_bytes(head_dim)}
+
+
+def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
+    """Every row of the table, at its widest head_dim: causal, full and deterministic, with the kernels beside it."""
+    jobs = []
+    for tile in BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]:
+        label = f"{dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
+        vector_red = int(arch.removeprefix("sm_")) >= 90
+        for causal, deterministic in ((False, False), (True, False), (True, True)):
+            main, side = _defines(tile, dtype, tile.head_dim, True, causal, deterministic, vector_red)
+            kind = ("causal" if causal else "full") + (" deterministic" if deterministic else "")
+            shared = tile.shared_mem_bytes(tile.head_dim)
+            jobs.append(CompileJob(*_MAIN, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
+        jobs.append(CompileJob(*_PRE, arch, side, f"backward preprocess {label}", 0, 0))
+        shared = tile.postprocess_bytes(tile.head_dim)
+        jobs.append(CompileJob(*_POST, arch, side, f"backward postprocess {label}", shared, 0))
+    return jobs

@@ -1,0 +1,72 @@
+"""Twins of the structs in cuda_src/common/params.cuh. Their sizes are compared at compile time.
+
+The pointers come first, so that a packed struct is an array of 8-byte words whose leading ones change from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_uint64
+
+__all__ = ["BwdParams", "FillParams", "FwdParams", "Shape", "Strides3", "pack_strides"]
+
+
+class Strides3(ctypes.Structure):
+    """Elements between neighbours along batch, row (seqlen) and head."""
+
+    _fields_ = (("batch", c_int64), ("row", c_int64), ("head", c_int64))
+
+
+class Shape(ctypes.Structure):
+    _fields_ = (
+        ("batch", c_int32),
+        ("num_heads", c_int32),
+        ("num_heads_k", c_int32),
+        ("seqlen_q", c_int32),
+        ("seqlen_k", c_int32),
+        ("head_dim", c_int32),
+        ("heads_per_section", c_int32),
+    )
+
+
+class FwdParams(ctypes.Structure):
+    _fields_ = (
+        *((name, c_uint64) for name in ("q", "k", "v", "out", "lse")),
+        *((f"{name}_strides", Strides3) for name in ("q", "k", "v", "out", "lse")),
+        ("shape", Shape),
+        ("scale_softmax_log2", c_float),
+    )
+
+
+class BwdParams(ctypes.Structure):
+    _fields_ = (
+        *((name, c_uint64) for name in ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")),
+        *((name, c_uint64) for name in ("lse_log2", "softmax_d", "dq_accum", "dq_turn")),
+        *((f"{name}_strides", Strides3) for name in ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")),
+        ("shape", Shape),
+        ("scale_softmax_log2", c_float),
+        ("softmax_scale", c_float),
+    )
+
+
+class FillParams(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_uint64),
+        ("lse", c_uint64),
+        ("row_strides", Strides3),
+        ("lse_strides", Strides3),
+        ("batch", c_int32),
+        ("num_rows", c_int32),
+        ("num_heads", c_int32),
+        ("head_dim", c_int32),
+    )
+
+
+def pack_strides(name: str, strides: Sequence[int]) -> Strides3:
+    """(batch, seqlen, head) strides of a problem, or (batch, head, seqlen) of its lse."""
+    if name == "lse":
+        batch, head, row = strides
+    else:
+        batch, row, head = strides
+    return Strides3(batch, row, head)

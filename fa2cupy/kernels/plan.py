@@ -1,0 +1,180 @@
+"""What a plan is made of: kernel launches as values, and how they become something that can be called."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fa2cupy import jit
+from fa2cupy.jit.driver import DeviceInfo, Launcher
+from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.kernels.params import FillParams, Shape, pack_strides
+from fa2cupy.kernels.tiles import padded_head_dim
+from fa2cupy.problem import AttentionProblem
+
+__all__ = ["CompileJob", "KernelLaunch", "Plan", "architecture", "common_defines", "fill_empty", "heads_per_section"]
+
+Launchable = Callable[[tuple[int, ...], int], None]
+
+_FILL_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CompileJob:
+    """One binary to compile: a row of a tile table for one architecture and one choice of defines."""
+
+    source: str
+    name: str
+    arch: str
+    defines: Mapping[str, int | str]
+    label: str
+    shared_mem_bytes: int
+    allowed_spill_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLaunch:
+    """One kernel of a plan.
+
+    params: the packed struct. pointers: for each of its leading pointers (position among the call's pointers, bytes to
+    add), position -1 for a null pointer.
+    """
+
+    source: str
+    name: str
+    arch: str
+    defines: Mapping[str, int | str]
+    config: LaunchConfig
+    params: bytes = field(repr=False)
+    pointers: tuple[tuple[int, int], ...]
+
+    def pack(self, pointers: tuple[int, ...]) -> bytearray:
+        """The struct with its pointers; what `_Bound` does, for those who launch by other means."""
+        packed = bytearray(self.params)
+        words = memoryview(packed).cast("Q")
+        for place, (position, offset) in enumerate(self.pointers):
+            words[place] = pointers[position] + offset if position >= 0 else 0
+        return packed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a problem is computed: the launches, in stream order, and the workspace that they share."""
+
+    problem: AttentionProblem
+    launches: tuple[KernelLaunch, ...]
+    workspace_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{type(self).__name__}({self.problem}", f"  workspace: {self.workspace_bytes} bytes"]
+        for launch in self.launches:
+            defines = " ".join(f"{key[4:].lower()}={value}" for key, value in launch.defines.items())
+            lines.append(f"  {launch.name} {launch.arch} {launch.config} {defines}")
+        return "\n".join(lines) + ")"
+
+    def bind(self, device_index: int) -> Launchable:
+        """Compile and load every kernel on a device; then launching takes only pointers and a stream.
+
+        pointers: of the call's arrays in the plan's order, the workspace last. Errors: CompilationError, LaunchError.
+        """
+        bound = tuple(_Bound(launch, device_index, str(self)) for launch in self.launches)
+        if len(bound) == 1:
+            return bound[0]
+
+        def launch_all(pointers: tuple[int, ...], stream: int) -> None:
+            for launch in bound:
+                launch(pointers, stream)
+
+        return launch_all
+
+
+class _Bound:
+    """A KernelLaunch on a device. Each thread packs its own copy of the params; the driver copies them at the launch."""
+
+    def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
+        kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
+        function = kernel.function(device_index, launch.config.shared_mem_bytes)
+        self._launcher = Launcher(function, launch.config)
+        self._params, self._pointers = launch.params, launch.pointers
+        self._local = threading.local()
+
+    def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
+        try:
+            words, address = self._local.packed
+        except AttributeError:
+            words, address = self._pack()
+        place = 0
+        for position, offset in self._pointers:
+            if position >= 0:
+                words[place] = pointers[position] + offset
+            place += 1
+        self._launcher(address, stream)
+
+    def _pack(self) -> tuple[ctypes.Array[ctypes.c_uint64], int]:
+        words = (ctypes.c_uint64 * (len(self._params) // 8)).from_buffer_copy(self._params)
+        self._local.packed = words, ctypes.addressof(words)
+        return self._local.packed  # type: ignore[no-any-return]
+
+
+def architecture(device: DeviceInfo) -> str:
+    major, minor = device.cc
+    return f"sm_{major}{minor}"
+
+
+def common_defines(dtype: str, head_dim: int, aligned: bool) -> dict[str, int | str]:
+    """What every source reads: `head_dim` is padded already."""
+    return {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim, "FA2_ALIGNED": int(aligned)}
+
+
+def heads_per_section(device: DeviceInfo, causal: bool, bytes_per_head: int) -> int:
+    """Heads whose blocks are interleaved, so that a causal problem's long blocks start first: half of L2's worth."""
+    return max(1, device.l2_bytes // 2 // max(1, bytes_per_head)) if causal else 1
+
+
+def empty_rows(problem: AttentionProblem) -> int:
+    """Leading query rows that see no key. The kernels never see them."""
+    if problem.seqlen_k == 0:
+        return problem.seqlen_q
+    return max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
+
+
+def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shape:
+    return Shape(
+        problem.batch,
+        problem.num_heads,
+        problem.num_heads_k,
+        seqlen_q,
+        problem.seqlen_k,
+        problem.head_dim,
+        section,
+    )
+
+
+def fill_empty(
+    problem: AttentionProblem, arch: str, name: str, position: int, rows: int, heads: int, lse_position: int = -1
+) -> tuple[KernelLaunch, ...]:
+    """Zeros in the first `rows` rows of a result, -inf in its lse; nothing to launch where there are no such elements."""
+    pieces = -(-problem.head_dim // 16)
+    threads = problem.batch * rows * heads * pieces
+    if threads == 0:
+        return ()
+    strides = dict(problem.strides)
+    params = FillParams(
+        0,
+        0,
+        pack_strides(name, strides[name]),
+        pack_strides("lse", strides["lse"]),
+        problem.batch,
+        rows,
+        heads,
+        problem.head_dim,
+    )
+    defines = common_defines(problem.dtype, padded_head_dim(problem.head_dim), False)
+    defines |= {"FA2_HEAD_DIM": 16, "FA2_FILL_THREADS": _FILL_THREADS, "FA2_PARAMS_BYTES": len(bytes(params))}
+    config = LaunchConfig((-(-threads // _FILL_THREADS), 1, 1), (_FILL_THREADS, 1, 1))
+    launch = KernelLaunch(
+        "smxx/fill_empty.cu", "fill_empty", arch, defines, config, bytes(params), ((position, 0), (lse_position, 0))
+    )
+    return (launch,)

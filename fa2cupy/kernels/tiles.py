@@ -1,0 +1,162 @@
+"""Tiles: how big a piece of the problem a thread block takes, and which row of the table a head_dim gets.
+
+A table per class of shared memory (bytes per block): 99 KiB (sm_86, sm_89, sm_120), 163 KiB (sm_80), 227 KiB (sm_90,
+sm_100). The first row whose head_dim is large enough is taken. Rejected rows are in docs/tuning.md with their numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "BWD_TILES",
+    "FWD_TILES",
+    "SHARED_MEMORY",
+    "BwdTile",
+    "FwdTile",
+    "backward_tile",
+    "forward_tile",
+    "padded_head_dim",
+    "shared_memory_class",
+]
+
+# Bytes of shared memory that a block may use, by architecture; others go by what their driver says.
+SHARED_MEMORY = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_87": 166912,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_103": 232448,
+    "sm_120": 101376,
+    "sm_121": 101376,
+}
+_CLASSES = (232448, 166912, 101376)
+
+
+def shared_memory_class(shared_mem_optin: int) -> int:
+    """The largest class that fits into `shared_mem_optin` bytes."""
+    return next((size for size in _CLASSES if size <= shared_mem_optin), _CLASSES[-1])
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The width that a kernel is compiled for: tiles are made of 16 x 16 matrices."""
+    return max(16, -(-head_dim // 16) * 16)
+
+
+def _tile_bytes(rows: int, columns: int) -> int:
+    """A `Tile` of sm80/tile.cuh: rows padded by 16 bytes, aligned to 128."""
+    return -(-rows * (columns + 8) * 2 // 128) * 128
+
+
+@dataclass(frozen=True, slots=True)
+class FwdTile:
+    """A row of the forward table.
+
+    head_dim: the largest one that this row serves. block_m query rows x block_n keys. q_in_regs: Q's fragments stay in
+    registers. spill_bytes: what ptxas is allowed to spill.
+    """
+
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    q_in_regs: bool
+    note: str
+    spill_bytes: int = 0
+
+    def shared_mem_bytes(self, head_dim: int) -> int:
+        """Of `SharedMemory` in sm80/flash_fwd.cu; `head_dim` is padded."""
+        return _tile_bytes(self.block_m, head_dim) + 2 * _tile_bytes(self.block_n, head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class BwdTile:
+    """A row of the backward table.
+
+    block_m query rows x block_n keys. num_stages: buffers of Q and dO. split: warps that share 16 key rows (2: P^T goes
+    through shared memory). dq_warps_m: warps along the rows of dQ.
+    """
+
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split: int
+    dq_warps_m: int
+    note: str
+    spill_bytes: int = 0
+
+    def shared_mem_bytes(self, head_dim: int) -> int:
+        """Of `SharedMemory` in sm80/flash_bwd.cu; `head_dim` is padded."""
+        statistics = 2 * self.num_stages * self.block_m * 4
+        total = (
+            2 * _tile_bytes(self.block_n, head_dim)
+            + 2 * self.num_stages * _tile_bytes(self.block_m, head_dim)
+            + _tile_bytes(self.block_n, self.block_m)
+            + _tile_bytes(16 if self.split == 1 else self.block_n, self.block_m)
+            + statistics
+        )
+        return -(-total // 128) * 128
+
+    def postprocess_bytes(self, head_dim: int) -> int:
+        """Of `SharedMemory` in smxx/flash_bwd_postprocess.cu."""
+        return _tile_bytes(self.block_m, head_dim)
+
+    def dq_tile_floats(self, head_dim: int) -> int:
+        """kDqTileFloats of common/dq_accum.cuh."""
+        warps_d = self.num_warps // self.dq_warps_m
+        m_tiles = self.block_m // 16 // self.dq_warps_m
+        n_tiles = 2 * -(-(head_dim // 16) // warps_d)
+        return self.num_warps * m_tiles * n_tiles * 128
+
+
+_FWD_LARGE = (
+    FwdTile(64, 128, 64, 4, True, "two row blocks per warp halve the reads of K and V"),
+    FwdTile(128, 128, 64, 8, True, "Q in registers"),
+    FwdTile(192, 128, 64, 8, False, "K and V of 64 keys: 102 KB, two blocks per multiprocessor do not fit the registers"),
+    FwdTile(256, 128, 32, 8, False, "64 keys spill"),
+)
+FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
+    232448: _FWD_LARGE,
+    166912: _FWD_LARGE,
+    101376: (
+        FwdTile(64, 128, 64, 4, True, "37 KB at head_dim 64: two blocks per multiprocessor"),
+        FwdTile(128, 64, 32, 4, True, "35 KB at head_dim 128: two blocks per multiprocessor"),
+        FwdTile(192, 64, 32, 4, False, "51 KB at head_dim 192"),
+        FwdTile(256, 64, 32, 4, False, "68 KB at head_dim 256; 64 keys spill"),
+    ),
+}
+
+BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
+    232448: (
+        BwdTile(64, 64, 128, 8, 2, 1, 4, "16 keys per warp"),
+        BwdTile(128, 64, 128, 8, 2, 1, 2, "dK and dV of 16 keys: 128 registers"),
+        BwdTile(192, 64, 64, 8, 2, 2, 2, "dK and dV of 16 keys x half of head_dim"),
+        BwdTile(256, 64, 64, 8, 2, 2, 2, "222 KB"),
+    ),
+    166912: (
+        BwdTile(64, 64, 128, 8, 2, 1, 4, "16 keys per warp"),
+        BwdTile(128, 64, 128, 8, 2, 1, 2, "dK and dV of 16 keys: 128 registers"),
+        BwdTile(192, 64, 64, 8, 1, 2, 2, "two stages: 167 KB"),
+        BwdTile(256, 64, 64, 8, 1, 2, 2, "two stages: 222 KB"),
+    ),
+    101376: (
+        BwdTile(32, 64, 64, 4, 2, 1, 4, "two blocks per multiprocessor"),
+        BwdTile(64, 64, 64, 4, 2, 1, 2, "64 KB"),
+        BwdTile(128, 64, 64, 4, 1, 1, 2, "81 KB"),
+        BwdTile(192, 32, 32, 4, 1, 2, 2, "57 KB"),
+        BwdTile(256, 32, 32, 4, 1, 2, 2, "73 KB"),
+    ),
+}
+
+
+def forward_tile(shared_mem_optin: int, head_dim: int) -> FwdTile:
+    """The row for a head_dim on a GPU with that much shared memory per block."""
+    return next(tile for tile in FWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
+
+
+def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
+    return next(tile for tile in BWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
