@@ -49,7 +49,7 @@ def cupy_array(
 
 def host_view(array: Any) -> np.ndarray:
     """The memory of a fake CuPy array as NumPy, without a copy."""
-    return view(array.data.ptr, array.shape, array.strides, array.dtype)
+    return view(array.data.ptr, array.shape, array.strides, array.dtype, owner=array)
 
 
 def to_cupy(array: np.ndarray, device: int = 0, *, offset: int = 0, order: tuple[int, ...] | None = None) -> Any:
@@ -61,13 +61,14 @@ def to_cupy(array: np.ndarray, device: int = 0, *, offset: int = 0, order: tuple
     return result
 
 
-def view(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """NumPy over raw memory; strides in bytes."""
+def view(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, owner: Any = None) -> np.ndarray:
+    """NumPy over raw memory, which `owner` keeps alive; strides in bytes."""
     dtype = np.dtype(dtype)
     extent = Extent.of(shape, strides, dtype.itemsize)
     if extent.empty:
         return np.empty(shape, dtype)
-    memory = (ctypes.c_char * (extent.high - extent.low)).from_address(ptr + extent.low)
+    memory: Any = (ctypes.c_char * (extent.high - extent.low)).from_address(ptr + extent.low)
+    memory.owner = owner
     return np.ndarray(shape, dtype, memory, -extent.low, strides)
 
 
