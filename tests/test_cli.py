@@ -90,6 +90,16 @@ def test_the_demos_formula_is_the_tests_formula() -> None:
         np.testing.assert_allclose(mine, theirs, atol=1e-12)
 
 
+def test_the_unfused_formula_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", np)  # NumPy has every function of CuPy that it calls
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 33, heads, 16), dtype=np.float32) for heads in (4, 2, 2))
+    run = backends.unfused(q, k, v)
+    assert not isinstance(run, str)
+    expected = _forward64(*(x.astype(np.float16).astype(np.float64) for x in (q, k, v)))[0]
+    np.testing.assert_allclose(run().transpose(0, 2, 1, 3), expected, atol=5e-3)
+
+
 def test_byte_model_gradients_are_slopes_of_its_loss() -> None:
     rng = np.random.default_rng(0)
     params = byte_model.init(16, seed=0, dtype=np.float64)
@@ -187,7 +197,7 @@ def test_compile_table_lines_up() -> None:
     job = kernels.compile_jobs("sm_80", all_rows=False)[0]
     good = CompileResult(job, KernelResources(128, 0, 64, 0), ("a warning",), 1.25, cached=False)
     bad = CompileResult(job, None, (), 0.5, cached=False, error=CompilationError("it does not compile"))
-    header, first, second = compile_command.table([good, bad]).splitlines()
+    header, first, second = compile_command.table([job, job], [good, bad]).splitlines()
     end = header.index("registers") + len("registers")
     assert first[:end].endswith("128") and second[:end].endswith("failed")
     assert first.endswith("a warning")

@@ -10,14 +10,15 @@ from fa2cupy import env, kernels
 from fa2cupy.cli.progress import counter
 from fa2cupy.errors import Fa2Error
 from fa2cupy.jit import CompileResult, compile_many, compiler, driver
+from fa2cupy.kernels import CompileJob
 
-HEADER = ("arch", "kernel", "tile", "registers", "shared", "spills", "seconds", "warnings")
+HEADER = ("arch", "kernel", "registers", "shared", "spills", "seconds", "warnings")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``compile``."""
     parser.add_argument("--arch", action="append", metavar="sm_XY", help="repeatable; default: this machine's GPUs")
-    parser.add_argument("--quick", action="store_true", help="only what the tests compile, not every row and dtype")
+    parser.add_argument("--quick", action="store_true", help="only head_dim 64 and 128 in bfloat16")
     parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: one per core)")
 
 
@@ -27,12 +28,13 @@ def run(args: argparse.Namespace) -> int:
     if not archs:
         print("This machine has no usable GPU. Name one: --arch sm_80 (A100), sm_86, sm_89, sm_90 (H100), sm_120 ...")
         return 2
-    jobs = [job for arch in archs for job in kernels.compile_jobs(arch, all_rows=not args.quick)]
+    found = [job for arch in archs for job in kernels.compile_jobs(arch, all_rows=not args.quick)]
+    jobs = list({(job.arch, job.label): job for job in found}.values())  # sm_90 and sm_90a share kernels
     print(f"NVRTC {compiler.nvrtc_build()}, {len(jobs)} kernels for {', '.join(archs)}")
     start = time.perf_counter()
     with counter(len(jobs), "compiling") as step:
         results = compile_many(jobs, max_workers=args.jobs, on_done=lambda _: step())
-    print(table(results))
+    print(table(jobs, results))
     failures = [result.error for result in results if result.error]
     for error in dict.fromkeys(map(str, failures)):
         print(f"\n{error}")
@@ -60,25 +62,25 @@ def own_archs() -> list[str]:
     return found
 
 
-def table(results: Sequence[CompileResult]) -> str:
+def table(jobs: Sequence[CompileJob], results: Sequence[CompileResult]) -> str:
     """Registers per thread, bytes of shared memory, bytes spilled, seconds of NVRTC and warnings of each kernel."""
-    rows = [HEADER, *(_row(result) for result in results)]
+    rows = [HEADER, *(_row(job, result) for job, result in zip(jobs, results, strict=True))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER) - 1)]
     lines = []
     for row in rows:
         # Words to the left, numbers to the right.
-        words = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(row[3:-1], widths[3:], strict=True)]
+        words = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[2:-1], widths[2:], strict=True)]
         lines.append("  ".join([*words, *numbers, row[-1]]).rstrip())
     return "\n".join(lines)
 
 
-def _row(result: CompileResult) -> tuple[str, ...]:
-    job, resources = result.job, result.resources
+def _row(job: CompileJob, result: CompileResult) -> tuple[str, ...]:
+    resources = result.resources
     if result.error:
-        return job.arch, job.name, job.label, "failed", "", "", "", ""
+        return job.arch, job.label, "failed", "", "", "", ""
     if resources is None:
-        numbers = ("PTX", "", "")
-    else:
-        numbers = (str(resources.registers), str(resources.static_shared), str(resources.spill_bytes))
-    return job.arch, job.name, job.label, *numbers, f"{result.seconds:.1f}", "; ".join(result.warnings)
+        return job.arch, job.label, "PTX", str(job.shared_mem_bytes), "", f"{result.seconds:.1f}", ""
+    shared = str(job.shared_mem_bytes + resources.static_shared)
+    numbers = (str(resources.registers), shared, str(resources.spill_bytes), f"{result.seconds:.1f}")
+    return job.arch, job.label, *numbers, "; ".join(result.warnings)
