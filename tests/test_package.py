@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from fa2cupy import env
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {path.relative_to(ROOT / "cuda_src").as_posix() for path in ROOT.glob("cuda_src/**/*.cu*")}
@@ -88,3 +91,19 @@ def test_installed_wheel_finds_its_kernels(wheel: Path, tmp_path: Path) -> None:
     environment["PYTHONPATH"] = str(site)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_kernels_readme_names_every_kernel_file() -> None:
+    named = set(re.findall(r"^\| `([a-z0-9_/]+\.cuh?)`", (ROOT / "cuda_src" / "README.md").read_text(), re.MULTILINE))
+    assert named == KERNELS
+
+
+def test_the_readme_has_every_setting() -> None:
+    named = set(re.findall(r"^\| `(FA2CUPY_\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert named == {variable.name for variable in env.VARIABLES}
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "cuda_src" / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
