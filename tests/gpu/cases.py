@@ -1,0 +1,203 @@
+"""What the GPU tests compute: a Case, the plan of shapes, and where each tensor lies in memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fa2cupy.arrays import Device, TensorRef
+from fa2cupy.problem import AttentionProblem, Options, Sizes
+from tests.reference import HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
+
+__all__ = ["DTYPES", "Case", "Place", "head_dim_cases", "place", "problem_of", "random_cases", "seqlen_cases"]
+
+DTYPES = ("bfloat16", "float16")
+FORWARD_TENSORS = ("q", "k", "v", "out", "lse")
+BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+# Axis orders in memory, outermost first, of (batch, seqlen, heads).
+ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0))
+GUARD = 128  # elements before and after every tensor: a tile's vector loads and then some
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One problem and the way its arrays are laid out.
+
+    order: index into ORDERS. pad: elements between the rows of neighbouring heads (or whatever lies next to the head
+    dimension). shift: elements by which every tensor starts after a 16-byte boundary. given: outputs and workspace are
+    the caller's. expanded: all key heads share one (stride 0).
+    """
+
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: str
+    causal: bool
+    batch: int = 2
+    heads: tuple[int, int] = (4, 4)
+    scale: float | None = None
+    layout: str = "bshd"
+    order: int = 0
+    pad: int = 0
+    shift: int = 0
+    given: bool = True
+    expanded: bool = False
+    deterministic: bool = False
+    outliers: bool = False
+    seed: int = 0
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def __str__(self) -> str:
+        """Only what differs from a usual case."""
+        text = f"{self.seqlen_q}x{self.seqlen_k} d{self.head_dim} {self.dtype} {'causal' if self.causal else 'full'}"
+        text += f" b{self.batch} h{self.heads[0]}/{self.heads[1]} {self.layout} seed{self.seed}"
+        for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers"):
+            value = getattr(self, name)
+            if value:
+                text += f" {name}={value}"
+        return text + ("" if self.given else " fresh")
+
+
+class Place(NamedTuple):
+    """A tensor in a flat buffer of `size` elements: shape in the user's layout, strides and offset in elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def place(case: Case, name: str) -> Place:
+    """Where tensor `name` of the case lies. GUARD elements and what lies between its rows belong to nobody."""
+    sizes = sizes_of(case)
+    shape = sizes.shape(name, "bshd")
+    if name in ("lse", "lse_out"):
+        row = shape[2] + case.pad
+        return Place(shape, (shape[1] * row, row, 1), GUARD, 2 * GUARD + shape[0] * shape[1] * row)
+    rows, width = list(shape[:3]), shape[3]
+    if case.expanded and name in ("k", "v"):
+        rows[2] = min(1, rows[2])
+    pitch, strides = width + case.pad, [0, 0, 0]
+    for axis in reversed(ORDERS[case.order]):
+        strides[axis] = pitch
+        pitch *= max(1, rows[axis])
+    if case.expanded and name in ("k", "v"):
+        strides[2] = 0
+    first, second = (1, 2) if case.layout == "bshd" else (2, 1)
+    return Place(
+        (shape[0], shape[first], shape[second], width),
+        (strides[0], strides[first], strides[second], 1),
+        GUARD + case.shift,
+        2 * GUARD + case.shift + pitch,
+    )
+
+
+def sizes_of(case: Case) -> Sizes:
+    (heads, heads_k), d = case.heads, case.head_dim
+    return Sizes(case.batch, case.seqlen_q, case.seqlen_k, heads, heads_k, d, d)
+
+
+def problem_of(case: Case, backward: bool) -> AttentionProblem:
+    """What `run` will ask the kernels for: lets all plans be made, and compiled, before the first test."""
+    options = Options.checked(case.causal, case.scale, case.layout, None, case.deterministic)
+    refs = {}
+    for name in BACKWARD_TENSORS if backward else FORWARD_TENSORS:
+        own = case if case.given or name not in ("out", "lse", "dq", "dk", "dv") else _packed(case)
+        where = place(own, name)
+        address = 0 if own is not case else 2 * where.offset
+        dtype = "float32" if name == "lse" else case.dtype
+        refs[name] = TensorRef(address, where.shape, where.strides, dtype, Device("cuda", 0), None)
+    return AttentionProblem.from_refs(refs, sizes_of(case), case.dtype, options)
+
+
+def _packed(case: Case) -> Case:
+    """The case with the layout of arrays that fa2cupy allocates: C-contiguous as the user sees them."""
+    order = 0 if case.layout == "bshd" else 1
+    return Case(**{name: getattr(case, name) for name in _SHAPE_FIELDS}, order=order)
+
+
+_SHAPE_FIELDS = ("seqlen_q", "seqlen_k", "head_dim", "dtype", "causal", "batch", "heads", "layout")
+
+
+def seqlen_cases(dtype: str, head_dim: int) -> Iterator[Case]:
+    """Every pair of lengths both ways round, causal and not; heads, layout and fresh outputs take turns."""
+    for number, (seqlen_q, seqlen_k) in enumerate(SEQLENS_BOTH_WAYS):
+        big = seqlen_q * seqlen_k > 2**20
+        for causal in (False, True):
+            yield Case(
+                seqlen_q,
+                seqlen_k,
+                head_dim,
+                dtype,
+                causal,
+                batch=1 if big else 2,
+                heads=HEADS[(number + causal) % len(HEADS)] if not big else ((4, 4), (6, 3))[number % 2],
+                layout=("bshd", "bhsd")[number % 2],
+                given=number % 3 != 0,
+                deterministic=number % 4 == 1,
+                seed=number,
+            )
+
+
+def head_dim_cases(dtype: str, head_dim: int) -> Iterator[Case]:
+    """One head_dim with every pair of heads, at two lengths that fit no tile, causal and not."""
+    for number, heads in enumerate(HEADS):
+        for seqlen_q, seqlen_k in ((113, 203), (203, 113)):
+            for causal in (False, True):
+                yield Case(seqlen_q, seqlen_k, head_dim, dtype, causal, heads=heads, given=causal, seed=100 + number)
+
+
+# Head dims of the random cases that are also run unaligned, deterministic, or with an odd scale: each of these three is
+# a kernel of its own, and compiling all of them for every head_dim would take longer than the tests.
+_MANY_KERNELS = (40, 59, 64, 111, 128, 256)
+
+
+def random_cases(dtype: str, count: int, seed: int = 0) -> Iterator[Case]:
+    """`count` combinations of everything, always the same ones for a seed."""
+    rng = random.Random(f"{dtype} {seed}")
+    for number in range(count):
+        head_dim = rng.choice(HEAD_DIMS)
+        special = head_dim in _MANY_KERNELS
+        unaligned = special and rng.random() < 0.4
+        heads_k = rng.choice((1, 1, 2, 3, 4))
+        scale = rng.choice((None, None, None, 0.05, 0.31, 1.0)) if not special or rng.random() > 0.1 else None
+        if special and rng.random() < 0.05:
+            scale = rng.choice((0.0, -0.1, -1.0))
+        yield Case(
+            seqlen_q=_length(rng),
+            seqlen_k=_length(rng),
+            head_dim=head_dim,
+            dtype=dtype,
+            causal=rng.random() < 0.5,
+            batch=rng.choice((1, 1, 2, 3)),
+            heads=(heads_k * rng.choice((1, 1, 2, 3, 8)), heads_k),
+            scale=scale,
+            layout=rng.choice(("bshd", "bhsd")),
+            order=rng.randrange(len(ORDERS)),
+            pad=rng.choice((1, 2, 5) if unaligned else (0, 0, 8, 24)),
+            shift=rng.choice((0, 1, 3, 4) if unaligned else (0, 0, 8)),
+            given=rng.random() < 0.7,
+            expanded=rng.random() < 0.05,
+            deterministic=special and rng.random() < 0.3,
+            outliers=rng.random() < 0.15,
+            seed=number,
+        )
+
+
+def _length(rng: random.Random) -> int:
+    """Short ones and those around the tiles' edges are worth the most; now and then none at all."""
+    kind = rng.random()
+    if kind < 0.02:
+        return 0
+    if kind < 0.2:
+        return rng.randint(1, 33)
+    if kind < 0.45:
+        return max(1, rng.choice((64, 80, 96, 112, 128, 192, 256, 384, 512)) + rng.choice((-1, 0, 0, 1)))
+    if kind < 0.95:
+        return rng.randint(34, 600)
+    return rng.randint(601, 1300)

@@ -1,0 +1,184 @@
+"""Reference and model of tests/reference.py, computed on the tensors' own device with torch, and the same comparison.
+
+On a GPU thousands of cases take seconds this way. tests/frameworks/test_gpu_instruments.py checks that both agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Bound", "Judgement", "attention", "judge", "rms_errors"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a result should be: reference and model in float64, and the floor of the errors (a scalar tensor)."""
+
+    ref: Tensor
+    model: Tensor
+    floor: Tensor
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, *, causal: bool, scale: float, want_model: bool = True
+) -> tuple[Tensor, dict[str, Bound]]:
+    """lse (batch, heads, seqlen_q) and the bounds of out, and with `dout` of dq, dk, dv. All (batch, seqlen, heads, d).
+
+    Rows of q and dout that see no key may hold anything.
+    """
+    dtype = q.dtype
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k, heads_k = k.shape[1], k.shape[2]
+    group = heads // max(1, heads_k)
+
+    def split(x: Tensor, together: int) -> Tensor:
+        """(batch, seqlen, heads, d) -> (batch, heads_k, heads in the group x seqlen, d), float64"""
+        x = x.permute(0, 2, 1, 3).double()
+        return x.reshape(batch, heads_k, together * x.shape[2], x.shape[3])
+
+    def merge(x: Tensor, together: int, seqlen: int) -> Tensor:
+        return x.reshape(batch, heads_k * together, seqlen, x.shape[3]).permute(0, 2, 1, 3)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).double()
+
+    # Row i sees the keys up to i + seqlen_k - seqlen_q.
+    rows = torch.arange(seqlen_q, device=q.device)
+    last = rows + (seqlen_k - seqlen_q) if causal else torch.full_like(rows, seqlen_k - 1)
+    last = last.repeat(group)[:, None]
+    hidden = torch.arange(seqlen_k, device=q.device)[None, :] > last
+    sees = last >= 0
+
+    Q = torch.where(sees, split(q, group), 0.0)
+    K, V = split(k, 1), split(v, 1)
+    S = (Q @ K.mT).mul_(scale).masked_fill_(hidden, -math.inf)
+    m = S.amax(-1, keepdim=True) if seqlen_k else torch.zeros_like(Q[..., :1])
+    m = torch.where(sees, m, 0.0)
+    P = torch.exp(S - m)
+    l = torch.where(sees, P.sum(-1, keepdim=True), 1.0)
+    out = (P @ V) / l
+    out_model = rounded((rounded(P) @ V) / l) if want_model else out
+    lse = torch.where(sees, m + torch.log(l), -math.inf)
+    bounds = {"out": Bound(merge(out, group, seqlen_q), merge(out_model, group, seqlen_q), _largest(V, 1e-5))}
+    lse_out = lse.reshape(batch, heads, seqlen_q)
+    if dout is None:
+        return lse_out, bounds
+
+    dO = torch.where(sees, split(dout, group), 0.0)
+    dP = dO @ V.mT
+    P = P.div_(l)
+    dS = (dP - (dO * out).sum(-1, keepdim=True)).mul_(P)
+    refs = scale * (dS @ K), scale * (dS.mT @ Q), P.mT @ dO
+    models = refs
+    if want_model:
+        P = torch.exp(S - torch.where(sees, lse.float().double(), 0.0))
+        dS = rounded((dP - (dO * out_model).sum(-1, keepdim=True)).mul_(P))
+        models = rounded(scale * (dS @ K)), rounded(scale * (dS.mT @ Q)), rounded(rounded(P).mT @ dO)
+    largest_dP = _largest(dP.masked_fill_(hidden, 0.0), abs(scale) * 1e-5)
+    floors = largest_dP * _largest(K), largest_dP * _largest(Q), _largest(dO, 1e-5)
+    shapes = ((group, seqlen_q), (1, seqlen_k), (1, seqlen_k))
+    for name, ref, model, floor, shape in zip(("dq", "dk", "dv"), refs, models, floors, shapes, strict=True):
+        bounds[name] = Bound(merge(ref, *shape), merge(model, *shape), floor)
+    return lse_out, bounds
+
+
+def _largest(x: Tensor, unit: float = 1.0) -> Tensor:
+    return x.abs().amax() * unit if x.numel() else x.new_zeros(())
+
+
+class Judgement(NamedTuple):
+    """Errors of one output. `problems` is empty if it is as close to the reference as its format allows."""
+
+    max_ratio: float  # max error over its limit, 2 x the model's + floor
+    rms: float  # relative to the reference
+    rms_ratio: float  # to the model's
+    problems: list[str]
+
+
+def _measures(got: Tensor, bound: Bound) -> Tensor:
+    """The numbers that `judge` needs, on the device."""
+    got, ref = got.double(), bound.ref
+    wrong_places = (~torch.isfinite(got)).sum()
+    error, model_error = got - ref, bound.model - ref
+    rows = model_error.square().sum(-1)
+    total = rows.sum()
+    # The model's mean square is one random draw: its relative standard deviation, estimated over its rows.
+    spread = torch.where(total > 0, (rows.square().sum() / 2).sqrt() / total, 0.0)
+    if got.numel() == 0:
+        zero = ref.new_zeros(())
+        return torch.stack([zero] * 8)
+    return torch.stack(
+        [
+            error.abs().amax(),
+            model_error.abs().amax(),
+            error.square().mean().sqrt(),
+            (total / got.numel()).sqrt(),
+            spread,
+            bound.floor,
+            ref.square().mean().sqrt(),
+            wrong_places.double(),
+        ]
+    )
+
+
+def _lse_measures(got: Tensor, ref: Tensor) -> Tensor:
+    got = got.double()
+    finite = torch.isfinite(ref)
+    wrong = torch.where(finite, ~torch.isfinite(got), got != ref).sum()  # the reference has -inf or finite numbers
+    excess = torch.where(finite, (got - ref).abs() / (1e-4 + 1e-6 * ref.abs()), 0.0)
+    return torch.stack([excess.amax() if excess.numel() else ref.new_zeros(()), wrong.double()])
+
+
+def judge(
+    results: dict[str, Tensor], lse: Tensor | None, lse_ref: Tensor, bounds: dict[str, Bound], flags: dict[str, Tensor]
+) -> dict[str, Judgement]:
+    """Judge all results of a case with one transfer from the device, by the rules of tests/reference.py's `compare`.
+
+    `flags`: description -> bool tensor that must be true (guard bands and the like); they are judged under "memory".
+    """
+    parts = [_measures(got, bounds[name]) for name, got in results.items()]
+    if lse is not None:
+        parts.append(_lse_measures(lse, lse_ref))
+    parts += [flag.reshape(1).double() for flag in flags.values()]
+    numbers = torch.cat(parts).tolist()
+    judgements = {}
+    for name in results:
+        worst, model_worst, rms, model_rms, spread, floor, ref_rms, wrong = numbers[:8]
+        del numbers[:8]
+        limit = 2 * model_worst + floor
+        rms_limit = math.hypot(1.05 * model_rms * (1 + 3 * spread), 0.03 * floor)
+        problems = []
+        if wrong:
+            problems.append(f"{name}: {wrong:.0f} elements are NaN or infinite")
+        if not worst <= limit:
+            problems.append(f"{name}: error {worst:.3e} above {limit:.3e} (model {model_worst:.3e}, floor {floor:.3e})")
+        if not rms <= rms_limit:
+            problems.append(f"{name}: rms error {rms:.4e} above {rms_limit:.4e} (model {model_rms:.4e})")
+        unit = max(ref_rms, floor) or 1.0
+        judgements[name] = Judgement(
+            worst / limit if limit else 0.0, rms / unit, rms / rms_limit if rms_limit else 0.0, problems
+        )
+    if lse is not None:
+        excess, wrong = numbers[:2]
+        del numbers[:2]
+        problems = [f"lse: {wrong:.0f} elements are not finite, or -inf, where they must be"] if wrong else []
+        if not excess <= 1:
+            problems.append(f"lse: error {excess:.2f} times what is allowed")
+        judgements["lse"] = Judgement(excess, 0.0, 0.0, problems)
+    broken = [text for text, held in zip(flags, numbers, strict=True) if not held]
+    judgements["memory"] = Judgement(0.0, 0.0, 0.0, broken)
+    return judgements
+
+
+def rms_errors(results: dict[str, Tensor], bounds: dict[str, Bound]) -> dict[str, float]:
+    """Root-mean-square error of each result relative to the reference's rms."""
+    return {
+        name: float((got.double() - bounds[name].ref).square().mean().sqrt() / bounds[name].ref.square().mean().sqrt())
+        for name, got in results.items()
+    }
