@@ -19,10 +19,10 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def in_sample(job: Any) -> bool:
-    """Whether `make test` compiles this job. Depends on nothing but the job's own text."""
-    text = f"{job.source} {job.name} {job.arch} {sorted(job.defines.items())}"
-    is_bfloat16 = bool(job.defines.get("FA2_BF16"))
-    return (is_bfloat16 and job.arch in EVERY_ROW) or hashlib.sha256(text.encode()).digest()[0] % 4 == 0
+    """Whether `make test` compiles this job. Depends on nothing but its label and architecture."""
+    is_bfloat16 = bool(job.defines["FA2_BF16"])
+    fixed = hashlib.sha256(f"{job.arch} {job.label}".encode()).digest()[0]
+    return (is_bfloat16 and job.arch in EVERY_ROW) or fixed % 4 == 0
 
 
 def main() -> None:
