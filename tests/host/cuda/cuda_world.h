@@ -1,0 +1,103 @@
+// CUDA's built-ins for g++, included before the first line of every kernel (-include): types, variables, barriers and
+// shuffles. PTX is in the twins, common/ptx.cuh and sm80/ptx.cuh. Only what the kernels use is here.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "world.h"
+
+#define FA2_HOST 1
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define FA2_DEVICE inline
+
+#define threadIdx (*fa2_host::thread_index)
+#define blockIdx (fa2_host::block_index)
+#define blockDim (fa2_host::block_dim)
+#define gridDim (fa2_host::grid_dim)
+
+// Dynamic shared memory as one struct, see cuda_src/common/config.cuh.
+#define FA2_SHARED_MEMORY(Type, name) Type& name = *reinterpret_cast<Type*>(fa2_host::shared_memory(sizeof(Type)))
+
+#define FA2_HOST_VECTORS(T, name)         \
+    struct alignas(2 * sizeof(T)) name##2 { \
+        T x, y;                           \
+    };                                    \
+    struct alignas(4 * sizeof(T)) name##4 { \
+        T x, y, z, w;                     \
+    };                                    \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+FA2_HOST_VECTORS(int, int)
+FA2_HOST_VECTORS(unsigned, uint)
+FA2_HOST_VECTORS(float, float)
+#undef FA2_HOST_VECTORS
+
+template <class T>
+inline T min(T a, T b) { return b < a ? b : a; }
+template <class T>
+inline T max(T a, T b) { return a < b ? b : a; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+
+template <class To, class From>
+inline To fa2_host_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline unsigned __float_as_uint(float x) { return fa2_host_bits<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return fa2_host_bits<float>(x); }
+inline int __float_as_int(float x) { return fa2_host_bits<int>(x); }
+inline float __int_as_float(int x) { return fa2_host_bits<float>(x); }
+
+inline void __syncthreads(FA2_HOST_SITE) { fa2_host::barrier("__syncthreads", 0, 0, {file, line}); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
+    if (mask != 0xffffffffu) fa2_host::fail("__syncwarp of part of a warp");
+    if (fa2_host::synchronises("__syncwarp", {file, line})) {
+        fa2_host::collective("__syncwarp", nullptr, [](void* const*) {}, {file, line});
+    }
+}
+
+// One block at a time and every store at once: nothing to do, but a place to plant against.
+inline void __threadfence(FA2_HOST_SITE) { fa2_host::synchronises("__threadfence", {file, line}); }
+
+namespace fa2_host {
+struct Shuffle {
+    uint32_t value, source, result;
+};
+template <class T>
+inline T shuffle(const char* name, unsigned mask, T value, unsigned source, Site site) {
+    static_assert(sizeof(T) == 4, "shuffles move 32 bits");
+    if (mask != 0xffffffffu) fail("%s of part of a warp", name);
+    Shuffle args{fa2_host_bits<uint32_t>(value), source % 32, 0};
+    collective(name, &args, [](void* const* lanes) {
+        for (int i = 0; i < 32; i++) {
+            Shuffle& lane = *static_cast<Shuffle*>(lanes[i]);
+            lane.result = static_cast<const Shuffle*>(lanes[lane.source])->value;
+        }
+    }, site);
+    return fa2_host_bits<T>(args.result);
+}
+inline unsigned lane() {
+    return (thread_index->x + block_dim.x * (thread_index->y + block_dim.y * thread_index->z)) % 32;
+}
+}  // namespace fa2_host
+
+template <class T>
+inline T __shfl_sync(unsigned mask, T value, int source, FA2_HOST_SITE) {
+    return fa2_host::shuffle("__shfl_sync", mask, value, source, {file, line});
+}
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int lanes, FA2_HOST_SITE) {
+    return fa2_host::shuffle("__shfl_xor_sync", mask, value, fa2_host::lane() ^ lanes, {file, line});
+}

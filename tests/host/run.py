@@ -1,0 +1,86 @@
+"""Launching a compiled kernel on the CPU: schedules, plants, and the errors that the world reports."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+from typing import Any, NamedTuple
+
+from fa2cupy.jit.kernel import LaunchConfig
+
+
+class HostRunError(Exception):
+    """A broken rule, found by the world while the kernel ran: its message says which, and where."""
+
+
+class Schedule(enum.IntEnum):
+    """Which of the warps that can run goes first, and in which order blocks start: up, down or at random."""
+
+    LOWEST_FIRST = 0
+    HIGHEST_FIRST = 1
+    RANDOM = 2
+
+
+class _Launch(ctypes.Structure):
+    """The twin of `fa2_host::Launch` in world.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_mem_bytes", ctypes.c_uint32),
+        ("schedule", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("plant", ctypes.c_char_p),
+        ("params", ctypes.c_void_p),
+        ("params_bytes", ctypes.c_uint64),
+        ("message", ctypes.c_char_p),
+        ("message_bytes", ctypes.c_uint64),
+    )
+
+
+class Site(NamedTuple):
+    """A barrier, wait or fence in the source: what FA2_PLANT="flash_fwd.cu:120" leaves out."""
+
+    file: str
+    line: int
+    name: str
+
+    @property
+    def plant(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def launch(
+    library: ctypes.CDLL,
+    config: LaunchConfig,
+    params: Any,
+    schedule: Schedule = Schedule.LOWEST_FIRST,
+    *,
+    seed: int = 1,
+    plant: str | None = None,
+) -> list[Site]:
+    """Run the grid to its end; `params` is a ctypes structure. Returns the synchronisation sites that were reached."""
+    plant = plant if plant is not None else os.environ.get("FA2_PLANT")
+    message = ctypes.create_string_buffer(2048)
+    request = _Launch(
+        grid=config.grid,
+        block=config.block,
+        shared_mem_bytes=config.shared_mem_bytes,
+        schedule=schedule,
+        seed=seed,
+        plant=plant.encode() if plant else None,
+        params=ctypes.addressof(params),
+        params_bytes=ctypes.sizeof(params),
+        message=ctypes.cast(message, ctypes.c_char_p),
+        message_bytes=len(message),
+    )
+    if library.host_launch(ctypes.byref(request)):
+        raise HostRunError(f"{message.value.decode()} [{schedule.name}]")
+    return [_site(line) for line in library.host_sites().decode().splitlines()]
+
+
+def _site(text: str) -> Site:
+    place, name = text.split(" ")
+    file, line = place.rsplit(":", 1)
+    return Site(file, int(line), name)
