@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fa2cupy.jit.kernel import LaunchConfig
 
@@ -54,14 +54,19 @@ class Site(NamedTuple):
 def launch(
     library: ctypes.CDLL,
     config: LaunchConfig,
-    params: Any,
+    params: bytes | bytearray,
     schedule: Schedule = Schedule.LOWEST_FIRST,
     *,
     seed: int = 1,
     plant: str | None = None,
 ) -> list[Site]:
-    """Run the grid to its end; `params` is a ctypes structure. Returns the synchronisation sites that were reached."""
+    """Run the grid to its end; `params` are the bytes of the kernel's struct.
+
+    Returns the synchronisation sites that were reached.
+    """
     plant = plant if plant is not None else os.environ.get("FA2_PLANT")
+    padded = bytes(params).ljust(-(-len(params) // 8) * 8)
+    words = (ctypes.c_uint64 * (len(padded) // 8)).from_buffer_copy(padded)
     message = ctypes.create_string_buffer(2048)
     request = _Launch(
         grid=config.grid,
@@ -70,8 +75,8 @@ def launch(
         schedule=schedule,
         seed=seed,
         plant=plant.encode() if plant else None,
-        params=ctypes.addressof(params),
-        params_bytes=ctypes.sizeof(params),
+        params=ctypes.addressof(words),
+        params_bytes=len(params),
         message=ctypes.cast(message, ctypes.c_char_p),
         message_bytes=len(message),
     )

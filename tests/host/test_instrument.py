@@ -48,7 +48,7 @@ def launch(
     library = build.library("instrument.cu", "instrument", {}, directory=HERE)
     pointers = [None if x is None else x.ctypes.data for x in (a, b, out, counter)]
     config = LaunchConfig(grid, (threads, 1, 1), (1, 1, 1), shared)
-    return run.launch(library, config, Params(*pointers, which, n), schedule, plant=plant)
+    return run.launch(library, config, bytes(Params(*pointers, which, n)), schedule, plant=plant)
 
 
 def line_of(text: str) -> str:
@@ -140,7 +140,7 @@ def test_a_missing_barrier_shows(text: str, schedule: Schedule, rng: np.random.G
 def test_a_missing_wait_shows(rng: np.random.Generator) -> None:
     sites = launch(3, a=aligned(np.zeros(512, np.uint16)), out=np.zeros(128, np.float32), n=16, threads=128)
     (wait,) = (site for site in sites if site.name == "cp_async_wait_group")
-    with pytest.raises(HostRunError, match="64 asynchronous|asynchronous copies that it never waited for"):
+    with pytest.raises(HostRunError, match="copies that it never waited for"):
         run_copies(Schedule.LOWEST_FIRST, wait.plant, False, rng)
     assert not run_copies(Schedule.LOWEST_FIRST, wait.plant, True, rng).all()
 
@@ -238,7 +238,7 @@ def test_launch_is_checked() -> None:
         launch(0, shared=SHARED_BYTES - 1)
     library = build.library("instrument.cu", "instrument", {}, directory=HERE)
     with pytest.raises(HostRunError, match="the kernel's parameters have 40 bytes, the host's have 4"):
-        run.launch(library, LaunchConfig((1, 1, 1), (32, 1, 1)), ctypes.c_int(0))
+        run.launch(library, LaunchConfig((1, 1, 1), (32, 1, 1)), bytes(4))
 
 
 def test_a_mutation_must_match_once() -> None:

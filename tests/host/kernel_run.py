@@ -1,0 +1,260 @@
+"""A case, run as its plan says on a CPU-shaped GPU, and judged: by the reference, by its guard bands, by its repeats."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fa2cupy.arrays import Device, TensorRef
+from fa2cupy.jit import source as source_module
+from fa2cupy.jit.driver import DeviceInfo
+from fa2cupy.kernels import plan_backward, plan_forward
+from fa2cupy.kernels.plan import KernelLaunch, Plan
+from fa2cupy.kernels.tiles import SHARED_MEMORY
+from fa2cupy.problem import AttentionProblem, Options
+from tests import reference
+from tests.gpu import cases as gpu_cases
+from tests.gpu.cases import Case
+from tests.host import build, run, sanitized
+from tests.host.build import Mutation
+from tests.host.run import Schedule
+
+FORWARD = ("q", "k", "v", "out", "lse")
+BACKWARD = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+_GUARD_BYTES = 128 << 10  # on both sides: a tile's worth of rows
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """A case and the GPU that its plan is made for; `flip`: every tensor runs backwards along seqlen and heads."""
+
+    case: Case
+    arch: str = "sm_90"
+    flip: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.case} {self.arch}" + (" flip" if self.flip else "")
+
+
+@functools.cache
+def device(arch: str) -> DeviceInfo:
+    """A GPU of that architecture, but with a second-level cache so small that few heads share a section."""
+    digits = arch.removeprefix("sm_")
+    cc = int(digits[:-1]), int(digits[-1])
+    return DeviceInfo(0, arch, cc, 4, SHARED_MEMORY[arch], 1 << 18)
+
+
+class Tensor:
+    """Elements at the case's strides in a buffer of their own. Everything else in it is poison, and has to stay so."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, shift: int = 0) -> None:
+        item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+        reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+        length = (high - low + 1) if 0 not in shape else 0
+        guard = 0 if build.sanitizing() else _GUARD_BYTES // item.itemsize
+        nbytes = (length + 2 * guard + shift) * item.itemsize
+        raw = sanitized.empty((nbytes,), np.uint8) if build.sanitizing() else np.empty(nbytes + 256, np.uint8)
+        start = 0 if build.sanitizing() else -raw.ctypes.data % 256
+        self._bytes = raw[start : start + nbytes]
+        self._bytes[:] = 0xFF
+        flat = self._bytes.view(item)
+        self.shape, self.strides, self.dtype = shape, strides, dtype
+        self.values = np.lib.stride_tricks.as_strided(
+            flat[guard + shift - low :], shape, [s * item.itemsize for s in strides]
+        )
+        self._foreign = np.ones(flat.shape, bool)
+        self._foreign[guard + shift : guard + shift + length] = False
+        if length:
+            np.lib.stride_tricks.as_strided(self._foreign[guard + shift - low :], shape, strides)[...] = False
+            gaps = np.ones(length, bool)
+            np.lib.stride_tricks.as_strided(gaps[-low:], shape, strides)[...] = False
+            self._foreign[guard + shift : guard + shift + length] = gaps
+        self._foreign = np.repeat(self._foreign, item.itemsize)
+        self.pointer = self._bytes.ctypes.data + (guard + shift - low) * item.itemsize
+
+    def ref(self) -> TensorRef:
+        return TensorRef(self.pointer, self.shape, self.strides, self.dtype, Device("cuda", 0), self)
+
+    def poison(self) -> None:
+        self._bytes[:] = 0xFF
+
+    def bits(self) -> bytes:
+        return self._bytes.tobytes()
+
+    def untouched_outside(self) -> bool:
+        return bool((self._bytes[self._foreign] == 0xFF).all())
+
+
+@dataclass
+class Prepared:
+    """Tensors with their values, the plan, and what has to come out."""
+
+    host_case: HostCase
+    backward: bool
+    tensors: dict[str, Tensor]
+    plan: Plan
+    expected: reference.Expected
+    workspace: Tensor
+    inputs: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("dq", "dk", "dv") if self.backward else ("out", "lse")
+
+
+def prepare(host_case: HostCase, backward: bool) -> Prepared:
+    """Inputs, outputs, plan and reference of a case. Query rows that see no key hold NaN."""
+    case = host_case.case
+    names = BACKWARD if backward else FORWARD
+    tensors = {name: _tensor(host_case, name) for name in names}
+    numbers = reference.make_inputs(
+        case.seed,
+        case.seqlen_q,
+        case.seqlen_k,
+        dtype=case.dtype,
+        batch=case.batch,
+        heads=case.heads,
+        head_dim=case.head_dim,
+        outliers=case.outliers,
+    )._asdict()
+    empty = case.seqlen_q if case.seqlen_k == 0 else max(0, case.seqlen_q - case.seqlen_k) * case.causal
+    values: dict[str, np.ndarray] = {}
+    for name in ("q", "k", "v", "dout"):
+        if name not in tensors:
+            continue
+        view = _bshd(tensors[name].values, case.layout)
+        view[...] = numbers[name][:, :, :1] if case.expanded and name in ("k", "v") else numbers[name]
+        if name in ("q", "dout"):
+            view[:, :empty] = 0xFFFF
+        values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
+    expected = reference.expect(
+        values["q"], values["k"], values["v"], values.get("dout"), causal=case.causal, scale=case.softmax_scale
+    )
+    if backward:
+        bound = expected.bounds["out"]
+        assert bound.model is not None
+        model = reference.store(bound.model, case.dtype).view(np.uint16)
+        _bshd(tensors["out"].values, case.layout)[...] = model
+        tensors["lse"].values[...] = expected.lse
+    options = Options.checked(case.causal, case.softmax_scale, case.layout, None, case.deterministic)
+    refs = {name: tensor.ref() for name, tensor in tensors.items()}
+    problem = AttentionProblem.from_refs(refs, gpu_cases.sizes_of(case), case.dtype, options)
+    gpu = device(host_case.arch)
+    plan = plan_backward(problem, gpu, case.deterministic) if backward else plan_forward(problem, gpu)
+    workspace = Tensor((plan.workspace_bytes // 4,), (1,), "float32")
+    prepared = Prepared(host_case, backward, tensors, plan, expected, workspace)
+    results = prepared.results
+    prepared.inputs = {name: tensor.bits() for name, tensor in tensors.items() if name not in results}
+    return prepared
+
+
+def _bshd(values: np.ndarray, layout: str) -> np.ndarray:
+    return values if layout == "bshd" else values.swapaxes(1, 2)
+
+
+def _tensor(host_case: HostCase, name: str) -> Tensor:
+    case = host_case.case
+    place = gpu_cases.place(case, name)
+    strides = place.strides
+    if host_case.flip:  # the last dimension, and seqlen of lse, stay as they are
+        strides = (strides[0], *(-s for s in strides[1:-1]), strides[-1])
+    dtype = "float32" if name == "lse" else case.dtype
+    return Tensor(place.shape, strides, dtype, 0 if name == "lse" else case.shift)
+
+
+@functools.cache
+def _files_of(source: str) -> frozenset[str]:
+    loaded = source_module.load(source)
+    return frozenset({loaded.path, *(name for name, _ in loaded.headers)})
+
+
+def execute(
+    prepared: Prepared,
+    schedule: Schedule,
+    *,
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+    seed: int = 1,
+) -> tuple[dict[str, bytes], set[run.Site]]:
+    """Run the plan's launches into poisoned outputs; the results' bits, and the synchronisations that were reached."""
+    outputs = {name: prepared.tensors[name] for name in prepared.results}
+    for tensor in (*outputs.values(), prepared.workspace):
+        tensor.poison()
+    names = BACKWARD if prepared.backward else FORWARD
+    pointers = tuple(prepared.tensors[name].pointer for name in names)
+    if prepared.backward:
+        pointers += (prepared.workspace.pointer,)
+    sites: set[run.Site] = set()
+    for launch in prepared.plan.launches:
+        sites.update(_launch(launch, pointers, schedule, plant, mutation, seed))
+    return {name: tensor.bits() for name, tensor in outputs.items()}, sites
+
+
+def _launch(
+    launch: KernelLaunch,
+    pointers: tuple[int, ...],
+    schedule: Schedule,
+    plant: str | None,
+    mutation: Mutation | None,
+    seed: int,
+) -> list[run.Site]:
+    mutated = mutation if mutation and mutation.path in _files_of(launch.source) else None
+    library = build.library(launch.source, launch.name, launch.defines, mutation=mutated)
+    return run.launch(library, launch.config, launch.pack(pointers), schedule, plant=plant, seed=seed)
+
+
+def judge(prepared: Prepared) -> None:
+    """AssertionError unless the results are right, nothing else was written, and the inputs are as they were."""
+    case = prepared.host_case.case
+    got: dict[str, np.ndarray] = {}
+    for name in prepared.results:
+        tensor = prepared.tensors[name]
+        assert tensor.untouched_outside(), f"{name}: something outside the array was written"
+        if name == "lse":
+            got[name] = tensor.values
+        else:
+            view = _bshd(tensor.values, case.layout)
+            got[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
+    assert prepared.workspace.untouched_outside(), "something outside the workspace was written"
+    for name, bits in prepared.inputs.items():
+        assert prepared.tensors[name].bits() == bits, f"{name} is an input, and was written"
+    prepared.expected.check(**got)
+
+
+def check(
+    host_case: HostCase,
+    backward: bool,
+    *,
+    schedules: tuple[Schedule, ...] = tuple(Schedule),
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+) -> set[run.Site]:
+    """Run a case under each schedule: every result is right, and the bits do not depend on the order of things.
+
+    dq alone may, unless the case is deterministic: it is summed in the order in which blocks run.
+    """
+    prepared = prepare(host_case, backward)
+    first: Mapping[str, bytes] | None = None
+    sites: set[run.Site] = set()
+    for schedule in schedules:
+        results, reached = execute(prepared, schedule, plant=plant, mutation=mutation, seed=host_case.case.seed + 1)
+        sites |= reached
+        try:
+            judge(prepared)
+            for name, bits in (first or results).items():
+                same = bits == results[name] or (name == "dq" and not host_case.case.deterministic)
+                assert same, f"{name} depends on the order in which warps and blocks run"
+        except AssertionError as error:
+            raise AssertionError(f"{host_case} [{schedule.name}]: {error}") from error
+        first = first or results
+    return sites
+
+
+def each(cases: list[HostCase], backward: bool) -> Iterator[set[run.Site]]:
+    """`check` all cases."""
+    for case in cases:
+        yield check(case, backward)
