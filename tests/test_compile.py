@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from fa2cupy.jit import DeviceInfo, compile_many
+from fa2cupy.kernels import CompileJob, plan_backward, plan_forward
+from fa2cupy.problem import AttentionProblem
 from tests import nvrtc
 from tests.compile_worker import ARCHS
 
@@ -82,3 +85,53 @@ def test_sample_of_rows(release: str, arch: str) -> None:
 @each_nvrtc_and_arch
 def test_all_rows(release: str, arch: str) -> None:
     check(compile_rows(release, arch, "all"))
+
+
+@pytest.mark.parametrize("swapped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_head_dim_compiles(swapped: bool) -> None:
+    """All that the plans of any head_dim launch, with the NVRTC that is installed.
+
+    Multiples of 16 in turn on sm_80 with 16-byte copies and on sm_86 without; `swapped` is the other half.
+    """
+    jobs = {}
+    for head_dim in range(16, 257, 16):
+        on_sm80 = (head_dim % 32 == 0) == swapped
+        major, minor, aligned = (8, 0, True) if on_sm80 else (8, 6, False)
+        device = DeviceInfo(0, "", (major, minor), 84, SHARED_MEMORY[f"sm_{major}{minor}"], 6 << 20)
+        problem = problem_of(head_dim if aligned else head_dim - 1, aligned)
+        for plan in (plan_forward(problem, device), plan_backward(problem, device, False)):
+            for launch in plan.launches:
+                label = f"head_dim {problem.head_dim}"
+                size = launch.config.shared_mem_bytes
+                job = CompileJob(launch.source, launch.name, launch.arch, launch.defines, label, size, 0)
+                jobs[job.source, job.arch, tuple(job.defines.items())] = job
+    assert {job.name for job in jobs.values()} >= {"flash_fwd", "flash_bwd", "fill_empty"}
+    errors = [str(result.error) for result in compile_many(jobs.values()) if result.error]
+    assert not errors, "\n\n".join(errors)
+
+
+def problem_of(head_dim: int, aligned: bool) -> AttentionProblem:
+    """Causal, with query rows that see no key."""
+    batch, seqlen_q, seqlen_k, heads = 2, 200, 100, 4
+    strides = {
+        name: (length * heads * head_dim, heads * head_dim, head_dim)
+        for names, length in ((("q", "out", "dout", "dq"), seqlen_q), (("k", "v", "dk", "dv"), seqlen_k))
+        for name in names
+    }
+    strides["lse"] = (heads * seqlen_q, seqlen_q, 1)
+    return AttentionProblem(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads=heads,
+        num_heads_k=heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        dtype="bfloat16",
+        causal=True,
+        window_left=-1,
+        window_right=0,
+        softmax_scale=head_dim**-0.5,
+        strides=tuple(strides.items()),
+        aligned=aligned,
+    )
