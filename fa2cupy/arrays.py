@@ -7,6 +7,7 @@ before its user has imported it. `Framework` is the interface; JAX's, whose outp
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,8 +126,8 @@ class Framework:
         """
         raise NotImplementedError
 
-    def check_call(self, arrays: tuple[Any, ...], operation: str) -> None:
-        """Raise for what can differ between two calls of one signature (autograd)."""
+    def check_call(self, arrays: tuple[Any, ...], function: str, names: Callable[[], tuple[str, ...]]) -> None:
+        """Raise for what can differ between two calls of one signature (autograd). `names`: those of `arrays`."""
 
     def is_capturing(self, stream: int, device_index: int) -> bool:
         """Whether `stream`, the current one of the device, is being captured into a CUDA graph."""
@@ -282,6 +283,8 @@ class _Torch(Framework):
             raise InvalidType(
                 f"{argument} is a {describe(array)}, a wrapper without memory of its own: pass a torch.Tensor"
             )
+        if array.is_nested:
+            raise InvalidType(f"{argument} is a nested tensor: pass a torch.Tensor with one length")
         if array.layout is not torch.strided:
             raise InvalidType(f"{argument} has layout {array.layout}: only torch.strided is supported")
         if array.is_neg():  # float16 parts of a conjugated complex tensor: the sign is not in memory yet
@@ -332,15 +335,27 @@ class _Torch(Framework):
                 pointers.append(pointer)
         return tuple(key), pointers
 
-    def check_call(self, arrays: tuple[Any, ...], operation: str) -> None:
-        if not sys.modules["torch"].is_grad_enabled():
-            return
-        for array in arrays:
-            if array is not None and array.requires_grad:
-                raise InvalidArgument(
-                    f"fa2cupy.{operation}: a tensor of shape {tuple(array.shape)} requires grad, but autograd does not "
-                    "see this call: use torch.no_grad() or .detach(), and fa2cupy.attention_backward for gradients"
-                )
+    @functools.cached_property
+    def _autograd(self) -> tuple[Callable[[], bool], Any]:
+        torch = sys.modules["torch"]
+        return torch.is_grad_enabled, torch.autograd.forward_ad
+
+    def check_call(self, arrays: tuple[Any, ...], function: str, names: Callable[[], tuple[str, ...]]) -> None:
+        is_grad_enabled, forward_ad = self._autograd
+        if is_grad_enabled():
+            for i, array in enumerate(arrays):
+                if array is not None and array.requires_grad:
+                    raise InvalidArgument(
+                        f"{names()[i]} requires grad, but autograd does not see fa2cupy.{function}: use "
+                        "torch.no_grad() or .detach(), and fa2cupy.attention_backward for gradients"
+                    )
+        if forward_ad._current_level >= 0:
+            for i, array in enumerate(arrays):
+                if array is not None and forward_ad.unpack_dual(array).tangent is not None:
+                    raise InvalidArgument(
+                        f"{names()[i]} has a tangent, but forward-mode autograd does not see fa2cupy.{function}: "
+                        "pass its primal"
+                    )
 
     def address(self, array: Any) -> int:
         return array.data_ptr()  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fa2cupy import calls
+from fa2cupy import calls, dynamo
 from fa2cupy.problem import check_flag, unexpected_keyword
 
 __all__ = ["attention", "attention_backward", "backward_workspace_bytes"]
@@ -14,6 +14,7 @@ _BACKWARD_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "determinist
 _SIZE_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "deterministic")
 
 
+@dynamo.leave
 def attention(
     q: Any,
     k: Any,
@@ -75,6 +76,8 @@ def attention(
         use torch.no_grad() and `attention_backward`), a FakeTensor, a JAX tracer. UnsupportedDevice below sm_80,
         MissingDependency without CuPy, NVRTC or a driver, CompilationError, LaunchError.
     """
+    if not dynamo.told:
+        dynamo.tell()
     if unexpected:
         raise unexpected_keyword("attention", unexpected, _FORWARD_KEYWORDS)
     with_lse = check_flag("return_lse", return_lse)
@@ -83,6 +86,7 @@ def attention(
     return (results[0], results[1]) if with_lse else results[0]
 
 
+@dynamo.leave
 def attention_backward(
     dout: Any,
     q: Any,
@@ -122,6 +126,8 @@ def attention_backward(
 
     Where and when, Raises: as `attention`.
     """
+    if not dynamo.told:
+        dynamo.tell()
     if unexpected:
         raise unexpected_keyword("attention_backward", unexpected, _BACKWARD_KEYWORDS)
     options = (causal, softmax_scale, layout, dtype, deterministic)
@@ -129,6 +135,7 @@ def attention_backward(
     return results[0], results[1], results[2]
 
 
+@dynamo.leave
 def backward_workspace_bytes(
     q: Any,
     k: Any,
@@ -144,6 +151,8 @@ def backward_workspace_bytes(
     """Bytes that `attention_backward` needs as workspace= for these arguments. Layout "bshd"; 0 for arrays on the CPU.
     causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
     """
+    if not dynamo.told:
+        dynamo.tell()
     if unexpected:
         raise unexpected_keyword("backward_workspace_bytes", unexpected, _SIZE_KEYWORDS)
     from fa2cupy.first_call import workspace_bytes

@@ -38,6 +38,10 @@ class Operation:
     outputs: tuple[str, ...]
     resembles: tuple[int, ...]
 
+    def names(self) -> tuple[str, ...]:
+        """Of all its arrays."""
+        return self.inputs + self.outputs
+
     @property
     def is_backward(self) -> bool:
         return self.name == "attention_backward"
@@ -134,7 +138,7 @@ class PreparedCall:
     def run(self, arrays: tuple[Any, ...], pointers: list[int], workspace: Any) -> list[Any]:
         """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs."""
         framework, operation = self.framework, self.operation
-        framework.check_call(arrays, operation.name)
+        framework.check_call(arrays, operation.name, operation.names)
         if self.given or workspace is not None:
             self._check_given(arrays, pointers, workspace)
         index = self.device.index
@@ -167,7 +171,7 @@ class PreparedCall:
             )
 
     def _check_given(self, arrays: tuple[Any, ...], pointers: list[int], workspace: Any) -> None:
-        names = (*self.operation.inputs, *self.operation.outputs)
+        names = self.operation.names()
         blocks = [
             (name, pointer, extent)
             for name, pointer, extent in zip(names, pointers, self.extents, strict=True)

@@ -63,7 +63,7 @@ def first_call(
     sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
     for name in refs:
         sizes.check_shape(name, refs[name].shape, options.layout)
-    framework.check_call(tuple(arrays.values()), operation.name)
+    framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
     if device.kind == "cpu":
@@ -82,7 +82,7 @@ def first_call(
         return _call_jax(operation, framework, arrays, sizes, dtype, options, device)
     with driver.device_guard(device.index):
         arrays = _copy_where_needed(operation, framework, arrays, device)
-    ordered = tuple(arrays.get(name) for name in operation.inputs + operation.outputs)
+    ordered = _ordered(operation, arrays)
     signature, pointers = framework.signature(ordered)
     key = signature_key(operation, signature, raw_options)
     prepared = PREPARED.get(key)  # known when a copy or a conversion brought us here
@@ -90,6 +90,10 @@ def first_call(
         prepared = _prepare(operation, framework, arrays, sizes, dtype, options, device)
         remember(key, type(ordered[0]), prepared)
     return prepared.run(ordered, pointers, workspace)
+
+
+def _ordered(operation: Operation, arrays: Arrays) -> tuple[Any, ...]:
+    return tuple(arrays.get(name) for name in operation.names())
 
 
 def _one_framework(arrays: Arrays) -> tuple[Framework, Arrays]:
@@ -195,7 +199,7 @@ def _prepare(
                 "the same shapes before the capture"
             ) from error
         raise
-    names = operation.inputs + operation.outputs
+    names = operation.names()
     storage = framework.dtype(arrays["q"])
     fresh = []
     for position, like in zip(range(len(operation.inputs), len(names)), operation.resembles, strict=True):
@@ -230,7 +234,7 @@ def _problem(
 ) -> AttentionProblem:
     """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout, aligned."""
     tensors = {}
-    for name in operation.inputs + operation.outputs:
+    for name in operation.names():
         if name in arrays:
             ref = framework.ref(arrays[name], name)
         else:

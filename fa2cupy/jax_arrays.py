@@ -17,7 +17,7 @@ from fa2cupy import dlpack
 from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, contiguous_strides, describe
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 
-__all__ = ["JAX", "Configuration", "run"]
+__all__ = ["JAX", "Configuration", "compiled", "run"]
 
 
 class _Jax(Framework):
@@ -90,11 +90,11 @@ class Configuration:
 
 def run(configuration: Configuration, inputs: tuple[Any, ...]) -> list[Any]:
     """The outputs as JAX arrays on the inputs' device; returns before they are computed."""
-    return list(_compiled(configuration)(*inputs))
+    return list(compiled(configuration)(*inputs))
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(configuration: Configuration) -> Callable[..., Any]:
+def compiled(configuration: Configuration) -> Callable[..., Any]:
     import jax
     from jax.experimental.buffer_callback import buffer_callback
 

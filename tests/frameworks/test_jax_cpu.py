@@ -1,0 +1,171 @@
+"""JAX arrays: on the CPU for real, and CPU arrays that pose as GPU arrays for the way through XLA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fa2cupy
+from fa2cupy import jax_arrays
+from fa2cupy.arrays import Device, framework_of
+from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
+from fa2cupy.jax_arrays import JAX
+from tests.fake_gpu import FakeGpu
+from tests.reference import Inputs, as_ml_dtypes, expect, make_inputs
+
+
+def inputs(seed: int, dtype: str, **keywords: Any) -> tuple[Inputs, Inputs]:
+    stored = make_inputs(seed, 5, 7, dtype=dtype, heads=(4, 2), head_dim=16, **keywords)
+    return stored, Inputs(*(jnp.asarray(as_ml_dtypes(array)) for array in stored))
+
+
+def swap(x: Any) -> Any:
+    return x.transpose(0, 2, 1, 3)
+
+
+def both(x: Inputs, layout: str = "bshd", **keywords: Any) -> dict[str, Any]:
+    turn = swap if layout == "bhsd" else (lambda array: array)
+    q, k, v, dout = (turn(array) for array in x)
+    out, lse = fa2cupy.attention(q, k, v, layout=layout, return_lse=True, **keywords)
+    dq, dk, dv = fa2cupy.attention_backward(dout, q, k, v, out, lse, layout=layout, **keywords)
+    return {"out": turn(out), "lse": lse, "dq": turn(dq), "dk": turn(dk), "dv": turn(dv)}
+
+
+def check(stored: Inputs, results: dict[str, Any], dtype: str, **keywords: Any) -> None:
+    for name, array in results.items():
+        assert isinstance(array, jax.Array)
+        assert array.dtype == ("float32" if name == "lse" else dtype)
+    expect(*stored, **keywords).check(**results)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_cpu(dtype: str, layout: str, causal: bool) -> None:
+    stored, x = inputs(1, dtype)
+    check(stored, both(x, layout, causal=causal), dtype, causal=causal)
+
+
+def test_cpu_float64() -> None:
+    with jax.enable_x64(True):
+        stored, x = inputs(2, "float64")
+        results = both(x)
+        assert results["lse"].dtype == results["out"].dtype == "float64"
+        expect(*stored).check(**results)
+
+
+def test_uint16() -> None:
+    _, x = inputs(3, "bfloat16")
+    results = both(Inputs(*(array.view("uint16") for array in x)), dtype="bfloat16")
+    named = both(x)
+    assert results["out"].dtype == "uint16"
+    for name, array in results.items():
+        np.testing.assert_array_equal(np.asarray(array).view(named[name].dtype), named[name])
+
+
+def test_tracers() -> None:
+    q = jnp.zeros((2, 5, 4, 16))
+    for transform in (
+        lambda f: jax.jit(f)(q),
+        lambda f: jax.grad(lambda x: f(x).sum())(q),
+        lambda f: jax.vmap(f)(q[None]),
+        lambda f: jax.eval_shape(f, q),
+    ):
+        with pytest.raises(TypeError, match=r"q is a JAX tracer.*outside jax\.jit"):
+            transform(lambda x: fa2cupy.attention(x, x, x))
+    with pytest.raises(InvalidType, match="k is a JAX tracer"):
+        jax.jit(lambda x: fa2cupy.attention(q, x, q))(q)
+
+
+def test_closed_over_arrays_inside_jit() -> None:
+    q = jnp.ones((2, 5, 4, 16))
+    result = jax.jit(lambda x: x + fa2cupy.attention(q, q, q))(q)
+    np.testing.assert_allclose(result, 2)
+
+
+@pytest.mark.parametrize("name", ["out", "lse_out", "workspace"])
+def test_immutable(name: str) -> None:
+    q = jnp.zeros((2, 5, 4, 16))
+    with pytest.raises(InvalidArgument, match=f"{name} cannot be given for JAX arrays.*immutable"):
+        fa2cupy.attention(q, q, q, **{name: q})
+
+
+def test_errors() -> None:
+    q = jnp.zeros((2, 5, 4, 16))
+    gone = jnp.zeros((2, 5, 4, 16))
+    gone.delete()
+    with pytest.raises(InvalidArgument, match="k was deleted or donated"):
+        fa2cupy.attention(q, gone, q)
+    with pytest.raises(InvalidType, match=r"k is a numpy\.ndarray but q is a \w+\.ArrayImpl"):
+        fa2cupy.attention(q, np.asarray(q), q)
+    with pytest.raises(InvalidType, match=r"softmax_scale is a .*Python number"):
+        fa2cupy.attention(q, q, q, softmax_scale=jnp.float32(0.5) + 0)
+    with pytest.raises(InvalidType, match="q has dtype int32"):
+        fa2cupy.attention(*3 * [q.astype(jnp.int32)])
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(InvalidType, match=r"q (is a jax\.PRNGKeyArray|has dtype key)"):
+        fa2cupy.attention(keys, keys, keys)
+
+
+def test_framework() -> None:
+    assert framework_of(jnp.zeros(1)) is JAX
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU: CPU arrays that say that they are on cuda:1. XLA's callback, buffers and outputs are the real ones.
+
+
+@pytest.fixture
+def cuda(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    monkeypatch.setattr(JAX, "device", lambda array, argument: Device("cuda", 1))
+    monkeypatch.setattr(jax_arrays, "_stream", lambda context: 0x77)
+    jax_arrays.compiled.cache_clear()
+    return gpu
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint16"])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("workspace_bytes", [0, 1024])
+def test_gpu(cuda: FakeGpu, dtype: str, layout: str, workspace_bytes: int) -> None:
+    cuda.workspace_bytes = workspace_bytes
+    stored, x = inputs(4, "bfloat16" if dtype == "uint16" else dtype)
+    keywords = {}
+    if dtype == "uint16":
+        x, keywords = Inputs(*(array.view("uint16") for array in x)), {"dtype": "bfloat16"}
+    for _ in range(2):
+        results = both(x, layout, causal=True, **keywords)
+        check(stored, {name: jax.block_until_ready(array) for name, array in results.items()}, dtype, causal=True)
+        assert (cuda.last.stream, cuda.last.device, cuda.last.current_device) == (0x77, 1, 1)
+        assert bool(cuda.last.pointers["workspace"]) == bool(workspace_bytes)
+        assert cuda.last.pointers["workspace"] % 256 == 0
+    assert len(cuda.plans) == 2
+    assert len(cuda.launches) == 4
+    assert jax_arrays.compiled.cache_info().currsize == 2
+
+
+def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:
+    _, x = inputs(5, "float16")
+    assert fa2cupy.backward_workspace_bytes(x.q, x.k, x.v) == cuda.workspace_bytes
+
+
+def test_gpu_dtypes(cuda: FakeGpu) -> None:
+    q = jnp.zeros((2, 5, 4, 16))
+    with pytest.raises(InvalidType, match=r"q has dtype float32.*on a GPU \(for now\) float16, bfloat16"):
+        fa2cupy.attention(q, q, q)
+    assert not cuda.launches
+
+
+def test_devices() -> None:
+    class Elsewhere:
+        platform, id, local_hardware_id = "tpu", 0, 0
+
+    class Array:
+        def devices(self) -> set[Any]:
+            return {Elsewhere}
+
+    with pytest.raises(UnsupportedDevice, match=r"q is on a tpu device: CUDA GPUs and the CPU"):
+        JAX.device(Array(), "q")
