@@ -58,7 +58,7 @@ class Case:
         text += f" b{self.batch} h{self.heads[0]}/{self.heads[1]} {self.layout} seed{self.seed}"
         for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers"):
             value = getattr(self, name)
-            if value:
+            if value not in (None, False) and (value or name == "scale"):
                 text += f" {name}={value}"
         return text + ("" if self.given else " fresh")
 
@@ -201,3 +201,22 @@ def _length(rng: random.Random) -> int:
     if kind < 0.95:
         return rng.randint(34, 600)
     return rng.randint(601, 1300)
+
+
+RANDOM_CASES = 2000  # of each dtype
+
+
+def groups() -> list[object]:
+    """The whole plan, in lists of cases that share a test: pytest parameters with readable ids."""
+    import pytest
+
+    parameters = []
+    for dtype in DTYPES:
+        for head_dim in (64, 128):
+            parameters.append(pytest.param(list(seqlen_cases(dtype, head_dim)), id=f"lengths-{dtype}-d{head_dim}"))
+        for head_dim in HEAD_DIMS:
+            parameters.append(pytest.param(list(head_dim_cases(dtype, head_dim)), id=f"heads-{dtype}-d{head_dim}"))
+        cases = list(random_cases(dtype, RANDOM_CASES))
+        for start in range(0, RANDOM_CASES, 200):
+            parameters.append(pytest.param(cases[start : start + 200], id=f"random-{dtype}-{start}"))
+    return parameters
