@@ -13,7 +13,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ CXX = os.environ.get("CXX") or "g++"
 # Few, and the same for every version of g++: what a kernel must not do.
 _WARNINGS = ("-Werror", "-Wreturn-type", "-Wuninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
 # Uninitialised variables hold a pattern, as shared memory does: what a GPU's registers hold is anybody's guess.
-_FLAGS = ("-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ftrivial-auto-var-init=pattern", *_WARNINGS)
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ftrivial-auto-var-init=pattern", *_WARNINGS)
 _OPTIMISED = ("-O2", "-ffp-contract=fast")  # contracted as nvcc does
 _SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -80,46 +80,58 @@ def library(
     directory: Path | None = None,
 ) -> ctypes.CDLL:
     """The library of one kernel of `path`, a source of cuda_src (or of `directory`), with these macros."""
+    return _library(path, kernel, tuple(sorted(defines.items())), mutation, directory or source_module.root())
+
+
+@functools.cache
+def _library(
+    path: str, kernel: str, defines: tuple[tuple[str, int | str], ...], mutation: Mutation | None, directory: Path
+) -> ctypes.CDLL:
+    macros = {"FA2_HOST_SOURCE": f'"{path}"', "FA2_HOST_KERNEL": kernel, **dict(defines)}
     source = source_module.load(path, directory=directory)
-    directory = source_module.root() if directory is None else directory
-    flags = (*_FLAGS, *(_SANITIZED if sanitizing() else _OPTIMISED), *_cpu_flags())
-    macros = {"FA2_HOST_SOURCE": f'"{path}"', "FA2_HOST_KERNEL": kernel, **defines}
-    digest = hashlib.sha256(repr((source.digest, flags, sorted(macros.items()), mutation, _twins())).encode())
-    digest.update(_compiler_version().encode())
-    stem = f"{kernel}-{digest.hexdigest()[:20]}"
-    target = BUILD / f"{stem}.so"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with (BUILD / f"{stem}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's worker processes share the folder
-            if not target.exists():
-                _compile(target, flags, macros, mutation, directory)
+    key = (source.digest, sorted(macros.items()), mutation)
+    options = [f"-D{name}={value}" for name, value in macros.items()]
+    options += ["-include", str(WORLD / "cuda_world.h"), "-shared", str(WORLD / "entry.cpp"), str(_world())]
+    target = _once(f"{kernel}-", ".so", key, lambda stem: _includes(stem, mutation, directory) + options)
     loaded = ctypes.CDLL(str(target))
     loaded.host_sites.restype = ctypes.c_char_p
     return loaded
 
 
-def _compile(
-    target: Path,
-    flags: tuple[str, ...],
-    macros: Mapping[str, int | str],
-    mutation: Mutation | None,
-    directory: Path,
-) -> None:
-    includes = list(dict.fromkeys((WORLD, directory, source_module.root())))
+@functools.cache
+def _world() -> Path:
+    """The object file that all libraries have in common."""
+    return _once("world-", ".o", (), lambda stem: ["-c", str(WORLD / "world.cpp")])
+
+
+def _includes(stem: Path, mutation: Mutation | None, directory: Path) -> list[str]:
+    folders = list(dict.fromkeys((WORLD, directory, source_module.root())))
     if mutation is not None:
-        changed = target.with_suffix(".src") / mutation.path
+        original = next(folder / mutation.path for folder in folders if (folder / mutation.path).exists())
+        changed = stem.with_suffix(".src") / mutation.path
         changed.parent.mkdir(parents=True, exist_ok=True)
-        original = next(folder / mutation.path for folder in includes if (folder / mutation.path).exists())
-        # The messages and the plants speak of the file that was changed, not of its copy.
-        text = f'#line 1 "{original}"\n' + mutation.apply(original.read_text())
-        changed.write_text(text)
-        includes.insert(0, target.with_suffix(".src"))
-    unfinished = target.with_suffix(f".{os.getpid()}")
-    command = [CXX, *flags, *(f"-D{name}={value}" for name, value in macros.items())]
-    command += [*(f"-I{folder}" for folder in includes), "-include", str(WORLD / "cuda_world.h")]
-    command += ["-o", str(unfinished), str(WORLD / "entry.cpp"), str(WORLD / "world.cpp")]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the compiler's bugs, no
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"g++ failed:\n{' '.join(command)}\n{done.stderr[-6000:]}"
-    unfinished.replace(target)
+        # What the world reports names the file that was changed, not its copy.
+        changed.write_text(f'#line 1 "{original}"\n' + mutation.apply(original.read_text()))
+        folders.insert(0, stem.with_suffix(".src"))
+    return [f"-I{folder}" for folder in folders]
+
+
+def _once(prefix: str, suffix: str, key: object, arguments: Callable[[Path], list[str]]) -> Path:
+    """The product of g++ that belongs to `key`, made if it is not there yet. `arguments` gets its path, less suffix."""
+    flags = (*_FLAGS, *(_SANITIZED if sanitizing() else _OPTIMISED), *_cpu_flags())
+    digest = hashlib.sha256(repr((key, flags, _twins(), _compiler_version())).encode()).hexdigest()[:20]
+    stem = BUILD / f"{prefix}{digest}"
+    target = stem.with_suffix(suffix)
+    if target.exists():
+        return target
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with stem.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's worker processes share the folder
+        if not target.exists():
+            unfinished = stem.with_suffix(f".{os.getpid()}")
+            command = [CXX, *flags, *arguments(stem), "-o", str(unfinished)]
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, f"g++ failed:\n{' '.join(command)}\n{done.stderr[-6000:]}"
+            unfinished.replace(target)
+    return target

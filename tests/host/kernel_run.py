@@ -1,9 +1,9 @@
-"""A case, run as its plan says on a CPU-shaped GPU, and judged: by the reference, by its guard bands, by its repeats."""
+"""A case, run on the CPU as its plan says, and judged: by the reference, by its guard bands, by its repeats."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -252,9 +252,3 @@ def check(
             raise AssertionError(f"{host_case} [{schedule.name}]: {error}") from error
         first = first or results
     return sites
-
-
-def each(cases: list[HostCase], backward: bool) -> Iterator[set[run.Site]]:
-    """`check` all cases."""
-    for case in cases:
-        yield check(case, backward)

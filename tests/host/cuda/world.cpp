@@ -85,6 +85,7 @@ struct Context {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kBarriers = 16;
+constexpr size_t kBlocksAtOnce = 4;  // under Schedule::kRandom
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // Stacks for one block's threads, each above a page that cannot be touched.
@@ -225,9 +226,12 @@ int pick_warp(const Block& block) {
     return -1;
 }
 
+// Now and then, under kRandom, another block goes on.
+bool preempted() { return schedule() == Schedule::kRandom && random_below(256) == 0; }
+
 void go(Context& from, Block* block) {
     block->warp = pick_warp(*block);
-    if (block->warp < 0) return Context::change(from, world.main);
+    if (block->warp < 0 || (&from != &world.main && preempted())) return Context::change(from, world.main);
     world.fiber = block->warp * 32 + pick_lane(block->warps[block->warp].ready);
     Fiber& next = block->fibers[world.fiber];
     thread_index = &next.index;
@@ -330,7 +334,19 @@ bool runnable(const Block& block) {
     return std::any_of(block.warps.begin(), block.warps.end(), [](const Warp& warp) { return warp.ready != 0; });
 }
 
-// Blocks run one after another; one that sleeps until another block's release stays, and is taken up again after it.
+// The block that goes on; null if a new one has to be started. Blocks run one after another, and one that sleeps until
+// another block's release is taken up again after it; under kRandom, a few are under way at any time.
+Block* pick_block(bool more) {
+    std::vector<Block*> candidates;
+    for (auto& block : world.resident) {
+        if (runnable(*block)) candidates.push_back(block.get());
+    }
+    if (candidates.empty()) return nullptr;
+    if (schedule() != Schedule::kRandom) return candidates.back();
+    if (more && world.resident.size() < kBlocksAtOnce && random_below(2) == 0) return nullptr;
+    return candidates[random_below(static_cast<uint32_t>(candidates.size()))];
+}
+
 void run_grid() {
     const uint64_t blocks = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z;
     std::vector<uint64_t> order(blocks);
@@ -339,10 +355,7 @@ void run_grid() {
         for (uint64_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_below(static_cast<uint32_t>(i))]);
     }
     for (uint64_t started = 0; !world.failed;) {
-        Block* block = nullptr;
-        for (auto& candidate : world.resident) {
-            if (runnable(*candidate)) block = candidate.get();
-        }
+        Block* block = pick_block(started < blocks);
         if (!block && started < blocks) block = start_block(order[started++]);
         if (!block && world.resident.empty()) return;
         if (!block) {

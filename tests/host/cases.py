@@ -1,0 +1,126 @@
+"""Which cases the kernels are run on: `make test` takes the usual ones, `make test-all` the many as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from tests.gpu.cases import DTYPES, Case, random_cases
+from tests.host.kernel_run import HostCase
+from tests.reference import HEADS, SEQLENS_BOTH_WAYS
+
+USUAL_HEAD_DIMS = (16, 40, 59, 64, 96, 128, 256)
+OTHER_HEAD_DIMS = (1, 8, 15, 80, 111, 112, 192, 224, 250)
+_USUAL_LENGTHS = ((1, 1), (1, 239), (17, 17), (113, 203), (203, 113), (128, 217), (5, 130), (70, 3))
+_ARCHES = ("sm_80", "sm_86", "sm_90")
+
+
+def head_dim_cases(head_dim: int, dtype: str) -> list[HostCase]:
+    """One head_dim at odd lengths, causal and not; heads and layouts take turns."""
+    cases = []
+    for number, (seqlen_q, seqlen_k) in enumerate(_USUAL_LENGTHS):
+        for causal in (False, True):
+            turn = number + causal + DTYPES.index(dtype)
+            batch, heads = ((2, (1, 1)), (1, (4, 4)), (1, (6, 3)), (2, (4, 1)))[turn % 4]
+            if seqlen_q * seqlen_k * head_dim > 1 << 20:
+                batch, heads = 1, (2, 1)
+            layout = ("bshd", "bhsd")[turn % 2]
+            case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, batch, heads, layout=layout, seed=number)
+            cases.append(HostCase(case))
+    return cases
+
+
+def length_cases(head_dim: int, dtype: str, limit: int) -> list[HostCase]:
+    """Every pair of lengths of the list whose product is at most `limit`, causal and not."""
+    cases = []
+    pairs = [pair for pair in SEQLENS_BOTH_WAYS if pair[0] * pair[1] <= limit]
+    for number, (seqlen_q, seqlen_k) in enumerate(pairs):
+        for causal in (False, True):
+            small = seqlen_q * seqlen_k < 1 << 14
+            heads = HEADS[(number + causal) % len(HEADS)] if small else ((1, 1), (2, 1))[number % 2]
+            case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, 1 + small, heads, seed=number)
+            cases.append(HostCase(case))
+    return cases
+
+
+def special_cases(backward: bool) -> Iterator[tuple[str, list[HostCase]]]:
+    """What is easy to get wrong, by name."""
+    bf16 = Case(113, 203, 64, "bfloat16", True, batch=1, heads=(4, 2), seed=7)
+    full = dataclasses.replace(bf16, causal=False, seqlen_q=77)
+    fp16 = dataclasses.replace(bf16, dtype="float16", seqlen_q=100, seqlen_k=150)
+
+    def changed(case: Case, **changes: object) -> HostCase:
+        return HostCase(dataclasses.replace(case, **changes))  # type: ignore[arg-type]
+
+    yield (
+        "empty",
+        [
+            changed(case, seqlen_q=sq, seqlen_k=sk, batch=batch, heads=heads)
+            for case in (bf16, full)
+            for sq, sk in ((0, 9), (9, 0), (0, 0), (40, 7))
+            for batch, heads in ((2, (4, 2)), (0, (4, 2)), (2, (0, 0)))
+        ],
+    )
+    yield "unaligned", [changed(bf16, shift=1), changed(full, shift=3, pad=5), changed(fp16, pad=1)]
+    yield (
+        "strided",
+        [
+            changed(case, order=order, pad=pad)
+            for case in (bf16, full)
+            for order, pad in ((1, 0), (2, 8), (3, 24), (0, 8))
+        ],
+    )
+    yield "backwards", [HostCase(case, flip=True) for case in (bf16, full, dataclasses.replace(bf16, pad=1))]
+    yield "expanded", [changed(bf16, expanded=True, heads=(4, 4), layout="bhsd"), changed(full, expanded=True)]
+    yield (
+        "groups",
+        [changed(bf16, heads=heads, batch=2, seqlen_q=70, seqlen_k=90) for heads in ((6, 3), (8, 2), (6, 1))],
+    )
+    yield "scales", [changed(case, scale=scale) for case in (bf16, full) for scale in (0.0, -0.3, 1.5, 1e-30)]
+    yield "steep", [changed(case, scale=scale) for case in (bf16, full) for scale in (40.0, -40.0)]
+    yield "outliers", [changed(bf16, outliers=True), changed(fp16, outliers=True, causal=False)]
+    yield "sections", [changed(bf16, batch=3, heads=(5, 5)), changed(bf16, batch=5, heads=(3, 1))]
+    if backward:
+        yield (
+            "deterministic",
+            [
+                changed(bf16, deterministic=True, seqlen_k=513, seqlen_q=300),
+                changed(full, deterministic=True, seqlen_k=400, heads=(2, 2)),
+                changed(fp16, deterministic=True, head_dim=128, seqlen_k=260, heads=(2, 1)),
+            ],
+        )
+
+
+def arch_cases(head_dim: int, arch: str, dtype: str) -> list[HostCase]:
+    """The tiles of another class of shared memory; before sm_90, dQ is added one float at a time."""
+    return [
+        HostCase(Case(sq, sk, head_dim, dtype, causal, 1, (2, 1), deterministic=causal, seed=sq), arch=arch)
+        for (sq, sk), causal in itertools.product(((113, 203), (97, 97), (203, 70)), (False, True))
+    ]
+
+
+def some_random_cases(count: int, head_dims: tuple[int, ...], dtype: str) -> list[HostCase]:
+    """Of the GPU tests' combinations of everything, the first `count` that are small enough."""
+    small = (
+        case
+        for case in random_cases(dtype, 2000, seed=5)
+        if case.head_dim in head_dims
+        and case.batch * case.heads[0] * case.seqlen_q * case.seqlen_k * case.head_dim < 1 << 23
+    )
+    arches = itertools.cycle(_ARCHES)
+    return [
+        HostCase(case, next(arches), flip=number % 7 == 3) for number, case in enumerate(itertools.islice(small, count))
+    ]
+
+
+def sanitized_cases(backward: bool) -> list[HostCase]:
+    """Few and short: these run several times slower."""
+    cases = []
+    for head_dim, dtype in ((64, "bfloat16"), (59, "float16"), (40, "bfloat16")):
+        for (sq, sk), causal in (((5, 17), False), ((40, 3), True), ((70, 133), True)):
+            case = Case(sq, sk, head_dim, dtype, causal, 1, (2, 1), pad=8 * causal, deterministic=backward, seed=sq)
+            cases.append(HostCase(case, "sm_86"))
+    cases.append(HostCase(Case(33, 70, 64, "bfloat16", True, 1, (2, 2), shift=1, pad=1), flip=True))
+    cases.append(HostCase(Case(9, 0, 64, "bfloat16", False, 1, (2, 2))))
+    return cases

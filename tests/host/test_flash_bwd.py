@@ -1,0 +1,73 @@
+"""cuda_src/sm80/flash_bwd.cu with the two kernels of smxx beside it, run on the CPU under three schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gpu.cases import DTYPES
+from tests.host import cases
+from tests.host.kernel_run import HostCase, check
+
+BACKWARD = True
+USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
+
+
+def run_all(host_cases: list[HostCase]) -> None:
+    for host_case in host_cases:
+        check(host_case, BACKWARD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", cases.USUAL_HEAD_DIMS)
+def test_head_dims(head_dim: int, dtype: str) -> None:
+    run_all(cases.head_dim_cases(head_dim, dtype))
+
+
+@pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in USUAL_SPECIALS])
+def test_special_cases(host_cases: list[HostCase]) -> None:
+    run_all(host_cases)
+
+
+@pytest.mark.parametrize(
+    "head_dim, arch, dtype", [(64, "sm_86", "bfloat16"), (256, "sm_86", "float16"), (128, "sm_80", "float16")]
+)
+def test_other_tiles(head_dim: int, arch: str, dtype: str) -> None:
+    run_all(cases.arch_cases(head_dim, arch, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths(dtype: str) -> None:
+    run_all(cases.length_cases(64, dtype, 1 << 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_cases(dtype: str) -> None:
+    run_all(cases.some_random_cases(20, (59, 64, 128), dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", cases.OTHER_HEAD_DIMS)
+def test_other_head_dims(head_dim: int, dtype: str) -> None:
+    run_all(cases.head_dim_cases(head_dim, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 192, 256])
+def test_all_tiles(head_dim: int, arch: str, dtype: str) -> None:
+    run_all(cases.arch_cases(head_dim, arch, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_lengths(head_dim: int, dtype: str) -> None:
+    run_all(cases.length_cases(head_dim, dtype, 1 << 20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_random_cases(dtype: str) -> None:
+    run_all(cases.some_random_cases(250, (32, 40, 59, 64, 111, 128, 192, 256), dtype))

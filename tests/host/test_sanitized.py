@@ -1,0 +1,18 @@
+"""The kernels under the address and undefined-behaviour sanitizers: every buffer ends where its malloc ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.host import sanitized
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_sanitized(backward: bool) -> None:
+    done = sanitized.python(
+        "-c",
+        "from tests.host import cases, kernel_run as k\n"
+        f"for case in cases.sanitized_cases({backward}):\n"
+        f"    k.check(case, {backward}, schedules=(k.Schedule.LOWEST_FIRST,))",
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
