@@ -192,7 +192,7 @@ def test_rows_without_keys_leak_nothing(dtype, garbage):
 # Values
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.125, -3.0, 1e-30, 5.0])
+@pytest.mark.parametrize("scale", [0.0, -0.125, -3.0, 1e-30, 1.2e-38, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_scale(dtype, scale):
     check(make_inputs(0, 60, 80, dtype=dtype, heads=(4, 2), head_dim=16), True, scale)
@@ -240,6 +240,23 @@ def test_every_value_passes_through_one_key(dtype):
     one, v = store(np.ones((1, 1, 1, 1)), dtype), store(v[None, None, None], dtype)
     out = run(Inputs(one, one, v, np.zeros_like(v)), False)["out"]
     np.testing.assert_array_equal(as_float64(out), as_float64(v))
+
+
+@pytest.mark.parametrize(("dtype", "ulp"), [("float16", 2.0**-10), ("bfloat16", 2.0**-7)])
+def test_ties_are_rounded_to_even(dtype, ulp):
+    """Two keys of equal weight, so that out is halfway between two numbers."""
+    v = store(np.array([[1, 1 + ulp], [1 + ulp, 1 + 2 * ulp], [-1, -1 - ulp]]).T[None, :, None], dtype)
+    zeros = store(np.zeros((1, 2, 1, 1)), dtype)
+    out = run(Inputs(zeros, zeros, v, v), False)["out"]
+    np.testing.assert_array_equal(as_float64(out)[0, 0, 0], [1, 1 + 2 * ulp, -1])
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_nan_of_any_bits_stays_nan(bits):
+    """Adding a half to the bits of a NaN and cutting them off could leave a zero."""
+    out = np.zeros((1, 1, 1, 1), np.uint16)
+    cpu._store(np.full(out.shape, bits, np.uint32).view(np.float32), out)
+    assert np.isnan(as_float64(out)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
