@@ -6,7 +6,6 @@ before its user has imported it. `Framework` is the interface; JAX's, whose outp
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fa2cupy import dlpack
-from fa2cupy.errors import InvalidArgument, InvalidType, MissingDependency, UnsupportedDevice
+from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.overlap import Extent
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "contiguous_strides",
     "describe",
     "framework_of",
-    "from_producer",
 ]
 
 # A workspace is one block, this aligned (bytes). CuPy's and torch's allocators align to 512.
@@ -48,7 +45,7 @@ class Device:
     index: int
 
     def __str__(self) -> str:
-        return "the CPU" if self.kind == "cpu" else f"{self.kind}:{self.index}"
+        return "the CPU" if self == Device("cpu", 0) else f"{self.kind}:{self.index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +125,9 @@ class Framework:
 
     def check_call(self, arrays: tuple[Any, ...], function: str, names: Callable[[], tuple[str, ...]]) -> None:
         """Raise for what can differ between two calls of one signature (autograd). `names`: those of `arrays`."""
+
+    def written(self, array: Any) -> None:
+        """Called for each of the caller's arrays that an operation writes."""
 
     def is_capturing(self, stream: int, device_index: int) -> bool:
         """Whether `stream`, the current one of the device, is being captured into a CUDA graph."""
@@ -357,6 +357,11 @@ class _Torch(Framework):
                         "pass its primal"
                     )
 
+    def written(self, array: Any) -> None:
+        # As torch's own out= does: autograd then notices that a tensor it saved has changed.
+        if not array.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(array)
+
     def address(self, array: Any) -> int:
         return array.data_ptr()  # type: ignore[no-any-return]
 
@@ -411,70 +416,3 @@ def framework_of(array: object) -> Framework | None:
 
             return JAX
     return None
-
-
-def from_producer(array: Any, argument: str) -> Any:
-    """A CuPy (GPU) or NumPy (CPU) array over the memory of a `__dlpack__` producer.
-
-    On a GPU the producer is asked to make its work visible to CuPy's current stream of that device.
-    """
-    kind, index = dlpack.device_of(array, argument)
-    if kind in (dlpack.CPU, dlpack.CUDA_HOST):
-        return _numpy_over(_capsule(array, argument, {}), argument)
-    if kind in (dlpack.CUDA, dlpack.CUDA_MANAGED):
-        from fa2cupy.jit import compiler, driver
-
-        driver.device_info(index)  # no driver, no such device: said clearly before CuPy is asked
-        cupy = compiler.require_cupy()
-        stream = cupy.cuda.get_current_stream(index).ptr
-        return _cupy_over(
-            cupy, _capsule(array, argument, {"stream": stream or 1}), argument
-        )  # 1: legacy default stream
-    raise UnsupportedDevice(f"{argument} is on DLPack device type {kind}: CUDA (2, 13) and CPU (1, 3) are supported")
-
-
-def _capsule(array: Any, argument: str, keywords: dict[str, Any]) -> dlpack.DLPackView:
-    try:
-        return dlpack.read(array.__dlpack__(**keywords))
-    except InvalidType as error:
-        raise InvalidType(f"{argument}: {error}") from error
-    except Exception as error:  # the producer's own code: anything can come out of it
-        raise InvalidArgument(f"{argument}: its __dlpack__ failed with {type(error).__name__}: {error}") from error
-
-
-def _dtype_of(view: dlpack.DLPackView, argument: str) -> np.dtype:
-    if view.dtype == "bfloat16":
-        try:
-            import ml_dtypes
-        except ImportError as error:
-            raise MissingDependency(
-                f"{argument} is bfloat16 from DLPack, which needs: pip install ml_dtypes"
-            ) from error
-        return cast("np.dtype", np.dtype(ml_dtypes.bfloat16))
-    try:
-        return np.dtype(view.dtype)
-    except TypeError as error:
-        raise InvalidType(f"{argument} has dtype {view.dtype}, which is not supported") from error
-
-
-def _placement(view: dlpack.DLPackView, argument: str) -> tuple[np.dtype, tuple[int, ...], Extent]:
-    dtype = _dtype_of(view, argument)
-    strides = tuple(stride * view.itemsize for stride in view.strides)
-    return dtype, strides, Extent.of(view.shape, strides, view.itemsize)
-
-
-def _numpy_over(view: dlpack.DLPackView, argument: str) -> np.ndarray:
-    dtype, strides, extent = _placement(view, argument)
-    if extent.empty:
-        return np.empty(view.shape, dtype)
-    memory: Any = (ctypes.c_char * (extent.high - extent.low)).from_address(view.ptr + extent.low)
-    memory.owner = view.owner  # the array keeps the ctypes object, the ctypes object keeps the capsule
-    array: np.ndarray = np.ndarray(view.shape, dtype, memory, -extent.low, strides)
-    array.flags.writeable = not view.readonly
-    return array
-
-
-def _cupy_over(cupy: Any, view: dlpack.DLPackView, argument: str) -> Any:
-    dtype, strides, extent = _placement(view, argument)
-    memory = cupy.cuda.UnownedMemory(view.ptr + extent.low, extent.high - extent.low, view.owner, view.device[1])
-    return cupy.ndarray(view.shape, dtype, cupy.cuda.MemoryPointer(memory, -extent.low), strides)

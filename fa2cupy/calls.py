@@ -156,6 +156,10 @@ class PreparedCall:
                     workspace = self.allocate_workspace(arrays[0])
                 pointers.append(framework.address(workspace) if self.workspace_bytes else 0)
             self.launchable(tuple(pointers), stream)
+        if self.given:
+            for array in arrays[first_output:]:
+                if array is not None:
+                    framework.written(array)
         return results
 
     def _refuse_capture(self, workspace: Any) -> None:
@@ -185,11 +189,17 @@ class PreparedCall:
 
 def check_overlap(blocks: list[tuple[str, int, Extent]], written: Set[str]) -> None:
     """Raise if a written block shares memory with any other one. Blocks: (name, pointer, extent)."""
-    for i, (name, pointer, extent) in enumerate(blocks):
-        for other, other_pointer, other_extent in blocks[i + 1 :]:
-            if (name in written or other in written) and shares_memory(pointer, extent, other_pointer, other_extent):
-                target, source = (name, other) if name in written else (other, name)
-                raise InvalidArgument(f"{target} shares memory with {source}: an output must have elements of its own")
+    spans = [(pointer + extent.low, pointer + extent.high) for _, pointer, extent in blocks]
+    for i, (start, stop) in enumerate(spans):
+        if blocks[i][0] in written:
+            for j, (other_start, other_stop) in enumerate(spans):
+                # A pair of written blocks is looked at once. Most pairs end here: their addresses do not even meet.
+                if other_start < stop and start < other_stop and j != i and not (j < i and blocks[j][0] in written):
+                    (name, pointer, extent), (other, other_pointer, other_extent) = blocks[i], blocks[j]
+                    if shares_memory(pointer, extent, other_pointer, other_extent):
+                        raise InvalidArgument(
+                            f"{name} shares memory with {other}: an output must have elements of its own"
+                        )
 
 
 def workspace_block(framework: Framework, workspace: Any, device: Device, needed: int) -> tuple[str, int, Extent]:

@@ -1,4 +1,4 @@
-"""Read a DLPack capsule with ctypes: pointer, shape, strides, dtype and device, whatever the dtype.
+"""DLPack: read a capsule with ctypes (pointer, shape, strides, dtype, device); arrays over other libraries' memory.
 
 NumPy cannot import bfloat16 through DLPack and CuPy needs ml_dtypes for it; attention only needs the numbers. The
 capsule is read and kept, not consumed: its own destructor gives the memory back to the producer when it is freed.
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any, cast
 
-from fa2cupy.errors import InvalidArgument, InvalidType
+import numpy as np
 
-__all__ = ["CPU", "CUDA", "CUDA_HOST", "CUDA_MANAGED", "DLPackView", "device_of", "read"]
+from fa2cupy.errors import InvalidArgument, InvalidType, MissingDependency, UnsupportedDevice
+from fa2cupy.overlap import Extent
+
+__all__ = ["CPU", "CUDA", "CUDA_HOST", "CUDA_MANAGED", "DLPackView", "from_producer", "read"]
 
 # DLDeviceType
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
@@ -111,10 +115,75 @@ def read(capsule: object) -> DLPackView:
     )
 
 
-def device_of(array: object, name: str) -> tuple[int, int]:
+def _device_of(array: object, name: str) -> tuple[int, int]:
     """(DLDeviceType, index) of a `__dlpack__` producer, called `name` in errors."""
     try:
         kind, index = array.__dlpack_device__()  # type: ignore[attr-defined]
         return int(kind), int(index)
     except Exception as error:  # the producer's own code: anything can come out of it
         raise InvalidArgument(f"{name}: its __dlpack_device__ failed with {type(error).__name__}: {error}") from error
+
+
+def from_producer(array: Any, argument: str) -> Any:
+    """A CuPy (GPU) or NumPy (CPU) array over the memory of a `__dlpack__` producer.
+
+    On a GPU the producer is asked to make its work visible to CuPy's current stream of that device.
+    """
+    kind, index = _device_of(array, argument)
+    if kind in (CPU, CUDA_HOST):
+        return _numpy_over(_capsule(array, argument, {}), argument)
+    if kind in (CUDA, CUDA_MANAGED):
+        from fa2cupy.jit import compiler, driver
+
+        driver.device_info(index)  # no driver, no such device: said clearly before CuPy is asked
+        cupy = compiler.require_cupy()
+        stream = cupy.cuda.get_current_stream(index).ptr or 1  # 1: the legacy default stream, in DLPack's numbers
+        return _cupy_over(cupy, _capsule(array, argument, {"stream": stream}), argument)
+    raise UnsupportedDevice(f"{argument} is on DLPack device type {kind}: CUDA (2, 13) and CPU (1, 3) are supported")
+
+
+def _capsule(array: Any, argument: str, keywords: dict[str, Any]) -> DLPackView:
+    try:
+        return read(array.__dlpack__(**keywords))
+    except InvalidType as error:
+        raise InvalidType(f"{argument}: {error}") from error
+    except Exception as error:  # the producer's own code: anything can come out of it
+        raise InvalidArgument(f"{argument}: its __dlpack__ failed with {type(error).__name__}: {error}") from error
+
+
+def _dtype_of(view: DLPackView, argument: str) -> np.dtype:
+    if view.dtype == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise MissingDependency(
+                f"{argument} is bfloat16 from DLPack, which needs: pip install ml_dtypes"
+            ) from error
+        return cast("np.dtype", np.dtype(ml_dtypes.bfloat16))
+    try:
+        return np.dtype(view.dtype)
+    except TypeError as error:
+        raise InvalidType(f"{argument} has dtype {view.dtype}, which is not supported") from error
+
+
+def _placement(view: DLPackView, argument: str) -> tuple[np.dtype, tuple[int, ...], Extent]:
+    dtype = _dtype_of(view, argument)
+    strides = tuple(stride * view.itemsize for stride in view.strides)
+    return dtype, strides, Extent.of(view.shape, strides, view.itemsize)
+
+
+def _numpy_over(view: DLPackView, argument: str) -> np.ndarray:
+    dtype, strides, extent = _placement(view, argument)
+    if extent.empty:
+        return np.empty(view.shape, dtype)
+    memory: Any = (ctypes.c_char * (extent.high - extent.low)).from_address(view.ptr + extent.low)
+    memory.owner = view.owner  # the array keeps the ctypes object, the ctypes object keeps the capsule
+    array: np.ndarray = np.ndarray(view.shape, dtype, memory, -extent.low, strides)
+    array.flags.writeable = not view.readonly
+    return array
+
+
+def _cupy_over(cupy: Any, view: DLPackView, argument: str) -> Any:
+    dtype, strides, extent = _placement(view, argument)
+    memory = cupy.cuda.UnownedMemory(view.ptr + extent.low, extent.high - extent.low, view.owner, view.device[1])
+    return cupy.ndarray(view.shape, dtype, cupy.cuda.MemoryPointer(memory, -extent.low), strides)

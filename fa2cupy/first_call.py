@@ -20,7 +20,6 @@ from fa2cupy.arrays import (
     contiguous_strides,
     describe,
     framework_of,
-    from_producer,
 )
 from fa2cupy.calls import (
     BACKWARD,
@@ -33,6 +32,7 @@ from fa2cupy.calls import (
     signature_key,
     workspace_block,
 )
+from fa2cupy.dlpack import from_producer
 from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
 from fa2cupy.overlap import has_duplicates
 from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
@@ -74,7 +74,10 @@ def first_call(
             blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
             check_overlap([*blocks, block], {"workspace"})
         compute = host.backward if operation.is_backward else host.forward
-        return compute(framework, arrays, sizes, dtype, options)
+        results = compute(framework, arrays, sizes, dtype, options)
+        for array in given.values():
+            framework.written(array)
+        return results
     from fa2cupy.jit import driver
 
     driver.device_info(device.index)  # no driver, or a GPU that is too old, before anything is copied or allocated

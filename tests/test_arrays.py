@@ -17,8 +17,8 @@ from fa2cupy.arrays import (
     contiguous_strides,
     describe,
     framework_of,
-    from_producer,
 )
+from fa2cupy.dlpack import from_producer
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, cupy_array, host_view
 
@@ -180,6 +180,14 @@ def test_readonly_and_empty_producers() -> None:
     array = from_producer(Producer(np.zeros((2, 3)), versioned=True, readonly=True), "q")
     assert not array.flags.writeable
     assert from_producer(Producer(np.zeros((2, 0, 3), np.float16)), "q").shape == (2, 0, 3)
+
+
+def test_empty_producers_on_a_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device=-1: type("Stream", (), {"ptr": 0}))
+    array = from_producer(Producer(np.zeros((2, 0, 3), np.float16), device=(dlpack.CUDA, 1)), "q")
+    assert (array.shape, array.data.device_id) == ((2, 0, 3), 1)
 
 
 @pytest.mark.parametrize(("current", "asked_for"), [(0, 1), (2, 2), (0x7F0012345678, 0x7F0012345678)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import arrays, cpu
+from fa2cupy import cpu, dlpack
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -528,4 +528,4 @@ def test_no_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     producer = Producer(np.zeros((2, 5, 4, 16), np.uint16), dtype="bfloat16")
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(MissingDependency, match=r"q is bfloat16.*pip install ml_dtypes"):
-        arrays.from_producer(producer, "q")
+        dlpack.from_producer(producer, "q")

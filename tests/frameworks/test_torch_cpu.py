@@ -86,6 +86,20 @@ def test_cpu_outputs_are_written_where_asked(dtype: str) -> None:
     expect(*stored).check(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
 
+def test_autograd_notices_what_was_written() -> None:
+    _, x = inputs(18, "float32")
+    out = torch.zeros_like(x.q)
+    weight = torch.ones_like(out).requires_grad_()
+    loss = (out * weight).sum()  # saves out
+    version = out._version
+    fa2cupy.attention(x.q, x.k, x.v, out=out)
+    assert out._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        fa2cupy.attention(x.q, x.k, x.v, out=torch.zeros_like(x.q))
+
+
 def test_cpu_strides() -> None:
     stored, x = inputs(4, "float32")
     scattered = []
@@ -369,6 +383,9 @@ def test_gpu_workspace(cuda: FakeGpu) -> None:
     workspace = memory[start : start + size]
     fa2cupy.attention_backward(x.dout, x.q, x.k, x.v, out, lse, workspace=workspace)
     assert cuda.last.pointers["workspace"] == workspace.data_ptr()
+    version = out._version
+    fa2cupy.attention(x.q, x.k, x.v, out=out)
+    assert out._version == version + 1
     with pytest.raises(InvalidArgument, match=r"workspace has 1023 bytes: at least 1024"):
         fa2cupy.attention_backward(x.dout, x.q, x.k, x.v, out, lse, workspace=workspace[1:])
 
