@@ -1,0 +1,150 @@
+"""compute-sanitizer over a small case of each kernel.
+
+    python tests/gpu/sanitizer.py [--tools memcheck,racecheck,initcheck,synccheck] [--record tests/gpu/record.json]
+
+Each tool runs the cases below in a process of its own, with CuPy's pool off: every array is an allocation that the tool
+knows the bounds of. Fails when a tool reports an error; with --record the outcome goes into that record, if it is for
+these sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from tests.gpu import record
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+EXTRA = {
+    "memcheck": ["--leak-check", "no"],
+    "racecheck": ["--racecheck-report", "all"],
+    "initcheck": [],
+    "synccheck": [],
+}
+
+# seqlen_q, seqlen_k, head_dim, heads, dtype, causal, deterministic, unaligned. A tile and a bit in both directions, every
+# kind of kernel: wide and narrow heads, GQA, 16-byte and 2-byte loads, empty rows, masked and unmasked blocks.
+CASES = (
+    (200, 330, 64, (2, 1), "bfloat16", True, False, False),
+    (200, 330, 64, (2, 2), "float16", False, True, False),
+    (150, 280, 128, (2, 1), "float16", True, False, False),
+    (150, 280, 128, (2, 2), "bfloat16", False, False, True),
+    (130, 130, 59, (2, 1), "bfloat16", True, True, False),
+    (100, 140, 192, (1, 1), "bfloat16", True, False, False),
+    (100, 140, 256, (2, 1), "bfloat16", True, True, False),
+    (100, 140, 256, (1, 1), "float16", False, False, True),
+    (190, 70, 96, (2, 2), "bfloat16", True, False, False),
+    (9, 0, 64, (1, 1), "bfloat16", False, False, False),
+)
+
+
+def run_cases() -> None:
+    """What the tools watch: every case once, forward and backward, results finite."""
+    import cupy
+
+    import fa2cupy
+
+    cupy.cuda.set_allocator(None)  # cudaMalloc and cudaFree of the exact size
+    rng = cupy.random.default_rng(0)
+    for seqlen_q, seqlen_k, d, (heads, heads_k), dtype, causal, deterministic, unaligned in CASES:
+
+        def array(seqlen: int, h: int, d: int = d, dtype: str = dtype, unaligned: bool = unaligned) -> Any:
+            values = rng.standard_normal((2, seqlen, h, d), dtype=cupy.float32).astype(_numpy_dtype(dtype))
+            if not unaligned:
+                return values
+            flat = cupy.empty(values.size + 1, dtype=values.dtype)
+            flat[0] = 0
+            flat[1:] = values.ravel()
+            return flat[1:].reshape(values.shape)
+
+        q, dout = array(seqlen_q, heads), array(seqlen_q, heads)
+        k, v = array(seqlen_k, heads_k), array(seqlen_k, heads_k)
+        out, lse = fa2cupy.attention(q, k, v, causal=causal, return_lse=True)
+        gradients = fa2cupy.attention_backward(dout, q, k, v, out, lse, causal=causal, deterministic=deterministic)
+        for x in (out, *gradients):
+            assert bool(cupy.isfinite(x.astype(cupy.float32)).all())
+    cupy.cuda.Device().synchronize()
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name == "float16":
+        return "float16"
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+def errors_reported(output: str) -> int:
+    """The number in the tool's summary line; -1 when there is none (it did not finish)."""
+    found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", output)
+    return int(found[-1]) if found else -1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--timeout", type=float, default=420.0, help="seconds for each tool")
+    parser.add_argument("--run-cases", action="store_true", help="only what the tools watch, without a tool")
+    args = parser.parse_args(arguments)
+    if args.run_cases:
+        run_cases()
+        return 0
+    sanitizer = shutil.which("compute-sanitizer") or next(
+        iter(map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))), None
+    )
+    if sanitizer is None:
+        sys.exit(
+            "compute-sanitizer is not here: it comes with the CUDA toolkit (and with nvidia's compute-sanitizer packages)"
+        )
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    )
+    command = [sys.executable, str(Path(__file__).resolve()), "--run-cases"]
+    subprocess.run(command, check=True, env=environment, timeout=args.timeout)  # compiles everything
+    tools = args.tools.split(",")
+    start = time.monotonic()
+    # Side by side: most of their time is the host's.
+    processes = {
+        tool: subprocess.Popen(
+            [sanitizer, "--tool", tool, "--error-exitcode", "9", *EXTRA[tool], *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for tool in tools
+    }  # fmt: skip
+    outcome: dict[str, Any] = {}
+    for tool, process in processes.items():
+        try:
+            output, _ = process.communicate(timeout=max(1.0, args.timeout - (time.monotonic() - start)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = process.communicate()[0] + "\nstopped: out of time"
+        errors = errors_reported(output)
+        clean = process.returncode == 0 and errors == 0
+        outcome[tool] = "clean" if clean else f"{errors} errors" if errors > 0 else "did not finish"
+        print(f"{tool}: {outcome[tool]} ({time.monotonic() - start:.0f} s)", flush=True)
+        if not clean:
+            lines = output.splitlines()
+            print("\n".join([*lines[:60], "...", *lines[-20:]] if len(lines) > 80 else lines), flush=True)
+    if args.record:
+        current = record.read(args.record)
+        if current.get("digest") != record.digest():
+            print(f"{args.record} is of other sources: not written")
+            return 1
+        record.write({**current, "sanitizer": {**current.get("sanitizer", {}), **outcome}}, args.record)
+    return 0 if all(text == "clean" for text in outcome.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
