@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.gpu import record
+
+ROOT = record.ROOT
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EXTRA = {
@@ -33,8 +34,8 @@ EXTRA = {
     "synccheck": [],
 }
 
-# seqlen_q, seqlen_k, head_dim, heads, dtype, causal, deterministic, unaligned. A tile and a bit in both directions, every
-# kind of kernel: wide and narrow heads, GQA, 16-byte and 2-byte loads, empty rows, masked and unmasked blocks.
+# seqlen_q, seqlen_k, head_dim, heads, dtype, causal, deterministic, unaligned. A tile and a bit in both directions and
+# every kind of kernel: wide and narrow heads, GQA, 16-byte and 2-byte loads, empty rows, masked and unmasked blocks.
 CASES = (
     (200, 330, 64, (2, 1), "bfloat16", True, False, False),
     (200, 330, 64, (2, 2), "float16", False, True, False),
@@ -105,9 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         iter(map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))), None
     )
     if sanitizer is None:
-        sys.exit(
-            "compute-sanitizer is not here: it comes with the CUDA toolkit (and with nvidia's compute-sanitizer packages)"
-        )
+        sys.exit("compute-sanitizer is not here: it comes with the CUDA toolkit")
     environment = dict(
         os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     )

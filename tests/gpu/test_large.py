@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements, batch and batch x heads beyond 65,535. Whole results are checked for NaN, parts by value."""
+"""Offsets beyond 2^31 elements, batch and batch x heads beyond 65,535. Checked for NaN whole, by value in part."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _nan(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torc
 
 
 def _all_finite(x: Tensor) -> bool:
-    """Without a boolean copy of the whole: NaN and infinities survive the sum of each slice's magnitudes."""
+    """Slice by slice, to save memory: NaN and infinities survive in the largest magnitude."""
     return all(math.isfinite(float(part.abs().amax())) for part in x.reshape(-1).split(1 << 29)) if x.numel() else True
 
 
