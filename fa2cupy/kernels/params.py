@@ -1,6 +1,6 @@
 """Twins of the structs in cuda_src/common/params.cuh. Their sizes are compared at compile time.
 
-The pointers come first, so that a packed struct is an array of 8-byte words whose leading ones change from call to call.
+The pointers come first: a packed struct is an array of 8-byte words, of which the leading ones change with each call.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Plan:
 
 
 class _Bound:
-    """A KernelLaunch on a device. Each thread packs its own copy of the params; the driver copies them at the launch."""
+    """A KernelLaunch on a device. Each thread packs its own copy of the params; the driver copies it at launch."""
 
     def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
         kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
@@ -105,11 +105,9 @@ class _Bound:
             words, address = self._local.packed
         except AttributeError:
             words, address = self._pack()
-        place = 0
-        for position, offset in self._pointers:
+        for place, (position, offset) in enumerate(self._pointers):
             if position >= 0:
                 words[place] = pointers[position] + offset
-            place += 1
         self._launcher(address, stream)
 
     def _pack(self) -> tuple[ctypes.Array[ctypes.c_uint64], int]:
@@ -155,7 +153,7 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
 def fill_empty(
     problem: AttentionProblem, arch: str, name: str, position: int, rows: int, heads: int, lse_position: int = -1
 ) -> tuple[KernelLaunch, ...]:
-    """Zeros in the first `rows` rows of a result, -inf in its lse; nothing to launch where there are no such elements."""
+    """Zeros in the first `rows` rows of a result, -inf in its lse; nothing to launch where there are none."""
     pieces = -(-problem.head_dim // 16)
     threads = problem.batch * rows * heads * pieces
     if threads == 0:
