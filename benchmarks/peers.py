@@ -177,7 +177,9 @@ def kernel_family(case: Case) -> str:
     from benchmarks.plans import plan_of
     from fa2cupy.jit import driver
 
-    return plan_of(case, driver.device_info(torch.cuda.current_device())).family
+    launches = plan_of(case, driver.device_info(torch.cuda.current_device())).launches
+    families = (launch.source.partition("/")[0] for launch in launches)
+    return next(family for family in families if family != "smxx")  # smxx: kernels of any architecture
 
 
 def workspace_bytes(case: Case, tensors: Tensors, deterministic: bool = False) -> int:
