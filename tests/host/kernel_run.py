@@ -127,7 +127,8 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         if name not in tensors:
             continue
         view = _bshd(tensors[name].values, case.layout)
-        view[...] = numbers[name][:, :, :1] if case.expanded and name in ("k", "v") else numbers[name]
+        bits = numbers[name].view(np.uint16)
+        view[...] = bits[:, :, :1] if case.expanded and name in ("k", "v") else bits
         if name in ("q", "dout"):
             view[:, :empty] = 0xFFFF
         values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)

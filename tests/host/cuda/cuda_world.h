@@ -101,3 +101,14 @@ template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, FA2_HOST_SITE) {
     return fa2_host::shuffle("__shfl_xor_sync", mask, value, fa2_host::lane() ^ lanes, {file, line});
 }
+
+inline int __any_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
+    if (mask != 0xffffffffu) fa2_host::fail("__any_sync of part of a warp");
+    fa2_host::Shuffle args{predicate != 0, 0, 0};
+    fa2_host::collective("__any_sync", &args, [](void* const* lanes) {
+        uint32_t any = 0;
+        for (int i = 0; i < 32; i++) any |= static_cast<const fa2_host::Shuffle*>(lanes[i])->value;
+        for (int i = 0; i < 32; i++) static_cast<fa2_host::Shuffle*>(lanes[i])->result = any;
+    }, {file, line});
+    return static_cast<int>(args.result);
+}

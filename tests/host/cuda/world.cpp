@@ -88,6 +88,13 @@ constexpr int kBarriers = 16;
 constexpr size_t kBlocksAtOnce = 4;  // under Schedule::kRandom
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// Frames that were never left: the address sanitizer remembers them.
+void forget_frames([[maybe_unused]] char* stack, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, bytes);
+#endif
+}
+
 // Stacks for one block's threads, each above a page that cannot be touched.
 class Stacks {
 public:
@@ -97,7 +104,10 @@ public:
         base_ = static_cast<char*>(memory);
         for (int i = 0; i < count; i++) mprotect(base_ + i * (kStackBytes + page_), page_, PROT_NONE);
     }
-    ~Stacks() { munmap(base_, bytes_); }
+    ~Stacks() {
+        forget_frames(base_, bytes_);  // the next thing that is mapped here is no stack
+        munmap(base_, bytes_);
+    }
     Stacks(const Stacks&) = delete;
     char* operator[](int i) const { return base_ + i * (kStackBytes + page_) + page_; }
 
@@ -289,9 +299,7 @@ Block* start_block(uint64_t n) {
         fiber.groups.clear();
         fiber.polled = nullptr;
         fiber.waits_for = nullptr;
-#if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(block->stacks[t], kStackBytes);  // of frames that were never left
-#endif
+        forget_frames(block->stacks[t], kStackBytes);
         // Stacks are a multiple of the page apart: shifted, so that they do not all fall into the same cache sets.
         fiber.context.prepare(block->stacks[t], kStackBytes - (t % 32) * 128, thread_main);
     }
