@@ -1,6 +1,7 @@
 // Online softmax of FlashAttention-2 (Dao 2023, algorithm 1), in base 2: exp(scale * s) = exp2(scale_log2 * s).
 #pragma once
 
+#include "common/accumulator.cuh"
 #include "common/ptx.cuh"
 
 // Reduction over the four lanes that hold one row of an accumulator.
@@ -13,10 +14,14 @@ FA2_DEVICE float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// P may grow to 2^kMaxGrowth before O and l are moved to a new maximum: far from any overflow, and most blocks are spared
+// the multiplication of O (FlashAttention-4's conditional rescaling).
+constexpr float kMaxGrowth = 8.f;
+
 // Running statistics of the rows that a thread has a part of: two for each 16 rows of its warp.
 template <int kMTiles>
 struct Softmax {
-  float max[kMTiles][2];  // m: largest score so far, not yet scaled
+  float max[kMTiles][2];  // m: the score that the exponents are taken relative to, not yet scaled
   float sum[kMTiles][2];  // l: sum of exp2(scale_log2 * (s - m)); this thread's columns only, until finish()
 
   FA2_DEVICE Softmax() {
@@ -27,11 +32,11 @@ struct Softmax {
     }
   }
 
-  // S becomes P = exp2(scale_log2 * S - m); O and l move to the new maximum m.
-  // kMayBeEmpty: a row of S can be all -inf, and so can everything the row has seen.
-  template <bool kMayBeEmpty, typename AccS, typename AccO>
-  FA2_DEVICE void update(AccS& acc_s, AccO& acc_o, float scale_log2) {
-    constexpr int kSTiles = sizeof(acc_s.x[0]) / sizeof(acc_s.x[0][0]), kOTiles = sizeof(acc_o.x[0]) / sizeof(acc_o.x[0][0]);
+  // S becomes P = exp2(scale_log2 * S - m). If some row of the warp outgrows its m, O and l move to the new maxima.
+  template <int kSTiles, int kOTiles>
+  FA2_DEVICE void update(Accumulator<kMTiles, kSTiles>& acc_s, Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
+    float new_max[kMTiles][2];
+    bool outgrown = false;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -39,14 +44,16 @@ struct Softmax {
         float m = max[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[i][j][2 * h], acc_s.x[i][j][2 * h + 1]));
-        m = row_max(m);
-        // The rounded product is used in P and in alpha alike: rounding it twice in two ways would show.
-        const float m_old_scaled = max[i][h] * scale_log2;
-        float m_scaled = m * scale_log2;
-        if (kMayBeEmpty && m == -kInfinity) m_scaled = 0.f;
-        const float alpha = ex2(m_old_scaled - m_scaled);
-        max[i][h] = m;
-        float l = sum[i][h] * alpha;
+        new_max[i][h] = row_max(m);
+        outgrown |= !((new_max[i][h] - max[i][h]) * scale_log2 <= kMaxGrowth);
+      }
+    if (__any_sync(0xffffffffu, outgrown)) rescale(new_max, acc_o, scale_log2);
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float m_scaled = scaled_max(max[i][h], scale_log2);
+        float l = sum[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j)
 #pragma unroll
@@ -55,6 +62,23 @@ struct Softmax {
             l += acc_s.x[i][j][e];
           }
         sum[i][h] = l;
+      }
+  }
+
+  // m in the exponent. The rounded product is used in P and in alpha alike: rounding it in two ways would show. A row
+  // that has seen no key yet has m = -inf; any finite number makes its P exp2(-inf) = 0.
+  static FA2_DEVICE float scaled_max(float m, float scale_log2) { return m == -kInfinity ? 0.f : m * scale_log2; }
+
+  // O = diag(alpha) O and l = alpha l, with alpha = exp2(m_old - m_new).
+  template <int kOTiles>
+  FA2_DEVICE void rescale(const float (&new_max)[kMTiles][2], Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float alpha = ex2(max[i][h] * scale_log2 - scaled_max(new_max[i][h], scale_log2));
+        max[i][h] = new_max[i][h];
+        sum[i][h] *= alpha;
 #pragma unroll
         for (int j = 0; j < kOTiles; ++j)
 #pragma unroll
@@ -63,9 +87,8 @@ struct Softmax {
   }
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row.
-  template <typename AccO>
-  FA2_DEVICE void finish(AccO& acc_o) {
-    constexpr int kOTiles = sizeof(acc_o.x[0]) / sizeof(acc_o.x[0][0]);
+  template <int kOTiles>
+  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o) {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

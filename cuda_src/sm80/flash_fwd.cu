@@ -76,18 +76,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   const auto smem_k = operand_b_transposed(smem.k, 0, 0);
   const auto smem_v = operand_b(smem.v, 0, 0);
 
-  auto load_k = [&](int n) {
-    load_tile(smem.k, gmem_k + n * kBlockN * ks.row, ks.row, shape.seqlen_k - n * kBlockN, shape.head_dim);
-    cp_async_commit_group();
-  };
-  auto load_v = [&](int n) {
-    load_tile(smem.v, gmem_v + n * kBlockN * vs.row, vs.row, shape.seqlen_k - n * kBlockN, shape.head_dim);
+  auto load_keys = [&](auto& target, const Element* gmem, int64_t row_stride, int n, auto whole) {
+    load_tile<decltype(whole)::value>(target, gmem + n * kBlockN * row_stride, row_stride, shape.seqlen_k - n * kBlockN,
+                                      shape.head_dim);
     cp_async_commit_group();
   };
 
   const BlockRange range = key_blocks(shape, m_block);
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_k(range.end - 1);
+  load_keys(smem.k, gmem_k, ks.row, range.end - 1, False{});  // committed with Q
 
   Fragments<kMTiles, kQInRegs ? kHeadSteps : 1> frag_q;
   if constexpr (kQInRegs) {
@@ -104,11 +101,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   acc_o.clear();
   const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
 
-  auto step = [&](int n, auto masked) {
-    constexpr bool kMasked = decltype(masked)::value;
-    cp_async_wait_group<0>();  // K(n) landed: load_k below, or before the loop
+  auto step = [&](int n, auto masked, auto whole) {
+    cp_async_wait_group<0>();  // K(n) landed: load_keys below, or before the loop
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
-    load_v(n);
+    load_keys(smem.v, gmem_v, vs.row, n, whole);
     // S = Q K^T
     AccS acc_s;
     acc_s.clear();
@@ -119,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     }
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
-    if (n > 0) load_k(n - 1);
+    if (n > 0) load_keys(smem.k, gmem_k, ks.row, n - 1, True{});  // only the last block may have rows past the end
     // P = exp(scale * S - m)
     if constexpr (kScaleFirst) {
 #pragma unroll
@@ -129,16 +125,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
 #pragma unroll
           for (int e = 0; e < 4; ++e) acc_s.x[i][j][e] *= params.scale_softmax_log2;
     }
-    if constexpr (kMasked) {
+    if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, shape, first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col());
     }
-    softmax.template update<kMasked>(acc_s, acc_o, scale_log2);
+    softmax.update(acc_s, acc_o, scale_log2);
     // O = diag(alpha) O + P V
     gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v);
   };
   int n = range.end - 1;
-  for (; n >= range.mask_from; --n) step(n, True{});
-  for (; n >= range.begin; --n) step(n, False{});
+  for (; n >= range.mask_from; --n) step(n, True{}, False{});
+  for (; n >= range.begin; --n) step(n, False{}, True{});
 
   // O = diag(l)^-1 O, through the warp's own rows of Q's tile, which only this warp has read.
   softmax.finish(acc_o);

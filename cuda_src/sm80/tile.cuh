@@ -5,6 +5,7 @@
 // product is one register per operand plus a constant.
 #pragma once
 
+#include "common/accumulator.cuh"
 #include "common/config.cuh"
 #include "sm80/ptx.cuh"
 
@@ -31,18 +32,19 @@ struct ChunkMap {
 };
 
 // tile = rows [0, rows) x columns [0, head_dim) of gmem, zeros elsewhere. Asynchronous where rows are aligned: the caller
-// commits, waits and synchronises either way.
-template <int kRows>
+// commits, waits and synchronises either way. kWhole: rows >= kRows is known.
+template <bool kWhole = false, int kRows>
 FA2_DEVICE void load_tile(Tile<kRows, kHeadDim>& tile, const Element* gmem, int64_t row_stride, int rows, int head_dim) {
   if constexpr (kAligned) {
     const ChunkMap map;
     const Element* source = gmem + map.row * row_stride + map.col;
     const uint32_t target = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
-    const int rows_of_lane = map.col < head_dim ? rows : 0;
+    const int rows_of_lane = map.col < head_dim ? (kWhole ? kRows : rows) : 0;
 #pragma unroll
     for (int pass = 0; pass < kRows; pass += ChunkMap::kRowsPerPass) {
       if (map.in_tile(map.row + pass, kRows)) {
-        cp_async_16(target + pass * tile.kRowBytes, source, map.row + pass < rows_of_lane ? 16 : 0);
+        const bool inside = kWhole ? rows_of_lane > 0 : map.row + pass < rows_of_lane;
+        cp_async_16(target + pass * tile.kRowBytes, source, inside ? 16 : 0);
       }
       source += ChunkMap::kRowsPerPass * row_stride;
     }
@@ -77,9 +79,6 @@ FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int head
 }
 
 // ---- operands of a product ------------------------------------------------------------------------------------------
-
-FA2_DEVICE int lane_id() { return threadIdx.x % 32; }
-FA2_DEVICE int warp_id() { return threadIdx.x / 32; }
 
 // One operand of a product, in shared memory. load(r, i, k) reads the fragments of its 16 x 16 block (i, k), where i runs
 // along the rows of the product (A) or its columns (B), and k along the sum.
@@ -136,24 +135,6 @@ struct Fragments {
     for (int j = 0; j < 4; ++j) out[j] = r[i][k][j];
   }
 };
-
-// A float32 matrix of 16 * kMTiles rows and 8 * kNTiles columns in the registers of a warp: element (i, j) of a thread is
-// in row 16 i + lane / 4 + 8 (e / 2), column 8 j + 2 (lane % 4) + e % 2, e = 0..3.
-template <int kMTiles, int kNTiles>
-struct Accumulator {
-  float x[kMTiles][kNTiles][4];
-  FA2_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[i][j][e] = 0.f;
-  }
-};
-
-FA2_DEVICE int accumulator_row() { return lane_id() / 4; }
-FA2_DEVICE int accumulator_col() { return lane_id() % 4 * 2; }
 
 // acc += A B, the sum running over kKSteps blocks of 16.
 template <int kKSteps, int kMTiles, int kNTiles, typename A, typename B>

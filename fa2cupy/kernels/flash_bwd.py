@@ -35,8 +35,8 @@ def plan_backward(
     problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | None = None
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
-    head_dim = padded_head_dim(problem.head_dim)
-    tile = tile or backward_tile(device.shared_mem_optin, head_dim)
+    tile = tile or backward_tile(device.shared_mem_optin, problem.head_dim)
+    head_dim = padded_head_dim(problem.head_dim, tile.split)
     arch = plans.architecture(device)
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
@@ -52,9 +52,7 @@ def plan_backward(
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-        params.shape = plans.shape_params(
-            problem, rows, plans.heads_per_section(device, problem.causal, queries_bytes)
-        )
+        params.shape = plans.shape_params(problem, rows, plans.heads_per_section(device, problem.causal, queries_bytes))
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
         row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}

@@ -40,9 +40,10 @@ def shared_memory_class(shared_mem_optin: int) -> int:
     return next((size for size in _CLASSES if size <= shared_mem_optin), _CLASSES[-1])
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """The width that a kernel is compiled for: tiles are made of 16 x 16 matrices."""
-    return max(16, -(-head_dim // 16) * 16)
+def padded_head_dim(head_dim: int, split: int = 1) -> int:
+    """The width that a kernel is compiled for: `split` times a multiple of 16, tiles being made of 16 x 16 matrices."""
+    unit = 16 * split
+    return max(unit, -(-head_dim // unit) * unit)
 
 
 def _tile_bytes(rows: int, columns: int) -> int:
@@ -114,41 +115,43 @@ class BwdTile:
 
 
 _FWD_LARGE = (
-    FwdTile(64, 128, 64, 4, True, "two row blocks per warp halve the reads of K and V"),
-    FwdTile(128, 128, 64, 8, True, "Q in registers"),
-    FwdTile(192, 128, 64, 8, False, "K and V of 64 keys: 102 KB, two blocks per multiprocessor do not fit the registers"),
-    FwdTile(256, 128, 32, 8, False, "64 keys spill"),
+    FwdTile(64, 128, 64, 4, True, "32 rows per warp halve the reads of K and V; Q's fragments fit"),
+    FwdTile(96, 128, 64, 4, False, "32 rows per warp; Q's fragments would spill"),
+    FwdTile(128, 128, 64, 4, False, "32 rows per warp: without spill, 128x32x4 is 8% slower", spill_bytes=84),
+    FwdTile(160, 128, 32, 4, False, "32 rows per warp: without spill, 64x64x4 is 19% slower", spill_bytes=48),
+    FwdTile(192, 64, 64, 4, True, "16 rows per warp, two blocks per multiprocessor"),
+    FwdTile(256, 128, 64, 8, False, "16 rows per warp: O alone takes 128 registers"),
 )
 FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     232448: _FWD_LARGE,
     166912: _FWD_LARGE,
     101376: (
-        FwdTile(64, 128, 64, 4, True, "37 KB at head_dim 64: two blocks per multiprocessor"),
-        FwdTile(128, 64, 32, 4, True, "35 KB at head_dim 128: two blocks per multiprocessor"),
-        FwdTile(192, 64, 32, 4, False, "51 KB at head_dim 192"),
-        FwdTile(256, 64, 32, 4, False, "68 KB at head_dim 256; 64 keys spill"),
+        FwdTile(64, 128, 64, 4, True, "36 KB at head_dim 64: two blocks per multiprocessor"),
+        FwdTile(96, 128, 32, 4, False, "39 KB at head_dim 96: two blocks per multiprocessor"),
+        FwdTile(128, 64, 32, 4, True, "34 KB at head_dim 128: two blocks per multiprocessor"),
+        FwdTile(192, 64, 32, 4, True, "50 KB at head_dim 192"),
+        FwdTile(256, 64, 64, 4, False, "99 KB at head_dim 256"),
     ),
 }
 
 BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     232448: (
-        BwdTile(64, 64, 128, 8, 2, 1, 4, "16 keys per warp"),
-        BwdTile(128, 64, 128, 8, 2, 1, 2, "dK and dV of 16 keys: 128 registers"),
-        BwdTile(192, 64, 64, 8, 2, 2, 2, "dK and dV of 16 keys x half of head_dim"),
-        BwdTile(256, 64, 64, 8, 2, 2, 2, "222 KB"),
+        BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks an SM; spills on sm_100", 40),
+        BwdTile(160, 64, 128, 8, 2, 2, 2, "32 keys x half of head_dim per warp; spills on sm_100", 8),
+        BwdTile(192, 64, 96, 8, 2, 4, 1, "48 keys x a quarter of head_dim per warp; spills on sm_100", 8),
+        BwdTile(256, 64, 64, 8, 2, 4, 1, "32 keys x a quarter of head_dim per warp, 222 KB"),
     ),
     166912: (
-        BwdTile(64, 64, 128, 8, 2, 1, 4, "16 keys per warp"),
-        BwdTile(128, 64, 128, 8, 2, 1, 2, "dK and dV of 16 keys: 128 registers"),
-        BwdTile(192, 64, 64, 8, 1, 2, 2, "two stages: 167 KB"),
-        BwdTile(256, 64, 64, 8, 1, 2, 2, "two stages: 222 KB"),
+        BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks per multiprocessor"),
+        BwdTile(128, 64, 128, 8, 2, 1, 2, "16 keys per warp; two warps for 32 keys need 177 KB"),
+        BwdTile(192, 64, 64, 8, 1, 4, 2, "117 KB; two stages need 169 KB"),
+        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB"),
     ),
     101376: (
-        BwdTile(32, 64, 64, 4, 2, 1, 4, "two blocks per multiprocessor"),
-        BwdTile(64, 64, 64, 4, 2, 1, 2, "64 KB"),
-        BwdTile(128, 64, 64, 4, 1, 1, 2, "81 KB"),
-        BwdTile(192, 32, 32, 4, 1, 2, 2, "57 KB"),
-        BwdTile(256, 32, 32, 4, 1, 2, 2, "73 KB"),
+        BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; 32x128 spills 112 bytes on sm_120"),
+        BwdTile(128, 32, 64, 4, 2, 2, 2, "79 KB; 64x64 with one stage spills 52 bytes on sm_120"),
+        BwdTile(192, 32, 32, 4, 1, 2, 2, "56 KB"),
+        BwdTile(256, 32, 32, 4, 1, 2, 2, "71 KB; spills on sm_120 only", spill_bytes=24),
     ),
 }
 
