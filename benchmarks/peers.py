@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +66,8 @@ def make_tensors(case: Case, seed: int = 0) -> Tensors:
 
 def probe(names: Iterable[str]) -> dict[str, str]:
     """name -> why it cannot be measured on this machine, of those that cannot."""
+    # Read when flash_attn.cute is imported: what other processes have compiled is then found (`warm_fa4_cache`).
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     absent = {}
     for name in names:
         try:
@@ -193,13 +194,9 @@ def workspace_bytes(case: Case, tensors: Tensors, deterministic: bool = False) -
 def warm_fa4_cache(cases: Iterable[Case], processes: int) -> Callable[[], None]:
     """Start compiling FA4's kernels for the cases, in other processes, into its disk cache; the result waits for them.
 
-    Its just-in-time compiler holds the GIL and takes seconds per kernel. A compilation that fails here is repeated, and
-    reported, where the kernel is measured.
+    Call `probe` first. FA4's just-in-time compiler holds the GIL and takes seconds per kernel. A compilation that fails
+    here is repeated, and reported, where the kernel is measured.
     """
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault(
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"fa4_cache_{os.getpid()}")
-    )
     # Kernels differ by mode, dims, mask, dtype and heads per key head; a short sequence compiles as fast as it can.
     kinds = {replace(c, batch=1, seqlen=512).label for c in cases}
     shares = [sorted(kinds)[i::processes] for i in range(processes)]

@@ -248,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time_variants(case, good, {v: text for v, (text, _) in told.items()}, args.bursts)
         for variant, (_, error) in told.items():
             if error:
-                print(f"does not compile: {variant}\n{error[:2000]}")
+                first = next((line for line in error.splitlines() if "error:" in line), error)
+                print(f"does not compile: {variant}\n    {first[:300]}")
     return 0
 
 

@@ -165,7 +165,13 @@ def check(case: Case, backward: bool, device: torch.device) -> list[str]:
         causal=case.causal,
         scale=case.softmax_scale,
     )
-    judgements = oracle.judge(made.results, made.lse, lse_ref, bounds, made.flags)
+    empty = min(case.seqlen_q, case.seqlen_q - case.seqlen_k) if case.causal or not case.seqlen_k else 0
+    flags = {
+        f"{name} is not 0 in rows that see no key": (made.results[name][:, : max(0, empty)] == 0).all()
+        for name in ("out", "dq")
+        if name in made.results
+    }
+    judgements = oracle.judge(made.results, made.lse, lse_ref, bounds, made.flags | flags)
     LEDGER.add(case.dtype, judgements)
     return [f"{case}: {problem}" for judgement in judgements.values() for problem in judgement.problems]
 

@@ -1,0 +1,289 @@
+"""The benchmark's own arithmetic, on a made-up GPU: turns, records, ratios, pictures, filters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench, cases, host_cost, plot, results, timing, variants
+from benchmarks.cases import Case
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = [
+    "run", "peer", "kernel", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads",
+    "num_heads_k", "ms", "tflops", "gpu", "date", "commit",
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cells
+
+
+def test_the_grid_is_the_72_cells() -> None:
+    grid = cases.grid()
+    assert len(grid) == len(set(grid)) == 72
+    assert all(c.batch * c.seqlen == 16384 and c.num_heads * c.head_dim == 2048 for c in grid)
+    assert {c.mode for c in grid} == {"fwd", "bwd"}
+
+
+def test_flops_are_the_fields() -> None:
+    full = Case("fwd", 128, 4096, False, 4, 16, 16)
+    assert full.flops == 4 * 4 * 16 * 4096**2 * 128
+    assert replace(full, causal=True).flops == full.flops / 2
+    assert replace(full, mode="bwd").flops == 2.5 * full.flops
+    wide = Case("bwd", 192, 4096, True, 4, 16, 16, head_dim_v=128)
+    assert wide.flops == 2 * 4 * 16 * 4096**2 * (3 * 192 + 2 * 128) / 2
+
+
+def test_labels_are_specifications() -> None:
+    every = [c for make in cases.CASE_SETS.values() for c in make()]
+    assert all(cases.parse_case(c.label) == c for c in every)
+    assert cases.parse_case("bwd:d192/128:b2:s4096:h32/8:causal:fp16") == Case(
+        "bwd", 192, 4096, True, 2, 32, 8, "float16", 128
+    )
+    with pytest.raises(ValueError, match="fwd:d128"):
+        cases.parse_case("fwd:128")
+
+
+def test_filters_and_parts() -> None:
+    chosen = cases.select(["grid"], ["bwd"], [64, 256], [512], (1, 1))
+    assert {(c.mode, c.head_dim, c.seqlen) for c in chosen} == {("bwd", 64, 512), ("bwd", 256, 512)}
+    parts = [cases.select(["grid"], [], [], [], (i, 3)) for i in (1, 2, 3)]
+    assert sorted(c.label for part in parts for c in part) == sorted(c.label for c in cases.grid())
+    assert all(c.dtype == "float16" for c in cases.select(["fp16"], [], [], [], (1, 1)))
+    assert len(cases.select(["gqa", "thin", "head_dims", "fp16"], [], [], [], (1, 1))) == 4 + 4 + 20 + 4
+    with pytest.raises(ValueError, match="part"):
+        cases.select(["grid"], [], [], [], (4, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# turns
+
+
+@dataclass
+class FakeClock:
+    """Each call knows how long it takes on the GPU and to queue; a burst is in time if queueing fits the delay."""
+
+    gpu_ms: dict[str, float]
+    host_ms: dict[str, float]
+    log: list[tuple[str, int, float]] = field(default_factory=list)
+
+    def contestants(self) -> dict[str, Callable[[], object]]:
+        def make(name: str) -> Callable[[], object]:
+            return lambda: name
+
+        return {name: make(name) for name in self.gpu_ms}
+
+    def burst(self, call: Callable[[], object], calls: int, delay_ms: float) -> tuple[float, bool]:
+        name = str(call())
+        self.log.append((name, calls, delay_ms))
+        drift = 1 + 0.001 * len(self.log)  # the GPU gets warmer
+        return self.gpu_ms[name] * drift, self.host_ms[name] * calls < delay_ms
+
+
+def test_libraries_take_turns_in_rotating_order() -> None:
+    clock = FakeClock({"a": 1.0, "b": 2.0, "c": 30.0}, {"a": 0.01, "b": 0.01, "c": 0.01})
+    timings = timing.take_turns(clock.contestants(), clock, bursts=8)
+    assert all(len(t.bursts) == 8 and t.thrown_away == 0 for t in timings.values())
+    turns = [name for name, _, _ in clock.log[3:]]  # after one burst each that chooses the length
+    assert turns[:9] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert (timings["a"].calls, timings["b"].calls, timings["c"].calls) == (20, 10, 5)
+    assert 1.0 < timings["a"].ms < 1.1 and 30 < timings["c"].ms < 33
+
+
+def test_late_bursts_are_thrown_away_and_the_delay_grows() -> None:
+    clock = FakeClock({"slow host": 1.0, "usual": 1.0}, {"slow host": 0.6, "usual": 0.01})
+    timings = timing.take_turns(clock.contestants(), clock, bursts=8)
+    slow = timings["slow host"]
+    assert slow.thrown_away == 2 and slow.delay_ms == 20.0 and len(slow.bursts) == 8
+    assert timings["usual"].thrown_away == 0 and timings["usual"].delay_ms == 5.0
+    hopeless = FakeClock({"x": 1.0}, {"x": 100.0})
+    with pytest.raises(RuntimeError, match="x: queueing"):
+        timing.take_turns(hopeless.contestants(), hopeless, bursts=4)
+
+
+def test_host_cost_cycles_through_the_buffers() -> None:
+    numbers: list[int] = []
+    ticks = iter(range(10**6))
+    times = host_cost.measure({"a": numbers.append, "b": lambda n: None}, lambda: None, 3, lambda: float(next(ticks)))
+    assert set(numbers) == set(range(host_cost.BUFFER_SETS))
+    assert len(times["a"]) == len(times["b"]) == 3
+    assert times["a"][0] == pytest.approx(1e6 / host_cost.CALLS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+RUN = "2026-01-02T03:04:05Z"
+
+
+def _records(speeds: dict[str, float], chosen: list[Case] | None = None) -> list[results.Record]:
+    """Every library at a constant TFLOP/s; FA3 without a backward, as its wheel is."""
+    made = []
+    for case in cases.grid() if chosen is None else chosen:
+        for peer, tflops in speeds.items():
+            if peer == "fa3" and case.mode == "bwd":
+                continue
+            ms = case.flops / tflops / 1e9
+            made.append(results.make_record(RUN, peer, case, ms, case.flops, "NVIDIA H200", "abc", None))
+    return made
+
+
+def test_a_record_has_the_keys_and_no_others() -> None:
+    case = cases.grid()[0]
+    record = results.make_record(RUN, "fa2cupy", case, 0.5, case.flops, "NVIDIA H200", "abc", "sm80")
+    assert list(record) == KEYS
+    assert record["date"] == "2026-01-02" and record["kernel"] == "sm80"
+    assert record["tflops"] == round(case.flops / 0.5 / 1e9, 1)
+    gemm = results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc")
+    assert list(gemm) == KEYS and gemm["mode"] is None and gemm["tflops"] == pytest.approx(785, abs=1)
+    json.dumps([record, gemm])
+
+
+def test_a_cell_measured_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "x.jsonl"
+    case = cases.grid()[5]
+    file = results.Results(path)
+    record = results.make_record(RUN, "fa2", case, 0.5, case.flops, "X", "abc")
+    file.append(record)
+    file.append({**record, "peer": "fa4"})
+    file.append({**record, "run": "another"})
+    for again in (file, results.Results(path)):  # in the same command, and in one that continues the run
+        with pytest.raises(results.DuplicateCellError, match="twice"):
+            again.append(record)
+        with pytest.raises(results.DuplicateCellError, match=case.label):
+            again.check(RUN, "fa2", case)
+        again.check(RUN, "fa2", replace(case, causal=not case.causal))
+    assert results.load(path) == [record, {**record, "peer": "fa4"}, {**record, "run": "another"}]
+    with pytest.raises(ValueError, match="keys"):
+        file.append({"run": RUN})
+    with pytest.raises(results.DuplicateCellError):
+        results.ratios([record, record], "fwd", ["fa2"])
+
+
+def test_load_names_a_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(_records({"fa2": 1.0})[0]) + "\n\n{broken\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:3"):
+        results.load(path)
+    assert results.load(tmp_path / "none.jsonl") == []
+
+
+def test_committed_results_have_no_cell_twice_in_a_run() -> None:
+    for path in results.RESULTS.glob("*.jsonl"):
+        records = results.load(path)
+        for run in {r["run"] for r in records}:
+            results.by_cell([r for r in records if r["run"] == run])
+        assert all(list(r) == KEYS for r in records), path
+    assert sum(p.stat().st_size for p in results.RESULTS.glob("*")) < 5 << 20
+
+
+def test_ratios() -> None:
+    records = _records({"fa2cupy": 330.0, "fa2": 300.0, "cudnn": 440.0, "fa3": 660.0})
+    assert len(results.ratios(records, "fwd", ["fa2"])) == 36
+    assert results.geometric_mean(results.ratios(records, "fwd", ["fa2"]).values()) == pytest.approx(1.1, rel=1e-3)
+    assert all(r == pytest.approx(0.5, rel=1e-2) for r in results.ratios(records, "fwd", results.PEERS).values())
+    assert all(r == pytest.approx(0.75, rel=1e-2) for r in results.ratios(records, "bwd", results.PEERS).values())
+    # The best single library with both modes is cuDNN: FA3 has no backward.
+    together = results.forward_and_backward(records, results.PEERS)
+    assert len(together) == 36 and results.geometric_mean(together.values()) == pytest.approx(0.75, rel=1e-3)
+    assert results.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_summary_names_the_lowest_cell() -> None:
+    records = _records({"fa2cupy": 330.0, "fa2": 300.0})
+    slow = next(r for r in records if r["peer"] == "fa2cupy" and r["mode"] == "bwd" and r["seqlen"] == 2048)
+    slow["ms"] = float(str(slow["ms"])) * 2
+    records.append(results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc"))
+    text = results.summary(records)
+    assert "bwd fa2cupy/fa2" in text and "lowest 0.550 (D64 S2048 full)" in text
+    assert "GEMM 8192^3 bf16: 785" in text
+    only_peers = results.summary(_records({"fa2": 300.0, "fa4": 500.0}))
+    assert "no cell has both" in only_peers
+
+
+def test_descriptions_show_what_is_not_the_grids() -> None:
+    def described(case: Case) -> str:
+        return results.describe([getattr(case, key) for key in results.CELL_KEYS])
+
+    assert described(cases.grid()[0]) == "D64 S512 full"
+    assert described(Case("fwd", 128, 8192, True, 2, 32, 8)) == "D128 S8192 causal B2 H32/8"
+    assert (
+        described(Case("fwd", 192, 4096, False, 4, 16, 16, "float16", 128)) == "D192/128 S4096 full B4 H16/16 float16"
+    )
+
+
+def test_file_names() -> None:
+    assert results.file_name("NVIDIA H200") == "h200.jsonl"
+    assert results.file_name("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb.jsonl"
+    assert results.file_name("NVIDIA GeForce RTX 4090") == "rtx-4090.jsonl"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures and commands
+
+
+def test_picture_from_records_alone(tmp_path: Path) -> None:
+    path = tmp_path / "h200.jsonl"
+    records = _records({"fa2cupy": 330.0, "fa2": 300.0, "cudnn": 440.0, "fa3": 660.0, "fa4": 500.0})
+    records += _records({"fa2cupy": 200.0}, [Case("fwd", 128, 8192, True, 2, 32, 8)])
+    # Lines of another program: no kernel, no commit.
+    foreign = [{k: v for k, v in r.items() if k not in ("kernel", "commit")} | {"run": "older"} for r in records[:50]]
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*foreign, *records]))
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "plot.py", path, "--table"], capture_output=True, text=True, check=True
+    )
+    assert RUN in done.stdout and "fwd fa2cupy/best peer" in done.stdout
+    picture = path.with_suffix(".png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and 20_000 < len(picture) < 400_000
+    assert plot.main([str(path), "--run", "older", "--out", str(tmp_path / "older.png")]) == 0
+    with pytest.raises(ValueError, match="no cell of the grid"):
+        plot.draw(records[-1:], tmp_path / "none.png")
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "empty.jsonl")])
+
+
+def test_arguments_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    args = bench.parse(["--modes", "fwd", "--head-dims", "64,128", "--seqlens", "512", "--part", "1/2"])
+    assert len(args.selected) == 2 and args.peers == ["fa2cupy", "fa2", "cudnn", "fa3", "fa4", "gemm"]
+    assert args.bursts == 8
+    assert len(bench.parse(["--modes", "fwd", "--seqlens", "3072"]).selected) == 6  # a length of one's own
+    for wrong in (["--peers", "fa5"], ["--modes", "up"], ["--cases", "nothing"], ["--part", "3/2"]):
+        with pytest.raises(SystemExit):
+            bench.parse(wrong)
+    assert "unknown peer 'fa5'" in capsys.readouterr().err
+
+
+def test_a_whole_run_fits_a_command_of_ten_minutes() -> None:
+    seconds = bench.estimated_seconds(cases.grid(), libraries=5, bursts=8, burst_ms=20.0)
+    assert 60 < seconds < 400
+
+
+def test_variants_multiply_out() -> None:
+    made = variants.expand("block_m=64|128, q_in_regs=True,FA2_X=1|2")
+    assert len(made) == 4
+    assert made[0] == variants.Variant((("block_m", 64), ("q_in_regs", True)), (("FA2_X", 1),))
+    assert str(made[3]) == "block_m=128,q_in_regs=True,FA2_X=2"
+    with pytest.raises(ValueError, match="name=value"):
+        variants.expand("block_m")
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+def test_a_variant_changes_the_plan(mode: str) -> None:
+    case = replace(cases.grid()[0], mode=mode)
+    info = variants.device_of("sm_90a")
+    usual = variants.plan_variant(case, info, variants.Variant(), False)
+    row = usual.tile
+    wanted = variants.Variant((("block_n", row.block_n // 2), ("num_warps", 4)), (("FA2_NEW", 7),))
+    changed = variants.plan_variant(case, info, wanted, False)
+    assert (changed.tile.block_n, changed.tile.num_warps) == (row.block_n // 2, 4)
+    main = variants.main_launch(changed)
+    assert main.defines["FA2_NEW"] == 7 and main.defines["FA2_BLOCK_N"] == row.block_n // 2
+    assert main.source.startswith("sm80/") and len(variants.jobs_of([usual, changed])) == 2 * len(usual.launches)
+    with pytest.raises(ValueError, match="block_m"):
+        variants.plan_variant(case, info, variants.Variant((("block_x", 1),)), False)
