@@ -17,7 +17,7 @@ GPU_PYTHON := $(if $(NAMED_PYTHON),$(PYTHON),$(BIN)/python)
 GPU_SETUP := $(if $(NAMED_PYTHON),,venv-gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo env test test-all compile-all lint gpu-test gpu-pending bench clean venv-demo venv-test venv-gpu check-g++ nvrtc-releases
+.PHONY: help demo env test test-all compile-all lint gpu-test gpu-sanitize gpu-pending bench clean venv-demo venv-test venv-gpu check-g++ nvrtc-releases
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ lint: venv-test  ## ruff and mypy
 
 gpu-test: $(GPU_SETUP)  ## the tests that need a GPU; writes RECORD (tests/gpu/record.json)
 	$(GPU_PYTHON) -m pytest tests/gpu --record "$(RECORD)"
+
+gpu-sanitize: $(GPU_SETUP)  ## compute-sanitizer over a case of each kernel; adds its outcome to RECORD
+	$(GPU_PYTHON) tests/gpu/sanitizer.py --record "$(RECORD)"
 
 gpu-pending: venv-test  ## no GPU at hand: mark the record as pending, REASON="..."
 	@$(BIN)/python tests/gpu/record.py --pending "$(REASON)"

@@ -136,7 +136,8 @@ def _torch_call(case: Case, t: Tensors, forward: Call) -> Call:
     import torch
 
     if case.mode == "fwd":
-        return torch.no_grad()(forward)
+        call: Call = torch.no_grad()(forward)
+        return call
     out = forward()
     inputs = (t.q, t.k, t.v)
     return lambda: torch.autograd.grad(out, inputs, t.dout, retain_graph=True)
@@ -179,7 +180,7 @@ def kernel_family(case: Case) -> str:
     from fa2cupy.jit import driver
 
     launches = plan_of(case, driver.device_info(torch.cuda.current_device())).launches
-    families = (launch.source.partition("/")[0] for launch in launches)
+    families = (str(launch.source).partition("/")[0] for launch in launches)
     return next(family for family in families if family != "smxx")  # smxx: kernels of any architecture
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.cases import Case
 
 __all__ = [
+    "DETERMINISTIC",
     "KEYS",
     "OURS",
     "PEERS",
@@ -31,6 +32,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "fa2cupy"
+DETERMINISTIC = "fa2cupy-deterministic"  # ours with deterministic=True, measured on request
 PEERS = ("fa2", "cudnn", "fa3", "fa4")
 CELL_KEYS = ("mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads", "num_heads_k")
 KEYS = ("run", "peer", "kernel", *CELL_KEYS, "ms", "tflops", "gpu", "date", "commit")
@@ -200,35 +202,40 @@ def _line(title: str, values: Mapping[tuple[object, ...], float], with_mode: boo
     return f"{title:28s} {mean:5.3f}   lowest {values[worst]:5.3f} ({describe(cell)})   {len(values)} cells"
 
 
-def summary(records: Sequence[Mapping[str, object]], ours: str = OURS) -> str:
+def summary(records: Sequence[Mapping[str, object]]) -> str:
     """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run."""
     flops = {(_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None}
     gemm = [float(str(r["tflops"])) for r in records if r["peer"] == "gemm"]
-    present = [p for p in dict.fromkeys(str(r["peer"]) for r in records) if p not in (ours, "gemm")]
-    peers = [p for p in PEERS if p in present] + [p for p in present if p not in PEERS]
-    names = [ours, *peers]
+    present = dict.fromkeys(str(r["peer"]) for r in records)
+    peers = [p for p in PEERS if p in present]
+    names = [OURS, *peers, *([DETERMINISTIC] if DETERMINISTIC in present else [])]
     lines = []
     for mode in ("fwd", "bwd"):
         cells = [c for c in by_cell(records) if c[0] == mode]
         if not cells:
             continue
-        lines.append(f"{mode}, TFLOP/s".ljust(30) + "".join(f"{n:>9s}" for n in names) + "   ours/fa2  ours/best")
+        lines.append(
+            f"{mode}, TFLOP/s".ljust(30)
+            + "".join(f"{n.removeprefix('fa2cupy-')[:8]:>9s}" for n in names)
+            + "   ours/fa2  ours/best"
+        )
         for cell in cells:
-            numbers = [flops.get((cell, n)) for n in names]
-            row = describe(cell).ljust(30) + "".join(f"{n:9.0f}" if n is not None else f"{'-':>9s}" for n in numbers)
-            mine = numbers[0]
-            others = [n for n in numbers[1:] if n is not None]
-            fa2 = flops.get((cell, "fa2"))
+            row = describe(cell).ljust(30)
+            row += "".join(f"{flops[cell, n]:9.0f}" if (cell, n) in flops else f"{'-':>9s}" for n in names)
+            mine, fa2 = flops.get((cell, OURS)), flops.get((cell, "fa2"))
+            others = [flops[cell, p] for p in peers if (cell, p) in flops]
             row += f"{mine / fa2:11.3f}" if mine and fa2 else f"{'-':>11s}"
             row += f"{mine / max(others):11.3f}" if mine and others else f"{'-':>11s}"
             lines.append(row)
         lines.append("")
     for mode in ("fwd", "bwd"):
         if "fa2" in peers:
-            lines.append(_line(f"{mode} {ours}/fa2", ratios(records, mode, ["fa2"], ours)))
+            lines.append(_line(f"{mode} {OURS}/fa2", ratios(records, mode, ["fa2"])))
         if peers:
-            lines.append(_line(f"{mode} {ours}/best peer", ratios(records, mode, peers, ours)))
-    together = forward_and_backward(records, peers) if ours == OURS else {}
+            lines.append(_line(f"{mode} {OURS}/best peer", ratios(records, mode, peers)))
+    if DETERMINISTIC in present:
+        lines.append(_line("bwd deterministic/default", ratios(records, "bwd", [OURS], DETERMINISTIC)))
+    together = forward_and_backward(records, peers)
     if together:
         lines.append(_line("fwd + bwd ours/best library", together, with_mode=False))
     if gemm:

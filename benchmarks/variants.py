@@ -232,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         variants = list(dict.fromkeys([Variant(), *(v for text in texts if text for v in expand(text))]))
         info = device_of(args.arch) if args.compile_only else driver.device_info(0)
         plans = [plan_variant(case, info, variant, args.deterministic) for case in cases for variant in variants]
-    except ValueError as error:
-        parser.error(str(error))
+    except ValueError as mistake:
+        parser.error(str(mistake))
     compiled = compile_plans(plans)
     for number, case in enumerate(cases):
         mine = slice(number * len(variants), (number + 1) * len(variants))

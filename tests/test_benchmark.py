@@ -203,6 +203,9 @@ def test_summary_names_the_lowest_cell() -> None:
     text = results.summary(records)
     assert "bwd fa2cupy/fa2" in text and "lowest 0.550 (D64 S2048 full)" in text
     assert "GEMM 8192^3 bf16: 785" in text
+    ours = [r for r in records if r["mode"] == "bwd" and r["peer"] == "fa2cupy"]
+    text = results.summary([*records, *({**r, "peer": results.DETERMINISTIC} for r in ours)])
+    assert "bwd deterministic/default    1.000" in text and "bwd fa2cupy/best peer        1.0" in text
     only_peers = results.summary(_records({"fa2": 300.0, "fa4": 500.0}))
     assert "no cell has both" in only_peers
 

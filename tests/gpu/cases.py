@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fa2cupy.arrays import Device, TensorRef
 from fa2cupy.problem import AttentionProblem, Options, Sizes
@@ -206,7 +206,7 @@ def _length(rng: random.Random) -> int:
 RANDOM_CASES = 2000  # of each dtype
 
 
-def groups() -> list[object]:
+def groups() -> list[Any]:
     """The whole plan, in lists of cases that share a test: pytest parameters with readable ids."""
     import pytest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ def run(case: Case, tensors: dict[str, Tensor], backward: bool, device: torch.de
         return x if case.layout == "bshd" else x.transpose(1, 2)
 
     q, k, v = (arena.put(name, user(tensors[name])) for name in ("q", "k", "v"))
-    options = {"causal": case.causal, "softmax_scale": case.scale, "layout": case.layout}
+    options: dict[str, Any] = {"causal": case.causal, "softmax_scale": case.scale, "layout": case.layout}
     if case.given:
         out, lse = arena.take("out"), arena.take("lse_out")
         got, got_lse = fa2cupy.attention(q, k, v, return_lse=True, out=out, lse_out=lse, **options)
