@@ -14,10 +14,6 @@ FA2_DEVICE float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// P may grow to 2^kMaxGrowth before O and l are moved to a new maximum: far from any overflow, and most blocks are spared
-// the multiplication of O (FlashAttention-4's conditional rescaling).
-constexpr float kMaxGrowth = 8.f;
-
 // Running statistics of the rows that a thread has a part of: two for each 16 rows of its warp.
 template <int kMTiles>
 struct Softmax {
@@ -32,24 +28,24 @@ struct Softmax {
     }
   }
 
-  // S becomes P = exp2(scale_log2 * S - m). If some row of the warp outgrows its m, O and l move to the new maxima.
+  // S becomes P = exp2(scale_log2 * S - m). O and l move to a new m only where a row of the warp has one: later blocks
+  // rarely do. (Letting P outgrow 1 before moving would be rarer still, but then the largest P is not exactly 1 any more
+  // and its rounding shows: up to 15% more error.)
   template <int kSTiles, int kOTiles>
   FA2_DEVICE void update(Accumulator<kMTiles, kSTiles>& acc_s, Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
-    float new_max[kMTiles][2];
-    bool outgrown = false;
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
+    for (int i = 0; i < kMTiles; ++i) {
+      float new_max[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float m = max[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[i][j][2 * h], acc_s.x[i][j][2 * h + 1]));
-        new_max[i][h] = row_max(m);
-        outgrown |= !((new_max[i][h] - max[i][h]) * scale_log2 <= kMaxGrowth);
+        new_max[h] = row_max(m);
       }
-    if (__any_sync(0xffffffffu, outgrown)) rescale(new_max, acc_o, scale_log2);
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
+      if (__any_sync(0xffffffffu, new_max[0] > max[i][0] || new_max[1] > max[i][1])) {
+        rescale(i, new_max, acc_o.x[i], scale_log2);
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float m_scaled = scaled_max(max[i][h], scale_log2);
@@ -63,27 +59,26 @@ struct Softmax {
           }
         sum[i][h] = l;
       }
+    }
   }
 
   // m in the exponent. The rounded product is used in P and in alpha alike: rounding it in two ways would show. A row
   // that has seen no key yet has m = -inf; any finite number makes its P exp2(-inf) = 0.
   static FA2_DEVICE float scaled_max(float m, float scale_log2) { return m == -kInfinity ? 0.f : m * scale_log2; }
 
-  // O = diag(alpha) O and l = alpha l, with alpha = exp2(m_old - m_new).
+  // O = diag(alpha) O and l = alpha l for 16 rows, with alpha = exp2(m_old - m_new).
   template <int kOTiles>
-  FA2_DEVICE void rescale(const float (&new_max)[kMTiles][2], Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
+  FA2_DEVICE void rescale(int i, const float (&new_max)[2], float (&o)[kOTiles][4], float scale_log2) {
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
+    for (int h = 0; h < 2; ++h) {
+      const float alpha = ex2(max[i][h] * scale_log2 - scaled_max(new_max[h], scale_log2));
+      max[i][h] = new_max[h];
+      sum[i][h] *= alpha;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float alpha = ex2(max[i][h] * scale_log2 - scaled_max(new_max[i][h], scale_log2));
-        max[i][h] = new_max[i][h];
-        sum[i][h] *= alpha;
+      for (int j = 0; j < kOTiles; ++j)
 #pragma unroll
-        for (int j = 0; j < kOTiles; ++j)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) acc_o.x[i][j][e] *= alpha;
-      }
+        for (int e = 2 * h; e < 2 * h + 2; ++e) o[j][e] *= alpha;
+    }
   }
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row.

@@ -79,6 +79,7 @@ class Plan:
 
         pointers: of the call's arrays in the plan's order, the workspace last. Errors: CompilationError, LaunchError.
         """
+        jit.kernels([(each.source, each.name, each.arch, each.defines) for each in self.launches], context=str(self))
         bound = tuple(_Bound(launch, device_index, str(self)) for launch in self.launches)
         if len(bound) == 1:
             return bound[0]
@@ -91,13 +92,14 @@ class Plan:
 
 
 class _Bound:
-    """A KernelLaunch on a device. Each thread packs its own copy of the params; the driver copies it at launch."""
+    """A KernelLaunch on a device. Each thread packs its own copy of the params; the driver copies them at the launch."""
 
     def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
         kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
         function = kernel.function(device_index, launch.config.shared_mem_bytes)
         self._launcher = Launcher(function, launch.config)
-        self._params, self._pointers = launch.params, launch.pointers
+        self._params, self._pointers, self._count = launch.params, launch.pointers, len(launch.pointers)
+        self._as_given = launch.pointers == tuple((place, 0) for place in range(self._count))
         self._local = threading.local()
 
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
@@ -105,9 +107,9 @@ class _Bound:
             words, address = self._local.packed
         except AttributeError:
             words, address = self._pack()
-        for place, (position, offset) in enumerate(self._pointers):
-            if position >= 0:
-                words[place] = pointers[position] + offset
+        if not self._as_given:
+            pointers = tuple([pointers[at] + offset if at >= 0 else 0 for at, offset in self._pointers])
+        words[: self._count] = pointers
         self._launcher(address, stream)
 
     def _pack(self) -> tuple[ctypes.Array[ctypes.c_uint64], int]:

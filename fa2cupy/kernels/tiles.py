@@ -117,8 +117,8 @@ class BwdTile:
 _FWD_LARGE = (
     FwdTile(64, 128, 64, 4, True, "32 rows per warp halve the reads of K and V; Q's fragments fit"),
     FwdTile(96, 128, 64, 4, False, "32 rows per warp; Q's fragments would spill"),
-    FwdTile(128, 128, 64, 4, False, "32 rows per warp: without spill, 128x32x4 is 8% slower", spill_bytes=84),
-    FwdTile(160, 128, 32, 4, False, "32 rows per warp: without spill, 64x64x4 is 19% slower", spill_bytes=48),
+    FwdTile(128, 128, 64, 4, False, "32 rows per warp: without spill, 128x32x4 is 8% slower", spill_bytes=48),
+    FwdTile(160, 128, 32, 4, False, "32 rows per warp: without spill, 64x64x4 is 19% slower", spill_bytes=80),
     FwdTile(192, 64, 64, 4, True, "16 rows per warp, two blocks per multiprocessor"),
     FwdTile(256, 128, 64, 8, False, "16 rows per warp: O alone takes 128 registers"),
 )
