@@ -1,7 +1,7 @@
 """Tests that need a GPU, torch and CuPy (JAX for its own). `make gpu-test` runs them and writes the record.
 
-Without a GPU nothing here is collected. Kernels are compiled before the first test, all at once: a test that is
-parametrised with `cases` and `backward` says by that what it needs.
+Without a GPU nothing here is collected. Kernels are compiled before the first test, all at once: those of the `cases`
+that a test is parametrised with, and those of its module's list NEEDS. What is not foreseen is compiled when called.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def compiled_ahead(request: pytest.FixtureRequest) -> None:
     """Compile, in threads, what the selected tests' cases need."""
     from tests.gpu.compile_ahead import compile_ahead
 
-    wanted = []
+    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
+    wanted = [(case, True) for module in modules for case in getattr(module, "NEEDS", ())]
     for item in request.session.items:
         parameters = getattr(item, "callspec", None)
         if parameters is not None and "cases" in parameters.params:

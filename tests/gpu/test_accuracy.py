@@ -20,6 +20,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 SHAPES = [(64, 1024, False), (128, 2048, True), (128, 4096, False), (256, 1024, True)]
 PEERS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+NEEDS = [Case(s, s, d, dtype, causal, given=False) for d, s, causal in SHAPES for dtype in DTYPES]
 
 
 def _peer(backend: SDPBackend) -> Callable[..., dict[str, Tensor]]:

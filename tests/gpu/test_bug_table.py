@@ -78,6 +78,7 @@ ODD_WIDTHS = [
     for d in (1, 2, 3, 7, 9, 15, 17, 31, 33, 63, 65, 100, 127, 129, 200, 255)
     for pad in (0, 1)
 ]
+NEEDS = [Case(64, 64, d, dtype, causal, given=False) for d in (64, 128) for dtype in DTYPES for causal in (False, True)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ REPEATED = [
     (Case(512, 640, 256, "bfloat16", False, batch=2, heads=(6, 3)), 50),
     (Case(333, 999, 59, "float16", True, batch=3, heads=(4, 1)), 50),
 ]
+NEEDS = [replace(case, given=False, deterministic=mode) for case, _ in REPEATED for mode in (False, True)]
 
 
 @pytest.mark.parametrize(("case", "repeats"), REPEATED, ids=str)

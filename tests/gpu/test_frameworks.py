@@ -19,6 +19,9 @@ jax = pytest.importorskip("jax")
 
 NAMES = ("q", "k", "v", "dout")
 CASE = Case(150, 203, 64, "bfloat16", True, heads=(6, 3), seed=11)
+NEEDS = [
+    Case(64, 64, 64, dtype, causal, given=False, deterministic=True) for dtype in DTYPES for causal in (False, True)
+]
 
 
 def _to_cupy(x: torch.Tensor) -> Any:

@@ -10,9 +10,11 @@ import torch
 
 import fa2cupy
 from tests.gpu import oracle
+from tests.gpu.cases import Case
 
 Tensor = torch.Tensor
 GIB = 1 << 30
+NEEDS = [Case(64, 64, d, "bfloat16", causal) for d in (64, 128) for causal in (False, True)]
 
 
 def _needs(gib: float) -> pytest.MarkDecorator:

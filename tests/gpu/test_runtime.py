@@ -24,6 +24,9 @@ from tests.gpu.runner import inputs_of
 Tensor = torch.Tensor
 NAMES = ("q", "k", "v", "dout")
 CASE = Case(333, 512, 128, "bfloat16", True, heads=(8, 2), seed=21)
+NEEDS = [
+    Case(64, 64, d, "bfloat16", causal, given=False, deterministic=True) for d in (64, 128) for causal in (False, True)
+]
 ROOT = Path(__file__).resolve().parents[2]
 # GPU cycles: tens of milliseconds on any GPU that this runs on.
 LONG = 100_000_000
