@@ -28,10 +28,10 @@ struct Softmax {
     }
   }
 
-  // S becomes P = exp2(scale_log2 * S - m). O and l move to a new m only where a row of the warp has one: later blocks
-  // rarely do. (Letting P outgrow 1 before moving would be rarer still, but then the largest P is not exactly 1 any more
-  // and its rounding shows: up to 15% more error.)
-  template <int kSTiles, int kOTiles>
+  // S becomes P = exp2(scale_log2 * S - m), O and l move to the new m.
+  // kOnDemand: only if a row of the warp has a new m, which grows rarer from block to block. (To let P outgrow 1 first
+  // would be rarer still, but then the largest P is not exactly 1 any more, and its rounding shows: up to 15% more error.)
+  template <bool kOnDemand, int kSTiles, int kOTiles>
   FA2_DEVICE void update(Accumulator<kMTiles, kSTiles>& acc_s, Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) {
@@ -43,7 +43,7 @@ struct Softmax {
         for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[i][j][2 * h], acc_s.x[i][j][2 * h + 1]));
         new_max[h] = row_max(m);
       }
-      if (__any_sync(0xffffffffu, new_max[0] > max[i][0] || new_max[1] > max[i][1])) {
+      if (!kOnDemand || __any_sync(0xffffffffu, new_max[0] > max[i][0] || new_max[1] > max[i][1])) {
         rescale(i, new_max, acc_o.x[i], scale_log2);
       }
 #pragma unroll

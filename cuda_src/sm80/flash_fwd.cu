@@ -18,6 +18,8 @@ static_assert(sizeof(FwdParams) == kParamsBytes, "kernels/params.py and common/p
 constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
 constexpr bool kQInRegs = FA2_Q_IN_REGS;       // Q's fragments are read once and stay in registers
 
+constexpr bool kRescaleOnDemand = FA2_RESCALE_ON_DEMAND;
+
 constexpr int kMTiles = kBlockM / kNumWarps / 16;  // of 16 rows each, per warp
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDim / 8;
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
@@ -128,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, shape, first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col());
     }
-    softmax.update(acc_s, acc_o, scale_log2);
+    softmax.template update<kRescaleOnDemand>(acc_s, acc_o, scale_log2);
     // O = diag(alpha) O + P V
     gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v);
   };

@@ -72,6 +72,7 @@ def _defines(
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_Q_IN_REGS": int(tile.q_in_regs),
+        "FA2_RESCALE_ON_DEMAND": int(tile.rescale_on_demand),
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),
         "FA2_PARAMS_BYTES": ctypes.sizeof(FwdParams),

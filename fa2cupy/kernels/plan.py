@@ -92,7 +92,7 @@ class Plan:
 
 
 class _Bound:
-    """A KernelLaunch on a device. Each thread packs its own copy of the params; the driver copies them at the launch."""
+    """A KernelLaunch on a device. Each thread packs a copy of the params; the driver copies them at the launch."""
 
     def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
         kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
