@@ -32,6 +32,10 @@ _OPTIMISED = ("-O2", "-ffp-contract=fast")  # contracted as nvcc does
 _SANITIZED = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
+class BuildError(Exception):
+    """g++ does not take a kernel, or a mutation does not fit its file."""
+
+
 @dataclass(frozen=True)
 class Mutation:
     """A bug put into one file of cuda_src: `find`, which is there exactly once, becomes `replace`."""
@@ -42,7 +46,8 @@ class Mutation:
 
     def apply(self, text: str) -> str:
         count = text.count(self.find)
-        assert count == 1, f"{self.path} has {self.find!r} {count} times: the mutation needs it exactly once"
+        if count != 1:
+            raise BuildError(f"{self.path} has {self.find!r} {count} times: the mutation needs it exactly once")
         return text.replace(self.find, self.replace)
 
 
@@ -132,6 +137,7 @@ def _once(prefix: str, suffix: str, key: object, arguments: Callable[[Path], lis
             command = [CXX, *flags, *arguments(stem), "-o", str(unfinished)]
             environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, f"g++ failed:\n{' '.join(command)}\n{done.stderr[-6000:]}"
+            if done.returncode:
+                raise BuildError(f"g++ failed:\n{' '.join(command)}\n{done.stderr[-6000:]}")
             unfinished.replace(target)
     return target

@@ -241,8 +241,9 @@ def check(
     prepared = prepare(host_case, backward)
     first: Mapping[str, bytes] | None = None
     sites: set[run.Site] = set()
-    for schedule in schedules:
-        results, reached = execute(prepared, schedule, plant=plant, mutation=mutation, seed=host_case.case.seed + 1)
+    for number, schedule in enumerate(schedules):
+        seed = host_case.case.seed + number
+        results, reached = execute(prepared, schedule, plant=plant, mutation=mutation, seed=seed)
         sites |= reached
         try:
             judge(prepared)

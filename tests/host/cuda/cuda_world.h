@@ -27,14 +27,14 @@
 #define FA2_SHARED_MEMORY(Type, name) Type& name = *reinterpret_cast<Type*>(fa2_host::shared_memory(sizeof(Type)))
 
 #define FA2_HOST_VECTORS(T, name)         \
-    struct alignas(2 * sizeof(T)) name##2 { \
-        T x, y;                           \
-    };                                    \
-    struct alignas(4 * sizeof(T)) name##4 { \
-        T x, y, z, w;                     \
-    };                                    \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
-    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+  struct alignas(2 * sizeof(T)) name##2 { \
+    T x, y;                           \
+  };                                    \
+  struct alignas(4 * sizeof(T)) name##4 { \
+    T x, y, z, w;                     \
+  };                                    \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 FA2_HOST_VECTORS(int, int)
 FA2_HOST_VECTORS(unsigned, uint)
 FA2_HOST_VECTORS(float, float)
@@ -49,10 +49,10 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 
 template <class To, class From>
 inline To fa2_host_bits(From from) {
-    static_assert(sizeof(To) == sizeof(From), "the same bits");
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
 inline unsigned __float_as_uint(float x) { return fa2_host_bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return fa2_host_bits<float>(x); }
@@ -62,10 +62,10 @@ inline float __int_as_float(int x) { return fa2_host_bits<float>(x); }
 inline void __syncthreads(FA2_HOST_SITE) { fa2_host::barrier("__syncthreads", 0, 0, {file, line}); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
-    if (mask != 0xffffffffu) fa2_host::fail("__syncwarp of part of a warp");
-    if (fa2_host::synchronises("__syncwarp", {file, line})) {
-        fa2_host::collective("__syncwarp", nullptr, [](void* const*) {}, {file, line});
-    }
+  if (mask != 0xffffffffu) fa2_host::fail("__syncwarp of part of a warp");
+  if (fa2_host::synchronises("__syncwarp", {file, line})) {
+    fa2_host::collective("__syncwarp", nullptr, [](void* const*) {}, {file, line});
+  }
 }
 
 // One block at a time and every store at once: nothing to do, but a place to plant against.
@@ -73,42 +73,42 @@ inline void __threadfence(FA2_HOST_SITE) { fa2_host::synchronises("__threadfence
 
 namespace fa2_host {
 struct Shuffle {
-    uint32_t value, source, result;
+  uint32_t value, source, result;
 };
 template <class T>
 inline T shuffle(const char* name, unsigned mask, T value, unsigned source, Site site) {
-    static_assert(sizeof(T) == 4, "shuffles move 32 bits");
-    if (mask != 0xffffffffu) fail("%s of part of a warp", name);
-    Shuffle args{fa2_host_bits<uint32_t>(value), source % 32, 0};
-    collective(name, &args, [](void* const* lanes) {
-        for (int i = 0; i < 32; i++) {
-            Shuffle& lane = *static_cast<Shuffle*>(lanes[i]);
-            lane.result = static_cast<const Shuffle*>(lanes[lane.source])->value;
-        }
-    }, site);
-    return fa2_host_bits<T>(args.result);
+  static_assert(sizeof(T) == 4, "shuffles move 32 bits");
+  if (mask != 0xffffffffu) fail("%s of part of a warp", name);
+  Shuffle args{fa2_host_bits<uint32_t>(value), source % 32, 0};
+  collective(name, &args, [](void* const* lanes) {
+    for (int i = 0; i < 32; i++) {
+      Shuffle& lane = *static_cast<Shuffle*>(lanes[i]);
+      lane.result = static_cast<const Shuffle*>(lanes[lane.source])->value;
+    }
+  }, site);
+  return fa2_host_bits<T>(args.result);
 }
 inline unsigned lane() {
-    return (thread_index->x + block_dim.x * (thread_index->y + block_dim.y * thread_index->z)) % 32;
+  return (thread_index->x + block_dim.x * (thread_index->y + block_dim.y * thread_index->z)) % 32;
 }
 }  // namespace fa2_host
 
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int source, FA2_HOST_SITE) {
-    return fa2_host::shuffle("__shfl_sync", mask, value, source, {file, line});
+  return fa2_host::shuffle("__shfl_sync", mask, value, source, {file, line});
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, FA2_HOST_SITE) {
-    return fa2_host::shuffle("__shfl_xor_sync", mask, value, fa2_host::lane() ^ lanes, {file, line});
+  return fa2_host::shuffle("__shfl_xor_sync", mask, value, fa2_host::lane() ^ lanes, {file, line});
 }
 
 inline int __any_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
-    if (mask != 0xffffffffu) fa2_host::fail("__any_sync of part of a warp");
-    fa2_host::Shuffle args{predicate != 0, 0, 0};
-    fa2_host::collective("__any_sync", &args, [](void* const* lanes) {
-        uint32_t any = 0;
-        for (int i = 0; i < 32; i++) any |= static_cast<const fa2_host::Shuffle*>(lanes[i])->value;
-        for (int i = 0; i < 32; i++) static_cast<fa2_host::Shuffle*>(lanes[i])->result = any;
-    }, {file, line});
-    return static_cast<int>(args.result);
+  if (mask != 0xffffffffu) fa2_host::fail("__any_sync of part of a warp");
+  fa2_host::Shuffle args{predicate != 0, 0, 0};
+  fa2_host::collective("__any_sync", &args, [](void* const* lanes) {
+    uint32_t any = 0;
+    for (int i = 0; i < 32; i++) any |= static_cast<const fa2_host::Shuffle*>(lanes[i])->value;
+    for (int i = 0; i < 32; i++) static_cast<fa2_host::Shuffle*>(lanes[i])->result = any;
+  }, {file, line});
+  return static_cast<int>(args.result);
 }

@@ -1,8 +1,5 @@
 #include "world.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -14,12 +11,8 @@
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
+
+#include "fiber.h"
 
 namespace fa2_host {
 
@@ -28,183 +21,101 @@ uint3 block_index, block_dim, grid_dim;
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Switching between stacks
-
-#if defined(__x86_64__)
-// What a call must keep is pushed, the stack pointers are exchanged, and the other side's is popped.
-extern "C" void fa2_host_switch(void** save, void* load);
-asm(R"(
-.text
-.globl fa2_host_switch
-.hidden fa2_host_switch
-.type fa2_host_switch, @function
-fa2_host_switch:
-    push %rbp
-    push %rbx
-    push %r12
-    push %r13
-    push %r14
-    push %r15
-    mov %rsp, (%rdi)
-    mov %rsi, %rsp
-    pop %r15
-    pop %r14
-    pop %r13
-    pop %r12
-    pop %rbx
-    pop %rbp
-    ret
-.size fa2_host_switch, . - fa2_host_switch
-)");
-
-struct Context {
-    void* sp = nullptr;
-    void prepare(char* stack, size_t bytes, void (*entry)()) {
-        void** top = reinterpret_cast<void**>(stack + bytes);
-        *--top = nullptr;  // entry sees the stack as if it had been called: 16-byte aligned before the return address
-        *--top = reinterpret_cast<void*>(entry);
-        for (int i = 0; i < 6; i++) *--top = nullptr;
-        sp = top;
-    }
-    static void change(Context& from, Context& to) { fa2_host_switch(&from.sp, to.sp); }
-};
-#else
-struct Context {
-    ucontext_t context;
-    void prepare(char* stack, size_t bytes, void (*entry)()) {
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = bytes;
-        context.uc_link = nullptr;
-        makecontext(&context, entry, 0);
-    }
-    static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
-};
-#endif
-
-constexpr size_t kStackBytes = 256 << 10;
 constexpr int kBarriers = 16;
 constexpr size_t kBlocksAtOnce = 4;  // under Schedule::kRandom
 constexpr uint32_t kAllLanes = 0xffffffffu;
-
-// Frames that were never left: the address sanitizer remembers them.
-void forget_frames([[maybe_unused]] char* stack, [[maybe_unused]] size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack, bytes);
-#endif
-}
-
-// Stacks for one block's threads, each above a page that cannot be touched.
-class Stacks {
-public:
-    explicit Stacks(int count) : page_(sysconf(_SC_PAGESIZE)), bytes_(count * (kStackBytes + page_)) {
-        void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) abort();
-        base_ = static_cast<char*>(memory);
-        for (int i = 0; i < count; i++) mprotect(base_ + i * (kStackBytes + page_), page_, PROT_NONE);
-    }
-    ~Stacks() {
-        forget_frames(base_, bytes_);  // the next thing that is mapped here is no stack
-        munmap(base_, bytes_);
-    }
-    Stacks(const Stacks&) = delete;
-    char* operator[](int i) const { return base_ + i * (kStackBytes + page_) + page_; }
-
-private:
-    size_t page_, bytes_;
-    char* base_;
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks, warps, threads
 
 struct Copy {
-    char* shared;
-    const void* global;
-    int bytes, source_bytes;
+  char* shared;
+  const void* global;
+  int bytes, source_bytes;
 };
 
 struct Fiber {
-    Context context;
-    uint3 index;
-    std::vector<Copy> copies;       // in flight, oldest first
-    std::vector<size_t> groups;     // ends of the committed groups in `copies`
-    const int* polled = nullptr;    // the last word read by poll()
-    uint64_t polled_at = 0;         // number of releases at that time
-    const char* waits_for = nullptr;  // what it sleeps on, for messages
-    Site site{};
+  Context context;
+  uint3 index;
+  std::vector<Copy> copies;         // in flight, oldest first
+  std::vector<size_t> groups;       // ends of the committed groups in `copies`
+  const int* polled = nullptr;      // the last word read by poll()
+  uint64_t polled_at = 0;           // number of releases at that time
+  const char* waits_for = nullptr;  // what it sleeps on, for messages
+  Site site{};
 };
 
 struct Warp {
-    uint32_t ready = kAllLanes, meeting = 0, polling = 0, exited = 0;
-    void* args[32];
-    const char* name;
-    Complete complete;
-    Site site;
+  uint32_t ready = kAllLanes, meeting = 0, polling = 0, exited = 0;
+  void* args[32];
+  const char* name;
+  Complete complete;
+  Site site;
 };
 
 struct Barrier {
-    int arrived = 0, threads = 0;
-    Site site{};
-    std::vector<uint32_t> waiting;  // lanes of each warp
+  int arrived = 0, threads = 0;
+  Site site{};
+  std::vector<uint32_t> waiting;  // lanes of each warp
 };
 
 struct Block {
-    Block(int threads, size_t shared_bytes) : stacks(threads), fibers(threads), warps(threads / 32) {
-        void* memory;  // exactly as long as asked for, so that the address sanitizer sees an index that leaves it
-        if (posix_memalign(&memory, 1024, shared_bytes)) abort();
-        shared = static_cast<char*>(memory);
-    }
-    ~Block() { free(shared); }
-    Block(const Block&) = delete;
+  Block(int threads, size_t shared_bytes) : stacks(threads), fibers(threads), warps(threads / 32) {
+    void* memory;  // exactly as long as asked for, so that the address sanitizer sees an index that leaves it
+    if (posix_memalign(&memory, 1024, shared_bytes)) abort();
+    shared = static_cast<char*>(memory);
+  }
+  ~Block() { free(shared); }
+  Block(const Block&) = delete;
 
-    Stacks stacks;
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    Barrier barriers[kBarriers];
-    char* shared;
-    uint3 index{};
-    int live = 0;
-    int warp = -1;  // the one whose lanes run
+  Stacks stacks;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  char* shared;
+  uint3 index{};
+  int live = 0;
+  int warp = -1;       // the one whose lanes run
+  int steps_left = 0;  // until another warp may run, under kRandom
 };
 
 struct SyncSite {
-    Site site;
-    const char* name;
-    bool planted;
+  Site site;
+  const char* name;
+  bool planted;
 };
 
 struct World {
-    const Launch* launch = nullptr;
-    KernelBody body = nullptr;
-    int threads = 0;
-    Context main;
-    std::vector<std::unique_ptr<Block>> resident, spare;
-    Block* block = nullptr;
-    int fiber = -1;
-    uint64_t releases = 0;
-    uint64_t random = 1;
-    bool failed = false;
-    std::vector<SyncSite> sync_sites;
+  const Launch* launch = nullptr;
+  KernelBody body = nullptr;
+  int threads = 0;
+  Context main;
+  std::vector<std::unique_ptr<Block>> resident, spare;
+  Block* block = nullptr;
+  int fiber = -1;
+  int steps_left = 0;  // until another block may run, under kRandom
+  uint64_t releases = 0;
+  uint64_t random = 1;
+  bool failed = false;
+  std::vector<SyncSite> sync_sites;
 
-    Fiber& current() { return block->fibers[fiber]; }
+  Fiber& current() { return block->fibers[fiber]; }
 };
 
 World world;
 
 uint32_t random_below(uint32_t n) {
-    world.random ^= world.random << 13;
-    world.random ^= world.random >> 7;
-    world.random ^= world.random << 17;
-    return static_cast<uint32_t>((world.random >> 32) * n >> 32);
+  world.random ^= world.random << 13;
+  world.random ^= world.random >> 7;
+  world.random ^= world.random << 17;
+  return static_cast<uint32_t>((world.random >> 32) * n >> 32);
 }
 
 Schedule schedule() { return static_cast<Schedule>(world.launch->schedule); }
 
 const char* short_name(const char* file) {
-    const char* slash = strrchr(file, '/');
-    return slash ? slash + 1 : file;
+  const char* slash = strrchr(file, '/');
+  return slash ? slash + 1 : file;
 }
 
 bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
@@ -213,174 +124,182 @@ bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file |
 // Who runs next
 
 int pick_lane(uint32_t ready) {
-    switch (schedule()) {
-        case Schedule::kLowestFirst: return __builtin_ctz(ready);
-        case Schedule::kHighestFirst: return 31 - __builtin_clz(ready);
-        case Schedule::kRandom: break;
-    }
-    const uint32_t turn = random_below(32);
-    const uint32_t turned = turn ? ready >> turn | ready << (32 - turn) : ready;
-    return (__builtin_ctz(turned) + turn) % 32;
+  switch (schedule()) {
+    case Schedule::kLowestFirst: return __builtin_ctz(ready);
+    case Schedule::kHighestFirst: return 31 - __builtin_clz(ready);
+    case Schedule::kRandom: break;
+  }
+  const uint32_t turn = random_below(32);
+  const uint32_t turned = turn ? ready >> turn | ready << (32 - turn) : ready;
+  return (__builtin_ctz(turned) + turn) % 32;
 }
 
-// The warp that ran goes on for as long as it can; by chance, under kRandom, another one takes over anywhere.
-int pick_warp(const Block& block) {
-    const int n = static_cast<int>(block.warps.size());
-    const bool random = schedule() == Schedule::kRandom;
-    if (block.warp >= 0 && block.warps[block.warp].ready && !(random && random_below(64) == 0)) return block.warp;
-    const int turn = random ? random_below(n) : 0;
-    for (int i = 0; i < n; i++) {
-        const int w = schedule() == Schedule::kHighestFirst ? n - 1 - i : (i + turn) % n;
-        if (block.warps[w].ready) return w;
-    }
-    return -1;
+// Under kRandom a warp, or a block, is interrupted after a number of steps: sometimes a few, sometimes many.
+bool interrupted(int& steps_left) {
+  if (schedule() != Schedule::kRandom || steps_left-- > 0) return false;
+  steps_left = static_cast<int>(1u << random_below(16));
+  return true;
 }
 
-// Now and then, under kRandom, another block goes on.
-bool preempted() { return schedule() == Schedule::kRandom && random_below(256) == 0; }
+// The warp that ran goes on for as long as it can.
+int pick_warp(Block& block) {
+  const int n = static_cast<int>(block.warps.size());
+  const bool random = schedule() == Schedule::kRandom;
+  if (!interrupted(block.steps_left) && block.warp >= 0 && block.warps[block.warp].ready) return block.warp;
+  const int turn = random ? random_below(n) : 0;
+  for (int i = 0; i < n; i++) {
+    const int w = schedule() == Schedule::kHighestFirst ? n - 1 - i : (i + turn) % n;
+    if (block.warps[w].ready) return w;
+  }
+  return -1;
+}
 
 void go(Context& from, Block* block) {
-    block->warp = pick_warp(*block);
-    if (block->warp < 0 || (&from != &world.main && preempted())) return Context::change(from, world.main);
-    world.fiber = block->warp * 32 + pick_lane(block->warps[block->warp].ready);
-    Fiber& next = block->fibers[world.fiber];
-    thread_index = &next.index;
-    if (&next.context != &from) Context::change(from, next.context);
+  block->warp = pick_warp(*block);
+  const bool stop = block->warp < 0 || (&from != &world.main && interrupted(world.steps_left));
+  if (stop) return Context::change(from, world.main);
+  world.fiber = block->warp * 32 + pick_lane(block->warps[block->warp].ready);
+  Fiber& next = block->fibers[world.fiber];
+  thread_index = &next.index;
+  if (&next.context != &from) Context::change(from, next.context);
 }
 
 void sleep(const char* what, Site site) {
-    Fiber& self = world.current();
-    self.waits_for = what;
-    self.site = site;
-    go(self.context, world.block);
-    self.waits_for = nullptr;
+  Fiber& self = world.current();
+  self.waits_for = what;
+  self.site = site;
+  go(self.context, world.block);
+  self.waits_for = nullptr;
 }
 
 Warp& this_warp() { return world.block->warps[world.fiber / 32]; }
 uint32_t this_lane() { return 1u << (world.fiber % 32); }
 
 void thread_main() {
-    world.body(world.launch->params);
-    Fiber& self = world.current();
-    if (!self.copies.empty()) fail("the thread ends with %zu asynchronous copies that it never waited for", self.copies.size());
-    Warp& warp = this_warp();
-    if (warp.meeting) {
-        fail("the thread ends while lanes 0x%08x of its warp wait at %s (%s:%d)", warp.meeting, warp.name,
-             short_name(warp.site.file), warp.site.line);
-    }
-    warp.ready &= ~this_lane();
-    warp.exited |= this_lane();
-    world.block->live--;
-    go(self.context, world.block);
+  world.body(world.launch->params);
+  Fiber& self = world.current();
+  if (!self.copies.empty()) {
+    fail("the thread ends with %zu asynchronous copies that it never waited for", self.copies.size());
+  }
+  Warp& warp = this_warp();
+  if (warp.meeting) {
+    fail("the thread ends while lanes 0x%08x of its warp wait at %s (%s:%d)", warp.meeting, warp.name,
+         short_name(warp.site.file), warp.site.line);
+  }
+  warp.ready &= ~this_lane();
+  warp.exited |= this_lane();
+  world.block->live--;
+  go(self.context, world.block);
 }
 
 Block* start_block(uint64_t n) {
-    if (world.spare.empty()) {
-        world.spare.push_back(std::make_unique<Block>(world.threads, world.launch->shared_mem_bytes));
-    }
-    world.resident.push_back(std::move(world.spare.back()));
-    world.spare.pop_back();
-    Block* block = world.resident.back().get();
-    const uint64_t gx = grid_dim.x, gy = grid_dim.y;
-    block->index = {static_cast<unsigned>(n % gx), static_cast<unsigned>(n / gx % gy), static_cast<unsigned>(n / (gx * gy))};
-    block->live = world.threads;
-    block->warp = -1;
-    memset(block->shared, 0xff, world.launch->shared_mem_bytes);  // NaN in every format
-    std::fill(block->warps.begin(), block->warps.end(), Warp());
-    for (Barrier& barrier : block->barriers) {
-        barrier = Barrier();
-        barrier.waiting.assign(block->warps.size(), 0);
-    }
-    for (int t = 0; t < world.threads; t++) {
-        Fiber& fiber = block->fibers[t];
-        const unsigned x = block_dim.x, y = block_dim.y;
-        fiber.index = {t % x, t / x % y, t / (x * y)};
-        fiber.copies.clear();
-        fiber.groups.clear();
-        fiber.polled = nullptr;
-        fiber.waits_for = nullptr;
-        forget_frames(block->stacks[t], kStackBytes);
-        // Stacks are a multiple of the page apart: shifted, so that they do not all fall into the same cache sets.
-        fiber.context.prepare(block->stacks[t], kStackBytes - (t % 32) * 128, thread_main);
-    }
-    return block;
+  if (world.spare.empty()) {
+    world.spare.push_back(std::make_unique<Block>(world.threads, world.launch->shared_mem_bytes));
+  }
+  world.resident.push_back(std::move(world.spare.back()));
+  world.spare.pop_back();
+  Block* block = world.resident.back().get();
+  block->index.x = static_cast<unsigned>(n % grid_dim.x);
+  block->index.y = static_cast<unsigned>(n / grid_dim.x % grid_dim.y);
+  block->index.z = static_cast<unsigned>(n / grid_dim.x / grid_dim.y);
+  block->live = world.threads;
+  block->warp = -1;
+  memset(block->shared, 0xff, world.launch->shared_mem_bytes);  // NaN in every format
+  std::fill(block->warps.begin(), block->warps.end(), Warp());
+  for (Barrier& barrier : block->barriers) {
+    barrier = Barrier();
+    barrier.waiting.assign(block->warps.size(), 0);
+  }
+  for (int t = 0; t < world.threads; t++) {
+    Fiber& fiber = block->fibers[t];
+    const unsigned x = block_dim.x, y = block_dim.y;
+    fiber.index = {t % x, t / x % y, t / (x * y)};
+    fiber.copies.clear();
+    fiber.groups.clear();
+    fiber.polled = nullptr;
+    fiber.waits_for = nullptr;
+    forget_frames(block->stacks[t], kStackBytes);
+    // Stacks are a multiple of the page apart: shifted, so that they do not all fall into the same cache sets.
+    fiber.context.prepare(block->stacks[t], kStackBytes - (t % 32) * 128, thread_main);
+  }
+  return block;
 }
 
 // What every thread of a block does, neighbours that do the same taken together.
 std::string describe(const Block& block) {
-    std::string text, last;
-    size_t first = 0;
-    const size_t n = block.fibers.size();
-    for (size_t t = 0; t <= n; t++) {
-        std::string doing;
-        if (t < n) {
-            const Fiber& fiber = block.fibers[t];
-            if (block.warps[t / 32].exited >> (t % 32) & 1) {
-                doing = "ended";
-            } else if (fiber.waits_for) {
-                doing = std::string("wait at ") + fiber.waits_for + " (" + short_name(fiber.site.file) + ":" +
-                        std::to_string(fiber.site.line) + ")";
-            } else {
-                doing = "can run";
-            }
-        }
-        if (t == n || (t && doing != last)) {
-            text += (text.empty() ? "threads " : "; ") + std::to_string(first) + "-" + std::to_string(t - 1) + " " + last;
-            first = t;
-        }
-        last = doing;
+  std::string text, last;
+  size_t first = 0;
+  const size_t n = block.fibers.size();
+  for (size_t t = 0; t <= n; t++) {
+    std::string doing;
+    if (t < n) {
+      const Fiber& fiber = block.fibers[t];
+      if (block.warps[t / 32].exited >> (t % 32) & 1) {
+        doing = "ended";
+      } else if (fiber.waits_for) {
+        doing = std::string("wait at ") + fiber.waits_for + " (" + short_name(fiber.site.file) + ":";
+        doing += std::to_string(fiber.site.line) + ")";
+      } else {
+        doing = "can run";
+      }
     }
-    return text;
+    if (t == n || (t && doing != last)) {
+      text += (text.empty() ? "threads " : "; ") + std::to_string(first) + "-" + std::to_string(t - 1) + " " + last;
+      first = t;
+    }
+    last = doing;
+  }
+  return text;
 }
 
 void write_message(const char* text) {
-    snprintf(world.launch->message, world.launch->message_bytes, "%s", text);
-    world.failed = true;
+  snprintf(world.launch->message, world.launch->message_bytes, "%s", text);
+  world.failed = true;
 }
 
 bool runnable(const Block& block) {
-    return std::any_of(block.warps.begin(), block.warps.end(), [](const Warp& warp) { return warp.ready != 0; });
+  return std::any_of(block.warps.begin(), block.warps.end(), [](const Warp& warp) { return warp.ready != 0; });
 }
 
 // The block that goes on; null if a new one has to be started. Blocks run one after another, and one that sleeps until
 // another block's release is taken up again after it; under kRandom, a few are under way at any time.
 Block* pick_block(bool more) {
-    std::vector<Block*> candidates;
-    for (auto& block : world.resident) {
-        if (runnable(*block)) candidates.push_back(block.get());
-    }
-    if (candidates.empty()) return nullptr;
-    if (schedule() != Schedule::kRandom) return candidates.back();
-    if (more && world.resident.size() < kBlocksAtOnce && random_below(2) == 0) return nullptr;
-    return candidates[random_below(static_cast<uint32_t>(candidates.size()))];
+  std::vector<Block*> candidates;
+  for (auto& block : world.resident) {
+    if (runnable(*block)) candidates.push_back(block.get());
+  }
+  if (candidates.empty()) return nullptr;
+  if (schedule() != Schedule::kRandom) return candidates.back();
+  if (more && world.resident.size() < kBlocksAtOnce && random_below(2) == 0) return nullptr;
+  return candidates[random_below(static_cast<uint32_t>(candidates.size()))];
 }
 
 void run_grid() {
-    const uint64_t blocks = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z;
-    std::vector<uint64_t> order(blocks);
-    for (uint64_t i = 0; i < blocks; i++) order[i] = schedule() == Schedule::kHighestFirst ? blocks - 1 - i : i;
-    if (schedule() == Schedule::kRandom) {
-        for (uint64_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_below(static_cast<uint32_t>(i))]);
+  const uint64_t blocks = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z;
+  std::vector<uint64_t> order(blocks);
+  for (uint64_t i = 0; i < blocks; i++) order[i] = schedule() == Schedule::kHighestFirst ? blocks - 1 - i : i;
+  if (schedule() == Schedule::kRandom) {
+    for (uint64_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_below(static_cast<uint32_t>(i))]);
+  }
+  for (uint64_t started = 0; !world.failed;) {
+    Block* block = pick_block(started < blocks);
+    if (!block && started < blocks) block = start_block(order[started++]);
+    if (!block && world.resident.empty()) return;
+    if (!block) {
+      const Block& stuck = *world.resident.front();
+      char head[64];
+      snprintf(head, sizeof head, "deadlock in block (%u, %u, %u): ", stuck.index.x, stuck.index.y, stuck.index.z);
+      return write_message((head + describe(stuck)).c_str());
     }
-    for (uint64_t started = 0; !world.failed;) {
-        Block* block = pick_block(started < blocks);
-        if (!block && started < blocks) block = start_block(order[started++]);
-        if (!block && world.resident.empty()) return;
-        if (!block) {
-            const Block& stuck = *world.resident.front();
-            char head[64];
-            snprintf(head, sizeof head, "deadlock in block (%u, %u, %u): ", stuck.index.x, stuck.index.y, stuck.index.z);
-            return write_message((head + describe(stuck)).c_str());
-        }
-        world.block = block;
-        block_index = block->index;
-        go(world.main, block);
-        if (block->live == 0) {
-            auto place = std::find_if(world.resident.begin(), world.resident.end(), [=](auto& b) { return b.get() == block; });
-            world.spare.push_back(std::move(*place));
-            world.resident.erase(place);
-        }
+    world.block = block;
+    block_index = block->index;
+    go(world.main, block);
+    if (block->live == 0) {
+      auto place = std::find_if(world.resident.begin(), world.resident.end(), [=](auto& b) { return &*b == block; });
+      world.spare.push_back(std::move(*place));
+      world.resident.erase(place);
     }
+  }
 }
 
 }  // namespace
@@ -389,188 +308,198 @@ void run_grid() {
 // What the twins call
 
 void fail(const char* format, ...) {
-    char text[1024];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    char whole[1200];
-    snprintf(whole, sizeof whole, "block (%u, %u, %u) thread %d: %s", block_index.x, block_index.y, block_index.z,
+  char text[1024];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  char whole[1200];
+  snprintf(whole, sizeof whole, "block (%u, %u, %u) thread %d: %s", block_index.x, block_index.y, block_index.z,
              world.fiber, text);
-    write_message(whole);
-    Context abandoned;
-    Context::change(abandoned, world.main);
-    abort();
+  write_message(whole);
+  Context abandoned;
+  Context::change(abandoned, world.main);
+  abort();
 }
 
 bool synchronises(const char* name, Site site) {
-    for (const SyncSite& known : world.sync_sites) {
-        if (same_place(known.site, site) && !strcmp(known.name, name)) return !known.planted;
-    }
-    const std::string place = std::string(site.file) + ":" + std::to_string(site.line);
-    const char* plant = world.launch->plant;
-    const size_t length = plant ? strlen(plant) : 0;
-    const bool planted = plant && place.size() >= length && !place.compare(place.size() - length, length, plant) &&
-                         (place.size() == length || place[place.size() - length - 1] == '/');
-    world.sync_sites.push_back({site, name, planted});
-    return !planted;
+  for (const SyncSite& known : world.sync_sites) {
+    if (same_place(known.site, site) && !strcmp(known.name, name)) return !known.planted;
+  }
+  const std::string place = std::string(site.file) + ":" + std::to_string(site.line);
+  const char* plant = world.launch->plant;
+  const size_t length = plant ? strlen(plant) : 0;
+  const bool planted = plant && place.size() >= length && !place.compare(place.size() - length, length, plant) &&
+                       (place.size() == length || place[place.size() - length - 1] == '/');
+  world.sync_sites.push_back({site, name, planted});
+  return !planted;
 }
 
 const char* sites() {
-    static std::string text;
-    text.clear();
-    for (const SyncSite& known : world.sync_sites) {
-        text += std::string(known.site.file) + ":" + std::to_string(known.site.line) + " " + known.name + "\n";
-    }
-    return text.c_str();
+  static std::string text;
+  text.clear();
+  for (const SyncSite& known : world.sync_sites) {
+    text += std::string(known.site.file) + ":" + std::to_string(known.site.line) + " " + known.name + "\n";
+  }
+  return text.c_str();
 }
 
 void barrier(const char* name, int id, int threads, Site site) {
-    if (!synchronises(name, site)) return;
-    if (id < 0 || id >= kBarriers) fail("%s: barrier %d, there are %d", name, id, kBarriers);
-    Barrier& barrier = world.block->barriers[id];
-    if (barrier.arrived == 0) {
-        barrier.threads = threads ? threads : world.threads;
-        barrier.site = site;
-    } else if (!same_place(barrier.site, site)) {
-        fail("divergent barrier %d: this thread is at %s:%d, %d others wait at %s:%d", id, short_name(site.file), site.line,
+  if (!synchronises(name, site)) return;
+  if (id < 0 || id >= kBarriers) fail("%s: barrier %d, there are %d", name, id, kBarriers);
+  Barrier& barrier = world.block->barriers[id];
+  if (barrier.arrived == 0) {
+    barrier.threads = threads ? threads : world.threads;
+    barrier.site = site;
+  } else if (!same_place(barrier.site, site)) {
+    fail("divergent barrier %d: this thread is at %s:%d, %d others wait at %s:%d", id, short_name(site.file), site.line,
              barrier.arrived, short_name(barrier.site.file), barrier.site.line);
+  }
+  Warp& warp = this_warp();
+  if (++barrier.arrived < barrier.threads) {
+    warp.ready &= ~this_lane();
+    barrier.waiting[world.fiber / 32] |= this_lane();
+  } else {
+    barrier.arrived = 0;
+    for (size_t w = 0; w < barrier.waiting.size(); w++) {
+      world.block->warps[w].ready |= barrier.waiting[w];
+      barrier.waiting[w] = 0;
     }
-    Warp& warp = this_warp();
-    if (++barrier.arrived < barrier.threads) {
-        warp.ready &= ~this_lane();
-        barrier.waiting[world.fiber / 32] |= this_lane();
-    } else {
-        barrier.arrived = 0;
-        for (size_t w = 0; w < barrier.waiting.size(); w++) {
-            world.block->warps[w].ready |= barrier.waiting[w];
-            barrier.waiting[w] = 0;
-        }
-        world.block->warp = -1;  // the schedule's favourite goes first, not the last to come
-    }
-    sleep(name, site);
+    world.block->warp = -1;  // the schedule's favourite goes first, not the last to come
+  }
+  sleep(name, site);
 }
 
 void collective(const char* name, void* args, Complete complete, Site site) {
-    Warp& warp = this_warp();
-    if (!warp.meeting) {
-        warp.name = name;
-        warp.complete = complete;
-        warp.site = site;
-    } else if (warp.complete != complete || !same_place(warp.site, site)) {
-        fail("divergent warp: this lane is at %s (%s:%d), lanes 0x%08x wait at %s (%s:%d)", name, short_name(site.file),
+  Warp& warp = this_warp();
+  if (!warp.meeting) {
+    warp.name = name;
+    warp.complete = complete;
+    warp.site = site;
+  } else if (warp.complete != complete || !same_place(warp.site, site)) {
+    fail("divergent warp: this lane is at %s (%s:%d), lanes 0x%08x wait at %s (%s:%d)", name, short_name(site.file),
              site.line, warp.meeting, warp.name, short_name(warp.site.file), warp.site.line);
-    }
-    if (warp.exited) {
-        fail("%s (%s:%d) needs the whole warp, but lanes 0x%08x have ended", name, short_name(site.file), site.line, warp.exited);
-    }
-    warp.args[world.fiber % 32] = args;
-    warp.meeting |= this_lane();
-    if (warp.meeting != kAllLanes) {
-        warp.ready &= ~this_lane();
-        return sleep(name, site);
-    }
-    complete(warp.args);
-    warp.meeting = 0;
-    warp.ready = kAllLanes;
+  }
+  if (warp.exited) {
+    fail("%s (%s:%d) needs the whole warp, but lanes 0x%08x have ended", name, short_name(site.file), site.line,
+         warp.exited);
+  }
+  warp.args[world.fiber % 32] = args;
+  warp.meeting |= this_lane();
+  if (warp.meeting != kAllLanes) {
+    warp.ready &= ~this_lane();
+    return sleep(name, site);
+  }
+  complete(warp.args);
+  warp.meeting = 0;
+  warp.ready = kAllLanes;
 }
 
 void copy_async(void* shared, const void* global, int bytes, int source_bytes) {
-    if (source_bytes < 0 || source_bytes > bytes) fail("cp.async: %d source bytes of %d", source_bytes, bytes);
-    if (source_bytes && reinterpret_cast<uintptr_t>(global) % bytes) fail("cp.async: global address %p is not %d-byte aligned", global, bytes);
-    memset(shared, 0xff, bytes);  // it may land any time from now on: whoever reads it before the wait is wrong
-    world.current().copies.push_back({static_cast<char*>(shared), global, bytes, source_bytes});
+  if (source_bytes < 0 || source_bytes > bytes) fail("cp.async: %d source bytes of %d", source_bytes, bytes);
+  if (source_bytes && reinterpret_cast<uintptr_t>(global) % bytes) {
+    fail("cp.async: global address %p is not %d-byte aligned", global, bytes);
+  }
+  memset(shared, 0xff, bytes);  // it may land any time from now on: whoever reads it before the wait is wrong
+  world.current().copies.push_back({static_cast<char*>(shared), global, bytes, source_bytes});
 }
 
 void copy_async_commit() { world.current().groups.push_back(world.current().copies.size()); }
 
 void copy_async_wait(int groups_left) {
-    Fiber& self = world.current();
-    const int landing = static_cast<int>(self.groups.size()) - groups_left;
-    if (landing <= 0) return;
-    const size_t end = self.groups[landing - 1];
-    for (size_t i = 0; i < end; i++) {
-        const Copy& copy = self.copies[i];
-        if (copy.source_bytes) memcpy(copy.shared, copy.global, copy.source_bytes);
-        memset(copy.shared + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-    }
-    self.copies.erase(self.copies.begin(), self.copies.begin() + end);
-    self.groups.erase(self.groups.begin(), self.groups.begin() + landing);
-    for (size_t& group : self.groups) group -= end;
+  Fiber& self = world.current();
+  const int landing = static_cast<int>(self.groups.size()) - groups_left;
+  if (landing <= 0) return;
+  const size_t end = self.groups[landing - 1];
+  for (size_t i = 0; i < end; i++) {
+    const Copy& copy = self.copies[i];
+    if (copy.source_bytes) memcpy(copy.shared, copy.global, copy.source_bytes);
+    memset(copy.shared + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+  }
+  self.copies.erase(self.copies.begin(), self.copies.begin() + end);
+  self.groups.erase(self.groups.begin(), self.groups.begin() + landing);
+  for (size_t& group : self.groups) group -= end;
 }
 
 int poll(const int* word, Site site) {
-    Fiber& self = world.current();
-    if (self.polled == word && self.polled_at == world.releases) {
-        Warp& warp = this_warp();
-        warp.ready &= ~this_lane();
-        warp.polling |= this_lane();
-        sleep("a word that no other thread changes", site);
-    }
-    self.polled = word;
-    self.polled_at = world.releases;
-    return *word;
+  Fiber& self = world.current();
+  if (self.polled == word && self.polled_at == world.releases) {
+    Warp& warp = this_warp();
+    warp.ready &= ~this_lane();
+    warp.polling |= this_lane();
+    sleep("a word that no other thread changes", site);
+  }
+  self.polled = word;
+  self.polled_at = world.releases;
+  return *word;
 }
 
 void release() {
-    world.releases++;
-    for (auto& block : world.resident) {
-        for (Warp& warp : block->warps) {
-            warp.ready |= warp.polling;
-            warp.polling = 0;
-        }
+  world.releases++;
+  world.steps_left = 0;  // a good moment for whoever waited for it
+  for (auto& block : world.resident) {
+    for (Warp& warp : block->warps) {
+      warp.ready |= warp.polling;
+      warp.polling = 0;
     }
+  }
 }
 
 char* shared_memory(size_t bytes_needed) {
-    if (bytes_needed > world.launch->shared_mem_bytes) {
-        fail("the kernel needs %zu bytes of shared memory, the launch has %u", bytes_needed, world.launch->shared_mem_bytes);
-    }
-    return world.block->shared;
+  if (bytes_needed > world.launch->shared_mem_bytes) {
+    fail("the kernel needs %zu bytes of shared memory, the launch has %u", bytes_needed,
+         world.launch->shared_mem_bytes);
+  }
+  return world.block->shared;
 }
 
 uint32_t shared_address(const void* pointer) {
-    const ptrdiff_t offset = static_cast<const char*>(pointer) - world.block->shared;
-    if (offset < 0 || offset > static_cast<ptrdiff_t>(world.launch->shared_mem_bytes)) fail("%p is not a pointer to shared memory", pointer);
-    return kSharedBase + static_cast<uint32_t>(offset);
+  const ptrdiff_t offset = static_cast<const char*>(pointer) - world.block->shared;
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(world.launch->shared_mem_bytes)) {
+    fail("%p is not a pointer to shared memory", pointer);
+  }
+  return kSharedBase + static_cast<uint32_t>(offset);
 }
 
 char* shared_pointer(uint32_t address, uint32_t bytes, Site site) {
-    const uint32_t offset = address - kSharedBase;
-    if (address < kSharedBase || offset > world.launch->shared_mem_bytes || bytes > world.launch->shared_mem_bytes - offset) {
-        fail("%s:%d: %u bytes at offset %lld of %u bytes of shared memory", short_name(site.file), site.line, bytes,
-             static_cast<long long>(address) - kSharedBase, world.launch->shared_mem_bytes);
-    }
-    if (offset % bytes) fail("%s:%d: offset %u of shared memory is not %u-byte aligned", short_name(site.file), site.line, offset, bytes);
-    return world.block->shared + offset;
+  const uint32_t offset = address - kSharedBase, size = world.launch->shared_mem_bytes;
+  if (address < kSharedBase || offset > size || bytes > size - offset) {
+    fail("%s:%d: %u bytes at offset %lld of %u bytes of shared memory", short_name(site.file), site.line, bytes,
+         static_cast<long long>(address) - kSharedBase, size);
+  }
+  if (offset % bytes) {
+    fail("%s:%d: offset %u of shared memory is not %u-byte aligned", short_name(site.file), site.line, offset, bytes);
+  }
+  return world.block->shared + offset;
 }
 
 int run(const Launch& launch, KernelBody body) {
-    world.launch = &launch;
-    world.body = body;
-    world.failed = false;
-    world.threads = static_cast<int>(launch.block[0] * launch.block[1] * launch.block[2]);
-    world.random = launch.seed * 0x9e3779b97f4a7c15u + 0x1234567u;
-    world.sync_sites.clear();
-    world.resident.clear();
-    world.spare.clear();
-    grid_dim = {launch.grid[0], launch.grid[1], launch.grid[2]};
-    block_dim = {launch.block[0], launch.block[1], launch.block[2]};
-    if (world.threads == 0 || world.threads % 32 || world.threads > 1024) {
-        snprintf(launch.message, launch.message_bytes, "a block of %d threads: whole warps, at most 1024, are needed", world.threads);
-        return 1;
-    }
+  world.launch = &launch;
+  world.body = body;
+  world.failed = false;
+  world.threads = static_cast<int>(launch.block[0] * launch.block[1] * launch.block[2]);
+  world.random = launch.seed * 0x9e3779b97f4a7c15u + 0x1234567u;
+  world.sync_sites.clear();
+  world.resident.clear();
+  world.spare.clear();
+  grid_dim = {launch.grid[0], launch.grid[1], launch.grid[2]};
+  block_dim = {launch.block[0], launch.block[1], launch.block[2]};
+  if (world.threads == 0 || world.threads % 32 || world.threads > 1024) {
+    snprintf(launch.message, launch.message_bytes, "a block of %d threads: whole warps, at most 1024, are needed",
+             world.threads);
+    return 1;
+  }
 #if defined(__SSE__)
-    const unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8000);  // flush to zero, as the kernels are compiled with -ftz=true
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8000);  // flush to zero, as the kernels are compiled with -ftz=true
 #endif
-    run_grid();
+  run_grid();
 #if defined(__SSE__)
-    _mm_setcsr(mode);
+  _mm_setcsr(mode);
 #endif
-    world.resident.clear();
-    world.spare.clear();
-    return world.failed;
+  world.resident.clear();
+  world.spare.clear();
+  return world.failed;
 }
 
 }  // namespace fa2_host

@@ -9,15 +9,15 @@
 #include <cstdint>
 
 struct uint3 {
-    unsigned x, y, z;
+  unsigned x, y, z;
 };
 
 namespace fa2_host {
 
 // A place in the source. Wrappers take one as default argument, so that kernels need no marks.
 struct Site {
-    const char* file;
-    int line;
+  const char* file;
+  int line;
 };
 #define FA2_HOST_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -25,16 +25,16 @@ enum class Schedule : int { kLowestFirst, kHighestFirst, kRandom };
 
 // What the test driver asks for. A copy of it in tests/host/run.py.
 struct Launch {
-    uint32_t grid[3];
-    uint32_t block[3];
-    uint32_t shared_mem_bytes;
-    int32_t schedule;       // Schedule
-    uint64_t seed;          // of Schedule::kRandom
-    const char* plant;      // "file:line" of a synchronisation that is left out, or null
-    const void* params;     // the kernel's only argument
-    uint64_t params_bytes;
-    char* message;          // why the launch failed
-    uint64_t message_bytes;
+  uint32_t grid[3];
+  uint32_t block[3];
+  uint32_t shared_mem_bytes;
+  int32_t schedule;       // Schedule
+  uint64_t seed;          // of Schedule::kRandom
+  const char* plant;      // "file:line" of a synchronisation that is left out, or null
+  const void* params;     // the kernel's only argument
+  uint64_t params_bytes;
+  char* message;          // why the launch failed
+  uint64_t message_bytes;
 };
 
 using KernelBody = void (*)(const void* params);

@@ -10,11 +10,11 @@ inline float rcp(float x) { return 1.0f / x; }
 inline float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
 inline float to_float(half_t x) {
-    const uint32_t magnitude = x.bits & 0x7fff;
-    // The exponent's bias is 15 instead of 127; the product is exact, for subnormal numbers too.
-    const float value = __uint_as_float(magnitude << 13) * 0x1p112f;
-    const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u : 0;  // infinity and NaN keep their largest exponent
-    return __uint_as_float(__float_as_uint(value) | special | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+  const uint32_t magnitude = x.bits & 0x7fff;
+  // The exponent's bias is 15 instead of 127; the product is exact, for subnormal numbers too.
+  const float value = __uint_as_float(magnitude << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u : 0;  // infinity and NaN keep their largest exponent
+  return __uint_as_float(__float_as_uint(value) | special | static_cast<uint32_t>(x.bits & 0x8000) << 16);
 }
 
 // To nearest, ties to even; NaN becomes the one NaN of cvt.rn.
@@ -22,25 +22,25 @@ template <class T>
 inline T from_float(float x);
 template <>
 inline bf16_t from_float<bf16_t>(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    if (x != x) return {0x7fff};
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  const uint32_t bits = __float_as_uint(x);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline half_t from_float<half_t>(float x) {
-    const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffff;
-    const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-    if (x != x) return {0x7fff};
-    if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and more: infinity
-    if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits at the end, rounded
-        return {static_cast<uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000))};
-    }
-    return {static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13)};
+  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (x != x) return {0x7fff};
+  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and more: infinity
+  if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits at the end, rounded
+    return {static_cast<uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000))};
+  }
+  return {static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13)};
 }
 
 template <class T>
 inline uint32_t cvt_pack(float lo, float hi) {
-    return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
+  return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 }
 
 inline uint32_t smem_address(const void* pointer) { return fa2_host::shared_address(pointer); }
@@ -48,38 +48,38 @@ inline uint32_t smem_address(const void* pointer) { return fa2_host::shared_addr
 namespace fa2_host {
 template <class T>
 inline T load_shared(uint32_t address, Site site) {
-    T value;
-    memcpy(&value, shared_pointer(address, sizeof(T), site), sizeof(T));
-    return value;
+  T value;
+  memcpy(&value, shared_pointer(address, sizeof(T), site), sizeof(T));
+  return value;
 }
 template <class T>
 inline void store_shared(uint32_t address, T value, Site site) {
-    memcpy(shared_pointer(address, sizeof(T), site), &value, sizeof(T));
+  memcpy(shared_pointer(address, sizeof(T), site), &value, sizeof(T));
 }
 inline void check_aligned(const void* address, uintptr_t bytes, Site site) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes) fail("%s:%d: %p is not aligned", site.file, site.line, address);
+  if (reinterpret_cast<uintptr_t>(address) % bytes) fail("%s:%d: %p is not aligned", site.file, site.line, address);
 }
 }  // namespace fa2_host
 
 inline void st_shared_b32(uint32_t address, uint32_t value, FA2_HOST_SITE) {
-    fa2_host::store_shared(address, value, {file, line});
+  fa2_host::store_shared(address, value, {file, line});
 }
 inline uint4 ld_shared_v4(uint32_t address, FA2_HOST_SITE) { return fa2_host::load_shared<uint4>(address, {file, line}); }
 inline void st_shared_v4(uint32_t address, uint4 value, FA2_HOST_SITE) {
-    fa2_host::store_shared(address, value, {file, line});
+  fa2_host::store_shared(address, value, {file, line});
 }
 
 inline void red_add_f32(float* address, float value) { *address += value; }
 inline void red_add_v4_f32(float* address, float x, float y, float z, float w, FA2_HOST_SITE) {
-    fa2_host::check_aligned(address, 16, {file, line});
-    address[0] += x;
-    address[1] += y;
-    address[2] += z;
-    address[3] += w;
+  fa2_host::check_aligned(address, 16, {file, line});
+  address[0] += x;
+  address[1] += y;
+  address[2] += z;
+  address[3] += w;
 }
 
 inline int ld_acquire(const int* address, FA2_HOST_SITE) { return fa2_host::poll(address, {file, line}); }
 inline void red_release_add(int* address, int value) {
-    *address += value;
-    fa2_host::release();
+  *address += value;
+  fa2_host::release();
 }

@@ -6,89 +6,89 @@
 namespace fa2_host {
 
 struct Ldmatrix {
-    const char* row;   // 8 elements of the matrix that this lane's address belongs to
-    uint32_t* result;  // 4 registers
+  const char* row;   // 8 elements of the matrix that this lane's address belongs to
+  uint32_t* result;  // 4 registers
 };
 
 inline void ldmatrix(const char* name, uint32_t* r, uint32_t address, Complete complete, Site site) {
-    Ldmatrix args{shared_pointer(address, 16, site), r};
-    collective(name, &args, complete, site);
+  Ldmatrix args{shared_pointer(address, 16, site), r};
+  collective(name, &args, complete, site);
 }
 
 struct Mma {
-    float* d;           // 4: row g, columns 2t and 2t+1; row g+8, the same
-    const uint32_t* a;  // 4: rows g, g+8, g, g+8; k = 2t, 2t+1 and, in the last two, 2t+8, 2t+9
-    uint32_t b[2];      // column g; k = 2t, 2t+1 and 2t+8, 2t+9
+  float* d;           // 4: row g, columns 2t and 2t+1; row g+8, the same
+  const uint32_t* a;  // 4: rows g, g+8, g, g+8; k = 2t, 2t+1 and, in the last two, 2t+8, 2t+9
+  uint32_t b[2];      // column g; k = 2t, 2t+1 and 2t+8, 2t+9
 };
 
 using Row = float __attribute__((vector_size(32)));  // the 8 columns of D
 
 template <class T>
 void mma_complete(void* const* lanes) {
-    uint32_t a_bits[16][8], b_bits[8][8];  // rows of A, columns of B; two k each
-    Row b[16], d[16];
-    for (int l = 0; l < 32; l++) {
-        const Mma& lane = *static_cast<const Mma*>(lanes[l]);
-        const int g = l / 4, t = l % 4;
-        for (int i = 0; i < 4; i++) a_bits[g + 8 * (i % 2)][t + 4 * (i / 2)] = lane.a[i];
-        for (int i = 0; i < 2; i++) b_bits[g][t + 4 * i] = lane.b[i];
-        for (int i = 0; i < 4; i++) d[g + 8 * (i / 2)][2 * t + i % 2] = lane.d[i];
-    }
-    for (int n = 0; n < 8; n++) {
-        for (int k = 0; k < 16; k++) b[k][n] = to_float(T{static_cast<uint16_t>(b_bits[n][k / 2] >> 16 * (k % 2))});
-    }
-    for (int m = 0; m < 16; m++) {
-        float a[16];
-        for (int k = 0; k < 16; k++) a[k] = to_float(T{static_cast<uint16_t>(a_bits[m][k / 2] >> 16 * (k % 2))});
-        Row sum{};
-        for (int k = 0; k < 16; k++) sum += a[k] * b[k];
-        d[m] += sum;
-    }
-    for (int l = 0; l < 32; l++) {
-        const Mma& lane = *static_cast<const Mma*>(lanes[l]);
-        for (int i = 0; i < 4; i++) lane.d[i] = d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
-    }
+  uint32_t a_bits[16][8], b_bits[8][8];  // rows of A, columns of B; two k each
+  Row b[16], d[16];
+  for (int l = 0; l < 32; l++) {
+    const Mma& lane = *static_cast<const Mma*>(lanes[l]);
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 4; i++) a_bits[g + 8 * (i % 2)][t + 4 * (i / 2)] = lane.a[i];
+    for (int i = 0; i < 2; i++) b_bits[g][t + 4 * i] = lane.b[i];
+    for (int i = 0; i < 4; i++) d[g + 8 * (i / 2)][2 * t + i % 2] = lane.d[i];
+  }
+  for (int n = 0; n < 8; n++) {
+    for (int k = 0; k < 16; k++) b[k][n] = to_float(T{static_cast<uint16_t>(b_bits[n][k / 2] >> 16 * (k % 2))});
+  }
+  for (int m = 0; m < 16; m++) {
+    float a[16];
+    for (int k = 0; k < 16; k++) a[k] = to_float(T{static_cast<uint16_t>(a_bits[m][k / 2] >> 16 * (k % 2))});
+    Row sum{};
+    for (int k = 0; k < 16; k++) sum += a[k] * b[k];
+    d[m] += sum;
+  }
+  for (int l = 0; l < 32; l++) {
+    const Mma& lane = *static_cast<const Mma*>(lanes[l]);
+    for (int i = 0; i < 4; i++) lane.d[i] = d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+  }
 }
 
 }  // namespace fa2_host
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, FA2_HOST_SITE) {
-    fa2_host::ldmatrix("ldmatrix_x4", r, address, [](void* const* lanes) {
-        for (int l = 0; l < 32; l++) {
-            for (int i = 0; i < 4; i++) {
-                const char* row = static_cast<const fa2_host::Ldmatrix*>(lanes[8 * i + l / 4])->row;
-                memcpy(&static_cast<fa2_host::Ldmatrix*>(lanes[l])->result[i], row + 4 * (l % 4), 4);
-            }
-        }
-    }, {file, line});
+  fa2_host::ldmatrix("ldmatrix_x4", r, address, [](void* const* lanes) {
+    for (int l = 0; l < 32; l++) {
+      for (int i = 0; i < 4; i++) {
+        const char* row = static_cast<const fa2_host::Ldmatrix*>(lanes[8 * i + l / 4])->row;
+        memcpy(&static_cast<fa2_host::Ldmatrix*>(lanes[l])->result[i], row + 4 * (l % 4), 4);
+      }
+    }
+  }, {file, line});
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, FA2_HOST_SITE) {
-    fa2_host::ldmatrix("ldmatrix_x4_trans", r, address, [](void* const* lanes) {
-        for (int l = 0; l < 32; l++) {
-            for (int i = 0; i < 4; i++) {
-                uint16_t pair[2];
-                for (int j = 0; j < 2; j++) {
-                    const char* row = static_cast<const fa2_host::Ldmatrix*>(lanes[8 * i + 2 * (l % 4) + j])->row;
-                    memcpy(&pair[j], row + 2 * (l / 4), 2);
-                }
-                memcpy(&static_cast<fa2_host::Ldmatrix*>(lanes[l])->result[i], pair, 4);
-            }
+  fa2_host::ldmatrix("ldmatrix_x4_trans", r, address, [](void* const* lanes) {
+    for (int l = 0; l < 32; l++) {
+      for (int i = 0; i < 4; i++) {
+        uint16_t pair[2];
+        for (int j = 0; j < 2; j++) {
+          const char* row = static_cast<const fa2_host::Ldmatrix*>(lanes[8 * i + 2 * (l % 4) + j])->row;
+          memcpy(&pair[j], row + 2 * (l / 4), 2);
         }
-    }, {file, line});
+        memcpy(&static_cast<fa2_host::Ldmatrix*>(lanes[l])->result[i], pair, 4);
+      }
+    }
+  }, {file, line});
 }
 
 template <class T>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FA2_HOST_SITE) {
-    fa2_host::Mma args{d, a, {b0, b1}};
-    fa2_host::collective("mma_m16n8k16", &args, fa2_host::mma_complete<T>, {file, line});
+  fa2_host::Mma args{d, a, {b0, b1}};
+  fa2_host::collective("mma_m16n8k16", &args, fa2_host::mma_complete<T>, {file, line});
 }
 
 inline void cp_async_16(uint32_t smem, const void* gmem, int src_bytes, FA2_HOST_SITE) {
-    fa2_host::copy_async(fa2_host::shared_pointer(smem, 16, {file, line}), gmem, 16, src_bytes);
+  fa2_host::copy_async(fa2_host::shared_pointer(smem, 16, {file, line}), gmem, 16, src_bytes);
 }
 inline void cp_async_commit_group() { fa2_host::copy_async_commit(); }
 template <int kPending>
 inline void cp_async_wait_group(FA2_HOST_SITE) {
-    if (fa2_host::synchronises("cp_async_wait_group", {file, line})) fa2_host::copy_async_wait(kPending);
+  if (fa2_host::synchronises("cp_async_wait_group", {file, line})) fa2_host::copy_async_wait(kPending);
 }

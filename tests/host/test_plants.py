@@ -1,0 +1,183 @@
+"""Is the instrument awake? Bugs are planted into the kernels, one at a time, and every one has to be caught.
+
+Two kinds. A plant leaves out one synchronisation (a barrier, a wait, a fence) while the kernel runs: all of them, by
+their place in the source. A mutant is a kernel compiled with one bound changed: the table below. What cannot be caught
+here is listed, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fa2cupy.jit import source as source_module
+from tests.gpu.cases import Case
+from tests.host import run
+from tests.host.build import Mutation
+from tests.host.kernel_run import HostCase, Schedule, check
+
+# Cases that reach every synchronisation and every bound: each variant of a kernel, several blocks, ragged ends.
+FORWARD = {
+    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (2, 1), seed=1)),
+    "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2)),
+    "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=3)),
+    "unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (2, 2), seed=4)),
+    "wide": HostCase(Case(130, 150, 224, "bfloat16", True, 1, (1, 1), seed=5), "sm_86"),
+    "dropped": HostCase(Case(90, 20, 40, "bfloat16", True, 2, (2, 2), seed=6)),
+    "sections": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (3, 3), seed=7)),
+}
+BACKWARD = {
+    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (2, 1), seed=1)),
+    "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2)),
+    "deterministic": HostCase(Case(150, 400, 64, "bfloat16", False, 1, (2, 1), deterministic=True, seed=3), "sm_86"),
+    "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=4)),
+    "one-stage": HostCase(Case(150, 203, 112, "float16", True, 1, (2, 1), seed=5), "sm_86"),
+    "wide": HostCase(Case(100, 130, 224, "bfloat16", True, 1, (2, 1), seed=6)),
+    "wide-one-stage": HostCase(Case(100, 300, 208, "bfloat16", True, 1, (2, 1), deterministic=True, seed=7), "sm_80"),
+    "unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (2, 2), seed=8)),
+    "dropped": HostCase(Case(90, 20, 64, "bfloat16", True, 2, (2, 2), seed=9)),
+    "sections": HostCase(Case(100, 203, 64, "bfloat16", True, 3, (3, 3), seed=10)),
+    "few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),  # some lse are far below 0
+    "tiny": HostCase(Case(150, 150, 16, "bfloat16", False, 1, (2, 2), seed=11)),
+}
+
+# What only an unlucky order of blocks shows gets a few more of them.
+SCHEDULES = (*Schedule, *10 * (Schedule.RANDOM,))
+
+# Synchronisations that no run on the CPU can miss: part of their line -> why.
+REDUNDANT = {
+    "__threadfence();": "orders writes of one thread for others on a GPU; here every write is seen at once",
+    "K and V landed, should there have been no step": "every key block meets a query, while windows do not exist",
+}
+
+_SYNCHRONISATION = re.compile(r"__syncthreads\(|__syncwarp\(|__threadfence\(|cp_async_wait_group<")
+
+
+def synchronisations_in_source() -> set[tuple[str, int]]:
+    """(path, line) of everything in cuda_src that could be left out, less the wrappers themselves."""
+    root = source_module.root()
+    found = set()
+    for path in (*root.rglob("*.cu"), *root.rglob("*.cuh")):
+        if path.name == "ptx.cuh":
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if _SYNCHRONISATION.search(line.split("//")[0]):
+                found.add((str(path.relative_to(root)), number))
+    return found
+
+
+def is_caught(case: HostCase, backward: bool, *, plant: str | None = None, mutation: Mutation | None = None) -> bool:
+    """Whether a bug shows in a case: as a wrong result, or as a broken rule."""
+    try:
+        check(case, backward, schedules=SCHEDULES, plant=plant, mutation=mutation)
+    except (AssertionError, run.HostRunError):
+        return True
+    return False
+
+
+def relative(site: run.Site) -> tuple[str, int]:
+    return str(Path(site.file).relative_to(source_module.root())), site.line
+
+
+def test_every_synchronisation_is_needed_and_watched() -> None:
+    """Each one is reached by some case; left out, it is caught, unless REDUNDANT says why not."""
+    watched: set[tuple[str, int]] = set()
+    unseen: dict[str, str] = {}
+    excused: set[str] = set()
+    for backward, cases in ((False, FORWARD), (True, BACKWARD)):
+        reached = {case: check(case, backward, schedules=(Schedule.LOWEST_FIRST,)) for case in cases.values()}
+        for site in sorted(set().union(*reached.values())):
+            path, number = relative(site)
+            watched.add((path, number))
+            line = (source_module.root() / path).read_text().splitlines()[number - 1].strip()
+            caught = any(is_caught(case, backward, plant=site.plant) for case in reached if site in reached[case])
+            reasons = [part for part in REDUNDANT if part in line]
+            excused.update(reasons)
+            assert not (caught and reasons), f"{path}:{number} is listed as redundant, and is not: {line}"
+            if not caught and not reasons:
+                unseen[f"{path}:{number}"] = line
+    assert not unseen, f"left out, and nothing showed: {unseen}"
+    assert watched == synchronisations_in_source(), "some synchronisations are reached by no case"
+    assert excused == set(REDUNDANT), "REDUNDANT names lines that are not there any more"
+
+
+RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
+FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
+PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
+FILL = "smxx/fill_empty.cu"
+
+# Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
+MUTANTS = [
+    # which keys a query sees
+    ("fwd", "causal", RANGE, "query + causal_offset(shape) + 1)", "query + causal_offset(shape) + 2)"),
+    ("fwd", "causal", RANGE, "query + causal_offset(shape) + 1)", "query + causal_offset(shape))"),
+    ("fwd", "causal", RANGE, "return shape.seqlen_k - shape.seqlen_q", "return 0"),
+    ("fwd", "full", RANGE, "+ 1) : shape.seqlen_k;", "+ 1) : shape.seqlen_k + 1;"),
+    ("fwd", "full", RANGE, "+ 1) : shape.seqlen_k;", "+ 1) : shape.seqlen_k - 1;"),
+    ("fwd", "full", FWD, "8 * j + e >= end", "8 * j + e > end"),
+    ("fwd", "causal", FWD, "8 * j + e >= end", "8 * j + e > end"),
+    # which queries see a key
+    ("bwd", "causal", RANGE, "key - causal_offset(shape) : 0", "key - causal_offset(shape) - 1 : 0"),
+    ("bwd", "causal", RANGE, "key - causal_offset(shape) : 0", "key - causal_offset(shape) + 1 : 0"),
+    ("bwd", "full", RANGE, "key >= shape.seqlen_k", "key > shape.seqlen_k"),
+    ("bwd", "full", RANGE, "key >= shape.seqlen_k", "key >= shape.seqlen_k - 1"),
+    ("bwd", "causal", BWD, "e % 2 < query_begin(shape, key)", "e % 2 <= query_begin(shape, key)"),
+    # which blocks a block meets, and which of them are masked
+    ("fwd", "causal", RANGE, "ceil_div(key_end(shape, last_query), kBlockN)", "key_end(shape, last_query) / kBlockN"),
+    ("fwd", "causal", RANGE, "key_end(shape, last_query)", "key_end(shape, first_query)"),
+    ("fwd", "causal", RANGE, "min(end, key_end(shape, first_query) / kBlockN)", "end - 1"),
+    ("fwd", "full", RANGE, "min(end, key_end(shape, first_query) / kBlockN)", "end"),
+    ("fwd", "causal", FWD, "n >= range.mask_from", "n > range.mask_from"),
+    ("fwd", "causal", FWD, "n >= range.begin", "n > range.begin"),
+    ("fwd", "causal", FWD, "if (n > 0)", "if (n > 1)"),
+    ("bwd", "causal", RANGE, "query_begin(shape, first_key)) / kBlockM", "query_begin(shape, last_key)) / kBlockM"),
+    (
+        "bwd",
+        "full",
+        RANGE,
+        "const int end = ceil_div(shape.seqlen_q, kBlockM)",
+        "const int end = shape.seqlen_q / kBlockM",
+    ),
+    ("bwd", "few", RANGE, "if (last_key >= shape.seqlen_k) return", "if (last_key > shape.seqlen_k + 199) return"),
+    ("bwd", "causal", RANGE, "ceil_div(max(0, query_begin(shape, last_key)), kBlockM)", "begin"),
+    ("bwd", "causal", BWD, "m_block < range.mask_to", "m_block + 1 < range.mask_to"),
+    ("bwd", "causal", BWD, "any && step.head <= last_head", "any && step.head < last_head"),
+    # which head of which batch
+    ("fwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
+    ("bwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
+    # what is read
+    ("fwd", "full", TILE, "map.row + pass < rows_of_lane", "map.row + pass <= rows_of_lane"),
+    ("bwd", "full", TILE, "map.row + pass < rows_of_lane", "map.row + pass <= rows_of_lane"),
+    ("fwd", "narrow", TILE, "map.col < head_dim ?", "map.col <= head_dim ?"),
+    ("fwd", "unaligned", TILE, "inside = row < rows && col < head_dim", "inside = row <= rows && col < head_dim"),
+    ("fwd", "unaligned", TILE, "inside = row < rows && col < head_dim", "inside = row < rows && col <= head_dim"),
+    ("fwd", "narrow", TILE, "kChunks == kLanesPerRow || col < kHeadDim", "true"),
+    ("bwd", "tiny", TILE, "rows % kRowsPerPass == 0 || pass_row < rows", "true"),
+    ("bwd", "full", PRE, "row < shape.seqlen_q", "row <= shape.seqlen_q"),
+    ("bwd", "narrow", PRE, "if (col < head_dim)", "if (col <= head_dim)"),
+    ("bwd", "unaligned", PRE, "if (col + i < head_dim)", "if (col + i <= head_dim)"),
+    ("bwd", "tiny", PRE, "if (i < kBlockM && col == 0)", "if (col == 0)"),
+    ("bwd", "full", PRE, "i < kDqTileFloats / 4", "i < kDqTileFloats / 4 - 1"),
+    # what is written
+    ("fwd", "full", TILE, "row < rows && map.col < head_dim) {", "row <= rows && map.col < head_dim) {"),
+    ("fwd", "narrow", TILE, "row < rows && map.col < head_dim) {", "row < rows && map.col <= head_dim) {"),
+    ("bwd", "full", TILE, "row < rows && map.col < head_dim) {", "row <= rows && map.col < head_dim) {"),
+    ("fwd", "unaligned", TILE, "if (row < rows && col < head_dim)", "if (row <= rows && col < head_dim)"),
+    ("fwd", "unaligned", TILE, "if (row < rows && col < head_dim)", "if (row < rows && col <= head_dim)"),
+    ("fwd", "full", FWD, "if (row + 16 * i + 8 * h < rows)", "if (row + 16 * i + 8 * h <= rows)"),
+    ("bwd", "narrow", POST, "if (dq_col(warp) + 8 * j >= kHeadDim) break;", ""),
+    ("fwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
+    ("fwd", "dropped", FILL, "min(piece * 16 + 16, params.head_dim)", "piece * 16 + 16"),
+    ("bwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
+]
+
+
+@pytest.mark.parametrize(
+    "direction, case, path, find, replace",
+    [pytest.param(*mutant, id=f"{mutant[0]}-{number}") for number, mutant in enumerate(MUTANTS)],
+)
+def test_every_mutant_is_caught(direction: str, case: str, path: str, find: str, replace: str) -> None:
+    cases = BACKWARD if direction == "bwd" else FORWARD
+    assert is_caught(cases[case], direction == "bwd", mutation=Mutation(path, find, replace)), "nothing showed"
