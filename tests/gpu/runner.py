@@ -165,6 +165,7 @@ def check(case: Case, backward: bool, device: torch.device) -> list[str]:
         tensors["dout"] if backward else None,
         causal=case.causal,
         scale=case.softmax_scale,
+        out=made.results["out"],
     )
     empty = min(case.seqlen_q, case.seqlen_q - case.seqlen_k) if case.causal or not case.seqlen_k else 0
     flags = {
