@@ -94,8 +94,8 @@ def test_conversions_agree_with_numpy(rng: np.random.Generator) -> None:
 
     every = np.arange(65536, dtype=np.uint16)
     np.testing.assert_array_equal(out[:65536], every.view(np.float16).astype(np.float32))
-    np.testing.assert_array_equal(out[65536:], reference.as_float64(every).astype(np.float32))
     with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_array_equal(out[65536:], reference.as_float64(every).astype(np.float32))
         halves = x.astype(np.float16)
     number = ~np.isnan(x)
     np.testing.assert_array_equal(packed[number, 0].astype(np.uint16), halves[number].view(np.uint16))

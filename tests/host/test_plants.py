@@ -121,8 +121,8 @@ MUTANTS = [
     # which queries see a key
     ("bwd", "causal", RANGE, "key - causal_offset(shape) : 0", "key - causal_offset(shape) - 1 : 0"),
     ("bwd", "causal", RANGE, "key - causal_offset(shape) : 0", "key - causal_offset(shape) + 1 : 0"),
-    ("bwd", "full", RANGE, "key >= shape.seqlen_k", "key > shape.seqlen_k"),
-    ("bwd", "full", RANGE, "key >= shape.seqlen_k", "key >= shape.seqlen_k - 1"),
+    ("bwd", "few", RANGE, "if (key >= shape.seqlen_k)", "if (key > shape.seqlen_k)"),
+    ("bwd", "full", RANGE, "if (key >= shape.seqlen_k)", "if (key >= shape.seqlen_k - 1)"),
     ("bwd", "causal", BWD, "e % 2 < query_begin(shape, key)", "e % 2 <= query_begin(shape, key)"),
     # which blocks a block meets, and which of them are masked
     ("fwd", "causal", RANGE, "ceil_div(key_end(shape, last_query), kBlockN)", "key_end(shape, last_query) / kBlockN"),
