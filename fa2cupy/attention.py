@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from fa2cupy import calls, dynamo
@@ -76,14 +77,15 @@ def attention(
         use torch.no_grad() and `attention_backward`), a FakeTensor, a JAX tracer. UnsupportedDevice below sm_80,
         MissingDependency without CuPy, NVRTC or a driver, CompilationError, LaunchError.
     """
-    if not dynamo.told:
+    if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     if unexpected:
         raise unexpected_keyword("attention", unexpected, _FORWARD_KEYWORDS)
-    with_lse = check_flag("return_lse", return_lse)
+    if return_lse is not False:
+        return_lse = check_flag("return_lse", return_lse)
     options = (causal, softmax_scale, layout, dtype)
-    results = calls.call(calls.FORWARD, (q, k, v), (out, lse_out), workspace, options)
-    return (results[0], results[1]) if with_lse else results[0]
+    out, lse = calls.call(calls.FORWARD, [q, k, v, out, lse_out], workspace, options)
+    return (out, lse) if return_lse else out
 
 
 @dynamo.leave
@@ -126,13 +128,13 @@ def attention_backward(
 
     Where and when, Raises: as `attention`.
     """
-    if not dynamo.told:
+    if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     if unexpected:
         raise unexpected_keyword("attention_backward", unexpected, _BACKWARD_KEYWORDS)
     options = (causal, softmax_scale, layout, dtype, deterministic)
-    results = calls.call(calls.BACKWARD, (dout, q, k, v, out, lse), (dq, dk, dv), workspace, options)
-    return results[0], results[1], results[2]
+    dq, dk, dv = calls.call(calls.BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv], workspace, options)
+    return dq, dk, dv
 
 
 @dynamo.leave
@@ -151,7 +153,7 @@ def backward_workspace_bytes(
     """Bytes that `attention_backward` needs as workspace= for these arguments. Layout "bshd"; 0 for arrays on the CPU.
     causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
     """
-    if not dynamo.told:
+    if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     if unexpected:
         raise unexpected_keyword("backward_workspace_bytes", unexpected, _SIZE_KEYWORDS)

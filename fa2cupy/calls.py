@@ -28,15 +28,11 @@ MAX_PREPARED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """The forward or the backward: its array arguments, in the order in which the kernels take their pointers.
-
-    resembles: for each output, the position of the input that a new one is allocated like.
-    """
+    """The forward or the backward: its array arguments, in the order in which the kernels take their pointers."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    resembles: tuple[int, ...]
 
     def names(self) -> tuple[str, ...]:
         """Of all its arrays."""
@@ -47,8 +43,8 @@ class Operation:
         return self.name == "attention_backward"
 
 
-FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"), (0, 0))
-BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"), (1, 2, 3))
+FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"))
+BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"))
 
 
 class _PreparedCalls:
@@ -78,8 +74,11 @@ _framework_by_type: dict[type, Framework] = {}  # types that a prepared call exi
 
 
 def signature_key(operation: Operation, signature: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The key of `PREPARED`. With the options' types, since 1 == True: causal=1 is an error after causal=True too."""
-    return operation.name, signature, options, tuple(map(type, options))
+    """The key of `PREPARED`. With types, since 1 == True: causal=1 is an error after causal=True too.
+
+    Of causal, softmax_scale and deterministic, that is: nothing but a string equals a layout or a dtype.
+    """
+    return operation.name, options, type(options[0]), type(options[1]), type(options[-1]), signature
 
 
 def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:
@@ -88,17 +87,13 @@ def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> 
     _framework_by_type[array_type] = prepared.framework
 
 
-def call(
-    operation: Operation,
-    inputs: tuple[Any, ...],
-    outputs: tuple[Any, ...],
-    workspace: Any,
-    options: tuple[object, ...],
-) -> list[Any]:
-    """Run the operation and return the outputs, the caller's or new ones. `options` are those of `Options.checked`."""
-    framework = _framework_by_type.get(type(inputs[0]))
+def call(operation: Operation, arrays: list[Any], workspace: Any, options: tuple[object, ...]) -> list[Any]:
+    """Run the operation and return the outputs, the caller's or new ones.
+
+    arrays: inputs and outputs, None for an output to allocate. options: those of `Options.checked`.
+    """
+    framework = _framework_by_type.get(type(arrays[0]))
     if framework is not None:
-        arrays = inputs + outputs
         try:
             signature, pointers = framework.signature(arrays)
             prepared = PREPARED.get(signature_key(operation, signature, options))
@@ -108,63 +103,71 @@ def call(
             return prepared.run(arrays, pointers, workspace)
     from fa2cupy.first_call import first_call
 
-    return first_call(operation, inputs, outputs, workspace, options)
+    return first_call(operation, arrays, workspace, options)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
     """Everything about one signature that does not depend on pointers.
 
-    fresh: (position among all arrays, position of the input that it is like, allocator) of each output not given.
+    fresh: (position among all arrays, allocator) of each output not given.
     extents: of all arrays, in pointer order; for new outputs None.
+    workspace_bytes: 0 if the kernels need none; takes_workspace: whether there is a pointer to one all the same.
+    no_capture: it allocates what cannot be allocated inside a CUDA graph capture.
+    is_current: whether `guard` has nothing to do.
     """
 
     operation: Operation
     framework: Framework
     device: Device
     launchable: Launchable
-    fresh: tuple[tuple[int, int, Callable[[Any], Any]], ...]
+    device_index: int
+    first_output: int
+    fresh: tuple[tuple[int, Callable[[], Any]], ...]
     given: frozenset[str]
     extents: tuple[Extent | None, ...]
     workspace_bytes: int
-    allocate_workspace: Callable[[Any], Any]
+    takes_workspace: bool
+    allocate_workspace: Callable[[], Any]
+    address: Callable[[Any], int]
+    no_capture: bool
     stream: Callable[[int], int]
+    is_current: Callable[[], bool]
     guard: Callable[[int], AbstractContextManager[None]]
 
-    @property
-    def allocates(self) -> bool:
-        return bool(self.fresh or self.workspace_bytes)
-
-    def run(self, arrays: tuple[Any, ...], pointers: list[int], workspace: Any) -> list[Any]:
-        """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs."""
-        framework, operation = self.framework, self.operation
-        framework.check_call(arrays, operation.name, operation.names)
+    def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
+        """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs. Both are filled in."""
+        operation = self.operation
+        self.framework.check_call(arrays, operation.name, operation.names)
         if self.given or workspace is not None:
-            self._check_given(arrays, pointers, workspace)
-        index = self.device.index
-        with self.guard(index):
-            stream = self.stream(index)
-            if self.allocates and not framework.allocates_in_capture and framework.is_capturing(stream, index):
-                self._refuse_capture(workspace)
-            first_output = len(operation.inputs)
-            results = list(arrays[first_output:])
-            for position, like, allocate in self.fresh:
-                results[position - first_output] = array = allocate(arrays[like])
-                pointers[position] = framework.address(array)
-            if operation.is_backward:
-                if workspace is None and self.workspace_bytes:
-                    workspace = self.allocate_workspace(arrays[0])
-                pointers.append(framework.address(workspace) if self.workspace_bytes else 0)
-            self.launchable(tuple(pointers), stream)
+            self._check_given(pointers, workspace)
+        if self.is_current():
+            self._launch(arrays, pointers, workspace)
+        else:
+            with self.guard(self.device_index):
+                self._launch(arrays, pointers, workspace)
         if self.given:
-            for array in arrays[first_output:]:
-                if array is not None:
-                    framework.written(array)
-        return results
+            for name, array in zip(operation.outputs, arrays[self.first_output :], strict=True):
+                if name in self.given:
+                    self.framework.written(array)
+        return arrays[self.first_output :]
+
+    def _launch(self, arrays: list[Any], pointers: list[int], workspace: Any) -> None:
+        """Allocate and launch. The device's context is current."""
+        stream = self.stream(self.device_index)
+        if self.no_capture and self.framework.is_capturing(stream, self.device_index):
+            self._refuse_capture(workspace)
+        for position, allocate in self.fresh:
+            arrays[position] = array = allocate()
+            pointers[position] = self.address(array)
+        if self.takes_workspace:
+            if workspace is None and self.workspace_bytes:
+                workspace = self.allocate_workspace()
+            pointers.append(self.address(workspace) if self.workspace_bytes else 0)
+        self.launchable(tuple(pointers), stream)
 
     def _refuse_capture(self, workspace: Any) -> None:
-        first_output = len(self.operation.inputs)
-        missing = [self.operation.outputs[position - first_output] for position, _, _ in self.fresh]
+        missing = [self.operation.outputs[position - self.first_output] for position, _ in self.fresh]
         if self.workspace_bytes and workspace is None:
             missing.append("workspace")
         if missing:
@@ -174,7 +177,7 @@ class PreparedCall:
                 f"cannot be used there, so {', '.join(name + '=' for name in missing)} must be given{size}"
             )
 
-    def _check_given(self, arrays: tuple[Any, ...], pointers: list[int], workspace: Any) -> None:
+    def _check_given(self, pointers: list[int], workspace: Any) -> None:
         names = self.operation.names()
         blocks = [
             (name, pointer, extent)

@@ -27,8 +27,7 @@ def leave(function: _Function) -> _Function:
 
 @leave
 def tell() -> None:
-    """Tell Dynamo, if it is loaded, to trace no file of this package."""
+    """Tell Dynamo, which is loaded, to trace no file of this package."""
     global told
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].trace_rules.add("fa2cupy")
-        told = True
+    sys.modules["torch._dynamo"].trace_rules.add("fa2cupy")
+    told = True

@@ -43,15 +43,14 @@ Arrays = dict[str, Any]
 
 
 def first_call(
-    operation: Operation,
-    inputs: tuple[Any, ...],
-    outputs: tuple[Any, ...],
-    workspace: Any,
-    raw_options: tuple[Any, ...],
+    operation: Operation, raw_arrays: list[Any], workspace: Any, raw_options: tuple[Any, ...]
 ) -> list[Any]:
     options = Options.checked(*raw_options)
-    given = {name: array for name, array in zip(operation.outputs, outputs, strict=True) if array is not None}
-    framework, arrays = _one_framework({**dict(zip(operation.inputs, inputs, strict=True)), **given})
+    named = dict(zip(operation.names(), raw_arrays, strict=True))
+    framework, arrays = _one_framework(
+        {name: array for name, array in named.items() if array is not None or name in operation.inputs}
+    )
+    given = {name: arrays[name] for name in operation.outputs if name in arrays}
     if framework.name == "JAX" and (given or workspace is not None):
         name = next(iter(given), "workspace")
         raise InvalidArgument(
@@ -95,8 +94,8 @@ def first_call(
     return prepared.run(ordered, pointers, workspace)
 
 
-def _ordered(operation: Operation, arrays: Arrays) -> tuple[Any, ...]:
-    return tuple(arrays.get(name) for name in operation.names())
+def _ordered(operation: Operation, arrays: Arrays) -> list[Any]:
+    return [arrays.get(name) for name in operation.names()]
 
 
 def _one_framework(arrays: Arrays) -> tuple[Framework, Arrays]:
@@ -205,23 +204,28 @@ def _prepare(
     names = operation.names()
     storage = framework.dtype(arrays["q"])
     fresh = []
-    for position, like in zip(range(len(operation.inputs), len(names)), operation.resembles, strict=True):
-        name = names[position]
+    for position, name in enumerate(names):
         if name not in arrays:
             shape = sizes.shape(name, options.layout)
             element = "float32" if name == "lse_out" else storage
-            fresh.append((position, like, framework.allocator(shape, element, arrays[names[like]])))
+            fresh.append((position, framework.allocator(shape, element, arrays["q"])))
     return PreparedCall(
         operation=operation,
         framework=framework,
         device=device,
         launchable=launchable,
+        device_index=device.index,
+        first_output=len(operation.inputs),
         fresh=tuple(fresh),
         given=frozenset(name for name in operation.outputs if name in arrays),
         extents=tuple(framework.extent(arrays[name]) if name in arrays else None for name in names),
         workspace_bytes=needed,
+        takes_workspace=operation.is_backward,
         allocate_workspace=framework.allocator((needed,), "uint8", arrays["q"]),
+        address=framework.address,
+        no_capture=bool(fresh or needed) and not framework.allocates_in_capture,
         stream=stream,
+        is_current=driver.context_check(device.index),
         guard=driver.device_guard,
     )
 

@@ -167,6 +167,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     _forget()
     monkeypatch.setattr(fa2cupy, "kernels", fake, raising=False)
     monkeypatch.setattr(driver, "device_guard", fake.guard)
+    monkeypatch.setattr(driver, "context_check", lambda index: lambda: fake.current == index)
     monkeypatch.setattr(
         driver, "device_info", lambda index: driver.DeviceInfo(index, "fake", (9, 0), 132, 227 * 1024, 50 << 20)
     )
@@ -183,11 +184,12 @@ def _forget() -> None:
 def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocator(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         numpy_dtype = like.dtype if like.dtype.name == dtype else np.dtype(dtype)
+        device = like.data.device_id
 
-        def allocate(_: Any) -> Any:
-            assert gpu.current == like.data.device_id, "CuPy allocates on the current device"
+        def allocate() -> Any:
+            assert gpu.current == device, "CuPy allocates on the current device"
             assert not gpu.capturing, "an allocation inside a capture"
-            gpu.allocations.append(cupy_array(shape, numpy_dtype, like.data.device_id))
+            gpu.allocations.append(cupy_array(shape, numpy_dtype, device))
             return gpu.allocations[-1]
 
         return allocate

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceInfo",
     "Launcher",
+    "context_check",
     "device_count",
     "device_guard",
     "device_info",
@@ -241,6 +242,20 @@ class _PushedContext:
 _ALREADY_CURRENT = _AlreadyCurrent()
 
 
+def context_check(index: int) -> Callable[[], bool]:
+    """A function that tells whether device `index`'s primary context is current in the calling thread: cheaply."""
+    driver = _driver()
+    context = driver.primary_contexts.get(index) or driver.retain_primary_context(index)
+    get_current_context = driver.get_current_context
+
+    def is_current() -> bool:
+        current, reference = _current.pair
+        get_current_context(reference)
+        return current.value == context
+
+    return is_current
+
+
 def device_guard(index: int) -> AbstractContextManager[None]:
     """`with device_guard(i):` runs its body with device i's primary context current, then restores this thread's.
 
@@ -249,9 +264,7 @@ def device_guard(index: int) -> AbstractContextManager[None]:
     driver = _driver()
     current, reference = _current.pair
     driver.get_current_context(reference)
-    context = driver.primary_contexts.get(index)
-    if context is None:
-        context = driver.retain_primary_context(index)
+    context = driver.primary_contexts.get(index) or driver.retain_primary_context(index)
     if current.value == context:
         return _ALREADY_CURRENT
     return _PushedContext(driver, context)
@@ -298,8 +311,10 @@ class Launcher:
         self._params: dict[int, Any] = {}
 
     def __call__(self, params_address: int, stream: int) -> None:
-        config = self._configs.get(stream) or self._pack_config(stream)
-        params = self._params.get(params_address) or self._pack_params(params_address)
+        try:
+            config, params = self._configs[stream], self._params[params_address]
+        except KeyError:
+            config, params = self._pack_config(stream), self._pack_params(params_address)
         status = self._launch(config, self._function, params, None)
         if status:
             self._fail(status)
