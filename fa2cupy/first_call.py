@@ -42,9 +42,7 @@ __all__ = ["bound_plan", "first_call"]
 Arrays = dict[str, Any]
 
 
-def first_call(
-    operation: Operation, raw_arrays: list[Any], workspace: Any, raw_options: tuple[Any, ...]
-) -> list[Any]:
+def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_options: tuple[Any, ...]) -> list[Any]:
     options = Options.checked(*raw_options)
     named = dict(zip(operation.names(), raw_arrays, strict=True))
     framework, arrays = _one_framework(
