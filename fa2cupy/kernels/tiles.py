@@ -122,7 +122,7 @@ _FWD_LARGE = (
     FwdTile(128, 128, 64, 4, False, True, "32 rows per warp; without spill, 128x32x4 is 8% slower", 48),
     FwdTile(160, 128, 32, 4, False, False, "32 rows per warp; without spill, 64x64x4 is 15% slower", 40),
     FwdTile(192, 64, 64, 4, True, False, "16 rows per warp, two blocks per multiprocessor"),
-    FwdTile(256, 64, 64, 4, False, False, "16 rows per warp, O alone takes 128 registers; two blocks per multiprocessor"),
+    FwdTile(256, 64, 64, 4, False, False, "16 rows per warp, O alone takes 128 registers"),
 )
 FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     232448: _FWD_LARGE,
