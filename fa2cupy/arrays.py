@@ -146,6 +146,10 @@ class Framework:
         """A function that returns a new C-contiguous array on the device of `like`, which it does not keep."""
         raise NotImplementedError
 
+    def scratch(self, size: int, like: Any) -> tuple[Callable[[], Any], Callable[[Any], int]]:
+        """What allocates `size` bytes on the device of `like`, as any object with memory; what takes its pointer."""
+        return self.allocator((size,), "uint8", like), self.address
+
     def stream(self, device_index: int) -> Callable[[int], int]:
         """A function of the device index that returns the handle of its current stream."""
         raise NotImplementedError
@@ -258,6 +262,10 @@ class _Cupy(_Numpy):
     def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
         numpy_dtype = like.dtype if self.dtype(like) == dtype else np.dtype(dtype)
         return functools.partial(sys.modules["cupy"].ndarray, shape, numpy_dtype)
+
+    def scratch(self, size: int, like: Any) -> tuple[Callable[[], Any], Callable[[Any], int]]:
+        # An ndarray around the memory would take longer to make than the memory.
+        return functools.partial(sys.modules["cupy"].cuda.alloc, size), operator.attrgetter("ptr")
 
     def stream(self, device_index: int) -> Callable[[int], int]:
         get_current_stream = sys.modules["cupy"].cuda.get_current_stream

@@ -84,7 +84,8 @@ def attention(
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     options = (causal, softmax_scale, layout, dtype)
-    out, lse = calls.call(calls.FORWARD, [q, k, v, out, lse_out], workspace, options)
+    operation = calls.FORWARD if return_lse else calls.FORWARD_OUT
+    out, lse = calls.call(operation, [q, k, v, out, lse_out], workspace, options)
     return (out, lse) if return_lse else out
 
 

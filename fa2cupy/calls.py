@@ -18,7 +18,17 @@ from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, describe, fra
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.overlap import Extent, has_duplicates, shares_memory
 
-__all__ = ["BACKWARD", "FORWARD", "Operation", "PreparedCall", "call", "check_overlap", "remember", "workspace_block"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "FORWARD_OUT",
+    "Operation",
+    "PreparedCall",
+    "call",
+    "check_overlap",
+    "remember",
+    "workspace_block",
+]
 
 Launchable = Callable[[tuple[int, ...], int], None]
 
@@ -26,13 +36,17 @@ Launchable = Callable[[tuple[int, ...], int], None]
 MAX_PREPARED = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """The forward or the backward: its array arguments, in the order in which the kernels take their pointers."""
+    """The forward or the backward: its array arguments, in the order in which the kernels take their pointers.
+
+    scratch: outputs that nobody gets unless they are given, so that memory is enough for them.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    scratch: frozenset[str] = frozenset()
 
     def names(self) -> tuple[str, ...]:
         """Of all its arrays."""
@@ -44,6 +58,7 @@ class Operation:
 
 
 FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"))
+FORWARD_OUT = Operation("attention", ("q", "k", "v"), ("out", "lse_out"), frozenset({"lse_out"}))
 BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"))
 
 
@@ -78,7 +93,7 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: tup
 
     Of causal, softmax_scale and deterministic, that is: nothing but a string equals a layout or a dtype.
     """
-    return operation.name, options, type(options[0]), type(options[1]), type(options[-1]), signature
+    return operation, options, type(options[0]), type(options[1]), type(options[-1]), signature
 
 
 def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:
@@ -88,7 +103,7 @@ def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> 
 
 
 def call(operation: Operation, arrays: list[Any], workspace: Any, options: tuple[object, ...]) -> list[Any]:
-    """Run the operation and return the outputs, the caller's or new ones.
+    """Run the operation and return the outputs, the caller's or new ones (or whatever held a scratch output).
 
     arrays: inputs and outputs, None for an output to allocate. options: those of `Options.checked`.
     """
@@ -110,7 +125,7 @@ def call(operation: Operation, arrays: list[Any], workspace: Any, options: tuple
 class PreparedCall:
     """Everything about one signature that does not depend on pointers.
 
-    fresh: (position among all arrays, allocator) of each output not given.
+    fresh: (position among all arrays, allocator, address of what it allocates) of each output not given.
     extents: of all arrays, in pointer order; for new outputs None.
     workspace_bytes: 0 if the kernels need none; takes_workspace: whether there is a pointer to one all the same.
     no_capture: it allocates what cannot be allocated inside a CUDA graph capture.
@@ -123,7 +138,7 @@ class PreparedCall:
     launchable: Launchable
     device_index: int
     first_output: int
-    fresh: tuple[tuple[int, Callable[[], Any]], ...]
+    fresh: tuple[tuple[int, Callable[[], Any], Callable[[Any], int]], ...]
     given: frozenset[str]
     extents: tuple[Extent | None, ...]
     workspace_bytes: int
@@ -157,9 +172,9 @@ class PreparedCall:
         stream = self.stream(self.device_index)
         if self.no_capture and self.framework.is_capturing(stream, self.device_index):
             self._refuse_capture(workspace)
-        for position, allocate in self.fresh:
+        for position, allocate, address in self.fresh:
             arrays[position] = array = allocate()
-            pointers[position] = self.address(array)
+            pointers[position] = address(array)
         if self.takes_workspace:
             if workspace is None and self.workspace_bytes:
                 workspace = self.allocate_workspace()
@@ -167,7 +182,7 @@ class PreparedCall:
         self.launchable(tuple(pointers), stream)
 
     def _refuse_capture(self, workspace: Any) -> None:
-        missing = [self.operation.outputs[position - self.first_output] for position, _ in self.fresh]
+        missing = [self.operation.outputs[position - self.first_output] for position, *_ in self.fresh]
         if self.workspace_bytes and workspace is None:
             missing.append("workspace")
         if missing:

@@ -7,6 +7,7 @@ Nothing is launched or allocated before all of them have passed.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -206,7 +207,11 @@ def _prepare(
         if name not in arrays:
             shape = sizes.shape(name, options.layout)
             element = "float32" if name == "lse_out" else storage
-            fresh.append((position, framework.allocator(shape, element, arrays["q"])))
+            if name in operation.scratch:
+                allocate, address = framework.scratch(math.prod(shape) * ITEMSIZE[element], arrays["q"])
+            else:
+                allocate, address = framework.allocator(shape, element, arrays["q"]), framework.address
+            fresh.append((position, allocate, address))
     return PreparedCall(
         operation=operation,
         framework=framework,

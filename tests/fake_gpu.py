@@ -194,11 +194,15 @@ def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate
 
+    def scratch(size: int, like: Any) -> Any:
+        return allocator((size,), "uint8", like), CUPY.address
+
     def contiguous(array: Any) -> Any:
         assert gpu.current == array.data.device_id
         return to_cupy(host_view(array), array.data.device_id)
 
     monkeypatch.setattr(CUPY, "allocator", allocator)
+    monkeypatch.setattr(CUPY, "scratch", scratch)
     monkeypatch.setattr(CUPY, "contiguous", contiguous)
     monkeypatch.setattr(CUPY, "stream", lambda index: lambda index: gpu.stream)
     monkeypatch.setattr(CUPY, "is_capturing", lambda stream, index: gpu.capturing)

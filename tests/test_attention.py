@@ -414,6 +414,23 @@ def test_same_signature_same_plan(gpu: FakeGpu) -> None:
     assert (len(gpu.plans), gpu.binds, len(calls.PREPARED), len(gpu.launches)) == (1, 1, 1, 5)
 
 
+def test_lse_that_nobody_asked_for(gpu: FakeGpu) -> None:
+    """It is computed into scratch memory, by the same plan, and an array that was given for it is still written."""
+    x = make_inputs(17, 5, 7, dtype="float16", heads=(4, 2), head_dim=8)
+    q, k, v, _ = map(to_cupy, x)
+    given = cupy_array((2, 4, 5), np.float32)
+    for _ in range(2):
+        out = fa2cupy.attention(q, k, v)
+        assert [array.dtype for array in gpu.allocations[-2:]] == [np.float16, np.uint8]
+        both_out, lse = fa2cupy.attention(q, k, v, return_lse=True)
+        assert fa2cupy.attention(q, k, v, out=out, lse_out=given) is out
+        expect(*x[:3]).check(out=host_view(out), lse=host_view(lse))
+        for got, wanted in ((out, both_out), (given, lse)):
+            np.testing.assert_array_equal(host_view(got), host_view(wanted))
+    assert len(gpu.allocations) == 8
+    assert len(gpu.plans) == 1
+
+
 def test_equal_problems_share_a_plan(gpu: FakeGpu) -> None:
     """Different signatures, the same kernel: junk strides, numpy scalars, layouts of one memory."""
     gpu.compute = False

@@ -194,6 +194,25 @@ def test_guard_pushes_only_when_needed(fake: FakeDriver) -> None:
     assert fake["retain_count"] == 2  # once per device, however often
 
 
+def test_context_check(fake: FakeDriver) -> None:
+    first, second = driver.context_check(0), driver.context_check(1)
+    seen = []
+
+    def look() -> tuple[bool, bool]:
+        return first(), second()
+
+    assert look() == (False, False)
+    with driver.device_guard(1):
+        assert look() == (False, True)
+        with driver.device_guard(0):
+            assert look() == (True, False)
+            thread = threading.Thread(target=lambda: seen.append(look()))
+            thread.start()
+            thread.join()
+        assert look() == (False, True)
+    assert seen == [(False, False)]
+
+
 def test_guard_is_per_thread(fake: FakeDriver) -> None:
     contexts = []
 

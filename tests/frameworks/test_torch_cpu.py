@@ -393,3 +393,31 @@ def test_gpu_workspace(cuda: FakeGpu) -> None:
 def test_framework() -> None:
     assert framework_of(torch.zeros(1)) is TORCH
     assert framework_of(torch.nn.Parameter(torch.zeros(1))) is TORCH
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 8), (1, 1, 1), (2, 0, 4, 8), (0,), (7,)])
+def test_allocator(shape: tuple[int, ...]) -> None:
+    """New tensors are ordinary and contiguous, in and out of inference mode, wherever the allocator was made."""
+    for made_in_inference in (False, True):
+        with torch.inference_mode(made_in_inference):
+            allocate = TORCH.allocator(shape, "bfloat16", torch.zeros(1))
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                first, second = allocate(), allocate()
+            plain = torch.empty(shape, dtype=torch.bfloat16)
+            assert (first.shape, first.stride(), first.dtype) == (plain.shape, plain.stride(), plain.dtype)
+            assert first.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
+            assert (first.is_inference(), first.requires_grad) == (inference, False)
+            assert not first.numel() or first.data_ptr() != second.data_ptr()
+
+
+def test_gpu_contiguous_and_not_are_told_apart(cuda: FakeGpu) -> None:
+    """The signature asks for strides only where they do not follow from the shape; junk of size 1 does not count."""
+    cuda.compute = False
+    q = torch.zeros(1, 6, 1, 16, dtype=torch.float16)
+    junk = q.as_strided(q.shape, (3, 16, 5, 1))
+    gaps = torch.zeros(1, 6, 2, 16, dtype=torch.float16)[:, :, :1]
+    for tensor, strides in ((q, (0, 16, 0)), (junk, (0, 16, 0)), (gaps, (0, 32, 0)), (q, (0, 16, 0))):
+        fa2cupy.attention(tensor, tensor, tensor)
+        assert dict(cuda.last.problem.strides)["q"] == strides
+    assert (len(cuda.plans), len(calls.PREPARED)) == (2, 2)
