@@ -25,6 +25,28 @@ static_assert(kBlockM % 16 == 0 && kBlockN % 16 == 0, "tiles are made of 16 x 16
 constexpr bool kCausal = FA2_CAUSAL;
 #endif
 
+// The forward
+#ifdef FA2_Q_IN_REGS
+constexpr bool kQInRegs = FA2_Q_IN_REGS;  // Q's fragments are read once and stay in registers
+constexpr bool kRescaleOnDemand = FA2_RESCALE_ON_DEMAND;  // O is multiplied by alpha only where alpha may not be 1
+constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
+#endif
+
+// The backward, and the kernels beside it
+#ifdef FA2_DQ_WARPS_M
+constexpr int kDqWarpsM = FA2_DQ_WARPS_M;  // warps along the rows of dQ
+constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and newer
+#endif
+#ifdef FA2_SPLIT
+constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
+constexpr int kSplit = FA2_SPLIT;  // warps that share key rows
+constexpr bool kDeterministic = FA2_DETERMINISTIC;  // dQ is added in the order of the key blocks
+#endif
+
+#ifdef FA2_FILL_THREADS
+constexpr int kFillThreads = FA2_FILL_THREADS;
+#endif
+
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs
 #ifdef FA2_SHARED_BYTES
 constexpr int kSharedBytes = FA2_SHARED_BYTES;  // size of the dynamic shared memory that the host asks for

@@ -15,10 +15,6 @@
 
 static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
-constexpr int kStages = FA2_NUM_STAGES;               // buffers of Q and dO: with 2, the next block is copied under this one
-constexpr int kSplit = FA2_SPLIT;                     // warps that share key rows
-constexpr bool kDeterministic = FA2_DETERMINISTIC;    // dQ is added in the order of the key blocks
-
 constexpr int kKeyWarps = kNumWarps / kSplit;
 constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp

@@ -15,11 +15,6 @@
 
 static_assert(sizeof(FwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
-constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
-constexpr bool kQInRegs = FA2_Q_IN_REGS;       // Q's fragments are read once and stay in registers
-
-constexpr bool kRescaleOnDemand = FA2_RESCALE_ON_DEMAND;
-
 constexpr int kMTiles = kBlockM / kNumWarps / 16;  // of 16 rows each, per warp
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDim / 8;
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;

@@ -3,8 +3,6 @@
 
 static_assert(sizeof(FillParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
-constexpr int kFillThreads = FA2_FILL_THREADS;
-
 // One thread per (batch, row, head, 16 elements).
 extern "C" __global__ void __launch_bounds__(kFillThreads) fill_empty(const __grid_constant__ FillParams params) {
   const int pieces = ceil_div(params.head_dim, 16);
