@@ -247,7 +247,7 @@ class _Cupy(_Numpy):
             else:
                 memory = array.data
                 pointer = memory.ptr
-                key += type(array), array.shape, array.strides, array.dtype, memory.device_id, pointer & 15
+                key.append((type(array), array.shape, array.strides, array.dtype, memory.device_id, pointer & 15))
                 pointers.append(pointer)
         return tuple(key), pointers
 
@@ -343,7 +343,7 @@ class _Torch(Framework):
                 pointer = array.data_ptr()
                 # Strides that follow from the shape are not asked for: a bool is cheaper to make, hash and compare.
                 strides = array.is_contiguous() or array.stride()
-                key += type(array), array.shape, strides, array.dtype, array.get_device(), pointer & 15
+                key.append((type(array), array.shape, strides, array.dtype, array.get_device(), pointer & 15))
                 pointers.append(pointer)
         return tuple(key), pointers
 
