@@ -1,13 +1,16 @@
 """Draw a run: TFLOP/s over the sequence length, a panel per mode, head_dim and mask.
 
-    python benchmarks/plot.py [results.jsonl] [--run RUN] [--out picture.png]
+    python benchmarks/plot.py [results.jsonl] [--run RUN] [--out picture.png] [--table]
+    python benchmarks/plot.py [results.jsonl] [--run RUN] --readme
 
-without a GPU, from the records alone; the last run of the file unless one is named.
+without a GPU, from the records alone; the last run of the file unless one is named. --readme prints README.md's table
+instead, of the last run that has every cell of the grid, and puts it between the README's markers.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +19,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import results
-from benchmarks.cases import grid
+from benchmarks.cases import HEAD_DIMS, Case, grid
 
-__all__ = ["draw", "last_run"]
+__all__ = ["draw", "last_run", "last_whole_run", "readme_block"]
+
+README = results.ROOT / "README.md"
+README_SEQLENS = (512, 2048, 8192, 16384)
+MARKED = re.compile(r"(?<=<!-- measured: begin -->\n).*?(?=<!-- measured: end -->)", re.DOTALL)
 
 STYLE = {  # peer: (label, colour, line width, dashes)
     "fa2cupy": ("fa2cupy", "#d62728", 2.4, "-"),
@@ -34,6 +41,61 @@ def last_run(records: Sequence[Mapping[str, object]]) -> str:
     if not records:
         raise ValueError("there are no measurements in this file")
     return str(records[-1]["run"])
+
+
+def last_whole_run(records: Sequence[Mapping[str, object]]) -> str:
+    """The last run in which ours has every cell of the grid. ValueError if there is none."""
+    for run in reversed(dict.fromkeys(str(r["run"]) for r in records)):
+        if len(_grid_speeds([r for r in records if r["run"] == run and r["peer"] == results.OURS])) == len(grid()):
+            return run
+    raise ValueError("no run has every cell of the grid")
+
+
+def _grid_speeds(records: Sequence[Mapping[str, object]]) -> dict[tuple[Case, str], float]:
+    """(cell of the grid, peer) -> TFLOP/s, of one run's records."""
+    cells = {tuple(getattr(case, key) for key in results.CELL_KEYS): case for case in grid()}
+    found = ((cells.get(tuple(r[key] for key in results.CELL_KEYS)), r) for r in records)
+    return {(case, str(r["peer"])): float(str(r["tflops"])) for case, r in found if case is not None}
+
+
+def readme_block(records: Sequence[Mapping[str, object]]) -> str:
+    """README.md's table of one run's records: TFLOP/s at some lengths, means over all cells. Markdown."""
+    speeds, ours = _grid_speeds(records), results.OURS
+    columns = [
+        (mode, peer)
+        for mode in ("fwd", "bwd")
+        for peer in (ours, *results.PEERS)
+        if any(case.mode == mode and peer == p for case, p in speeds)
+    ]
+    names = {peer: label.partition(" ")[0] for peer, (label, *_) in STYLE.items()}
+
+    def row(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def mean(mode: str, peer: str) -> str:
+        mine = {case: x for (case, p), x in speeds.items() if case.mode == mode and p == ours}
+        ratios = [x / speeds[case, peer] for case, x in mine.items() if (case, peer) in speeds]
+        return "" if peer == ours else f"{results.geometric_mean(ratios):.3f}"
+
+    first = records[0]
+    kernels = ", ".join(sorted({f"`{r['kernel']}`" for r in records if r["peer"] == ours}))
+    gemm = [f"; a GEMM of 8192³ reaches {float(str(r['tflops'])):.0f}" for r in records if r["peer"] == "gemm"]
+    lines = [
+        f"{first['gpu']}, {first['date']}, `python benchmarks/bench.py`, commit {first['commit']}, kernels {kernels}.",
+        f"TFLOP/s, bfloat16, batch x S = 16,384, heads x head_dim = 2,048, fwd forward, bwd backward{''.join(gemm)}.",
+        "",
+        row(["head_dim, mask, S", *(f"{mode} {names[peer]}" for mode, peer in columns)]),
+        row(["---", *("---:" for _ in columns)]),
+    ]
+    for head_dim in HEAD_DIMS:
+        for causal in (False, True):
+            for seqlen in README_SEQLENS:
+                by_mode = {c.mode: c for c in grid(head_dims=[head_dim], seqlens=[seqlen]) if c.causal == causal}
+                found = [speeds.get((by_mode[mode], peer)) for mode, peer in columns]
+                label = f"{head_dim}, {'causal' if causal else 'full'}, {seqlen:,}"
+                lines.append(row([label, *("-" if x is None else f"{x:.0f}" for x in found)]))
+    lines.append(row([f"**fa2cupy / peer**, mean of {len(grid()) // 2} cells", *(mean(*column) for column in columns)]))
+    return "\n".join(lines) + "\n"
 
 
 def draw(records: Sequence[Mapping[str, object]], path: Path) -> Path:
@@ -101,14 +163,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", help="default: the last one in the file")
     parser.add_argument("--out", type=Path, help="default: beside the file, .png")
     parser.add_argument("--table", action="store_true", help="print the table and the ratios too")
+    parser.add_argument("--readme", action="store_true", help="print README.md's table and renew it there")
     args = parser.parse_args(arguments)
     files = [args.file] if args.file else sorted(results.RESULTS.glob("*.jsonl"))
     if len(files) != 1:
         parser.error(f"name one of {', '.join(map(str, files))}" if files else f"no results in {results.RESULTS}")
     records = results.load(files[0])
     try:
-        run = args.run or last_run(records)
+        run = args.run or (last_whole_run if args.readme else last_run)(records)
         chosen = [r for r in records if r["run"] == run]
+        if args.readme:
+            block = readme_block(chosen)
+            README.write_text(MARKED.sub(lambda _: block, README.read_text()))
+            print(block, end="")
+            return 0
         path = draw(chosen, args.out or files[0].with_suffix(".png"))
     except ValueError as error:
         parser.error(f"{files[0]}: {error}")

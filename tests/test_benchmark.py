@@ -251,6 +251,35 @@ def test_picture_from_records_alone(tmp_path: Path) -> None:
         plot.main([str(tmp_path / "empty.jsonl")])
 
 
+def test_table_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, readme = tmp_path / "h200.jsonl", tmp_path / "README.md"
+    speeds = {"fa2cupy": 330.0, "fa2": 300.0, "cudnn": 440.0, "fa3": 660.0, "fa4": 500.0}
+    whole = _records(speeds, [*cases.grid(), Case("fwd", 128, 8192, True, 2, 32, 8)])
+    part = [{**r, "run": "later"} for r in whole if r["head_dim"] == 64]
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*whole, *part]))
+    readme.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
+    monkeypatch.setattr(plot, "README", readme)
+    assert plot.main([str(path), "--readme"]) == 0
+    block = capsys.readouterr().out
+    assert readme.read_text() == f"a\n<!-- measured: begin -->\n{block}<!-- measured: end -->\nb\n"
+    rows = [line.split(" | ") for line in block.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 3 * 2 * 4 + 1 and {len(row) for row in rows} == {10}  # FA3 has no backward
+    assert rows[-1][2:6] == ["1.100", "0.750", "0.500", "0.660"]
+    assert not path.with_suffix(".png").exists()
+    with pytest.raises(ValueError, match="no run has every cell"):
+        plot.last_whole_run(part)
+
+
+def test_the_readme_has_the_last_whole_run() -> None:
+    for path in results.RESULTS.glob("h200.jsonl"):  # an sdist has none
+        records = results.load(path)
+        run = plot.last_whole_run(records)
+        block = plot.readme_block([r for r in records if r["run"] == run])
+        assert block in (ROOT / "README.md").read_text(), "run `python benchmarks/plot.py --readme`"
+
+
 def test_arguments_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     args = bench.parse(["--modes", "fwd", "--head-dims", "64,128", "--seqlens", "512", "--part", "1/2"])
     assert len(args.selected) == 2 and args.peers == ["fa2cupy", "fa2", "cudnn", "fa3", "fa4", "gemm"]
