@@ -104,7 +104,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const Shape& shape = params.shape;
   const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
   const Tile2 tile = tile_of(blockIdx.x, n_blocks, shape.num_heads_k, shape);
-  const int first_key = tile.block * kBlockN, keys = shape.seqlen_k - first_key;
+  // The longest first, but see my_turn.
+  const int n_block = kDeterministic && kCausal ? n_blocks - 1 - tile.block : tile.block;
+  const int first_key = n_block * kBlockN, keys = shape.seqlen_k - first_key;
   const int group = shape.num_heads / shape.num_heads_k;  // query heads of this key head
 
   const int key_row = warp_id() / kSplit * kKeyTiles * 16;
@@ -122,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   struct Step {
     int head, m_block, stage;
   };
-  const BlockRange range = query_blocks(shape, tile.block);
+  const BlockRange range = query_blocks(shape, n_block);
   const int last_head = (tile.head + 1) * group - 1;
   auto next_of = [&](const Step& step) {
     const bool last = step.m_block + 1 == range.end;
@@ -150,14 +152,21 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
                                          m_block * kBlockM, s_col);
   };
 
+  // Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
+  // the order in which they come to it. Blocks are launched in that order too, so that whoever is waited for is running.
+  auto my_turn = [&](int m_block) { return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block; };
+  int* turn_to_pass = nullptr;
+
   const bool any = range.begin < range.end;
   Step step{tile.head * group, range.begin, 0};
   if (any) load_queries(step);
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
     const int stage = step.stage, m_block = step.m_block;
+    if (kDeterministic) __threadfence();  // this thread's part of the last step's dQ, before its turn is passed on
     cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
     __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
+    if (kDeterministic && turn_to_pass && threadIdx.x == 0) red_release_add(turn_to_pass, 1);
     if (kStages > 1 && next.head <= last_head) load_queries(next);
     // S^T = K Q^T, P^T = exp(scale * S^T - lse)
     AccS acc_p;
@@ -174,30 +183,23 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadSteps>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0));
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage], s_col);
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
+    int* turn = params.dq_turn + tile_index(step);
+    if (kDeterministic && threadIdx.x == 0) {
+      while (ld_acquire(turn) != my_turn(m_block)) continue;  // the key block before this one has added its part of dQ
+    }
     // dV += P^T dO
     const auto smem_dout = operand_b(smem.dout[stage], 0, d_col);
     if constexpr (kSplit == 1) {
       gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout);
-      __syncthreads();  // dS^T is complete
+      __syncthreads();  // dS^T is complete, and it is this block's turn
     } else {
       store_accumulator(smem.p, key_row, s_col, acc_p);
-      __syncthreads();  // P^T and dS^T are complete
+      __syncthreads();  // P^T and dS^T are complete, and it is this block's turn
       gemm<kQuerySteps>(acc_dv, smem_p, smem_dout);
     }
     // dQ += dS K
-    int* turn = params.dq_turn + tile_index(step);
-    if constexpr (kDeterministic) {
-      if (threadIdx.x == 0) {
-        while (ld_acquire(turn) != tile.block) continue;  // the key block before this one has added its part
-      }
-      __syncthreads();  // so nobody adds before that
-    }
     add_dq(params.dq_accum + tile_index(step) * kDqTileFloats, smem);
-    if constexpr (kDeterministic) {
-      __threadfence();  // this thread's part of dQ, before its turn is passed on
-      __syncthreads();  // everybody has added
-      if (threadIdx.x == 0) red_release_add(turn, 1);
-    }
+    turn_to_pass = turn;
     // dK += dS^T Q
     const auto smem_q = operand_b(smem.q[stage], 0, d_col);
     if constexpr (kSplit == 1) {
@@ -219,8 +221,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     for (int j = 0; j < kDCols / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_dk.x[i][j][e] *= params.softmax_scale;
+  if (kDeterministic) __threadfence();  // as above, for the last step
   cp_async_wait_group<0>();  // K and V landed, should there have been no step
   __syncthreads();           // everybody is done with K and V
+  if (kDeterministic && turn_to_pass && threadIdx.x == 0) red_release_add(turn_to_pass, 1);
   store_accumulator(smem.k, key_row, d_col, acc_dk);
   store_accumulator(smem.v, key_row, d_col, acc_dv);
   __syncthreads();  // dK and dV are in shared memory
