@@ -1,7 +1,7 @@
 """Try tiles: compile many variants of a kernel at once, check each, time them in turns, print a table.
 
     python benchmarks/variants.py fwd:d128:b4:s4096:h16:causal+fwd:d128:b4:s4096:h16:full \\
-        "block_m=128,block_n=64,num_warps=4" "block_m=128,block_n=128,num_warps=8,q_in_regs=True" "FA2_SOMETHING=1"
+        "block_m=128,block_n=64,num_warps=4" "block_m=128,block_n=128,num_warps=8,q_steps_in_regs=8" "FA2_SOMETHING=1"
 
 The first variant is always the row of the table as it is. A variant changes fields of that row (lower case: FwdTile and
 BwdTile in fa2cupy/kernels/tiles.py) and defines (FA2_...), separated by commas. `a|b` after `=` stands for either, so

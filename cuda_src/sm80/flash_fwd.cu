@@ -30,6 +30,27 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 using AccS = Accumulator<kMTiles, kSTiles>;
 using AccO = Accumulator<kMTiles, kOTiles>;
 
+// Q as the A operand of S = Q K^T: its first kQStepsInRegs blocks of 16 columns stay in registers, the others are read from
+// shared memory for every block of keys.
+struct QOperand {
+  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
+  Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
+
+  FA2_DEVICE void keep() {
+#pragma unroll
+    for (int k = 0; k < kQStepsInRegs; ++k)
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
+  }
+  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
+    if (k < kQStepsInRegs) {
+      kept.load(r, i, k);
+    } else {
+      smem.load(r, i, k);
+    }
+  }
+};
+
 // -inf where a query does not see a key. `row` and `col`: of this thread's first element.
 FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
 #pragma unroll
@@ -83,14 +104,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
   load_keys(smem.k, gmem_k, ks.row, range.end - 1, False{});  // committed with Q
 
-  Fragments<kMTiles, kQInRegs ? kHeadSteps : 1> frag_q;
-  if constexpr (kQInRegs) {
+  QOperand operand_q{smem_q};
+  if constexpr (kQStepsInRegs > 0) {
     cp_async_wait_group<0>();  // Q landed (and the first K)
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kHeadSteps; ++k)
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) smem_q.load(frag_q.r[i][k], i, k);
+    __syncthreads();           // everybody's part of Q is there
+    operand_q.keep();
   }
 
   Softmax<kMTiles> softmax;
@@ -105,11 +123,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     // S = Q K^T
     AccS acc_s;
     acc_s.clear();
-    if constexpr (kQInRegs) {
-      gemm<kHeadSteps>(acc_s, frag_q, smem_k);
-    } else {
-      gemm<kHeadSteps>(acc_s, smem_q, smem_k);
-    }
+    gemm<kHeadSteps>(acc_s, operand_q, smem_k);
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     if (n > 0) load_keys(smem.k, gmem_k, ks.row, n - 1, True{});  // only the last block may have rows past the end

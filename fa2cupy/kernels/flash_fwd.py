@@ -30,7 +30,7 @@ class ForwardPlan(Plan):
 def plan_forward(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile | None = None) -> ForwardPlan:
     """How to compute `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
     head_dim = padded_head_dim(problem.head_dim)
-    tile = tile or forward_tile(device.shared_mem_optin, head_dim)
+    tile = tile or forward_tile(device.shared_mem_optin, head_dim, problem.seqlen_q)
     arch = plans.architecture(device)
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
@@ -71,7 +71,7 @@ def _defines(
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
-        "FA2_Q_IN_REGS": int(tile.q_in_regs),
+        "FA2_Q_STEPS_IN_REGS": min(tile.q_steps_in_regs, head_dim // 16),
         "FA2_RESCALE_ON_DEMAND": int(tile.rescale_on_demand),
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),

@@ -55,19 +55,21 @@ def _tile_bytes(rows: int, columns: int) -> int:
 class FwdTile:
     """A row of the forward table.
 
-    head_dim: the largest one that this row serves. block_m query rows x block_n keys. q_in_regs: Q's fragments stay in
-    registers. rescale_on_demand: a vote decides whether O is multiplied (softmax.cuh); else it always is. spill_bytes:
-    what ptxas is allowed to spill, the most on any architecture.
+    head_dim: the largest one that this row serves. block_m query rows x block_n keys. q_steps_in_regs: how many of Q's
+    blocks of 16 columns stay in registers. rescale_on_demand: a vote decides whether O is multiplied (softmax.cuh);
+    else it always is. spill_bytes: what ptxas is allowed to spill, the most on any architecture. max_seqlen_q: the
+    longest query sequence it serves.
     """
 
     head_dim: int
     block_m: int
     block_n: int
     num_warps: int
-    q_in_regs: bool
+    q_steps_in_regs: int
     rescale_on_demand: bool
     note: str
     spill_bytes: int = 0
+    max_seqlen_q: int = 2**31
 
     def shared_mem_bytes(self, head_dim: int) -> int:
         """Of `SharedMemory` in sm80/flash_fwd.cu; `head_dim` is padded."""
@@ -117,22 +119,23 @@ class BwdTile:
 
 
 _FWD_LARGE = (
-    FwdTile(64, 128, 96, 4, True, True, "32 rows per warp; without spill, 128x64x4 is 5% slower", 40),
-    FwdTile(96, 128, 64, 4, False, False, "32 rows per warp; Q's fragments would spill"),
-    FwdTile(128, 128, 64, 4, False, True, "32 rows per warp; without spill, 128x32x4 is 8% slower", 48),
-    FwdTile(160, 128, 32, 4, False, False, "32 rows per warp; without spill, 64x64x4 is 15% slower", 40),
-    FwdTile(192, 64, 64, 4, True, False, "16 rows per warp, two blocks per multiprocessor"),
-    FwdTile(256, 64, 64, 4, False, False, "16 rows per warp, O alone takes 128 registers"),
+    FwdTile(64, 128, 96, 4, 4, True, "32 rows per warp; without spill, 128x64x4 is 5% slower", 40),
+    FwdTile(96, 128, 64, 4, 1, False, "32 rows per warp; more of Q's fragments would spill"),
+    FwdTile(128, 128, 64, 4, 0, True, "32 rows per warp; without spill, 128x32x4 is 8% slower", 48),
+    FwdTile(160, 128, 32, 4, 0, False, "32 rows per warp; without spill, 64x64x4 is 15% slower", 40),
+    FwdTile(192, 64, 64, 4, 12, False, "16 rows per warp, two blocks per multiprocessor"),
+    FwdTile(256, 64, 64, 4, 0, False, "two blocks an SM: short sequences are all prologue", max_seqlen_q=1024),
+    FwdTile(256, 128, 64, 8, 8, False, "16 rows per warp, O alone takes 128 registers; 64x64x4 is 5% slower", 16),
 )
 FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     232448: _FWD_LARGE,
     166912: _FWD_LARGE,
     101376: (
-        FwdTile(64, 128, 64, 4, True, False, "36 KB at head_dim 64: two blocks per multiprocessor"),
-        FwdTile(96, 128, 32, 4, False, False, "39 KB at head_dim 96: two blocks per multiprocessor"),
-        FwdTile(128, 64, 32, 4, True, False, "34 KB at head_dim 128: two blocks per multiprocessor"),
-        FwdTile(192, 64, 32, 4, True, False, "50 KB at head_dim 192"),
-        FwdTile(256, 64, 64, 4, False, False, "99 KB at head_dim 256"),
+        FwdTile(64, 128, 64, 4, 4, False, "36 KB at head_dim 64: two blocks per multiprocessor"),
+        FwdTile(96, 128, 32, 4, 0, False, "39 KB at head_dim 96: two blocks per multiprocessor"),
+        FwdTile(128, 64, 32, 4, 8, False, "34 KB at head_dim 128: two blocks an SM; spills on sm_120 only", 24),
+        FwdTile(192, 64, 32, 4, 12, False, "50 KB at head_dim 192"),
+        FwdTile(256, 64, 64, 4, 0, False, "99 KB at head_dim 256"),
     ),
 }
 
@@ -158,9 +161,10 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
 }
 
 
-def forward_tile(shared_mem_optin: int, head_dim: int) -> FwdTile:
-    """The row for a head_dim on a GPU with that much shared memory per block."""
-    return next(tile for tile in FWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
+def forward_tile(shared_mem_optin: int, head_dim: int, seqlen_q: int) -> FwdTile:
+    """The row for a head_dim and a length, on a GPU with that much shared memory per block."""
+    rows = FWD_TILES[shared_memory_class(shared_mem_optin)]
+    return next(tile for tile in rows if head_dim <= tile.head_dim and seqlen_q <= tile.max_seqlen_q)
 
 
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
