@@ -62,16 +62,19 @@ struct Softmax {
     }
   }
 
-  // m in the exponent. The rounded product is used in P and in alpha alike: rounding it in two ways would show. A row
-  // that has seen no key yet has m = -inf; any finite number makes its P exp2(-inf) = 0.
-  static FA2_DEVICE float scaled_max(float m, float scale_log2) { return m == -kInfinity ? 0.f : m * scale_log2; }
+  // m * scale_log2, rounded: __fmul_rn, or the compiler would fuse it into what follows. P, alpha and lse take the same
+  // number; rounding it in two ways would show.
+  static FA2_DEVICE float scaled(float m, float scale_log2) { return __fmul_rn(m, scale_log2); }
+
+  // The same in an exponent: a row that has seen no key yet has m = -inf, and any finite number makes its P exp2(-inf) = 0.
+  static FA2_DEVICE float scaled_max(float m, float scale_log2) { return m == -kInfinity ? 0.f : scaled(m, scale_log2); }
 
   // O = diag(alpha) O and l = alpha l for 16 rows, with alpha = exp2(m_old - m_new).
   template <int kOTiles>
   FA2_DEVICE void rescale(int i, const float (&new_max)[2], float (&o)[kOTiles][4], float scale_log2) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float alpha = ex2(max[i][h] * scale_log2 - scaled_max(new_max[h], scale_log2));
+      const float alpha = ex2(scaled(max[i][h], scale_log2) - scaled_max(new_max[h], scale_log2));
       max[i][h] = new_max[h];
       sum[i][h] *= alpha;
 #pragma unroll
@@ -97,6 +100,6 @@ struct Softmax {
       }
   }
   FA2_DEVICE float lse(int i, int h, float scale_log2) const {
-    return (max[i][h] * scale_log2 + lg2(sum[i][h])) * kLn2;
+    return (scaled(max[i][h], scale_log2) + lg2(sum[i][h])) * kLn2;
   }
 };

@@ -7,8 +7,9 @@
 // P^T and dS^T leave the accumulators as the A operands of dV += P^T dO and dK += dS^T Q. dQ alone needs dS of all warps:
 // it goes through shared memory, and dS K is added to dq_accum in global memory.
 //
-// kSplit = 2 (head_dim > 128, where 16 rows of dK and dV fill the registers): two warps share 16 key rows. Each computes half
-// of the query columns of S^T and owns half of the head_dim columns of dK and dV; P^T goes through shared memory too.
+// kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
+// computes its part of the query columns of S^T and owns its part of the head_dim columns of dK and dV; P^T goes through
+// shared memory too.
 #include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
 #include "sm80/tile.cuh"

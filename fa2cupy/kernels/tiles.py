@@ -120,9 +120,9 @@ class BwdTile:
 
 _FWD_LARGE = (
     FwdTile(64, 128, 96, 4, 4, True, "32 rows per warp; without spill, 128x64x4 is 5% slower", 40),
-    FwdTile(96, 128, 64, 4, 1, False, "32 rows per warp; more of Q's fragments would spill"),
-    FwdTile(128, 128, 64, 4, 0, True, "32 rows per warp; without spill, 128x32x4 is 8% slower", 48),
-    FwdTile(160, 128, 32, 4, 0, False, "32 rows per warp; without spill, 64x64x4 is 15% slower", 40),
+    FwdTile(96, 128, 64, 4, 0, False, "32 rows per warp; Q's fragments would spill"),
+    FwdTile(128, 128, 64, 4, 0, True, "32 rows per warp; without spill, 128x32x4 is 11% slower", 48),
+    FwdTile(160, 128, 32, 4, 0, False, "32 rows per warp; without spill, 64x64x4 is 15% slower", 48),
     FwdTile(192, 64, 64, 4, 12, False, "16 rows per warp, two blocks per multiprocessor"),
     FwdTile(256, 64, 64, 4, 0, False, "two blocks an SM: short sequences are all prologue", max_seqlen_q=1024),
     FwdTile(256, 128, 64, 8, 8, False, "16 rows per warp, O alone takes 128 registers; 64x64x4 is 5% slower", 16),

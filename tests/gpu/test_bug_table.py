@@ -165,6 +165,19 @@ def test_one_query_with_very_negative_scores(seqlen_k: int, causal: bool, device
             assert bool(error <= 0.1), f"{name}: {float(error):.3e}"
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 256])
+def test_equal_scores_far_from_zero(head_dim: int, device: torch.device) -> None:
+    """Scores of 50,176 everywhere: a rescaling by anything but exactly 1 would weigh early keys against late ones."""
+    inputs = inputs_of(Case(128, 4096, head_dim, "bfloat16", False), device)
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    q[...], k[...] = 0.0, 0.0
+    q[..., 0], k[..., 0] = 256.0, 196.0
+    v[:, :2048], v[:, 2048:] = 1.0, -1.0
+    out, lse = fa2cupy.attention(q, k, v, softmax_scale=1.0, return_lse=True)
+    assert bool((out == 0).all()), float(out.abs().amax())
+    assert torch.allclose(lse.double(), torch.full_like(lse, 50176 + math.log(4096)).double(), rtol=1e-6)
+
+
 def test_nan_in_rows_that_nobody_uses(device: torch.device) -> None:
     """Leading query rows without keys may hold anything, and so may dout there."""
     for dtype in DTYPES:

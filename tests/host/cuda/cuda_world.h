@@ -112,3 +112,9 @@ inline int __any_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
   }, {file, line});
   return static_cast<int>(args.result);
 }
+
+// A product that no FMA swallows.
+inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b;
+    return product;
+}
