@@ -133,7 +133,7 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     101376: (
         FwdTile(64, 128, 64, 4, 4, False, "36 KB at head_dim 64: two blocks per multiprocessor"),
         FwdTile(96, 128, 32, 4, 0, False, "39 KB at head_dim 96: two blocks per multiprocessor"),
-        FwdTile(128, 64, 32, 4, 8, False, "34 KB at head_dim 128: two blocks an SM; spills on sm_120 only", 24),
+        FwdTile(128, 64, 32, 4, 8, False, "34 KB at head_dim 128: two blocks an SM; spills on sm_120 only", 36),
         FwdTile(192, 64, 32, 4, 12, False, "50 KB at head_dim 192"),
         FwdTile(256, 64, 64, 4, 0, False, "99 KB at head_dim 256"),
     ),
@@ -144,7 +144,7 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
         BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks an SM; spills on sm_100", 40),
         BwdTile(160, 64, 128, 8, 2, 2, 2, "32 keys x half of head_dim per warp; spills on sm_100", 40),
         BwdTile(192, 64, 96, 8, 2, 4, 1, "48 keys x a quarter of head_dim per warp; spills on sm_100", 8),
-        BwdTile(256, 64, 64, 8, 2, 4, 1, "32 keys x a quarter of head_dim per warp, 222 KB"),
+        BwdTile(256, 64, 64, 8, 2, 4, 1, "32 keys x a quarter of head_dim per warp, 222 KB; spills on sm_100", 4),
     ),
     166912: (
         BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks per multiprocessor"),
