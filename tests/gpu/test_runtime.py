@@ -212,7 +212,8 @@ print(json.dumps(times))
 
 
 def _worker(cache: Path) -> subprocess.Popen[str]:
-    environment = dict(os.environ, FA2CUPY_CACHE_DIR=str(cache), PYTHONPATH=_path())
+    # From CUDA 13 on NVRTC keeps a cache of its own, which would make a cold start look warm.
+    environment = dict(os.environ, FA2CUPY_CACHE_DIR=str(cache), CUDA_CACHE_DISABLE="1", PYTHONPATH=_path())
     return subprocess.Popen(
         [sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
