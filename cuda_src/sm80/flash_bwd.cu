@@ -28,7 +28,7 @@ struct SharedMemory {
   Tile<kBlockN, kHeadDim> k, v;  // later dK and dV on their way to global memory
   Tile<kBlockM, kHeadDim> q[kStages], dout[kStages];
   Tile<kBlockN, kBlockM> ds;                          // dS^T
-  Tile<kSplit == 1 ? 16 : kBlockN, kBlockM> p;        // P^T, if two warps share it
+  Tile<kSplit == 1 ? 16 : kBlockN, kBlockM> p;        // P^T, if several warps share its keys
   alignas(16) float lse_log2[kStages][kBlockM];
   alignas(16) float softmax_d[kStages][kBlockM];
 };
