@@ -41,6 +41,7 @@ constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
 constexpr int kSplit = FA2_SPLIT;  // warps that share key rows
 constexpr bool kDeterministic = FA2_DETERMINISTIC;  // dQ is added in the order of the key blocks
+constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key block: each writes its part of dK and dV
 #endif
 
 #ifdef FA2_FILL_THREADS

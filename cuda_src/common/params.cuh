@@ -41,9 +41,12 @@ struct BwdParams {
   float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks): how many key blocks have added their dQ (deterministic only)
+  float* dk_partial;  // (batch, num_heads_k, head_splits, n_blocks * kBlockN, kHeadDim), scaled (head_splits > 1 only)
+  float* dv_partial;  // likewise
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;
   Shape shape;
   float scale_softmax_log2, softmax_scale;
+  int head_splits;  // thread blocks that share the query heads of a key head; divides num_heads / num_heads_k
 };
 
 struct FillParams {

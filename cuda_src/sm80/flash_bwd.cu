@@ -3,7 +3,10 @@
 //   P = exp(scale * Q K^T - lse)    dV = P^T dO    dP = dO V^T    dS = P * (dP - D)    dQ = scale * dS K    dK = scale * dS^T Q
 //
 // A thread block owns kBlockN keys of one key head and runs over the query blocks of all query heads that share it, so dK
-// and dV are summed in registers, GQA included. The scores are computed transposed (S^T = K Q^T): a warp owns key rows, and
+// and dV are summed in registers, GQA included. With too few of these blocks to fill the GPU (kPartialDkv), head_splits of
+// them share the query heads of a key head, and flash_bwd_combine sums what each has of dK and dV.
+//
+// The scores are computed transposed (S^T = K Q^T): a warp owns key rows, and
 // P^T and dS^T leave the accumulators as the A operands of dV += P^T dO and dK += dS^T Q. dQ alone needs dS of all warps:
 // it goes through shared memory, and dS K is added to dq_accum in global memory.
 //
@@ -77,6 +80,19 @@ FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const flo
   }
 }
 
+// Rows of kHeadDim floats = acc: four lanes write 32 bytes of a row, a whole sector.
+FA2_DEVICE void store_partial(float* gmem, int row, int col, const AccKV& acc) {
+  float* target = gmem + (row + accumulator_row()) * kHeadDim + col + accumulator_col();
+#pragma unroll
+  for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kDCols / 8; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        *reinterpret_cast<float2*>(target + (16 * i + 8 * h) * kHeadDim + 8 * j) =
+            float2{acc.x[i][j][2 * h], acc.x[i][j][2 * h + 1]};
+}
+
 // dq_accum += dS K for this warp's part of the tile.
 FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
   const int warp = warp_id();
@@ -104,11 +120,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
   const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const Tile2 tile = tile_of(blockIdx.x, n_blocks, shape.num_heads_k, shape);
+  // tile.head counts the shares of all key heads: head_splits for each, one after the other.
+  const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
+  const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int n_block = kDeterministic && kCausal ? n_blocks - 1 - tile.block : tile.block;
   const int first_key = n_block * kBlockN, keys = shape.seqlen_k - first_key;
-  const int group = shape.num_heads / shape.num_heads_k;  // query heads of this key head
+  const int head_k = tile.head / head_splits;
+  const int heads = shape.num_heads / shares;  // query heads of this share
 
   const int key_row = warp_id() / kSplit * kKeyTiles * 16;
   const int s_col = warp_id() % kSplit * kSCols, d_col = warp_id() % kSplit * kDCols;
@@ -118,15 +137,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const auto smem_ds = operand_a(smem.ds, key_row, 0);
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
-  load_tile(smem.k, params.k + tile.batch * ks.batch + tile.head * ks.head + first_key * ks.row, ks.row, keys, shape.head_dim);
-  load_tile(smem.v, params.v + tile.batch * vs.batch + tile.head * vs.head + first_key * vs.row, vs.row, keys, shape.head_dim);
+  load_tile(smem.k, params.k + tile.batch * ks.batch + head_k * ks.head + first_key * ks.row, ks.row, keys, shape.head_dim);
+  load_tile(smem.v, params.v + tile.batch * vs.batch + head_k * vs.head + first_key * vs.row, vs.row, keys, shape.head_dim);
 
-  // A step is a block of queries of one of the query heads that share these keys.
+  // A step is a block of queries of one of the query heads of this share.
   struct Step {
     int head, m_block, stage;
   };
   const BlockRange range = query_blocks(shape, n_block);
-  const int last_head = (tile.head + 1) * group - 1;
+  const int last_head = (tile.head + 1) * heads - 1;
   auto next_of = [&](const Step& step) {
     const bool last = step.m_block + 1 == range.end;
     return Step{step.head + last, last ? range.begin : step.m_block + 1, (step.stage + 1) % kStages};
@@ -154,12 +173,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   };
 
   // Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
-  // the order in which they come to it. Blocks are launched in that order too, so that whoever is waited for is running.
+  // the order in which they come to it. Blocks are launched in that order too, so that whoever is waited for is running:
+  // a query head belongs to one share, and tile_of gives the blocks of a share in the order of their turns.
   auto my_turn = [&](int m_block) { return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block; };
   int* turn_to_pass = nullptr;
 
   const bool any = range.begin < range.end;
-  Step step{tile.head * group, range.begin, 0};
+  Step step{tile.head * heads, range.begin, 0};
   if (any) load_queries(step);
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
@@ -215,7 +235,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     step = next;
   }
 
-  // dK and dV through the tiles of K and V.
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i)
 #pragma unroll
@@ -226,10 +245,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   cp_async_wait_group<0>();  // K and V landed, should there have been no step
   __syncthreads();           // everybody is done with K and V
   if (kDeterministic && turn_to_pass && threadIdx.x == 0) red_release_add(turn_to_pass, 1);
-  store_accumulator(smem.k, key_row, d_col, acc_dk);
-  store_accumulator(smem.v, key_row, d_col, acc_dv);
-  __syncthreads();  // dK and dV are in shared memory
-  const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-  store_tile(params.dk + tile.batch * dks.batch + tile.head * dks.head + first_key * dks.row, dks.row, keys, shape.head_dim, smem.k);
-  store_tile(params.dv + tile.batch * dvs.batch + tile.head * dvs.head + first_key * dvs.row, dvs.row, keys, shape.head_dim, smem.v);
+  if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
+    const int64_t block = static_cast<int64_t>(tile.batch * shares + tile.head) * n_blocks + n_block;
+    store_partial(params.dk_partial + block * kBlockN * kHeadDim, key_row, d_col, acc_dk);
+    store_partial(params.dv_partial + block * kBlockN * kHeadDim, key_row, d_col, acc_dv);
+  } else {  // through the tiles of K and V
+    store_accumulator(smem.k, key_row, d_col, acc_dk);
+    store_accumulator(smem.v, key_row, d_col, acc_dv);
+    __syncthreads();  // dK and dV are in shared memory
+    const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
+    store_tile(params.dk + tile.batch * dks.batch + head_k * dks.head + first_key * dks.row, dks.row, keys, shape.head_dim, smem.k);
+    store_tile(params.dv + tile.batch * dvs.batch + head_k * dvs.head + first_key * dvs.row, dvs.row, keys, shape.head_dim, smem.v);
+  }
 }

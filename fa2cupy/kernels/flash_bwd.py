@@ -1,4 +1,4 @@
-"""Plans of the backward: cuda_src/smxx/flash_bwd_preprocess.cu, sm80/flash_bwd.cu, smxx/flash_bwd_postprocess.cu."""
+"""Plans of the backward: cuda_src/sm80/flash_bwd.cu and smxx/flash_bwd_{preprocess,postprocess,combine}.cu."""
 
 from __future__ import annotations
 
@@ -19,16 +19,25 @@ __all__ = ["BackwardPlan", "compile_jobs", "plan_backward"]
 _PRE = ("smxx/flash_bwd_preprocess.cu", "flash_bwd_preprocess")
 _MAIN = ("sm80/flash_bwd.cu", "flash_bwd")
 _POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
+_COMBINE = ("smxx/flash_bwd_combine.cu", "flash_bwd_combine")
 _TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 _DQ, _DK, _DV, _WORKSPACE = 6, 7, 8, 9  # positions among the call's pointers
+
+# Thread blocks per multiprocessor that are enough: a wave and a half. With fewer, the query heads of a key head are
+# shared out among several blocks, which costs each of them a float32 part of dK and dV, and a kernel that sums these.
+_ENOUGH_WAVES = 1.5
 
 
 @dataclass(frozen=True)
 class BackwardPlan(Plan):
-    """Pointers: dout, q, k, v, out, lse, dq, dk, dv, workspace."""
+    """Pointers: dout, q, k, v, out, lse, dq, dk, dv, workspace.
+
+    head_splits: thread blocks among which the query heads of a key head are shared out.
+    """
 
     tile: BwdTile
     deterministic: bool
+    head_splits: int
 
 
 def plan_backward(
@@ -41,55 +50,78 @@ def plan_backward(
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
     launches: tuple[KernelLaunch, ...] = ()
-    workspace = 0
+    workspace, head_splits = 0, 1
     m_blocks, n_blocks = -(-rows // tile.block_m), -(-problem.seqlen_k // tile.block_n)
     query_tiles = m_blocks * problem.num_heads * problem.batch
     key_tiles = n_blocks * problem.num_heads_k * problem.batch
     if query_tiles and key_tiles:
         strides = dict(problem.strides)
         group = problem.num_heads // problem.num_heads_k
-        queries_bytes = group * rows * problem.head_dim * (2 + 2 + 4)
+        head_splits = _head_splits(key_tiles, group, device)
+        queries_bytes = group // head_splits * rows * problem.head_dim * (2 + 2 + 4)
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
         params.shape = plans.shape_params(problem, rows, plans.heads_per_section(device, problem.causal, queries_bytes))
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
+        params.head_splits = head_splits
         row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}
-        offsets, workspace = _workspace(tile, head_dim, query_tiles)
+        partial = head_splits > 1
+        offsets, workspace = _workspace(tile, head_dim, query_tiles, key_tiles * head_splits if partial else 0)
         pointers = tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_TENSORS))
         pointers += tuple((_WORKSPACE, offset) for offset in offsets)
         vector_red = device.cc >= (9, 0)
-        main, side = _defines(tile, problem.dtype, head_dim, problem.aligned, problem.causal, deterministic, vector_red)
-        threads = (32 * tile.num_warps, 1, 1)
-        for (source, name), defines, grid, shared in (
-            (_PRE, side, query_tiles, 0),
-            (_MAIN, main, key_tiles, tile.shared_mem_bytes(head_dim)),
-            (_POST, side, query_tiles, tile.postprocess_bytes(head_dim)),
-        ):
-            config = LaunchConfig((grid, 1, 1), threads, shared_mem_bytes=shared)
+        main, side = _defines(
+            tile, problem.dtype, head_dim, problem.aligned, problem.causal, deterministic, partial, vector_red
+        )
+        num_threads = 32 * tile.num_warps
+        steps = [
+            (_PRE, side, (query_tiles, 1, 1), 0),
+            (_MAIN, main, (key_tiles * head_splits, 1, 1), tile.shared_mem_bytes(head_dim)),
+            (_POST, side, (query_tiles, 1, 1), tile.postprocess_bytes(head_dim)),
+        ]
+        if partial:
+            chunks = problem.batch * problem.num_heads_k * problem.seqlen_k * -(-problem.head_dim // 8)
+            steps.append((_COMBINE, side, (-(-chunks // num_threads), 2, 1), 0))
+        for (source, name), defines, grid, shared in steps:
+            config = LaunchConfig(grid, (num_threads, 1, 1), shared_mem_bytes=shared)
             launches += (KernelLaunch(source, name, arch, defines, config, bytes(params), pointers),)
     launches += plans.fill_empty(problem, arch, "dq", _DQ, empty, problem.num_heads)
     if not rows:  # no query sees any key
         for name, position in (("dk", _DK), ("dv", _DV)):
             launches += plans.fill_empty(problem, arch, name, position, problem.seqlen_k, problem.num_heads_k)
-    return BackwardPlan(problem, launches, workspace, tile, deterministic)
+    return BackwardPlan(problem, launches, workspace, tile, deterministic, head_splits)
 
 
-def _workspace(tile: BwdTile, head_dim: int, query_tiles: int) -> tuple[tuple[int, ...], int]:
-    """Byte offsets of lse_log2, softmax_d, dq_accum and dq_turn, and the size of all."""
+def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
+    """Among how many blocks the `group` query heads of a key head are shared out: as few as are enough."""
+    divisors = (n for n in range(1, group + 1) if group % n == 0)
+    return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
+
+
+def _workspace(tile: BwdTile, head_dim: int, query_tiles: int, partial_tiles: int) -> tuple[tuple[int, ...], int]:
+    """Byte offsets of lse_log2, softmax_d, dq_accum, dq_turn, dk_partial and dv_partial, and the size of all."""
     rows = query_tiles * tile.block_m * 4
+    part = partial_tiles * tile.block_n * head_dim * 4
     offsets, end = [], 0
-    for size in (rows, rows, query_tiles * tile.dq_tile_floats(head_dim) * 4, query_tiles * 4):
+    for size in (rows, rows, query_tiles * tile.dq_tile_floats(head_dim) * 4, query_tiles * 4, part, part):
         offsets.append(end)
         end += -(-size // 256) * 256
     return tuple(offsets), end
 
 
 def _defines(
-    tile: BwdTile, dtype: str, head_dim: int, aligned: bool, causal: bool, deterministic: bool, vector_red: bool
+    tile: BwdTile,
+    dtype: str,
+    head_dim: int,
+    aligned: bool,
+    causal: bool,
+    deterministic: bool,
+    partial: bool,
+    vector_red: bool,
 ) -> tuple[dict[str, int | str], dict[str, int | str]]:
-    """Of the main kernel, and of the two beside it: what they agree on, and no more, so that binaries are shared."""
+    """Of the main kernel, and of those beside it: what they agree on, and no more, so that binaries are shared."""
     side = plans.common_defines(dtype, head_dim, aligned) | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
@@ -103,23 +135,29 @@ def _defines(
         "FA2_SPLIT": tile.split,
         "FA2_CAUSAL": int(causal),
         "FA2_DETERMINISTIC": int(deterministic),
+        "FA2_PARTIAL_DKV": int(partial),
         "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim),
     }
     return main, side | {"FA2_CAUSAL": 0, "FA2_SHARED_BYTES": tile.postprocess_bytes(head_dim)}
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the table, at its widest head_dim: causal, full and deterministic, with the kernels beside it."""
+    """Every row of the table, at its widest head_dim: causal, full and deterministic, with the kernels beside it.
+
+    The main kernel twice each: writing dk and dv, and writing its part of them.
+    """
     jobs = []
+    kinds = [(c, d, partial) for c, d in ((False, False), (True, False), (True, True)) for partial in (False, True)]
     for tile in BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]:
         label = f"{dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
         vector_red = int(arch.removeprefix("sm_")) >= 90
-        for causal, deterministic in ((False, False), (True, False), (True, True)):
-            main, side = _defines(tile, dtype, tile.head_dim, True, causal, deterministic, vector_red)
-            kind = ("causal" if causal else "full") + (" deterministic" if deterministic else "")
+        for causal, deterministic, partial in kinds:
+            main, side = _defines(tile, dtype, tile.head_dim, True, causal, deterministic, partial, vector_red)
+            kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
             shared = tile.shared_mem_bytes(tile.head_dim)
             jobs.append(CompileJob(*_MAIN, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
         jobs.append(CompileJob(*_PRE, arch, side, f"backward preprocess {label}", 0, 0))
+        jobs.append(CompileJob(*_COMBINE, arch, side, f"backward combine {label}", 0, 0))
         shared = tile.postprocess_bytes(tile.head_dim)
         jobs.append(CompileJob(*_POST, arch, side, f"backward postprocess {label}", shared, 0))
     return jobs

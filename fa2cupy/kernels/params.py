@@ -42,11 +42,12 @@ class FwdParams(ctypes.Structure):
 class BwdParams(ctypes.Structure):
     _fields_ = (
         *((name, c_uint64) for name in ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")),
-        *((name, c_uint64) for name in ("lse_log2", "softmax_d", "dq_accum", "dq_turn")),
+        *((name, c_uint64) for name in ("lse_log2", "softmax_d", "dq_accum", "dq_turn", "dk_partial", "dv_partial")),
         *((f"{name}_strides", Strides3) for name in ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")),
         ("shape", Shape),
         ("scale_softmax_log2", c_float),
         ("softmax_scale", c_float),
+        ("head_splits", c_int32),
     )
 
 
