@@ -93,6 +93,36 @@ def special_cases(backward: bool) -> Iterator[tuple[str, list[HostCase]]]:
         )
 
 
+def split_cases() -> list[tuple[HostCase, int]]:
+    """Query heads that share few keys; among how many thread blocks they are shared out on 4 multiprocessors."""
+    causal = Case(113, 203, 64, "bfloat16", True, batch=1, heads=(8, 1), seed=7)
+    full = dataclasses.replace(causal, seqlen_q=77, seqlen_k=150, causal=False, dtype="float16", heads=(6, 2))
+
+    def changed(case: Case, arch: str = "sm_90", flip: bool = False, **changes: object) -> HostCase:
+        return HostCase(dataclasses.replace(case, **changes), arch, flip)  # type: ignore[arg-type]
+
+    return [
+        (changed(causal), 4),
+        (changed(causal, batch=2, heads=(8, 2)), 1),
+        (changed(causal, heads=(8, 2), deterministic=True, layout="bhsd"), 2),
+        (changed(causal, seqlen_k=300, heads=(6, 1), deterministic=True), 2),
+        (changed(causal, seqlen_q=203, seqlen_k=40), 8),  # query rows that see no key
+        (changed(causal, seqlen_q=0), 1),  # keys that no query sees
+        (changed(causal, seqlen_q=1, seqlen_k=385), 2),
+        (changed(causal, seqlen_q=300, seqlen_k=300, head_dim=40, pad=8, order=2), 2),
+        (changed(full), 3),
+        (changed(full, heads=(7, 7)), 1),
+        (changed(full, seqlen_k=3, scale=30.0), 3),
+        (changed(full, head_dim=59, deterministic=True), 3),
+        (changed(full, shift=3, pad=5, flip=True), 3),
+        (changed(full, "sm_80", head_dim=128, heads=(4, 1), deterministic=True), 4),
+        (changed(full, "sm_86", head_dim=128, heads=(4, 1)), 2),
+        (changed(full, "sm_86", head_dim=256, seqlen_k=70, heads=(4, 1)), 2),
+        (changed(full, head_dim=256, heads=(4, 1), expanded=True), 2),
+        (changed(causal, head_dim=192, seqlen_k=150, dtype="float16"), 4),
+    ]
+
+
 def arch_cases(head_dim: int, arch: str, dtype: str) -> list[HostCase]:
     """The tiles of another class of shared memory; before sm_90, dQ is added one float at a time."""
     return [

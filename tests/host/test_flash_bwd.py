@@ -1,12 +1,13 @@
-"""cuda_src/sm80/flash_bwd.cu with the two kernels of smxx beside it, run on the CPU under three schedules."""
+"""cuda_src/sm80/flash_bwd.cu with the kernels of smxx beside it, run on the CPU under three schedules."""
 
 from __future__ import annotations
 
 import pytest
 
+from fa2cupy.kernels import BackwardPlan
 from tests.gpu.cases import DTYPES
 from tests.host import cases
-from tests.host.kernel_run import HostCase, check
+from tests.host.kernel_run import HostCase, check, prepare
 
 BACKWARD = True
 USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
@@ -26,6 +27,15 @@ def test_head_dims(head_dim: int, dtype: str) -> None:
 @pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in USUAL_SPECIALS])
 def test_special_cases(host_cases: list[HostCase]) -> None:
     run_all(host_cases)
+
+
+@pytest.mark.parametrize(
+    "host_case, head_splits", [pytest.param(*pair, id=str(pair[0])) for pair in cases.split_cases()]
+)
+def test_head_splits(host_case: HostCase, head_splits: int) -> None:
+    plan = prepare(host_case, BACKWARD).plan
+    assert isinstance(plan, BackwardPlan) and plan.head_splits == head_splits
+    check(host_case, BACKWARD)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ FORWARD = {
     "sections": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (3, 3), seed=7)),
 }
 BACKWARD = {
-    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (2, 1), seed=1)),
+    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (2, 1), seed=1)),
     "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2)),
     "deterministic": HostCase(Case(150, 400, 64, "bfloat16", False, 1, (2, 1), deterministic=True, seed=3), "sm_86"),
     "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=4)),
@@ -41,6 +41,8 @@ BACKWARD = {
     "sections": HostCase(Case(100, 203, 64, "bfloat16", True, 3, (3, 3), seed=10)),
     "few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),  # some lse are far below 0
     "tiny": HostCase(Case(150, 150, 16, "bfloat16", False, 1, (2, 2), seed=11)),
+    "splits": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (8, 2), seed=13)),  # two blocks with two heads each
+    "splits-unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (6, 1), deterministic=True, seed=14)),
 }
 
 # What only an unlucky order of blocks shows gets a few more of them.
@@ -106,7 +108,7 @@ def test_every_synchronisation_is_needed_and_watched() -> None:
 RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
 FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
-FILL = "smxx/fill_empty.cu"
+COMBINE, FILL = "smxx/flash_bwd_combine.cu", "smxx/fill_empty.cu"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
 MUTANTS = [
@@ -147,6 +149,15 @@ MUTANTS = [
     # which head of which batch
     ("fwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
     ("bwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
+    # which of the blocks that share a key head
+    ("bwd", "splits", BWD, "head_k = tile.head / head_splits", "head_k = tile.head % shape.num_heads_k"),
+    ("bwd", "splits", BWD, "(tile.head + 1) * heads - 1", "(tile.head + 1) * heads - 2"),
+    ("bwd", "splits", BWD, "(tile.batch * shares + tile.head) * n_blocks", "(tile.batch * shares + head_k) * n_blocks"),
+    ("bwd", "splits", BWD, "(row + accumulator_row()) * kHeadDim", "accumulator_row() * kHeadDim"),
+    ("bwd", "splits", COMBINE, "split < params.head_splits", "split < params.head_splits - 1"),
+    ("bwd", "splits", COMBINE, "split < params.head_splits", "split <= params.head_splits"),
+    ("bwd", "splits", COMBINE, "row_of_keys * params.head_splits * part_floats", "row_of_keys * part_floats"),
+    ("bwd", "splits", COMBINE, "ceil_div(shape.seqlen_k, kBlockN)) * kBlockN", "shape.seqlen_k)"),
     # what is read
     ("fwd", "full", TILE, "map.row + pass < rows_of_lane", "map.row + pass <= rows_of_lane"),
     ("bwd", "full", TILE, "map.row + pass < rows_of_lane", "map.row + pass <= rows_of_lane"),
@@ -168,6 +179,9 @@ MUTANTS = [
     ("fwd", "unaligned", TILE, "if (row < rows && col < head_dim)", "if (row < rows && col <= head_dim)"),
     ("fwd", "full", FWD, "if (row + 16 * i + 8 * h < rows)", "if (row + 16 * i + 8 * h <= rows)"),
     ("bwd", "narrow", POST, "if (dq_col(warp) + 8 * j >= kHeadDim) break;", ""),
+    ("bwd", "splits", COMBINE, "if (batch >= shape.batch) return", "if (batch > shape.batch) return"),
+    ("bwd", "splits-unaligned", COMBINE, "ceil_div(shape.head_dim, 8)", "shape.head_dim / 8"),
+    ("bwd", "splits-unaligned", COMBINE, "if (col + i < head_dim)", "if (col + i <= head_dim)"),
     ("fwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
     ("fwd", "dropped", FILL, "min(piece * 16 + 16, params.head_dim)", "piece * 16 + 16"),
     ("bwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
