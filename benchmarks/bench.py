@@ -114,23 +114,24 @@ def check_agreement(case: Case, calls: dict[str, Any], names: Sequence[str]) -> 
 
 def measure(
     case: Case, names: Sequence[str], clock: Clock, bursts: int, burst_ms: float
-) -> tuple[dict[str, float], dict[str, str], str]:
-    """name -> milliseconds, name -> why not, and a remark (workspace, bursts thrown away)."""
+) -> tuple[dict[str, float], dict[str, int], dict[str, str], str]:
+    """name -> milliseconds, name -> bytes of workspace, name -> why not, and a remark (bursts thrown away)."""
     import torch
 
     tensors = peers.make_tensors(case)
     calls, refused = peers.calls(case, tensors, names)
     check_agreement(case, calls, names)
     timings = take_turns(calls, clock, bursts=bursts, burst_ms=burst_ms)
-    remarks = []
-    if case.mode == "bwd" and "fa2cupy" in calls:
-        remarks.append(f"workspace {peers.workspace_bytes(case, tensors) / 2**20:.1f} MiB")
+    workspaces = {
+        name: peers.workspace_bytes(case, tensors, name == results.DETERMINISTIC)
+        for name in calls
+        if case.mode == "bwd" and name.startswith("fa2cupy")
+    }
     late = {name: t.thrown_away for name, t in timings.items() if t.thrown_away}
-    if late:
-        remarks.append("thrown away " + " ".join(f"{name} {n}" for name, n in late.items()))
+    remark = "thrown away " + " ".join(f"{name} {n}" for name, n in late.items()) if late else ""
     del tensors, calls
     torch.cuda.empty_cache()
-    return {name: t.ms for name, t in timings.items()}, refused, ", ".join(remarks)
+    return {name: t.ms for name, t in timings.items()}, workspaces, refused, remark
 
 
 def measure_gemm(clock: Clock, bursts: int, burst_ms: float) -> float:
@@ -188,11 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"GEMM {GEMM_SIZE}^3: {GEMM_FLOPS / ms / 1e9:.0f} TFLOP/s", flush=True)
     # On a terminal a bar; in a log the lines that are written above it are enough.
     for case in tqdm(args.selected, desc="cells", ascii=" -", disable=None):
-        times, refused, remark = measure(case, names, clock, args.bursts, args.burst_ms)
+        times, workspaces, refused, remark = measure(case, names, clock, args.bursts, args.burst_ms)
         for name, ms in times.items():
             kernel = peers.kernel_family(case) if name.startswith("fa2cupy") else None
-            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, kernel))
-        speeds = "  ".join(f"{name} {case.flops / ms / 1e9:.0f}" for name, ms in times.items())
+            size = workspaces.get(name)
+            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, kernel, size))
+        speeds = "  ".join(
+            f"{name} {case.flops / ms / 1e9:.0f}"
+            + (f" (workspace {workspaces[name]} bytes)" if name in workspaces else "")
+            for name, ms in times.items()
+        )
         tqdm.write(f"{case.label}: {speeds}" + (f"  ({remark})" if remark else ""))
         for name, reason in refused.items():
             if not (name == "fa3" and case.mode == "bwd"):

@@ -35,7 +35,7 @@ OURS = "fa2cupy"
 DETERMINISTIC = "fa2cupy-deterministic"  # ours with deterministic=True, measured on request
 PEERS = ("fa2", "cudnn", "fa3", "fa4")
 CELL_KEYS = ("mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads", "num_heads_k")
-KEYS = ("run", "peer", "kernel", *CELL_KEYS, "ms", "tflops", "gpu", "date", "commit")
+KEYS = ("run", "peer", "kernel", *CELL_KEYS, "ms", "tflops", "workspace_bytes", "gpu", "date", "commit")
 
 Record = dict[str, object]
 
@@ -72,9 +72,20 @@ def file_name(gpu: str) -> str:
 
 
 def make_record(
-    run: str, peer: str, case: Case | None, ms: float, flops: float, gpu: str, commit: str, kernel: str | None = None
+    run: str,
+    peer: str,
+    case: Case | None,
+    ms: float,
+    flops: float,
+    gpu: str,
+    commit: str,
+    kernel: str | None = None,
+    workspace_bytes: int | None = None,
 ) -> Record:
-    """A line of the results. case is None for the GEMM; kernel (sm80, sm90) is for ours. Milliseconds and TFLOP/s."""
+    """A line of the results. case is None for the GEMM; kernel (sm80, sm90) is for ours. Milliseconds and TFLOP/s.
+
+    workspace_bytes: of our backward; None where it is not known.
+    """
     cell = {key: getattr(case, key) if case is not None else None for key in CELL_KEYS}
     if case is None:
         cell["dtype"] = "bfloat16"
@@ -85,6 +96,7 @@ def make_record(
         **cell,
         "ms": round(ms, 5),
         "tflops": round(flops / ms / 1e9, 1),
+        "workspace_bytes": workspace_bytes,
         "gpu": gpu,
         "date": run[:10],
         "commit": commit,
@@ -203,8 +215,12 @@ def _line(title: str, values: Mapping[tuple[object, ...], float], with_mode: boo
 
 
 def summary(records: Sequence[Mapping[str, object]]) -> str:
-    """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run."""
+    """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run.
+
+    Beside a backward cell the bytes of our workspace, which records of before 2026-11-22 do not have.
+    """
     flops = {(_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None}
+    workspaces = {_cell(r): r["workspace_bytes"] for r in records if r["peer"] == OURS and "workspace_bytes" in r}
     gemm = [float(str(r["tflops"])) for r in records if r["peer"] == "gemm"]
     present = dict.fromkeys(str(r["peer"]) for r in records)
     peers = [p for p in PEERS if p in present]
@@ -218,6 +234,7 @@ def summary(records: Sequence[Mapping[str, object]]) -> str:
             f"{mode}, TFLOP/s".ljust(30)
             + "".join(f"{n.removeprefix('fa2cupy-')[:8]:>9s}" for n in names)
             + "   ours/fa2  ours/best"
+            + ("  workspace bytes" if mode == "bwd" else "")
         )
         for cell in cells:
             row = describe(cell).ljust(30)
@@ -226,6 +243,9 @@ def summary(records: Sequence[Mapping[str, object]]) -> str:
             others = [flops[cell, p] for p in peers if (cell, p) in flops]
             row += f"{mine / fa2:11.3f}" if mine and fa2 else f"{'-':>11s}"
             row += f"{mine / max(others):11.3f}" if mine and others else f"{'-':>11s}"
+            if mode == "bwd":
+                size = workspaces.get(cell)
+                row += f"{'-' if size is None else size:>17}"
             lines.append(row)
         lines.append("")
     for mode in ("fwd", "bwd"):

@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = [
     "run", "peer", "kernel", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads",
-    "num_heads_k", "ms", "tflops", "gpu", "date", "commit",
+    "num_heads_k", "ms", "tflops", "workspace_bytes", "gpu", "date", "commit",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_a_record_has_the_keys_and_no_others() -> None:
     case = cases.grid()[0]
     record = results.make_record(RUN, "fa2cupy", case, 0.5, case.flops, "NVIDIA H200", "abc", "sm80")
     assert list(record) == KEYS
-    assert record["date"] == "2026-01-02" and record["kernel"] == "sm80"
+    assert record["date"] == "2026-01-02" and record["kernel"] == "sm80" and record["workspace_bytes"] is None
     assert record["tflops"] == round(case.flops / 0.5 / 1e9, 1)
     gemm = results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc")
     assert list(gemm) == KEYS and gemm["mode"] is None and gemm["tflops"] == pytest.approx(785, abs=1)
@@ -179,7 +179,8 @@ def test_committed_results_have_no_cell_twice_in_a_run() -> None:
         records = results.load(path)
         for run in {r["run"] for r in records}:
             results.by_cell([r for r in records if r["run"] == run])
-        assert all(list(r) == KEYS for r in records), path
+        older = [key for key in KEYS if key != "workspace_bytes"]
+        assert all(list(r) in (KEYS, older) for r in records), path
     assert sum(p.stat().st_size for p in results.RESULTS.glob("*")) < 5 << 20
 
 
@@ -206,6 +207,10 @@ def test_summary_names_the_lowest_cell() -> None:
     ours = [r for r in records if r["mode"] == "bwd" and r["peer"] == "fa2cupy"]
     text = results.summary([*records, *({**r, "peer": results.DETERMINISTIC} for r in ours)])
     assert "bwd deterministic/default    1.000" in text and "bwd fa2cupy/best peer        1.0" in text
+    sized = results.summary([{**r, "workspace_bytes": 1234567} for r in ours])
+    assert all(line.endswith(" 1234567") for line in sized.splitlines() if line.startswith("D"))
+    unsized = results.summary([{k: v for k, v in r.items() if k != "workspace_bytes"} for r in ours])
+    assert sized.replace("1234567", "      -") == unsized
     only_peers = results.summary(_records({"fa2": 300.0, "fa4": 500.0}))
     assert "no cell has both" in only_peers
 

@@ -128,6 +128,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const int first_key = n_block * kBlockN, keys = shape.seqlen_k - first_key;
   const int head_k = tile.head / head_splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
+  // Which part of dK and dV this is (kPartialDkv). Computed at the end, it takes the loop two registers more.
+  const int part = (tile.batch * shares + tile.head) * n_blocks + n_block;
 
   const int key_row = warp_id() / kSplit * kKeyTiles * 16;
   const int s_col = warp_id() % kSplit * kSCols, d_col = warp_id() % kSplit * kDCols;
@@ -246,9 +248,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   __syncthreads();           // everybody is done with K and V
   if (kDeterministic && turn_to_pass && threadIdx.x == 0) red_release_add(turn_to_pass, 1);
   if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
-    const int64_t block = static_cast<int64_t>(tile.batch * shares + tile.head) * n_blocks + n_block;
-    store_partial(params.dk_partial + block * kBlockN * kHeadDim, key_row, d_col, acc_dk);
-    store_partial(params.dv_partial + block * kBlockN * kHeadDim, key_row, d_col, acc_dv);
+    const int64_t offset = static_cast<int64_t>(part) * kBlockN * kHeadDim;
+    store_partial(params.dk_partial + offset, key_row, d_col, acc_dk);
+    store_partial(params.dv_partial + offset, key_row, d_col, acc_dv);
   } else {  // through the tiles of K and V
     store_accumulator(smem.k, key_row, d_col, acc_dk);
     store_accumulator(smem.v, key_row, d_col, acc_dv);

@@ -142,7 +142,7 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
 BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     232448: (
         BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks an SM; spills on sm_100", 40),
-        BwdTile(160, 64, 128, 8, 2, 2, 2, "32 keys x half of head_dim per warp; spills on sm_100", 40),
+        BwdTile(160, 64, 128, 8, 2, 2, 2, "32 keys x half of head_dim per warp; spills on sm_100", 44),
         BwdTile(192, 64, 96, 8, 2, 4, 1, "48 keys x a quarter of head_dim per warp; spills on sm_100", 8),
         BwdTile(256, 64, 64, 8, 2, 4, 1, "32 keys x a quarter of head_dim per warp, 222 KB; spills on sm_100", 4),
     ),
@@ -153,7 +153,7 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
         BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB"),
     ),
     101376: (
-        BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; 32x128 spills 112 bytes on sm_120"),
+        BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; spills on sm_120 only; 32x128 spills 112 bytes there", 4),
         BwdTile(128, 32, 64, 4, 2, 2, 2, "79 KB; 64x64 with one stage spills 52 bytes on sm_120"),
         BwdTile(192, 32, 32, 4, 1, 2, 2, "56 KB"),
         BwdTile(256, 32, 32, 4, 1, 2, 2, "71 KB; spills on sm_120 only", spill_bytes=24),

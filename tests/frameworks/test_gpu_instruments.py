@@ -173,8 +173,9 @@ def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert bench.main(["--cases", CELLS, "--bursts", "2", "--out", str(tmp_path), "--commit", "abc"]) == 0
     printed = capsys.readouterr().out
     assert "left out: fa3" in printed and "left out: fa4" in printed and "not run by cudnn" in printed
-    assert "bwd fa2cupy/fa2" in printed and "workspace" in printed
+    assert "bwd fa2cupy/fa2" in printed and "(workspace 0 bytes)" in printed
     records = results.load(tmp_path / "made-up-1.jsonl")
+    assert [r["workspace_bytes"] for r in records] == [None, None, None, 0, None]  # 0: ours ran on the CPU
     assert [(r["peer"], r["mode"], r["kernel"]) for r in records] == [
         ("gemm", None, None),
         ("fa2cupy", "fwd", "sm80"), ("fa2", "fwd", None), ("fa2cupy", "bwd", "sm80"), ("fa2", "bwd", None),

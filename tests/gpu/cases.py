@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fa2cupy.arrays import Device, TensorRef
 from fa2cupy.problem import AttentionProblem, Options, Sizes
 from tests.reference import HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
-__all__ = ["DTYPES", "Case", "Place", "head_dim_cases", "place", "problem_of", "random_cases", "seqlen_cases"]
+__all__ = [
+    "DTYPES",
+    "Case",
+    "Place",
+    "head_dim_cases",
+    "place",
+    "problem_of",
+    "random_cases",
+    "seqlen_cases",
+    "split_cases",
+]
 
 DTYPES = ("bfloat16", "float16")
 FORWARD_TENSORS = ("q", "k", "v", "out", "lse")
@@ -152,6 +162,24 @@ def head_dim_cases(dtype: str, head_dim: int) -> Iterator[Case]:
                 yield Case(seqlen_q, seqlen_k, head_dim, dtype, causal, heads=heads, given=causal, seed=100 + number)
 
 
+def split_cases(dtype: str, head_dim: int) -> Iterator[Case]:
+    """Many query heads on few keys, which several thread blocks share (kernels/flash_bwd.py); the last needs it not."""
+    for number, (seqlen_q, seqlen_k, batch, heads) in enumerate(
+        (
+            (300, 4096, 1, (32, 1)),  # several query heads a block, on a GPU of about a hundred multiprocessors
+            (4096, 300, 1, (32, 1)),
+            (203, 113, 3, (24, 2)),
+            (113, 1003, 1, (16, 2)),
+            (1, 2049, 1, (32, 1)),
+            (113, 203, 70, (6, 3)),
+        )
+    ):
+        for causal in (False, True):
+            deterministic = (number + causal) % 2 == 0
+            case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, batch, heads, deterministic=deterministic)
+            yield replace(case, given=causal, layout=("bshd", "bhsd")[number % 2], seed=200 + number)
+
+
 # Head dims of the random cases that are also run unaligned, deterministic, or with an odd scale: each of these three is
 # a kernel of its own, and compiling all of them for every head_dim would take longer than the tests.
 _MANY_KERNELS = (40, 59, 64, 111, 128, 256)
@@ -214,6 +242,7 @@ def groups() -> list[Any]:
     for dtype in DTYPES:
         for head_dim in (64, 128):
             parameters.append(pytest.param(list(seqlen_cases(dtype, head_dim)), id=f"lengths-{dtype}-d{head_dim}"))
+            parameters.append(pytest.param(list(split_cases(dtype, head_dim)), id=f"splits-{dtype}-d{head_dim}"))
         for head_dim in HEAD_DIMS:
             parameters.append(pytest.param(list(head_dim_cases(dtype, head_dim)), id=f"heads-{dtype}-d{head_dim}"))
         cases = list(random_cases(dtype, RANDOM_CASES))

@@ -47,6 +47,7 @@ CASES = (
     (100, 140, 256, (2, 1), "bfloat16", True, True, False),
     (100, 140, 256, (1, 1), "float16", False, False, True),
     (190, 70, 96, (2, 2), "bfloat16", True, False, False),
+    (40, 3200, 64, (8, 1), "bfloat16", True, True, False),  # several query heads in each of the blocks that share keys
     (9, 0, 64, (1, 1), "bfloat16", False, False, False),
 )
 
