@@ -8,7 +8,8 @@ import itertools
 import pytest
 
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import BackwardPlan, plan_backward
+from fa2cupy.kernels import BackwardPlan, plan_backward, plan_forward
+from fa2cupy.kernels import plan as plans
 from fa2cupy.kernels.params import BwdParams
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from tests.gpu.cases import Case, problem_of
@@ -68,12 +69,13 @@ def test_smaller_gpus_need_fewer_blocks() -> None:
 
 def test_workspace_of_partial_gradients() -> None:
     """Beside the rest, (2, head_splits, batch, num_heads_k, n_blocks * block_n, padded head_dim) floats."""
-    for seqlen_k, head_dim, padded in ((4096, 128, 128), (4001, 128, 128), (4001, 90, 96)):
+    for seqlen_k, head_dim, padded, splits in ((4096, 128, 128, 8), (4001, 128, 128, 8), (4001, 90, 96, 4)):
         plan = backward(4096, seqlen_k, head_dim, (32, 1))
         enough = dataclasses.replace(H200, sm_count=1)
         one_block = backward(4096, seqlen_k, head_dim, (32, 1), device=enough)
-        assert (plan.head_splits, one_block.head_splits) == (8, 1)
-        assert plan.workspace_bytes - one_block.workspace_bytes == 2 * 8 * 4096 * padded * 4
+        assert (plan.head_splits, one_block.head_splits) == (splits, 1)
+        rows = -(-seqlen_k // plan.tile.block_n) * plan.tile.block_n
+        assert plan.workspace_bytes - one_block.workspace_bytes == 2 * splits * rows * padded * 4
     # The same with one head or many: nothing is kept for parts where there are none.
     assert backward(512, 4096, 128, (32, 32)).workspace_bytes == backward(512, 8192, 128, (32, 32)).workspace_bytes
 
@@ -83,13 +85,49 @@ def test_workspace_grows_no_faster_than_the_sequence() -> None:
     assert all(longer <= 2.01 * shorter for shorter, longer in itertools.pairwise(sizes))
 
 
+@pytest.mark.parametrize(
+    ("heads", "blocks_per_head", "heads_in_l2", "section"),
+    [
+        (64, 64, 12, 13),  # five sections: 13, 13, 13, 13, 12
+        (64, 64, 100, 64),
+        (16, 64, 1, 16),  # one head has not even a block for each multiprocessor
+        (16, 256, 1, 4),  # four blocks for each
+        (8, 10000, 0, 1),
+    ],
+)
+def test_sections(heads: int, blocks_per_head: int, heads_in_l2: int, section: int) -> None:
+    bytes_per_head = H200.l2_bytes // heads_in_l2 if heads_in_l2 else 2 * H200.l2_bytes
+    assert plans.heads_per_section(H200, True, heads, blocks_per_head, bytes_per_head) == section
+    assert plans.heads_per_section(H200, False, heads, blocks_per_head, bytes_per_head) == 1
+
+
+def section_of(plan: BackwardPlan) -> int:
+    return params_of(plan).shape.heads_per_section
+
+
 def test_sections_count_the_heads_of_a_block() -> None:
-    """A section is as many blocks' queries as half of L2 holds: with fewer query heads each, there are more of them."""
-    l2 = dataclasses.replace(H200, l2_bytes=2 * 4 * 2048 * 128 * 8)  # half of it: the queries of 4 heads
-    split = backward(2048, 2048, 128, (16, 4), device=l2)
-    assert split.head_splits == 4 and params_of(split).shape.heads_per_section == 4
-    whole = backward(2048, 2048, 128, (16, 4), device=dataclasses.replace(l2, sm_count=1))
-    assert whole.head_splits == 1 and params_of(whole).shape.heads_per_section == 1
+    """With fewer query heads for each block, more of them fit L2."""
+    l2 = dataclasses.replace(H200, l2_bytes=4 * 2048 * 128 * 8, sm_count=4)  # the queries of 4 heads
+    plan = backward(2048, 2048, 128, (64, 16), device=l2)
+    assert plan.head_splits == 1 and section_of(plan) == 1
+    plan = backward(2048, 2048, 128, (16, 16), device=l2)
+    assert plan.head_splits == 1 and section_of(plan) == 4
+
+
+def test_turns_are_a_section_apart() -> None:
+    """Deterministic: neighbouring key blocks are launched so far apart that the turn has come when it is awaited."""
+    for seqlen, causal, section in ((4096, False, 9), (512, False, 64), (4096, True, 9), (16384, True, 3)):
+        case = Case(seqlen, seqlen, 128, "bfloat16", causal, 4, (16, 16))
+        plan = plan_backward(problem_of(case, True), H200, True)
+        # 2 turns of 2 steps, 132 blocks at once, seqlen / 64 steps each; at most what L2 holds, or all heads
+        assert section_of(plan) == section, (seqlen, causal)
+
+
+def test_thin_grids_take_smaller_tiles() -> None:
+    """A forward tile of 128 rows, unless its grid leaves multiprocessors without a block."""
+    for heads, seqlen, block_m in ((16, 2048, 128), (8, 2048, 64), (132, 1, 64), (133, 1, 128)):
+        problem = problem_of(Case(seqlen, seqlen, 128, "bfloat16", False, 1, (heads, heads)), False)
+        assert plan_forward(problem, H200).tile.block_m == block_m, (heads, seqlen)
 
 
 def test_no_keys_or_no_queries_need_no_parts() -> None:

@@ -28,7 +28,6 @@ constexpr bool kCausal = FA2_CAUSAL;
 // The forward
 #ifdef FA2_Q_STEPS_IN_REGS
 constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q that are read once and stay in registers
-constexpr bool kRescaleOnDemand = FA2_RESCALE_ON_DEMAND;  // O is multiplied by alpha only where alpha may not be 1
 constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
 #endif
 

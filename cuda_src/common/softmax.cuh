@@ -28,23 +28,25 @@ struct Softmax {
     }
   }
 
-  // S becomes P = exp2(scale_log2 * S - m), O and l move to the new m.
-  // kOnDemand: only if a row of the warp has a new m, which grows rarer from block to block. (To let P outgrow 1 first
-  // would be rarer still, but then the largest P is not exactly 1 any more, and its rounding shows: up to 15% more error.)
-  template <bool kOnDemand, int kSTiles, int kOTiles>
+  // S becomes P = exp2(scale_log2 * S - m), O and l move to the new m: 16 rows at a time, and only if one of them has a new
+  // m, which grows rarer from block to block. (To let P outgrow 1 first would be rarer still, but then the largest P is not
+  // exactly 1 any more, and its rounding shows: up to 15% more error.)
+  template <int kSTiles, int kOTiles>
   FA2_DEVICE void update(Accumulator<kMTiles, kSTiles>& acc_s, Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
+    float new_max[kMTiles][2];
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) {
-      float new_max[2];
+    for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float m = max[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[i][j][2 * h], acc_s.x[i][j][2 * h + 1]));
-        new_max[h] = row_max(m);
+        new_max[i][h] = row_max(m);
       }
-      if (!kOnDemand || __any_sync(0xffffffffu, new_max[0] > max[i][0] || new_max[1] > max[i][1])) {
-        rescale(i, new_max, acc_o.x[i], scale_log2);
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) {
+      if (__any_sync(0xffffffffu, new_max[i][0] > max[i][0] || new_max[i][1] > max[i][1])) {
+        rescale(i, new_max[i], acc_o.x[i], scale_log2);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

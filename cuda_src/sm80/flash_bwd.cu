@@ -23,6 +23,7 @@ constexpr int kKeyWarps = kNumWarps / kSplit;
 constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
 constexpr int kDCols = kHeadDim / kSplit;             // head_dim columns of dK and dV of a warp
+constexpr int kTurnBlocks = kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
 static_assert(kSCols % 16 == 0 && kDCols % 16 == 0, "a split leaves whole blocks of 16");
@@ -42,7 +43,7 @@ using AccS = Accumulator<kKeyTiles, kSCols / 8>;
 using AccKV = Accumulator<kKeyTiles, kDCols / 8>;
 
 // Statistics of the kBlockM query rows that start at `gmem`: whole blocks, the workspace is padded.
-FA2_DEVICE void load_statistics(float (&smem)[kBlockM], const float* gmem) {
+FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
   for (int i = threadIdx.x * 4; i < kBlockM; i += kNumThreads * 4) cp_async_16(smem_address(smem + i), gmem + i, 16);
 }
 
@@ -155,14 +156,26 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   auto tile_index = [&](const Step& step) {  // among all tiles of queries
     return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + step.m_block;
   };
-  auto load_queries = [&](const Step& step) {
-    const int first_query = step.m_block * kBlockM, queries = shape.seqlen_q - first_query;
+  // What a step needs: its rows of Q and dO, whole or in parts, and their statistics. After the last step, zeros: nobody
+  // reads them, and there is no branch in the loop.
+  auto load_q = [&](const Step& step, int part = 0, int parts = 1) {
+    const int first_query = step.m_block * kBlockM;
     load_tile(smem.q[step.stage], params.q + tile.batch * qs.batch + step.head * qs.head + first_query * qs.row, qs.row,
-              queries, shape.head_dim);
+              step.head <= last_head ? shape.seqlen_q - first_query : 0, shape.head_dim, part, parts);
+  };
+  auto load_dout = [&](const Step& step, int part = 0, int parts = 1) {
+    const int first_query = step.m_block * kBlockM;
     load_tile(smem.dout[step.stage], params.dout + tile.batch * dos.batch + step.head * dos.head + first_query * dos.row,
-              dos.row, queries, shape.head_dim);
-    load_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
-    load_statistics(smem.softmax_d[step.stage], params.softmax_d + tile_index(step) * kBlockM);
+              dos.row, step.head <= last_head ? shape.seqlen_q - first_query : 0, shape.head_dim, part, parts);
+  };
+  auto load_statistics = [&](const Step& step) {
+    copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
+    copy_statistics(smem.softmax_d[step.stage], params.softmax_d + tile_index(step) * kBlockM);
+  };
+  auto load_queries = [&](const Step& step) {
+    load_statistics(step);
+    load_q(step);
+    load_dout(step);
     cp_async_commit_group();
   };
 
@@ -177,8 +190,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
   // the order in which they come to it. Blocks are launched in that order too, so that whoever is waited for is running:
   // a query head belongs to one share, and tile_of gives the blocks of a share in the order of their turns.
-  auto my_turn = [&](int m_block) { return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block; };
+  // A turn is for kTurnBlocks query blocks: it is awaited before the first of them and passed on after the last. Whoever
+  // starts within a turn, at its diagonal, is the first in it: the others have started at least kBlockN queries earlier.
+  auto my_turn = [&](int m_block) {
+    if (!kCausal) return n_block;
+    return key_blocks(shape, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
+  };
   int* turn_to_pass = nullptr;
+  // Orders the dQ of the whole block, which is done with it, before the turn of the next one: red.release and the barrier
+  // before it are cumulative. Not the warp that awaits turns: either takes about a microsecond.
+  auto pass_turn = [&] {
+    if (kDeterministic && turn_to_pass && threadIdx.x == kNumThreads - 32) red_release_add(turn_to_pass, 1);
+  };
 
   const bool any = range.begin < range.end;
   Step step{tile.head * heads, range.begin, 0};
@@ -186,11 +209,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
     const int stage = step.stage, m_block = step.m_block;
-    if (kDeterministic) __threadfence();  // this thread's part of the last step's dQ, before its turn is passed on
     cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
     __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
-    if (kDeterministic && turn_to_pass && threadIdx.x == 0) red_release_add(turn_to_pass, 1);
-    if (kStages > 1 && next.head <= last_head) load_queries(next);
+    pass_turn();
+    if (kStages > 1 && next.head <= last_head) load_statistics(next);
     // S^T = K Q^T, P^T = exp(scale * S^T - lse)
     AccS acc_p;
     acc_p.clear();
@@ -203,26 +225,33 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
     AccS acc_ds;
     acc_ds.clear();
-    gemm<kHeadSteps>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0));
+    gemm<kHeadSteps>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
+      if (kStages > 1) load_q(next, k, kHeadSteps);
+    });
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage], s_col);
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
-    int* turn = params.dq_turn + tile_index(step);
-    if (kDeterministic && threadIdx.x == 0) {
+    const int block_in_turn = m_block % kTurnBlocks;
+    int* turn = params.dq_turn + tile_index(step) - block_in_turn;
+    if (kDeterministic && threadIdx.x == 0 && block_in_turn == 0) {
       while (ld_acquire(turn) != my_turn(m_block)) continue;  // the key block before this one has added its part of dQ
     }
     // dV += P^T dO
     const auto smem_dout = operand_b(smem.dout[stage], 0, d_col);
+    auto copy_dout = [&](int k) {
+      if (kStages > 1) load_dout(next, k, kQuerySteps);
+    };
     if constexpr (kSplit == 1) {
-      gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout);
+      gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout, copy_dout);
       __syncthreads();  // dS^T is complete, and it is this block's turn
     } else {
       store_accumulator(smem.p, key_row, s_col, acc_p);
       __syncthreads();  // P^T and dS^T are complete, and it is this block's turn
-      gemm<kQuerySteps>(acc_dv, smem_p, smem_dout);
+      gemm<kQuerySteps>(acc_dv, smem_p, smem_dout, copy_dout);
     }
+    cp_async_commit_group();  // all of the next step
     // dQ += dS K
     add_dq(params.dq_accum + tile_index(step) * kDqTileFloats, smem);
-    turn_to_pass = turn;
+    turn_to_pass = block_in_turn + 1 == kTurnBlocks || m_block + 1 == range.end ? turn : nullptr;
     // dK += dS^T Q
     const auto smem_q = operand_b(smem.q[stage], 0, d_col);
     if constexpr (kSplit == 1) {
@@ -243,10 +272,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     for (int j = 0; j < kDCols / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_dk.x[i][j][e] *= params.softmax_scale;
-  if (kDeterministic) __threadfence();  // as above, for the last step
-  cp_async_wait_group<0>();  // K and V landed, should there have been no step
+  cp_async_wait_group<0>();  // the zeros, or K and V, should there have been no step
   __syncthreads();           // everybody is done with K and V
-  if (kDeterministic && turn_to_pass && threadIdx.x == 0) red_release_add(turn_to_pass, 1);
+  pass_turn();
   if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
     const int64_t offset = static_cast<int64_t>(part) * kBlockN * kHeadDim;
     store_partial(params.dk_partial + offset, key_row, d_col, acc_dk);

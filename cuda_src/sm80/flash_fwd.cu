@@ -5,10 +5,11 @@
 // A thread block owns kBlockM query rows of one head, a warp a slice of them, so that no two warps ever share a row and the
 // softmax needs no shared memory. Key blocks run from the last to the first: the ones that need a mask come first.
 //
-//   copies   K(n-1)        V(n)          K(n-2)         V(n-1)
-//   math     ...  S = Q K(n)^T   softmax, O += P V(n)   S = Q K(n-1)^T   ...
+//   copies   V(n)                     K(n-1)       V(n-1)
+//   math     S = Q K(n)^T   softmax   O += P V(n)   S = Q K(n-1)^T   ...
 //
-// K and V have one buffer each; each is filled while the product that needs the other one runs.
+// K and V have one buffer each; each is filled while the product that needs the other one runs. The copies are issued in
+// parts, between the steps of that product.
 #include "common/block_range.cuh"
 #include "common/softmax.cuh"
 #include "sm80/tile.cuh"
@@ -94,15 +95,17 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   const auto smem_k = operand_b_transposed(smem.k, 0, 0);
   const auto smem_v = operand_b(smem.v, 0, 0);
 
-  auto load_keys = [&](auto& target, const Element* gmem, int64_t row_stride, int n, auto whole) {
-    load_tile<decltype(whole)::value>(target, gmem + n * kBlockN * row_stride, row_stride, shape.seqlen_k - n * kBlockN,
-                                      shape.head_dim);
-    cp_async_commit_group();
+  // Keys of block n, or a part of them; of block -1, zeros: nobody reads them, and there is no branch in the loop. Only the
+  // last block may have rows past the end.
+  auto load_keys = [&](auto& target, const Element* gmem, int64_t row_stride, int n, auto whole, int part = 0, int parts = 1) {
+    load_tile<decltype(whole)::value>(target, gmem + n * kBlockN * row_stride, row_stride,
+                                      n < 0 ? 0 : shape.seqlen_k - n * kBlockN, shape.head_dim, part, parts);
   };
 
   const BlockRange range = key_blocks(shape, m_block);
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_keys(smem.k, gmem_k, ks.row, range.end - 1, False{});  // committed with Q
+  load_keys(smem.k, gmem_k, ks.row, range.end - 1, False{});
+  cp_async_commit_group();
 
   QOperand operand_q{smem_q};
   if constexpr (kQStepsInRegs > 0) {
@@ -117,16 +120,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
 
   auto step = [&](int n, auto masked, auto whole) {
-    cp_async_wait_group<0>();  // K(n) landed: load_keys below, or before the loop
+    cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
-    load_keys(smem.v, gmem_v, vs.row, n, whole);
     // S = Q K^T
     AccS acc_s;
     acc_s.clear();
-    gemm<kHeadSteps>(acc_s, operand_q, smem_k);
-    cp_async_wait_group<0>();  // V(n) landed
-    __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
-    if (n > 0) load_keys(smem.k, gmem_k, ks.row, n - 1, True{});  // only the last block may have rows past the end
+    gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_keys(smem.v, gmem_v, vs.row, n, whole, k, kHeadSteps); });
+    cp_async_commit_group();
     // P = exp(scale * S - m)
     if constexpr (kScaleFirst) {
 #pragma unroll
@@ -139,9 +139,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, shape, first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col());
     }
-    softmax.template update<kRescaleOnDemand>(acc_s, acc_o, scale_log2);
+    softmax.update(acc_s, acc_o, scale_log2);
+    cp_async_wait_group<0>();  // V(n) landed
+    __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
-    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v);
+    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v,
+                    [&](int k) { load_keys(smem.k, gmem_k, ks.row, n - 1, True{}, k, kKeySteps); });
+    cp_async_commit_group();
   };
   int n = range.end - 1;
   for (; n >= range.mask_from; --n) step(n, True{}, False{});
@@ -153,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   store_lse(softmax, gmem_lse + first_query * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);
   store_accumulator(smem.q, warp_row, 0, acc_o);
+  cp_async_wait_group<0>();  // the zeros
   __syncthreads();  // the whole output tile is in shared memory
   Element* gmem_out = params.out + tile.batch * os.batch + tile.head * os.head + first_query * os.row;
   store_tile(gmem_out, os.row, queries, shape.head_dim, smem.q);

@@ -19,36 +19,40 @@ struct Tile {
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
-// How the threads of a block share the 16-byte chunks of a tile of head_dim columns: a row per group of lanes.
+// How the threads of a block share the 16-byte chunks of a tile of head_dim columns. A few lanes take a row, each of them
+// every few chunks of it: a lane has one address per row, and its chunks are constants apart.
 struct ChunkMap {
   static constexpr int kChunks = kHeadDim / 8;
-  static constexpr int kLanesPerRow = ceil_pow2(kChunks);
+  static constexpr int kLanesPerRow = kChunks % 8 == 0 ? 8 : kChunks == 2 ? 2 : 4;
+  static constexpr int kColsPerRound = kLanesPerRow * 8;
   static constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
-  int row, col;
+  int row, col;  // of the first chunk
   FA2_DEVICE ChunkMap() : row(threadIdx.x / kLanesPerRow), col(threadIdx.x % kLanesPerRow * 8) {}
-  FA2_DEVICE bool in_tile(int pass_row, int rows) const {
-    return (kChunks == kLanesPerRow || col < kHeadDim) && (rows % kRowsPerPass == 0 || pass_row < rows);
-  }
 };
 
 // tile = rows [0, rows) x columns [0, head_dim) of gmem, zeros elsewhere. Asynchronous where rows are aligned: the caller
-// commits, waits and synchronises either way. kWhole: rows >= kRows is known.
+// commits, waits and synchronises either way. Of `parts` calls with part = 0, 1, ..., each copies some of the rows.
+// kWhole: rows is known to be 0 or >= kRows.
 template <bool kWhole = false, int kRows>
-FA2_DEVICE void load_tile(Tile<kRows, kHeadDim>& tile, const Element* gmem, int64_t row_stride, int rows, int head_dim) {
+FA2_DEVICE void load_tile(Tile<kRows, kHeadDim>& tile, const Element* gmem, int64_t row_stride, int rows, int head_dim,
+                          int part = 0, int parts = 1) {
   if constexpr (kAligned) {
     const ChunkMap map;
     const Element* source = gmem + map.row * row_stride + map.col;
     const uint32_t target = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
-    const int rows_of_lane = map.col < head_dim ? (kWhole ? kRows : rows) : 0;
+    constexpr int kPasses = ceil_div(kRows, map.kRowsPerPass);
 #pragma unroll
-    for (int pass = 0; pass < kRows; pass += ChunkMap::kRowsPerPass) {
-      if (map.in_tile(map.row + pass, kRows)) {
-        const bool inside = kWhole ? rows_of_lane > 0 : map.row + pass < rows_of_lane;
-        cp_async_16(target + pass * tile.kRowBytes, source, inside ? 16 : 0);
+    for (int pass = 0; pass < kPasses; ++pass, source += map.kRowsPerPass * row_stride) {
+      const int row = map.row + pass * map.kRowsPerPass;
+      if (pass * parts / kPasses != part || (kRows % map.kRowsPerPass != 0 && row >= kRows)) continue;
+#pragma unroll
+      for (int col = 0; col < kHeadDim; col += map.kColsPerRound) {
+        if (kHeadDim % map.kColsPerRound != 0 && map.col + col >= kHeadDim) continue;
+        const bool inside = (kWhole ? rows > 0 : row < rows) && map.col + col < head_dim;
+        cp_async_16(target + pass * map.kRowsPerPass * tile.kRowBytes + col * 2, source + col, inside ? 16 : 0);
       }
-      source += ChunkMap::kRowsPerPass * row_stride;
     }
-  } else {
+  } else if (part == 0) {
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kNumThreads) {
       const int row = i / kHeadDim, col = i % kHeadDim;
       const bool inside = row < rows && col < head_dim;
@@ -64,11 +68,14 @@ FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int head
     const ChunkMap map;
     const uint32_t source = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
 #pragma unroll
-    for (int pass = 0; pass < kRows; pass += ChunkMap::kRowsPerPass) {
+    for (int pass = 0; pass < kRows; pass += map.kRowsPerPass) {
       const int row = map.row + pass;
-      if (map.in_tile(row, kRows) && row < rows && map.col < head_dim) {
-        *reinterpret_cast<uint4*>(gmem + row * row_stride + map.col) = ld_shared_v4(source + pass * tile.kRowBytes);
-      }
+      if (row >= rows || (kRows % map.kRowsPerPass != 0 && row >= kRows)) continue;
+      Element* target = gmem + row * row_stride + map.col;
+#pragma unroll
+      for (int col = 0; col < kHeadDim; col += map.kColsPerRound)
+        if (map.col + col < head_dim)
+          *reinterpret_cast<uint4*>(target + col) = ld_shared_v4(source + pass * tile.kRowBytes + col * 2);
     }
   } else {
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kNumThreads) {
@@ -136,11 +143,17 @@ struct Fragments {
   }
 };
 
-// acc += A B, the sum running over kKSteps blocks of 16.
-template <int kKSteps, int kMTiles, int kNTiles, typename A, typename B>
-FA2_DEVICE void gemm(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b) {
+struct NoCopy {
+  FA2_DEVICE void operator()(int) const {}
+};
+
+// acc += A B, the sum running over kKSteps blocks of 16. copy(k) is called before block k: so the copy of another tile is
+// spread over the product, instead of holding up its first loads from shared memory.
+template <int kKSteps, int kMTiles, int kNTiles, typename A, typename B, typename Copy = NoCopy>
+FA2_DEVICE void gemm(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b, const Copy& copy = {}) {
 #pragma unroll
   for (int k = 0; k < kKSteps; ++k) {
+    copy(k);
     uint32_t frag_a[kMTiles][4];
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) a.load(frag_a[i], i, k);

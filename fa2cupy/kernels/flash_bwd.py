@@ -58,11 +58,16 @@ def plan_backward(
         strides = dict(problem.strides)
         group = problem.num_heads // problem.num_heads_k
         head_splits = _head_splits(key_tiles, group, device)
-        queries_bytes = group // head_splits * rows * problem.head_dim * (2 + 2 + 4)
+        heads = group // head_splits  # of a thread block
+        queries_bytes = heads * rows * problem.head_dim * (2 + 2 + 4)
+        shares = problem.batch * problem.num_heads_k * head_splits
+        section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
+        if deterministic:
+            section = _section_of_turns(device, tile, m_blocks * heads, section if problem.causal else shares)
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-        params.shape = plans.shape_params(problem, rows, plans.heads_per_section(device, problem.causal, queries_bytes))
+        params.shape = plans.shape_params(problem, rows, section)
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
         params.head_splits = head_splits
@@ -98,6 +103,17 @@ def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
     """Among how many blocks the `group` query heads of a key head are shared out: as few as are enough."""
     divisors = (n for n in range(1, group + 1) if group % n == 0)
     return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
+
+
+def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) -> int:
+    """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block.
+
+    Neighbouring key blocks are launched that many blocks apart, which is to take as long as two turns: then a block
+    finds that its turn has come.
+    """
+    blocks_at_once = device.sm_count * max(1, 8 // tile.num_warps)
+    turn_steps = max(1, tile.block_n // tile.block_m)  # kTurnBlocks of sm80/flash_bwd.cu
+    return min(most, -(-2 * turn_steps * blocks_at_once // steps))
 
 
 def _workspace(tile: BwdTile, head_dim: int, query_tiles: int, partial_tiles: int) -> tuple[tuple[int, ...], int]:

@@ -30,17 +30,21 @@ class ForwardPlan(Plan):
 def plan_forward(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile | None = None) -> ForwardPlan:
     """How to compute `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
     head_dim = padded_head_dim(problem.head_dim)
-    tile = tile or forward_tile(device.shared_mem_optin, head_dim, problem.seqlen_q)
     arch = plans.architecture(device)
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
+    tile = tile or forward_tile(
+        device.shared_mem_optin, device.sm_count, head_dim, rows, problem.batch * problem.num_heads
+    )
     launches: tuple[KernelLaunch, ...] = ()
     blocks = -(-rows // tile.block_m) * problem.num_heads * problem.batch
     if blocks:
         strides = dict(problem.strides)
         keys_bytes = 4 * problem.seqlen_k * problem.head_dim
         group = problem.num_heads // problem.num_heads_k
-        section = plans.heads_per_section(device, problem.causal, keys_bytes) * group
+        heads_k = problem.batch * problem.num_heads_k
+        blocks_k = -(-rows // tile.block_m) * group
+        section = plans.heads_per_section(device, problem.causal, heads_k, blocks_k, keys_bytes) * group
         params = FwdParams()
         for name in _POINTERS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
@@ -72,7 +76,6 @@ def _defines(
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_Q_STEPS_IN_REGS": min(tile.q_steps_in_regs, head_dim // 16),
-        "FA2_RESCALE_ON_DEMAND": int(tile.rescale_on_demand),
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),
         "FA2_PARAMS_BYTES": ctypes.sizeof(FwdParams),

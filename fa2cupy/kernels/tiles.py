@@ -1,7 +1,8 @@
 """Tiles: how big a piece of the problem a thread block takes, and which row of the table a head_dim gets.
 
 A table per class of shared memory (bytes per block): 99 KiB (sm_86, sm_89, sm_120), 163 KiB (sm_80), 227 KiB (sm_90,
-sm_100). The first row whose head_dim is large enough is taken. Rejected rows are in docs/tuning.md with their numbers.
+sm_100). Of the rows of the smallest head_dim that is large enough, the
+forward takes the first whose grid fills the GPU. Rejected rows are in docs/tuning.md with their numbers.
 """
 
 from __future__ import annotations
@@ -56,9 +57,7 @@ class FwdTile:
     """A row of the forward table.
 
     head_dim: the largest one that this row serves. block_m query rows x block_n keys. q_steps_in_regs: how many of Q's
-    blocks of 16 columns stay in registers. rescale_on_demand: a vote decides whether O is multiplied (softmax.cuh);
-    else it always is. spill_bytes: what ptxas is allowed to spill, the most on any architecture. max_seqlen_q: the
-    longest query sequence it serves.
+    blocks of 16 columns stay in registers. spill_bytes: what ptxas is allowed to spill, the most on any architecture.
     """
 
     head_dim: int
@@ -66,10 +65,8 @@ class FwdTile:
     block_n: int
     num_warps: int
     q_steps_in_regs: int
-    rescale_on_demand: bool
     note: str
     spill_bytes: int = 0
-    max_seqlen_q: int = 2**31
 
     def shared_mem_bytes(self, head_dim: int) -> int:
         """Of `SharedMemory` in sm80/flash_fwd.cu; `head_dim` is padded."""
@@ -119,52 +116,65 @@ class BwdTile:
 
 
 _FWD_LARGE = (
-    FwdTile(64, 128, 96, 4, 4, True, "32 rows per warp; without spill, 128x64x4 is 5% slower", 40),
-    FwdTile(96, 128, 64, 4, 0, False, "32 rows per warp; Q's fragments would spill"),
-    FwdTile(128, 128, 64, 4, 0, True, "32 rows per warp; without spill, 128x32x4 is 11% slower", 48),
-    FwdTile(160, 128, 32, 4, 0, False, "32 rows per warp; without spill, 64x64x4 is 15% slower", 48),
-    FwdTile(192, 64, 64, 4, 12, False, "16 rows per warp, two blocks per multiprocessor"),
-    FwdTile(256, 64, 64, 4, 0, False, "two blocks an SM: short sequences are all prologue", max_seqlen_q=1024),
-    FwdTile(256, 128, 64, 8, 8, False, "16 rows per warp, O alone takes 128 registers; 64x64x4 is 5% slower", 16),
+    FwdTile(64, 128, 128, 4, 0, "32 rows per warp; 512 keys are a multiple of 128, but not of 96 or 112", 168),
+    FwdTile(64, 64, 128, 4, 4, "thin grids"),
+    FwdTile(96, 128, 96, 4, 0, "32 rows per warp", 68),
+    FwdTile(96, 64, 128, 4, 6, "thin grids"),
+    FwdTile(128, 128, 64, 4, 0, "32 rows per warp", 48),
+    FwdTile(128, 64, 128, 4, 0, "thin grids"),
+    FwdTile(160, 128, 48, 4, 0, "32 rows per warp; on sm_90 it spills 44", 332),
+    FwdTile(160, 64, 64, 4, 10, "thin grids"),
+    FwdTile(192, 64, 64, 4, 12, "16 rows per warp, two blocks per multiprocessor"),
 )
 FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
-    232448: _FWD_LARGE,
-    166912: _FWD_LARGE,
+    232448: (
+        *_FWD_LARGE,
+        FwdTile(256, 64, 64, 4, 0, "16 rows per warp, two blocks per multiprocessor"),
+    ),
+    166912: (
+        *_FWD_LARGE,
+        FwdTile(256, 128, 64, 8, 8, "of 64x64x4 only one block would fit a multiprocessor", 28),
+        FwdTile(256, 64, 64, 4, 0, "thin grids"),
+    ),
     101376: (
-        FwdTile(64, 128, 64, 4, 4, False, "36 KB at head_dim 64: two blocks per multiprocessor"),
-        FwdTile(96, 128, 32, 4, 0, False, "39 KB at head_dim 96: two blocks per multiprocessor"),
-        FwdTile(128, 64, 32, 4, 8, False, "34 KB at head_dim 128: two blocks an SM; spills on sm_120 only", 36),
-        FwdTile(192, 64, 32, 4, 12, False, "50 KB at head_dim 192"),
-        FwdTile(256, 64, 64, 4, 0, False, "99 KB at head_dim 256"),
+        FwdTile(64, 128, 64, 4, 4, "36 KB: two blocks per multiprocessor"),
+        FwdTile(96, 64, 64, 4, 6, "39 KB: two blocks per multiprocessor; spills on sm_120", 24),
+        FwdTile(128, 64, 32, 4, 8, "34 KB: two blocks per multiprocessor; spills on sm_120", 12),
+        FwdTile(192, 64, 32, 4, 12, "50 KB"),
+        FwdTile(256, 64, 64, 4, 0, "99 KB"),
     ),
 }
 
 BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     232448: (
-        BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks an SM; spills on sm_100", 40),
-        BwdTile(160, 64, 128, 8, 2, 2, 2, "32 keys x half of head_dim per warp; spills on sm_100", 44),
-        BwdTile(192, 64, 96, 8, 2, 4, 1, "48 keys x a quarter of head_dim per warp; spills on sm_100", 8),
-        BwdTile(256, 64, 64, 8, 2, 4, 1, "32 keys x a quarter of head_dim per warp, 222 KB; spills on sm_100", 4),
+        BwdTile(80, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks an SM; spills on sm_100", 124),
+        BwdTile(96, 64, 64, 4, 2, 2, 1, "32 keys x half of head_dim per warp, two blocks per multiprocessor"),
+        BwdTile(160, 64, 128, 8, 2, 2, 2, "32 keys x half of head_dim per warp; spills on sm_100", 148),
+        BwdTile(192, 64, 96, 8, 2, 4, 1, "48 keys x a quarter of head_dim per warp; spills on sm_100", 20),
+        BwdTile(256, 64, 64, 8, 2, 4, 1, "32 keys x a quarter of head_dim per warp, 222 KB", 40),
     ),
     166912: (
-        BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks per multiprocessor"),
-        BwdTile(128, 64, 128, 8, 2, 1, 2, "16 keys per warp; two warps for 32 keys need 177 KB"),
+        BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks per multiprocessor", 4),
+        BwdTile(128, 64, 128, 8, 2, 1, 2, "16 keys per warp; two warps for 32 keys need 177 KB", 4),
         BwdTile(192, 64, 64, 8, 1, 4, 2, "117 KB; two stages need 169 KB"),
-        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB"),
+        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB", 104),
     ),
     101376: (
-        BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; spills on sm_120 only; 32x128 spills 112 bytes there", 4),
-        BwdTile(128, 32, 64, 4, 2, 2, 2, "79 KB; 64x64 with one stage spills 52 bytes on sm_120"),
+        BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; 32x128 spills 112 bytes on sm_120"),
+        BwdTile(128, 32, 64, 4, 2, 2, 2, "79 KB; spills on sm_120", 56),
         BwdTile(192, 32, 32, 4, 1, 2, 2, "56 KB"),
-        BwdTile(256, 32, 32, 4, 1, 2, 2, "71 KB; spills on sm_120 only", spill_bytes=24),
+        BwdTile(256, 32, 32, 4, 1, 2, 2, "71 KB; spills on sm_120", 4),
     ),
 }
 
 
-def forward_tile(shared_mem_optin: int, head_dim: int, seqlen_q: int) -> FwdTile:
-    """The row for a head_dim and a length, on a GPU with that much shared memory per block."""
-    rows = FWD_TILES[shared_memory_class(shared_mem_optin)]
-    return next(tile for tile in rows if head_dim <= tile.head_dim and seqlen_q <= tile.max_seqlen_q)
+def forward_tile(shared_mem_optin: int, sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int) -> FwdTile:
+    """The row for a head_dim on a GPU with that much shared memory per block: the first with more blocks than
+    multiprocessors, or the last. rows_of_blocks: batch x heads."""
+    table = FWD_TILES[shared_memory_class(shared_mem_optin)]
+    served = min(tile.head_dim for tile in table if head_dim <= tile.head_dim)
+    rows = [tile for tile in table if tile.head_dim == served]
+    return next((tile for tile in rows if -(-seqlen_q // tile.block_m) * rows_of_blocks > sm_count), rows[-1])
 
 
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:

@@ -99,7 +99,6 @@ void in_turn(const InstrumentParams& p) {
   }
   __syncthreads();
   if (threadIdx.x == 5) p.out[0] = p.out[0] * 0.5f + static_cast<float>(blockIdx.x);
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0 && static_cast<int>(blockIdx.x) != p.n) red_release_add(p.counter, 1);
 }

@@ -69,7 +69,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
 }
 
 // One block at a time and every store at once: nothing to do, but a place to plant against.
-inline void __threadfence(FA2_HOST_SITE) { fa2_host::synchronises("__threadfence", {file, line}); }
 
 namespace fa2_host {
 struct Shuffle {
