@@ -26,9 +26,14 @@ constexpr bool kCausal = FA2_CAUSAL;
 #endif
 
 // The forward
+#ifdef FA2_NUM_KV_STAGES
+constexpr int kKvStages = FA2_NUM_KV_STAGES;  // buffers of K and of V (sm_90)
+#endif
+#ifdef FA2_SCALE_FIRST
+constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
+#endif
 #ifdef FA2_Q_STEPS_IN_REGS
 constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q that are read once and stay in registers
-constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
 #endif
 
 // The backward, and the kernels beside it
@@ -55,6 +60,6 @@ constexpr int kSharedBytes = FA2_SHARED_BYTES;  // size of the dynamic shared me
 // One struct describes the dynamic shared memory of a kernel.
 #ifndef FA2_SHARED_MEMORY
 #define FA2_SHARED_MEMORY(Type, name)                              \
-  extern __shared__ __align__(128) unsigned char fa2_dynamic_smem[]; \
+  extern __shared__ __align__(1024) unsigned char fa2_dynamic_smem[]; \
   Type& name = *reinterpret_cast<Type*>(fa2_dynamic_smem)
 #endif

@@ -26,6 +26,21 @@ struct FwdParams {
   float scale_softmax_log2;  // softmax_scale * log2(e)
 };
 
+// A CUtensorMap: how bulk tensor copies address an array. Encoded by fa2cupy/jit/tensor_map.py.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim, row, head, batch) whose boxes are 64
+// columns x kBlockM (q), kBlockN (k, v) or 64 (out) rows, with 128-byte swizzle.
+struct FwdTmaParams {
+  TensorMap q, k, v, out;
+  float* lse;
+  Strides lse_strides;
+  Shape shape;
+  float scale_softmax_log2;
+};
+
 struct BwdParams {
   const Element* dout;  // like out
   const Element* q;     // (batch, seqlen_q, num_heads, head_dim)

@@ -1,0 +1,96 @@
+// Barriers, bulk copies and register control of sm_90. One instruction, one function, named as in the PTX ISA.
+// tests/host/cuda/sm90/ptx.cuh has the same functions for a CPU.
+#pragma once
+
+#include "common/params.cuh"
+#include "common/ptx.cuh"
+
+// ---- mbarrier (PTX ISA 9.7.13.15): a phase completes when all arrivals and all bytes that it expects have come ---------
+
+FA2_DEVICE void mbarrier_init(uint64_t& barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(&barrier)), "r"(arrivals) : "memory");
+}
+// Makes the initialised barriers visible to the copy engine; __syncthreads() does so for the other threads.
+FA2_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FA2_DEVICE void mbarrier_arrive(uint64_t& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
+}
+// One arrival, and `bytes` more to come in this phase.
+FA2_DEVICE void mbarrier_arrive_expect_tx(uint64_t& barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(&barrier)), "r"(bytes) : "memory");
+}
+// Whether the phase of this parity has completed; waits a while for it.
+FA2_DEVICE bool mbarrier_try_wait_parity(uint64_t& barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(smem_address(&barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// The loop is C++, not PTX: a loop inside one asm block makes ptxas serialise the wgmmas around it.
+FA2_DEVICE void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
+  while (!mbarrier_try_wait_parity(barrier, parity)) continue;
+}
+
+// ---- bulk tensor copies (PTX ISA 9.7.9.27) ------------------------------------------------------------------------------
+
+FA2_DEVICE void prefetch_tensormap(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// smem = the map's box at (d, row, head, batch), zeros outside the tensor; its bytes arrive at the barrier. All of the
+// box's bytes count, those outside too. One thread issues it.
+FA2_DEVICE void cp_async_bulk_tensor_4d_load(void* smem, const TensorMap& map, uint64_t& barrier, int d, int row, int head,
+                                             int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "r"(d), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+// The map's box at (d, row, head, batch) = smem; what lies outside the tensor is not written. One thread issues it.
+FA2_DEVICE void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* smem, int d, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+      ::"l"(&map), "r"(smem_address(smem)), "r"(d), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+FA2_DEVICE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until at most the last kPending store groups of this thread still read shared memory.
+template <int kPending>
+FA2_DEVICE void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- the rest -------------------------------------------------------------------------------------------------------------
+
+// Orders this thread's ordinary stores to shared memory before later reads by wgmma and bulk copies (the async proxy).
+FA2_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Named barriers 1-15 of `threads` threads; 0 is __syncthreads().
+FA2_DEVICE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+FA2_DEVICE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Registers per thread of this warpgroup from here on.
+template <int kRegisters>
+FA2_DEVICE void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+FA2_DEVICE void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// True in one lane of the warp.
+FA2_DEVICE bool elect_sync() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
+// Stores four 8x8 matrices of 16-bit elements: the inverse of ldmatrix_x4, with the same lanes and registers.
+FA2_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
