@@ -1,7 +1,8 @@
 """The kernels without a GPU: compiled by g++ behind a small CUDA-shaped world (tests/host/cuda), run on the CPU.
 
-cuda/            what the kernels see: CUDA's built-ins, twins of the two ptx.cuh, threads as fibers (world.h says more)
+cuda/            what the kernels see: CUDA's built-ins, twins of the PTX headers, threads as fibers (world.h says more)
 build.py         a source and its defines to a library, once, in build/host
+tensor_map.py    what stands for a CUtensorMap
 run.py           launching one; schedules; what the world complains about
 kernel_run.py    a case as its plan says, into poisoned memory, against the reference
 cases.py         which cases

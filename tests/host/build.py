@@ -1,7 +1,7 @@
 """A kernel's source and its defines to a loaded library; every one is compiled once and kept in build/host.
 
-A kernel is compiled exactly as it stands in cuda_src. Only `common/ptx.cuh` and `sm80/ptx.cuh` are replaced, by their
-twins in tests/host/cuda, which g++ finds first.
+A kernel is compiled exactly as it stands in cuda_src. Only the files around PTX (`common/ptx.cuh`, `sm80/ptx.cuh`,
+`sm90/ptx.cuh`, `sm90/wgmma.cuh`) are replaced, by their twins in tests/host/cuda, which g++ finds first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from fa2cupy.jit import source as source_module
 HERE = Path(__file__).resolve().parent
 WORLD = HERE / "cuda"
 BUILD = HERE.parent.parent / "build" / "host"
+_CUDA_WORLD = str(WORLD / "cuda_world.h")
 CXX = os.environ.get("CXX") or "g++"
+
+_INCLUDED_BY_TWINS = ("types", "config", "params", "accumulator")  # of cuda_src/common
 
 # Few, and the same for every version of g++: what a kernel must not do.
 _WARNINGS = ("-Werror", "-Wreturn-type", "-Wuninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
@@ -73,7 +76,8 @@ def _compiler_version() -> str:
 @functools.cache
 def _twins() -> tuple[tuple[str, bytes], ...]:
     files = sorted(path for path in WORLD.rglob("*") if path.is_file())
-    return tuple((path.name, path.read_bytes()) for path in [*files, source_module.root() / "common" / "types.cuh"])
+    common = [source_module.root() / "common" / f"{name}.cuh" for name in _INCLUDED_BY_TWINS]
+    return tuple((path.name, path.read_bytes()) for path in [*files, *common])
 
 
 def library(
@@ -96,7 +100,8 @@ def _library(
     source = source_module.load(path, directory=directory)
     key = (source.digest, sorted(macros.items()), mutation)
     options = [f"-D{name}={value}" for name, value in macros.items()]
-    options += ["-include", str(WORLD / "cuda_world.h"), "-shared", str(WORLD / "entry.cpp"), str(_world())]
+    objects = [str(_object(name)) for name in ("world", "async")]
+    options += ["-include", _CUDA_WORLD, "-shared", str(WORLD / "entry.cpp"), *objects]
     target = _once(f"{kernel}-", ".so", key, lambda stem: _includes(stem, mutation, directory) + options)
     loaded = ctypes.CDLL(str(target))
     loaded.host_sites.restype = ctypes.c_char_p
@@ -104,9 +109,10 @@ def _library(
 
 
 @functools.cache
-def _world() -> Path:
-    """The object file that all libraries have in common."""
-    return _once("world-", ".o", (), lambda stem: ["-c", str(WORLD / "world.cpp")])
+def _object(name: str) -> Path:
+    """An object file that all libraries have in common."""
+    includes = [f"-I{WORLD}", f"-I{source_module.root()}", "-include", _CUDA_WORLD]
+    return _once(f"{name}-", ".o", name, lambda stem: [*includes, "-c", str(WORLD / f"{name}.cpp")])
 
 
 def _includes(stem: Path, mutation: Mutation | None, directory: Path) -> list[str]:

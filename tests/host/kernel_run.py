@@ -18,7 +18,7 @@ from fa2cupy.problem import AttentionProblem, Options
 from tests import reference
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Case
-from tests.host import build, run, sanitized
+from tests.host import build, run, sanitized, tensor_map
 from tests.host.build import Mutation
 from tests.host.run import Schedule
 
@@ -205,7 +205,9 @@ def _launch(
 ) -> list[run.Site]:
     mutated = mutation if mutation and mutation.path in _files_of(launch.source) else None
     library = build.library(launch.source, launch.name, launch.defines, mutation=mutated)
-    return run.launch(library, launch.config, launch.pack(pointers), schedule, plant=plant, seed=seed)
+    has_maps = bool(getattr(launch, "tensor_maps", ()))
+    params = launch.pack(pointers, tensor_map.encode) if has_maps else launch.pack(pointers)
+    return run.launch(library, launch.config, params, schedule, plant=plant, seed=seed)
 
 
 def judge(prepared: Prepared) -> None:

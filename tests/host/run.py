@@ -65,8 +65,9 @@ def launch(
     Returns the synchronisation sites that were reached.
     """
     plant = plant if plant is not None else os.environ.get("FA2_PLANT")
-    padded = bytes(params).ljust(-(-len(params) // 8) * 8)
-    words = (ctypes.c_uint64 * (len(padded) // 8)).from_buffer_copy(padded)
+    words = ctypes.create_string_buffer(len(params) + 64)
+    address = -(-ctypes.addressof(words) // 64) * 64  # the alignment of a TensorMap
+    ctypes.memmove(address, bytes(params), len(params))
     message = ctypes.create_string_buffer(2048)
     request = _Launch(
         grid=config.grid,
@@ -75,7 +76,7 @@ def launch(
         schedule=schedule,
         seed=seed,
         plant=plant.encode() if plant else None,
-        params=ctypes.addressof(words),
+        params=address,
         params_bytes=len(params),
         message=ctypes.cast(message, ctypes.c_char_p),
         message_bytes=len(message),

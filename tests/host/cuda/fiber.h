@@ -1,4 +1,4 @@
-// Stacks, and changing from one to another. Used by world.cpp alone.
+// Stacks, and changing from one to another. Used by world.cpp and async.cpp alone.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,10 +16,11 @@ namespace fa2_host {
 
 #if defined(__x86_64__)
 // What a call must keep is pushed, the stack pointers are exchanged, and the other side's is popped.
+// Weak: each file that includes this has it.
 extern "C" void fa2_host_switch(void** save, void* load);
 asm(R"(
 .text
-.globl fa2_host_switch
+.weak fa2_host_switch
 .hidden fa2_host_switch
 .type fa2_host_switch, @function
 fa2_host_switch:

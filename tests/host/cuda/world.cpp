@@ -1,106 +1,27 @@
-#include "world.h"
-
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
 
-#include "fiber.h"
+#include "block.h"
 
 namespace fa2_host {
 
 const uint3* thread_index;
 uint3 block_index, block_dim, grid_dim;
+bool uses_async_proxy;
 
 namespace {
 
-constexpr int kBarriers = 16;
 constexpr size_t kBlocksAtOnce = 4;  // under Schedule::kRandom
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Blocks, warps, threads
-
-struct Copy {
-  char* shared;
-  const void* global;
-  int bytes, source_bytes;
-};
-
-struct Fiber {
-  Context context;
-  uint3 index;
-  std::vector<Copy> copies;         // in flight, oldest first
-  std::vector<size_t> groups;       // ends of the committed groups in `copies`
-  const int* polled = nullptr;      // the last word read by poll()
-  uint64_t polled_at = 0;           // number of releases at that time
-  const char* waits_for = nullptr;  // what it sleeps on, for messages
-  Site site{};
-};
-
-struct Warp {
-  uint32_t ready = kAllLanes, meeting = 0, polling = 0, exited = 0;
-  void* args[32];
-  const char* name;
-  Complete complete;
-  Site site;
-};
-
-struct Barrier {
-  int arrived = 0, threads = 0;
-  Site site{};
-  std::vector<uint32_t> waiting;  // lanes of each warp
-};
-
-struct Block {
-  Block(int threads, size_t shared_bytes) : stacks(threads), fibers(threads), warps(threads / 32) {
-    void* memory;  // exactly as long as asked for, so that the address sanitizer sees an index that leaves it
-    if (posix_memalign(&memory, 1024, shared_bytes)) abort();
-    shared = static_cast<char*>(memory);
-  }
-  ~Block() { free(shared); }
-  Block(const Block&) = delete;
-
-  Stacks stacks;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  Barrier barriers[kBarriers];
-  char* shared;
-  uint3 index{};
-  int live = 0;
-  int warp = -1;       // the one whose lanes run
-  int steps_left = 0;  // until another warp may run, under kRandom
-};
-
-struct SyncSite {
-  Site site;
-  const char* name;
-  bool planted;
-};
-
-struct World {
-  const Launch* launch = nullptr;
-  KernelBody body = nullptr;
-  int threads = 0;
-  Context main;
-  std::vector<std::unique_ptr<Block>> resident, spare;
-  Block* block = nullptr;
-  int fiber = -1;
-  int steps_left = 0;  // until another block may run, under kRandom
-  uint64_t releases = 0;
-  uint64_t random = 1;
-  bool failed = false;
-  std::vector<SyncSite> sync_sites;
-
-  Fiber& current() { return block->fibers[fiber]; }
-};
+}  // namespace
 
 World world;
 
@@ -111,14 +32,12 @@ uint32_t random_below(uint32_t n) {
   return static_cast<uint32_t>((world.random >> 32) * n >> 32);
 }
 
-Schedule schedule() { return static_cast<Schedule>(world.launch->schedule); }
-
 const char* short_name(const char* file) {
   const char* slash = strrchr(file, '/');
   return slash ? slash + 1 : file;
 }
 
-bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Who runs next
@@ -156,6 +75,7 @@ int pick_warp(Block& block) {
 
 void go(Context& from, Block* block) {
   block->warp = pick_warp(*block);
+  while (block->warp < 0 && block->async && async_land(*block)) block->warp = pick_warp(*block);
   const bool stop = block->warp < 0 || (&from != &world.main && interrupted(world.steps_left));
   if (stop) return Context::change(from, world.main);
   world.fiber = block->warp * 32 + pick_lane(block->warps[block->warp].ready);
@@ -163,6 +83,8 @@ void go(Context& from, Block* block) {
   thread_index = &next.index;
   if (&next.context != &from) Context::change(from, next.context);
 }
+
+}  // namespace
 
 void sleep(const char* what, Site site) {
   Fiber& self = world.current();
@@ -172,8 +94,7 @@ void sleep(const char* what, Site site) {
   self.waits_for = nullptr;
 }
 
-Warp& this_warp() { return world.block->warps[world.fiber / 32]; }
-uint32_t this_lane() { return 1u << (world.fiber % 32); }
+namespace {
 
 void thread_main() {
   world.body(world.launch->params);
@@ -181,6 +102,7 @@ void thread_main() {
   if (!self.copies.empty()) {
     fail("the thread ends with %zu asynchronous copies that it never waited for", self.copies.size());
   }
+  if (world.block->async) async_thread_ends();
   Warp& warp = this_warp();
   if (warp.meeting) {
     fail("the thread ends while lanes 0x%08x of its warp wait at %s (%s:%d)", warp.meeting, warp.name,
@@ -188,7 +110,7 @@ void thread_main() {
   }
   warp.ready &= ~this_lane();
   warp.exited |= this_lane();
-  world.block->live--;
+  if (--world.block->live == 0 && world.block->async) async_block_ends();
   go(self.context, world.block);
 }
 
@@ -208,8 +130,10 @@ Block* start_block(uint64_t n) {
   std::fill(block->warps.begin(), block->warps.end(), Warp());
   for (Barrier& barrier : block->barriers) {
     barrier = Barrier();
+    barrier.came.assign(block->warps.size(), 0);
     barrier.waiting.assign(block->warps.size(), 0);
   }
+  if (uses_async_proxy) async_start(*block);
   for (int t = 0; t < world.threads; t++) {
     Fiber& fiber = block->fibers[t];
     const unsigned x = block_dim.x, y = block_dim.y;
@@ -239,6 +163,7 @@ std::string describe(const Block& block) {
       } else if (fiber.waits_for) {
         doing = std::string("wait at ") + fiber.waits_for + " (" + short_name(fiber.site.file) + ":";
         doing += std::to_string(fiber.site.line) + ")";
+        if (block.async) doing += async_waits(block, static_cast<int>(t));
       } else {
         doing = "can run";
       }
@@ -368,6 +293,43 @@ void barrier(const char* name, int id, int threads, Site site) {
     world.block->warp = -1;  // the schedule's favourite goes first, not the last to come
   }
   sleep(name, site);
+}
+
+void named_barrier(const char* name, int id, int threads, bool waits, Site site) {
+  if (!synchronises(name, site)) return;
+  if (id < 1 || id >= kBarriers) fail("%s: barrier %d; the named ones are 1 to %d", name, id, kBarriers - 1);
+  if (threads <= 0 || threads % 32 || threads > world.threads) {
+    fail("%s: barrier %d of %d threads: whole warps of the block are needed", name, id, threads);
+  }
+  Barrier& barrier = world.block->barriers[id];
+  if (barrier.arrived == 0) {
+    barrier.threads = threads;
+    barrier.site = site;
+  } else if (barrier.threads != threads) {
+    fail("barrier %d has %d threads at %s:%d, but %d at %s:%d", id, threads, short_name(site.file), site.line,
+         barrier.threads, short_name(barrier.site.file), barrier.site.line);
+  }
+  const int w = world.fiber / 32;
+  if (barrier.came[w] & this_lane()) {
+    fail("%s (%s:%d): this thread comes to barrier %d again, but only %d of %d threads have come", name,
+         short_name(site.file), site.line, id, barrier.arrived, threads);
+  }
+  barrier.came[w] |= this_lane();
+  const bool last = ++barrier.arrived == threads;
+  if (last) {
+    barrier.arrived = 0;
+    for (size_t i = 0; i < barrier.came.size(); i++) {
+      world.block->warps[i].ready |= barrier.waiting[i];
+      barrier.came[i] = barrier.waiting[i] = 0;
+    }
+    world.block->warp = -1;  // the schedule's favourite goes first, not the last to come
+  } else if (waits) {
+    this_warp().ready &= ~this_lane();
+    barrier.waiting[w] |= this_lane();
+    world.current().barrier = id;
+  }
+  if (last || waits) sleep(name, site);
+  world.current().barrier = 0;
 }
 
 void collective(const char* name, void* args, Complete complete, Site site) {

@@ -54,6 +54,9 @@ bool synchronises(const char* name, Site site);
 // The kernel's barriers: 0 is __syncthreads. `threads` is the number that takes part.
 void barrier(const char* name, int id, int threads, Site site);
 
+// The barriers 1 to 15, which part of the block's threads may come to; who does not wait only arrives.
+void named_barrier(const char* name, int id, int threads, bool waits, Site site);
+
 // All lanes of a warp meet; the last one calls `complete` with the `args` of all 32 and then everybody goes on.
 using Complete = void (*)(void* const* lanes);
 void collective(const char* name, void* args, Complete complete, Site site);
@@ -62,6 +65,11 @@ void collective(const char* name, void* args, Complete complete, Site site);
 void copy_async(void* shared, const void* global, int bytes, int source_bytes);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+
+// True in the libraries of kernels that include sm90/ptx.cuh or sm90/wgmma.cuh: their ordinary stores to shared memory
+// are remembered until the thread's next fence_proxy_async, see async.h.
+extern bool uses_async_proxy;
+void mark_stored(const char* shared, uint32_t bytes, int lane = -1);  // by this thread, or one of its warp
 
 // A thread that reads the same word twice without a release in between goes to sleep until there is one.
 int poll(const int* word, Site site);

@@ -54,7 +54,9 @@ inline T load_shared(uint32_t address, Site site) {
 }
 template <class T>
 inline void store_shared(uint32_t address, T value, Site site) {
-  memcpy(shared_pointer(address, sizeof(T), site), &value, sizeof(T));
+  char* shared = shared_pointer(address, sizeof(T), site);
+  memcpy(shared, &value, sizeof(T));
+  if (uses_async_proxy) mark_stored(shared, sizeof(T));
 }
 inline void check_aligned(const void* address, uintptr_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) fail("%s:%d: %p is not aligned", site.file, site.line, address);

@@ -1,0 +1,41 @@
+"""What stands for a CUtensorMap in a launch on the CPU: the same 16 words of 8 bytes, with a layout of our own.
+
+word      what                                        cuda/async.cpp reads them
+0         address of the first element
+1-4       dimensions: columns, rows, heads, batches
+5-7       bytes between rows, heads, batches
+8, 9      columns and rows of the box
+10        bytes of an element
+11        a magic number
+12-15     0
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+BYTES = 128
+_MAGIC = 0x3270614D726F7354
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2}
+
+
+def pack(pointer: int, dims: Sequence[int], strides_bytes: Sequence[int], box: Sequence[int], dtype: str) -> bytes:
+    """The words of a map of four dimensions, columns first, with 128-byte swizzle; ValueError as the driver would."""
+    box = (*box, *(1,) * (4 - len(box)))
+    item = _ELEMENT_BYTES[dtype]
+    if len(dims) != 4 or not all(1 <= n <= 1 << 32 for n in dims):
+        raise ValueError(f"four dimensions of 1 to 2^32 are needed, not {dims}")
+    if len(strides_bytes) != 3 or not all(s % 16 == 0 and 0 <= s < 1 << 40 for s in strides_bytes):
+        raise ValueError(f"three strides are needed, multiples of 16 below 2^40, not {strides_bytes}")
+    if pointer % 16:
+        raise ValueError(f"{pointer:#x} is not 16-byte aligned")
+    if box[0] * item != 128 or not 1 <= box[1] <= 256 or tuple(box[2:]) != (1, 1):
+        raise ValueError(f"a box is 128 bytes by 1 to 256 rows of one head, not {box}")
+    return struct.pack("<16Q", pointer, *dims, *strides_bytes, box[0], box[1], item, _MAGIC, 0, 0, 0, 0)
+
+
+def encode(spec: Any, pointer: int) -> bytes:
+    """What the driver does with a TensorMapSpec of fa2cupy.jit.tensor_map."""
+    return pack(pointer, spec.dims, spec.strides_bytes, spec.box, spec.dtype)
