@@ -48,7 +48,12 @@ BACKWARD = {
 # What only an unlucky order of blocks shows gets a few more of them.
 SCHEDULES = (*Schedule, *10 * (Schedule.RANDOM,))
 
-_SYNCHRONISATION = re.compile(r"__syncthreads\(|__syncwarp\(|cp_async_wait_group<")
+_SYNCHRONISATION = re.compile(
+    r"\b(__syncthreads\(|__syncwarp\(|cp_async_wait_group<"
+    r"|bar_sync\(|bar_arrive\(|fence_mbarrier_init\(|mbarrier_(arrive|arrive_expect_tx|wait|try_wait_parity)\("
+    r"|fence_proxy_async\(|cp_async_bulk_wait_group_read<|wgmma_fence\(|wgmma_wait_group<)"
+)
+_WRAPPERS = ("ptx.cuh", "wgmma.cuh")
 
 
 def synchronisations_in_source() -> set[tuple[str, int]]:
@@ -56,7 +61,7 @@ def synchronisations_in_source() -> set[tuple[str, int]]:
     root = source_module.root()
     found = set()
     for path in (*root.rglob("*.cu"), *root.rglob("*.cuh")):
-        if path.name == "ptx.cuh":
+        if path.name in _WRAPPERS:
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if _SYNCHRONISATION.search(line.split("//")[0]):
