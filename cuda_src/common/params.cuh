@@ -32,7 +32,7 @@ struct alignas(64) TensorMap {
 };
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim, row, head, batch) whose boxes are 64
-// columns x kBlockM (q), kBlockN (k, v) or 64 (out) rows, with 128-byte swizzle.
+// columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle.
 struct FwdTmaParams {
   TensorMap q, k, v, out;
   float* lse;

@@ -86,6 +86,39 @@ struct Softmax {
     }
   }
 
+  // The same in two parts, for an O that is still being computed when S is there: S becomes P, l moves to the new m, and
+  // alpha is what O has to be multiplied by.
+  template <int kSTiles>
+  FA2_DEVICE void exponentiate(Accumulator<1, kSTiles>& acc_s, float (&alpha)[2], float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float m = max[0][h];
+#pragma unroll
+      for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[0][j][2 * h], acc_s.x[0][j][2 * h + 1]));
+      m = row_max(m);
+      const float m_scaled = scaled_max(m, scale_log2);
+      alpha[h] = ex2(scaled(max[0][h], scale_log2) - m_scaled);
+      max[0][h] = m;
+      float l = sum[0][h] * alpha[h];
+#pragma unroll
+      for (int j = 0; j < kSTiles; ++j)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          acc_s.x[0][j][e] = ex2(fmaf(acc_s.x[0][j][e], scale_log2, -m_scaled));
+          l += acc_s.x[0][j][e];
+        }
+      sum[0][h] = l;
+    }
+  }
+  template <int kOTiles>
+  FA2_DEVICE void rescale(Accumulator<1, kOTiles>& acc_o, const float (&alpha)[2]) const {
+    if (!__any_sync(0xffffffffu, alpha[0] < 1.f || alpha[1] < 1.f)) return;
+#pragma unroll
+    for (int j = 0; j < kOTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_o.x[0][j][e] *= alpha[e / 2];
+  }
+
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row.
   template <int kOTiles>
   FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o) {

@@ -1,0 +1,286 @@
+// FlashAttention forward with wgmma and TMA (Dao 2023, algorithm 1; Shah et al. 2024): sm_90a.
+//
+//   O = softmax(scale * Q K^T) V,   lse = log(sum(exp(scale * Q K^T)))
+//
+// One thread block per multiprocessor takes tiles, kBlockM query rows of one head, from a fixed list. Warpgroup 0 copies K and
+// V (one thread of it) into rings of kKvStages buffers. Each other warpgroup owns 64 query rows of the tile: it fetches its
+// rows of Q, computes, and writes its rows of O; no two warps share a row. Key blocks n run from the last to the first.
+//
+//   tensor cores   S(n) = Q K(n)^T   O += P(n+1) V(n+1)            S(n-1) = Q K(n-1)^T   O += P(n) V(n)   ...
+//   other units                      P(n) = softmax of S(n), O *= alpha                  P(n-1) = ...
+//
+// The step from one tile to the next is such a step too: the first scores of the next tile are computed beside the last
+// product of this one, if there is room for two tiles of Q (kQStages = 2). O leaves through the buffer of its own Q.
+//
+// docs/forward_sm90.md draws the pipeline and says who waits for whom.
+#include "common/block_range.cuh"
+#include "common/softmax.cuh"
+#include "sm90/tile.cuh"
+
+static_assert(sizeof(FwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+
+constexpr int kConsumers = kBlockM / 64;  // warpgroups that compute
+constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
+constexpr int kCopyRegisters = kConsumers == 3 ? 32 : 24, kComputeRegisters = kConsumers == 3 ? 160 : 240;
+static_assert(kNumThreads == 128 * (kConsumers + 1), "one warpgroup for 64 query rows, and one that copies");
+static_assert(kConsumers == 2 || kConsumers == 3, "the registers are shared out for two or three");
+
+struct SharedMemory {
+  Panels<kBlockM, kHeadDim> q[kQStages];  // later the output on its way to global memory
+  Panels<kBlockN, kHeadDim> k[kKvStages], v[kKvStages];
+  // full: the bytes have landed. empty: every consumer is done with them.
+  alignas(1024) uint64_t q_full[kConsumers][kQStages];
+  uint64_t k_full[kKvStages], k_empty[kKvStages], v_full[kKvStages], v_empty[kKvStages];
+};
+static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
+
+using AccS = Accumulator<1, kBlockN / 8>;
+using AccO = Accumulator<1, kHeadDim / 8>;
+
+// A place in a ring of buffers, and the parity of its barriers' phase.
+template <int kStages>
+struct Slot {
+  int stage = 0;
+  uint32_t parity = 0;
+  FA2_DEVICE void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// A tile: query block m_block of a head, and its key blocks [0, end), of which those from mask_from on need a mask.
+struct Work {
+  int m_block, head, batch;
+  int end, mask_from;
+};
+
+// The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
+// long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time.
+struct Schedule {
+  int round = 0;
+  FA2_DEVICE bool next(const Shape& shape, Work& work) {
+    const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int linear = round++ * gridDim.x + place;
+    const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
+    if (linear >= m_blocks * rows) return false;
+    const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
+    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * m_blocks);
+    const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
+    const BlockRange range = key_blocks(shape, m_block);
+    work = {m_block, tile.head, tile.batch, range.end, range.mask_from};
+    return true;
+  }
+};
+
+// Keys and values of all tiles, one thread.
+FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
+  const Shape& shape = params.shape;
+  Schedule schedule;
+  Work work;
+  Slot<kKvStages> slot;
+  while (schedule.next(shape, work)) {
+    const int head_k = work.head / (shape.num_heads / shape.num_heads_k);
+    for (int n = work.end - 1; n >= 0; --n, slot.advance()) {
+      mbarrier_wait(smem.k_empty[slot.stage], slot.parity ^ 1);  // released by every consumer after its S
+      mbarrier_arrive_expect_tx(smem.k_full[slot.stage], smem.k[0].kBytes);
+      load_tile(smem.k[slot.stage], params.k, smem.k_full[slot.stage], n * kBlockN, head_k, work.batch);
+      mbarrier_wait(smem.v_empty[slot.stage], slot.parity ^ 1);  // released by every consumer after its O += P V
+      mbarrier_arrive_expect_tx(smem.v_full[slot.stage], smem.v[0].kBytes);
+      load_tile(smem.v[slot.stage], params.v, smem.v_full[slot.stage], n * kBlockN, head_k, work.batch);
+    }
+  }
+}
+
+// -inf where a query does not see a key. `row` and `col`: of this thread's first element.
+FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int end = key_end(shape, row + 8 * h) - col;
+#pragma unroll
+    for (int j = 0; j < kBlockN / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * j + e >= end) acc_s.x[0][j][2 * h + e] = -kInfinity;
+  }
+}
+
+// One warpgroup: all tiles, 64 query rows of each.
+FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int group) {
+  const Shape& shape = params.shape;
+  const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
+  const bool leader = threadIdx.x % 128 == 0;
+  const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
+  Slot<kQStages> q;
+  Slot<kKvStages> k, v;
+  Softmax<1> softmax;
+  AccS acc_s;
+  AccO acc_o;
+  Fragments<kKeySteps> frag_p;
+
+  // This warpgroup's rows of Q. The buffer may hold an output that is still being stored.
+  auto load_q = [&](const Work& work, int stage) {
+    if (!leader) return;
+    cp_async_bulk_wait_group_read<0>();
+    mbarrier_arrive_expect_tx(smem.q_full[group][stage], smem.q[0].kPanels * 64 * 128);
+    load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage], work.m_block * kBlockM + group_row, work.head,
+                  work.batch);
+  };
+  auto issue_s = [&] {  // S = Q K^T
+    mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_keys
+    wgmma_fence();
+    gemm_ss<kHeadSteps>(acc_s, AlongRows(smem.q[q.stage], group_row), AlongRows(smem.k[k.stage]));
+    wgmma_commit_group();
+  };
+  auto issue_o = [&](bool accumulate) {  // O (+)= P V
+    mbarrier_wait(smem.v_full[v.stage], v.parity);  // V landed: copy_keys
+    wgmma_fence();
+    gemm_rs<kKeySteps>(acc_o, frag_p, DownRows(smem.v[v.stage]), accumulate);
+    wgmma_commit_group();
+  };
+  auto finish_s = [&] {
+    pin(acc_s);
+    if (leader) mbarrier_arrive(smem.k_empty[k.stage]);
+    k.advance();
+    if constexpr (kScaleFirst) {
+#pragma unroll
+      for (int j = 0; j < kBlockN / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_s.x[0][j][e] *= params.scale_softmax_log2;
+    }
+  };
+  auto finish_o = [&] {
+    pin(acc_o);
+    if (leader) mbarrier_arrive(smem.v_empty[v.stage]);
+    v.advance();
+  };
+  auto mask = [&](const Work& work, int n) {
+    mask_scores(acc_s, shape, work.m_block * kBlockM + row, n * kBlockN + accumulator_col());
+  };
+  // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
+  auto start_softmax = [&](const Work& work) {
+    if (work.end - 1 >= work.mask_from) mask(work, work.end - 1);
+    softmax = Softmax<1>();
+    float alpha[2];
+    softmax.exponentiate(acc_s, alpha, scale_log2);
+  };
+  auto start_tile = [&](const Work& work) {
+    mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: load_q
+    issue_s();
+    wgmma_wait_group<0>();
+    finish_s();
+    start_softmax(work);
+    to_fragments(frag_p, acc_s);
+  };
+
+  Schedule schedule;
+  Work work, next, after;
+  if (!schedule.next(shape, work)) return;
+  bool more = schedule.next(shape, next);
+  load_q(work, 0);
+  start_tile(work);
+  while (true) {
+    bool first = true, q_is_due = kQStages > 1 && more;
+    auto load_next_q = [&] {
+      if (q_is_due) load_q(next, (q.stage + 1) % kQStages);
+      q_is_due = false;
+    };
+    auto step = [&](int n, auto masked) {
+      issue_s();
+      issue_o(!first);
+      load_next_q();
+      first = false;
+      wgmma_wait_group<1>();  // S(n)
+      finish_s();
+      if constexpr (decltype(masked)::value) mask(work, n);
+      float alpha[2];
+      softmax.exponentiate(acc_s, alpha, scale_log2);
+      pin(acc_s);             // P(n) is computed beside the product, not after its wait
+      wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
+      finish_o();
+      to_fragments(frag_p, acc_s);
+      softmax.rescale(acc_o, alpha);
+    };
+    int n = work.end - 2;
+    for (; n >= work.mask_from; --n) step(n, True{});
+    for (; n >= 0; --n) step(n, False{});
+
+    // The last product of this tile, and beside it the first scores of the next.
+    load_next_q();
+    Softmax<1> done = softmax;
+    const int done_stage = q.stage;
+    bool more_after = false;
+    q.advance();
+    if (kQStages > 1 && more) {
+      mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: load_q
+      issue_s();
+      issue_o(!first);
+      more_after = schedule.next(shape, after);
+      wgmma_wait_group<1>();  // S of the next tile
+      finish_s();
+      start_softmax(next);
+      pin(acc_s);
+      wgmma_wait_group<0>();  // the last O += P V
+      finish_o();
+      to_fragments(frag_p, acc_s);
+    } else {
+      issue_o(!first);
+      if (more) more_after = schedule.next(shape, after);
+      wgmma_wait_group<0>();  // the last O += P V
+      finish_o();
+    }
+
+    // O = diag(l)^-1 O
+    done.finish(acc_o);
+    const int first_query = work.m_block * kBlockM;
+    if (accumulator_col() == 0) {
+      float* lse = params.lse + work.batch * params.lse_strides.batch + work.head * params.lse_strides.head;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (first_query + row + 8 * h < shape.seqlen_q)
+          lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
+    }
+    store_accumulator(smem.q[done_stage], warp_row, acc_o);
+    fence_proxy_async();       // this thread's part of O, before the copy engine reads it
+    bar_sync(1 + group, 128);  // everybody's part of this warpgroup's rows is in shared memory
+    if (leader) {
+      store_rows<64>(params.out, smem.q[done_stage], group_row, first_query + group_row, work.head, work.batch);
+      cp_async_bulk_commit_group();
+    }
+    if (!more) break;
+    work = next;
+    next = after;
+    more = more_after;
+    if (kQStages == 1) {
+      load_q(work, q.stage);
+      start_tile(work);
+    }
+  }
+  if (leader) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its readers
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __grid_constant__ FwdTmaParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i)
+#pragma unroll
+      for (int j = 0; j < kQStages; ++j) mbarrier_init(smem.q_full[i][j], 1);
+#pragma unroll
+    for (int i = 0; i < kKvStages; ++i) {
+      mbarrier_init(smem.k_full[i], 1);
+      mbarrier_init(smem.v_full[i], 1);
+      mbarrier_init(smem.k_empty[i], kConsumers);
+      mbarrier_init(smem.v_empty[i], kConsumers);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();  // the barriers are initialised
+
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_dec<kCopyRegisters>();
+    if (threadIdx.x == 0) copy_keys(smem, params);
+  } else {
+    setmaxnreg_inc<kComputeRegisters>();
+    compute(smem, params, warpgroup - 1);
+  }
+}

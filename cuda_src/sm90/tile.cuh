@@ -1,0 +1,108 @@
+// Tiles in shared memory as bulk tensor copies write them and wgmma reads them, and products of such tiles.
+//
+// A tile is cut into panels of 64 columns: rows of 128 bytes whose 16-byte chunks are swizzled (chunk ^= row % 8). Copies,
+// descriptors and stores all speak of panels; nobody but store_accumulator has to know the swizzle.
+#pragma once
+
+#include "common/config.cuh"
+#include "sm90/ptx.cuh"
+#include "sm90/wgmma.cuh"
+
+template <int kRows_, int kCols_>
+struct Panels {
+  static constexpr int kRows = kRows_, kCols = kCols_;
+  static constexpr int kPanels = ceil_div(kCols, 64), kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes;
+  alignas(1024) Element data[kPanels][kRows][64];
+};
+
+// Rows [tile_row, tile_row + kCount) of the tile = rows from `row` on of a head, all columns; the map's box has kCount rows.
+// One thread; the barrier expects the bytes.
+template <int kCount, int kRows, int kCols>
+FA2_DEVICE void load_rows(Panels<kRows, kCols>& tile, int tile_row, const TensorMap& map, uint64_t& barrier, int row, int head,
+                          int batch) {
+#pragma unroll
+  for (int p = 0; p < tile.kPanels; ++p) {
+    cp_async_bulk_tensor_4d_load(tile.data[p][tile_row], map, barrier, 64 * p, row, head, batch);
+  }
+}
+template <int kRows, int kCols>
+FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head, int batch) {
+  load_rows<kRows>(tile, 0, map, barrier, row, head, batch);
+}
+
+// The other way round. One thread; the caller commits.
+template <int kCount, int kRows, int kCols>
+FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kCols>& tile, int tile_row, int row, int head, int batch) {
+#pragma unroll
+  for (int p = 0; p < tile.kPanels; ++p) {
+    cp_async_bulk_tensor_4d_store(map, tile.data[p][tile_row], 64 * p, row, head, batch);
+  }
+}
+
+// An operand of a product whose sum runs along the rows of a tile (Q and K): `step` is the block of 16 columns.
+template <int kRows, int kCols>
+struct AlongRows {
+  uint64_t descriptor;
+  FA2_DEVICE explicit AlongRows(const Panels<kRows, kCols>& tile, int row = 0)
+      : descriptor(matrix_descriptor(smem_address(tile.data) + row * 128, 0)) {}
+  FA2_DEVICE uint64_t at(int step) const {
+    return descriptor + (step / 4 * Panels<kRows, kCols>::kPanelBytes + step % 4 * 32) / 16;
+  }
+};
+
+// An operand of a product whose sum runs down the rows of a tile (V): `step` is the block of 16 rows.
+template <int kRows, int kCols>
+struct DownRows {
+  uint64_t descriptor;
+  FA2_DEVICE explicit DownRows(const Panels<kRows, kCols>& tile)
+      : descriptor(matrix_descriptor(smem_address(tile.data), tile.kPanelBytes)) {}
+  FA2_DEVICE uint64_t at(int step) const { return descriptor + step * 16 * 128 / 16; }
+};
+
+// acc = A B over kSteps blocks of 16, both in shared memory.
+template <int kSteps, int kNTiles, typename A, typename B>
+FA2_DEVICE void gemm_ss(Accumulator<1, kNTiles>& acc, const A& a, const B& b) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) wgmma_ss<Element, false>(acc, a.at(k), b.at(k), k > 0);
+}
+
+// The A operand of a product in registers: the accumulators of another, rounded.
+template <int kSteps>
+struct Fragments {
+  uint32_t r[kSteps][4];
+};
+template <int kNTiles>
+FA2_DEVICE void to_fragments(Fragments<kNTiles / 2>& frag, const Accumulator<1, kNTiles>& acc) {
+#pragma unroll
+  for (int k = 0; k < kNTiles / 2; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&pair)[4] = acc.x[0][2 * k + i / 2];
+      frag.r[k][i] = cvt_pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+    }
+}
+
+// acc (+)= A B, A in registers, the sum running down the rows of B.
+template <int kSteps, int kNTiles, typename B>
+FA2_DEVICE void gemm_rs(Accumulator<1, kNTiles>& acc, const Fragments<kSteps>& a, const B& b, bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) wgmma_rs<Element, true>(acc, a.r[k], b.at(k), k > 0 || accumulate);
+}
+
+// Rows [row, row + 16) of the tile, of this warp, = its 16 rows of acc, rounded.
+template <int kNTiles, int kRows, int kCols>
+FA2_DEVICE void store_accumulator(Panels<kRows, kCols>& tile, int row, const Accumulator<1, kNTiles>& acc) {
+  const int lane = lane_id();
+  const uint32_t address = smem_address(tile.data) + (row + lane % 16) * 128;
+#pragma unroll
+  for (int k = 0; k < kNTiles / 2; ++k) {
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float(&pair)[4] = acc.x[0][2 * k + i / 2];
+      r[i] = cvt_pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+    }
+    const int chunk = k % 4 * 2 + lane / 16;
+    stmatrix_x4(address + k / 4 * tile.kPanelBytes + ((chunk ^ lane % 8) << 4), r);
+  }
+}
