@@ -29,7 +29,23 @@ class Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_mem_bytes", ctypes.c_uint),
         ("num_attrs", ctypes.c_uint),
-        ("params", ctypes.c_ubyte * 256),
+        ("params", ctypes.c_ubyte * 1024),
+    )
+
+
+class FakeMap(ctypes.Structure):
+    """What the fake driver writes as a tensor map: the arguments that it was given, and how many maps came before."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("dims", ctypes.c_uint64 * 4),
+        ("strides", ctypes.c_uint64 * 3),
+        ("box", ctypes.c_uint32 * 4),
+        ("data_type", ctypes.c_int),
+        ("swizzle", ctypes.c_int),
+        ("l2_promotion", ctypes.c_int),
+        ("number", ctypes.c_int),
+        ("padding", ctypes.c_ubyte * 32),
     )
 
 

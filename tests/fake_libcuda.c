@@ -15,31 +15,41 @@ typedef struct {
 typedef struct {
   uint64_t function, stream, context, extra;
   unsigned grid[3], block[3], shared_mem_bytes, num_attrs;
-  unsigned char params[256];
+  unsigned char params[1024];
 } Launch;
+
+/* Stands for the 128 bytes of a CUtensorMap, which are opaque. */
+typedef struct {
+  uint64_t address, dims[4], strides[3];
+  uint32_t box[4];
+  int data_type, swizzle, l2_promotion, number;
+  unsigned char padding[32];
+} Map;
+_Static_assert(sizeof(Map) == 128, "as long as a CUtensorMap");
 
 enum { kMaxLaunches = 4096, kMaxDevices = 4, kStackDepth = 8 };
 
 /* Set by the tests. */
 int fake_init_status, fake_version, fake_device_count, fake_launch_status, fake_set_attribute_status, fake_record;
+int fake_encode_status;
 int fake_cc[kMaxDevices][2];
 int fake_params_bytes;
 /* Read by the tests. */
 Launch fake_launches[kMaxLaunches];
-int fake_launch_count, fake_retain_count, fake_push_count, fake_last_attribute[2];
+int fake_launch_count, fake_retain_count, fake_push_count, fake_last_attribute[2], fake_encode_count;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static __thread void* stack[kStackDepth];
 static __thread int depth;
 
 void fake_reset(void) {
-  fake_init_status = fake_launch_status = fake_set_attribute_status = 0;
+  fake_init_status = fake_encode_status = fake_launch_status = fake_set_attribute_status = 0;
   fake_version = 12040;
   fake_device_count = 2;
   fake_record = 1;
   for (int i = 0; i < kMaxDevices; ++i) fake_cc[i][0] = 9, fake_cc[i][1] = 0;
   fake_params_bytes = 0;
-  fake_launch_count = fake_retain_count = fake_push_count = depth = 0;
+  fake_launch_count = fake_retain_count = fake_push_count = fake_encode_count = depth = 0;
   fake_last_attribute[0] = fake_last_attribute[1] = 0;
 }
 
@@ -117,4 +127,26 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** p
   }
   pthread_mutex_unlock(&mutex);
   return fake_launch_status;
+}
+/* Refuses what the CUDA driver API's documentation forbids, as far as maps of 16-bit elements of rank 4 go. */
+CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                                int interleave, int swizzle, int l2_promotion, int oob_fill) {
+  if (fake_encode_status) return fake_encode_status;
+  if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank != 4) return 1;
+  if ((data_type != 6 && data_type != 9) || interleave != 0 || swizzle != 3 || l2_promotion != 3 || oob_fill != 0) return 1;
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (dims[i] < 1 || dims[i] > (1ull << 32) || box[i] < 1 || box[i] > 256 || element_strides[i] != 1) return 1;
+    if (i + 1 < rank && (strides[i] % 16 || strides[i] >= (1ull << 40))) return 1;
+  }
+  if (box[0] * 2 % 16 || box[0] * 2 > 128) return 1;
+  Map encoded = {.address = (uint64_t)(uintptr_t)address, .data_type = data_type, .swizzle = swizzle, .l2_promotion = l2_promotion};
+  memcpy(encoded.dims, dims, sizeof encoded.dims);
+  memcpy(encoded.strides, strides, sizeof encoded.strides);
+  memcpy(encoded.box, box, sizeof encoded.box);
+  pthread_mutex_lock(&mutex);
+  encoded.number = fake_encode_count++;
+  pthread_mutex_unlock(&mutex);
+  memcpy(map, &encoded, sizeof encoded);
+  return 0;
 }

@@ -416,3 +416,24 @@ def test_warm_start_loads_neither_nvrtc_nor_cupy(directory: Path) -> None:
         assert ("cupy" in loaded) == cold
     assert loaded == []
     assert float(seconds) < 0.05
+
+
+def test_expected_build_comes_from_what_is_known(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the NVRTC that is loaded, else from the cache's memory; NVRTC is loaded only where neither knows."""
+    library = directory.parent / "libnvrtc.so.12"
+    library.write_bytes(b"nvrtc")
+    loaded: list[str] = []
+
+    def load() -> str:
+        loaded.append("12.8.93 CL-2")
+        return loaded[-1]
+
+    monkeypatch.setattr(compiler, "nvrtc_is_loaded", lambda: bool(loaded))
+    monkeypatch.setattr(compiler, "nvrtc_build", load)
+    expected = sys.modules["fa2cupy.jit.kernel"].expected_nvrtc_build
+    open_cache().remember_nvrtc(str(library), NVRTC)
+    assert expected() == NVRTC and not loaded
+    library.write_bytes(b"another nvrtc")
+    assert expected() == "12.8.93 CL-2" and loaded
+    open_cache().remember_nvrtc(str(library), NVRTC)
+    assert expected() == "12.8.93 CL-2"  # what is loaded counts

@@ -282,3 +282,27 @@ def test_compile_many_stops_when_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compiler, "_nvrtc", missing)
     with pytest.raises(MissingDependency):
         compile_many([Job(REVERSE, "reverse", "sm_80", DEFINES, str(number)) for number in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        ("11.8.89 CL-1", "does not know sm_90a"),
+        ("12.0.140 CL-1", ""),
+        ("12.4.127 CL-1", ""),
+        ("12.5.82 CL-1", "makes slow code"),
+        ("12.6.20 CL-1", "makes slow code"),
+        ("12.6.85 CL-35059454", "makes slow code"),
+        ("12.8.61", "may make wrong code"),
+        ("12.8.93 CL-1", "may make wrong code"),
+        ("12.9.41 CL-1", "may make wrong code"),
+        ("12.9", "may make wrong code"),  # no third number: perhaps 41
+        ("12.9.86 CL-36037853", ""),
+        ("13.0.48 CL-1", ""),
+        ("13.0", ""),
+        ("13.2.51 CL-1", ""),
+    ],
+)
+def test_nvrtc_releases_for_wgmma(build: str, words: str) -> None:
+    objection = compiler.wgmma_objection(build)
+    assert (words in objection and f"NVRTC {build} " in objection) if words else objection == ""

@@ -4,10 +4,11 @@ Nothing here knows about attention, and importing it imports neither CuPy nor an
 """
 
 from fa2cupy.jit.batch import CompileResult, Job, compile_many
-from fa2cupy.jit.compiler import Cubin, KernelResources
+from fa2cupy.jit.compiler import Cubin, KernelResources, wgmma_objection
 from fa2cupy.jit.driver import DeviceInfo, Launcher, device_guard, device_info, driver_version, launch
-from fa2cupy.jit.kernel import Kernel, LaunchConfig, kernel, kernels
+from fa2cupy.jit.kernel import Kernel, LaunchConfig, expected_nvrtc_build, kernel, kernels
 from fa2cupy.jit.source import Source
+from fa2cupy.jit.tensor_map import TensorMapSpec
 
 __all__ = [
     "CompileResult",
@@ -19,11 +20,14 @@ __all__ = [
     "LaunchConfig",
     "Launcher",
     "Source",
+    "TensorMapSpec",
     "compile_many",
     "device_guard",
     "device_info",
     "driver_version",
+    "expected_nvrtc_build",
     "kernel",
     "kernels",
     "launch",
+    "wgmma_objection",
 ]

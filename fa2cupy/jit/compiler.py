@@ -20,7 +20,16 @@ from fa2cupy.errors import CompilationError, MissingDependency
 from fa2cupy.jit import driver
 from fa2cupy.jit.source import Source
 
-__all__ = ["Cubin", "KernelResources", "compile", "nvrtc_build", "nvrtc_path", "options", "require_cupy"]
+__all__ = [
+    "Cubin",
+    "KernelResources",
+    "compile",
+    "nvrtc_build",
+    "nvrtc_path",
+    "options",
+    "require_cupy",
+    "wgmma_objection",
+]
 
 ELF_MAGIC = b"\x7fELF"
 _OPTIONS = ("-std=c++17", "-ftz=true", "-default-device", "--ptxas-options=-v")
@@ -209,6 +218,22 @@ def nvrtc_build() -> str:
 def nvrtc_is_loaded() -> bool:
     """Whether this process has paid for NVRTC already."""
     return bool(_build)
+
+
+def wgmma_objection(build: str) -> str:
+    """Why an NVRTC (its `nvrtc_build`) is not to compile wgmma kernels, or the empty string.
+
+    sm_90a came with 12.0. 12.5 and 12.6 put waits into loops of wgmma, which makes them slow; 12.8.0 to 12.9.0 have
+    been reported to miscompile causal attention. 12.9.86 (CUDA 12.9.1) and everything after it are good.
+    """
+    version = tuple(int(number) for number in build.split()[0].split("."))
+    if version < (12, 0):
+        return f"NVRTC {build} does not know sm_90a"
+    if (12, 5) <= version < (12, 7):
+        return f"NVRTC {build} makes slow code of wgmma loops"
+    if (12, 8) <= version < (12, 9, 86):
+        return f"NVRTC {build} may make wrong code of wgmma loops"
+    return ""
 
 
 def nvrtc_path() -> str | None:

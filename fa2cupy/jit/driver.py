@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceInfo",
     "Launcher",
+    "call",
     "context_check",
     "device_count",
     "device_guard",
@@ -149,6 +150,11 @@ class _Driver:
 @functools.cache
 def _driver() -> _Driver:
     return _Driver()
+
+
+def call(name: str, *args: Any) -> None:
+    """Call an entry point of libcuda; LaunchError unless it succeeds. MissingDependency without a driver."""
+    _driver().call(name, *args)
 
 
 def driver_version() -> tuple[int, int]:

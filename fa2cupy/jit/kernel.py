@@ -20,7 +20,7 @@ from fa2cupy.jit.cache import Entry
 from fa2cupy.jit.compiler import Cubin, Defines, KernelResources
 from fa2cupy.jit.source import Source
 
-__all__ = ["Kernel", "LaunchConfig", "build", "kernel", "kernels"]
+__all__ = ["Kernel", "LaunchConfig", "build", "expected_nvrtc_build", "kernel", "kernels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,16 @@ def build(source: Source, arch: str, defines: Defines, *, context: str = "") -> 
         cubin = compiler.compile(source, arch, defines, context=context)
         path = disk.store(key, cubin, {"source": source.path, "arch": arch, "defines": dict(defines)})
         return Entry(cubin, path, compiled=True)
+
+
+def expected_nvrtc_build() -> str:
+    """Build of the NVRTC in use, or, before this process has loaded one, of the one that the cache remembers.
+
+    Loads NVRTC where neither is known: then whatever is asked for next has to be compiled anyway.
+    """
+    if not compiler.nvrtc_is_loaded() and (remembered := cache.open_cache().recall_nvrtc()):
+        return remembered
+    return compiler.nvrtc_build()
 
 
 def _discard(source: Source, arch: str, defines: Defines, cubin: Cubin) -> None:
