@@ -26,9 +26,15 @@ CACHE_DIR = Variable(
     "$XDG_CACHE_HOME/fa2cupy, else ~/.cache/fa2cupy",
 )
 DEBUG = Variable("FA2CUPY_DEBUG", "1 prints each new plan and compiles with -lineinfo; 0 does not", "0")
-KERNEL = Variable("FA2CUPY_KERNEL", "sm80 forces the sm_80 kernels (sm90 kernels do not exist yet)", "by the GPU")
+KERNEL = Variable(
+    "FA2CUPY_KERNEL",
+    "sm80 or sm90 forces that family of kernels; sm90, which is the forward's, is an error where it is impossible",
+    "by the GPU and the arrays",
+)
 
 VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, KERNEL)
+
+FAMILIES = ("sm80", "sm90")
 
 _FALSE = ("0", "false", "no", "off")
 _TRUE = ("1", "true", "yes", "on")
@@ -59,15 +65,13 @@ def debug() -> bool:
 
 
 def kernel() -> str | None:
-    """The kernel family that is forced ('sm80'), or None to choose by the GPU. InvalidArgument for any other."""
+    """The kernel family that is forced, or None to choose by GPU and arrays. InvalidArgument for an unknown one."""
     value = _read(KERNEL).lower()
     if not value:
         return None
-    if value == "sm80":
+    if value in FAMILIES:
         return value
-    if value == "sm90":
-        raise InvalidArgument(f"{KERNEL.name}=sm90: there are no sm90 kernels yet; use sm80, or unset it")
-    raise InvalidArgument(f"{KERNEL.name}={value!r} is not a kernel family: use sm80, or unset it")
+    raise InvalidArgument(f"{KERNEL.name}={value!r} is not a kernel family: use {' or '.join(FAMILIES)}, or unset it")
 
 
 def current() -> dict[str, str]:

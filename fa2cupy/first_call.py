@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -280,20 +281,59 @@ def bound_plan(
     operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None
 ) -> tuple[Launchable, int]:
     """(what launches the problem, bytes of workspace). `family`: FA2CUPY_KERNEL, which chooses the plan."""
-    plan = _plan(operation, problem, device_index, deterministic)
+    plan = _plan(operation, problem, device_index, deterministic, family)
+    launchable = _bind(plan, device_index)
+    if family is None and _needs_wgmma(plan):
+        # Binding may have loaded NVRTC, and found another one than the cache remembered.
+        again = _plan(operation, problem, device_index, deterministic, family)
+        if again != plan:
+            plan, launchable = again, _bind(again, device_index)
+    return launchable, plan.workspace_bytes
+
+
+def _bind(plan: Any, device_index: int) -> Launchable:
     if env.debug():
         print(plan, file=sys.stderr)
-    return plan.bind(device_index), plan.workspace_bytes
+    launchable: Launchable = plan.bind(device_index)
+    return launchable
 
 
-def _plan(operation: str, problem: AttentionProblem, device_index: int, deterministic: bool) -> Any:
+def _plan(operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None) -> Any:
     from fa2cupy import kernels
     from fa2cupy.jit import driver
 
     info = driver.device_info(device_index)
-    if operation == BACKWARD.name:
+    if operation == BACKWARD.name:  # of one family so far
         return kernels.plan_backward(problem, info, deterministic)
-    return kernels.plan_forward(problem, info)
+    plan = kernels.plan_forward(problem, info, family=family)
+    if _needs_wgmma(plan) and (objection := _nvrtc_objection()):
+        if family is None:
+            _warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
+            return kernels.plan_forward(problem, info, why_not_sm90=objection)
+        _warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
+    return plan
+
+
+_UPGRADE = (
+    "Upgrade NVRTC to 12.9.86 or newer: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
+)
+
+
+def _needs_wgmma(plan: Any) -> bool:
+    return any(launch.arch == "sm_90a" for launch in plan.launches)
+
+
+def _nvrtc_objection() -> str:
+    """What is wrong with this process's NVRTC as far as wgmma goes, or the empty string; without loading it if the
+    cache knows which one it is."""
+    from fa2cupy import jit
+
+    return jit.wgmma_objection(jit.expected_nvrtc_build())
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) -> int:
@@ -307,4 +347,4 @@ def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) 
     if device.kind == "cpu":
         return 0
     problem = _problem(BACKWARD, framework, arrays, sizes, dtype, options, device)
-    return int(_plan(BACKWARD.name, problem, device.index, options.deterministic).workspace_bytes)
+    return int(_plan(BACKWARD.name, problem, device.index, options.deterministic, None).workspace_bytes)

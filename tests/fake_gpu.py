@@ -110,6 +110,9 @@ class FakePlan:
     problem: AttentionProblem
     workspace_bytes: int
     deterministic: bool | None = None
+    launches: tuple[Any, ...] = ()
+    family: str | None = None
+    why_not_sm90: str = ""
 
     def bind(self, device_index: int) -> Any:
         self.gpu.binds += 1
@@ -129,13 +132,17 @@ class FakePlan:
 
 @dataclass
 class FakeGpu:
-    """`launches`: what was launched; `plans`: what was planned. `current`: the device whose context is current."""
+    """`launches`: what was launched; `plans`: what was planned. `current`: the device whose context is current.
+
+    `launches_of_plans`: what forward plans say that they launch, unless sm_90 was objected to.
+    """
 
     current: int | None = None
     stream: int = 0
     capturing: bool = False
     compute: bool = True
     workspace_bytes: int = 1024
+    launches_of_plans: tuple[Any, ...] = ()
     binds: int = 0
     plans: list[FakePlan] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
@@ -145,8 +152,11 @@ class FakeGpu:
     def last(self) -> Launch:
         return self.launches[-1]
 
-    def plan_forward(self, problem: AttentionProblem, device: Any) -> FakePlan:
-        self.plans.append(FakePlan(self, problem, 0))
+    def plan_forward(
+        self, problem: AttentionProblem, device: Any, family: str | None = None, *, why_not_sm90: str = ""
+    ) -> FakePlan:
+        launches = self.launches_of_plans if not why_not_sm90 else ()
+        self.plans.append(FakePlan(self, problem, 0, launches=launches, family=family, why_not_sm90=why_not_sm90))
         return self.plans[-1]
 
     def plan_backward(self, problem: AttentionProblem, device: Any, deterministic: bool) -> FakePlan:

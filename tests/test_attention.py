@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import calls
+import fa2cupy.jit
+from fa2cupy import calls, first_call
+from fa2cupy.jit import compiler
 from tests.dlpack_producer import Producer
-from tests.fake_gpu import FakeGpu, aligned_empty, cupy_array, host_view, to_cupy
+from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
 from tests.reference import Inputs, as_ml_dtypes, dtype_name, expect, make_inputs
 
 SHAPES = [(5, 7, (4, 2)), (1, 1, (1, 1)), (9, 3, (6, 3)), (3, 9, (6, 1)), (17, 17, (2, 2))]
@@ -499,6 +503,79 @@ def test_kernel_family_is_part_of_the_plan(gpu: FakeGpu, monkeypatch: pytest.Mon
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm70")
     with pytest.raises(fa2cupy.InvalidArgument, match="FA2CUPY_KERNEL"):
         fa2cupy.attention(q, q, q)
+
+
+def test_kernel_family_reaches_the_plan(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.compute = False
+    q = cupy_array((1, 6, 1, 16), np.float16)
+    for value, family in (("sm80", "sm80"), ("sm90", "sm90"), ("", None)):
+        calls.PREPARED.clear()
+        monkeypatch.setenv("FA2CUPY_KERNEL", value)
+        out, lse = fa2cupy.attention(q, q, q, return_lse=True)
+        assert gpu.plans[-1].family == family
+        fa2cupy.attention_backward(out, q, q, q, out, lse)  # has one family: nothing to choose
+
+
+GOOD, BAD = "13.0.88 CL-1", "12.8.93 CL-2"
+
+
+@pytest.fixture
+def wgmma(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Forward plans launch an sm_90a kernel; the list's last entry is the NVRTC that is asked for its build."""
+    builds = [GOOD]
+    gpu.compute, gpu.launches_of_plans = False, (SimpleNamespace(arch="sm_90a"),)
+    monkeypatch.setattr(fa2cupy.jit, "expected_nvrtc_build", lambda: builds[-1])
+    first_call._warn_once.cache_clear()
+    return builds
+
+
+def forwards(count: int) -> None:
+    for length in range(1, count + 1):
+        q = cupy_array((1, length, 1, 16), np.float16)
+        fa2cupy.attention(q, q, q)
+
+
+def test_good_nvrtc_says_nothing(gpu: FakeGpu, wgmma: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forwards(2)
+    assert [plan.why_not_sm90 for plan in gpu.plans] == [""] * len(gpu.plans)
+    assert gpu.binds == 2
+
+
+def test_bad_nvrtc_means_sm80_kernels_and_one_warning(gpu: FakeGpu, wgmma: list[str]) -> None:
+    wgmma.append(BAD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        forwards(3)
+    (warning,) = caught
+    assert warning.category is RuntimeWarning
+    for words in ("NVRTC 12.8.93", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
+        assert words in str(warning.message)
+    assert gpu.binds == 3
+    assert [plan.why_not_sm90 for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
+
+
+def test_bad_nvrtc_that_is_asked_for(gpu: FakeGpu, wgmma: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wgmma.append(BAD)
+    monkeypatch.setenv("FA2CUPY_KERNEL", "sm90")
+    with pytest.warns(RuntimeWarning, match=r"NVRTC 12\.8\.93.* but FA2CUPY_KERNEL=sm90 asks for it"):
+        forwards(2)
+    assert gpu.binds == 2 and all(plan.launches for plan in gpu.plans)
+
+
+def test_nvrtc_that_is_not_the_one_remembered(gpu: FakeGpu, wgmma: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache remembers a good NVRTC; compiling loads a bad one."""
+    bind = FakePlan.bind
+
+    def load_nvrtc(plan: FakePlan, device_index: int) -> Any:
+        wgmma.append(BAD)
+        return bind(plan, device_index)
+
+    monkeypatch.setattr(FakePlan, "bind", load_nvrtc)
+    with pytest.warns(RuntimeWarning, match="sm_80 kernels are used"):
+        forwards(1)
+    assert gpu.binds == 2 and not gpu.plans[-1].launches
 
 
 def test_debug_prints_each_plan_once(

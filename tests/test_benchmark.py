@@ -310,10 +310,10 @@ def test_variants_multiply_out() -> None:
         variants.expand("block_m")
 
 
-@pytest.mark.parametrize("mode", ["fwd", "bwd"])
-def test_a_variant_changes_the_plan(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "arch"), [("fwd", "sm_80"), ("bwd", "sm_90a")])
+def test_a_variant_changes_the_plan(mode: str, arch: str) -> None:
     case = replace(cases.grid()[0], mode=mode)
-    info = variants.device_of("sm_90a")
+    info = variants.device_of(arch)
     usual = variants.plan_variant(case, info, variants.Variant(), False)
     row = usual.tile
     wanted = variants.Variant((("block_n", row.block_n // 2), ("num_warps", 4)), (("FA2_NEW", 7),))
@@ -324,3 +324,17 @@ def test_a_variant_changes_the_plan(mode: str) -> None:
     assert main.source.startswith("sm80/") and len(variants.jobs_of([usual, changed])) == 2 * len(usual.launches)
     with pytest.raises(ValueError, match="block_m"):
         variants.plan_variant(case, info, variants.Variant((("block_x", 1),)), False)
+
+
+def test_a_variant_of_the_wgmma_forward() -> None:
+    case = replace(cases.grid()[0], mode="fwd")
+    info = variants.device_of("sm_90a")
+    usual = variants.plan_variant(case, info, variants.Variant(), False)
+    changed = variants.plan_variant(case, info, variants.Variant((("block_m", 192), ("num_stages", 3))), False)
+    main = variants.main_launch(changed)
+    assert main.source == variants.main_launch(usual).source == "sm90/flash_fwd.cu"
+    assert (main.defines["FA2_BLOCK_M"], main.defines["FA2_NUM_KV_STAGES"], main.defines["FA2_NUM_WARPS"]) == (
+        192,
+        3,
+        16,
+    )

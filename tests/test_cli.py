@@ -19,6 +19,7 @@ from fa2cupy.cli.byte_model import Params
 from fa2cupy.errors import CompilationError, UnsupportedDevice
 from fa2cupy.jit import CompileResult, KernelResources
 from tests import reference
+from tests.fake_driver import fake_driver
 
 
 def _hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -185,6 +186,15 @@ def test_compile_without_a_gpu_asks_for_an_arch(
     monkeypatch.setattr(compile_command, "own_archs", list)
     assert __main__.main(["compile"]) == 2
     assert "--arch" in capsys.readouterr().out
+
+
+def test_compile_for_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 has kernels of its own beside those of sm_90."""
+    with fake_driver(monkeypatch) as fake:
+        fake.set_compute_capability(1, (8, 6))
+        assert compile_command.own_archs() == ["sm_90a", "sm_86"]
+    archs = {job.arch for job in kernels.compile_jobs("sm_90a", all_rows=True)}
+    assert archs == {"sm_90", "sm_90a"}
 
 
 def test_compile_names_a_bad_arch(capsys: pytest.CaptureFixture[str]) -> None:

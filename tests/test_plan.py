@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
+import re
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from fa2cupy import jit
+from fa2cupy.errors import InvalidArgument, LaunchError
+from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import BackwardPlan, plan_backward, plan_forward
+from fa2cupy.kernels import BackwardPlan, ForwardPlan, compile_jobs, plan_backward, plan_forward
 from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels.params import BwdParams
-from fa2cupy.kernels.tiles import SHARED_MEMORY
+from fa2cupy.kernels.params import BwdParams, FwdParams, FwdTmaParams
+from fa2cupy.kernels.tiles import FWD_TILES_SM90, SHARED_MEMORY, FwdTile, FwdTileSm90, forward_tile_sm90
+from fa2cupy.problem import AttentionProblem
+from tests.fake_driver import FakeDriver, FakeMap, fake_driver
 from tests.gpu.cases import Case, problem_of
 
 H200 = DeviceInfo(0, "", (9, 0), 132, SHARED_MEMORY["sm_90"], 50 << 20)
+
+A100 = DeviceInfo(0, "A100", (8, 0), 108, SHARED_MEMORY["sm_80"], 40 << 20)
+B200 = DeviceInfo(1, "B200", (10, 0), 148, SHARED_MEMORY["sm_100"], 126 << 20)
 
 
 def backward(
@@ -127,7 +141,7 @@ def test_thin_grids_take_smaller_tiles() -> None:
     """A forward tile of 128 rows, unless its grid leaves multiprocessors without a block."""
     for heads, seqlen, block_m in ((16, 2048, 128), (8, 2048, 64), (132, 1, 64), (133, 1, 128)):
         problem = problem_of(Case(seqlen, seqlen, 128, "bfloat16", False, 1, (heads, heads)), False)
-        assert plan_forward(problem, H200).tile.block_m == block_m, (heads, seqlen)
+        assert plan_forward(problem, H200, family="sm80").tile.block_m == block_m, (heads, seqlen)
 
 
 def test_no_keys_or_no_queries_need_no_parts() -> None:
@@ -135,3 +149,293 @@ def test_no_keys_or_no_queries_need_no_parts() -> None:
         plan = backward(seqlen_q, seqlen_k, 64, (8, 1))
         assert plan.head_splits == 1 and plan.workspace_bytes == 0
         assert {launch.name for launch in plan.launches} == {"fill_empty"}
+
+
+# ---- the forward of sm_90 --------------------------------------------------------------------------------------------
+
+
+def problem(
+    seqlen_q: int = 300,
+    seqlen_k: int = 300,
+    head_dim: int = 64,
+    dtype: str = "bfloat16",
+    causal: bool = False,
+    **options: Any,
+) -> AttentionProblem:
+    return problem_of(Case(seqlen_q, seqlen_k, head_dim, dtype, causal, **options), False)
+
+
+def with_strides(base: AttentionProblem, **strides: tuple[int, int, int]) -> AttentionProblem:
+    return dataclasses.replace(base, strides=tuple((dict(base.strides) | strides).items()))
+
+
+def main_launch(plan: ForwardPlan) -> plans.KernelLaunch:
+    (launch,) = (each for each in plan.launches if each.name != "fill_empty")
+    return launch
+
+
+NEGATIVE = with_strides(problem(), k=(76800, -256, 64))
+
+# problem, device, family, objection to sm_90 (or none)
+CHOICES = [
+    (problem(), H200, None, ""),
+    (problem(), H200, "sm90", ""),
+    (problem(), H200, "sm80", "FA2CUPY_KERNEL=sm80"),
+    (problem(), A100, None, "device 0 (A100) has compute capability 8.0, not 9.0"),
+    (problem(), A100, "sm90", "device 0 (A100) has compute capability 8.0, not 9.0"),
+    (problem(), B200, None, "device 1 (B200) has compute capability 10.0, not 9.0"),
+    (problem(), A100, "sm80", "FA2CUPY_KERNEL=sm80"),
+    (problem(head_dim=59), H200, None, "head_dim 59 is not a multiple of 8"),
+    (problem(head_dim=59), H200, "sm90", "head_dim 59 is not a multiple of 8"),
+    (problem(head_dim=40), H200, None, ""),
+    (problem(head_dim=8), H200, None, ""),
+    (problem(head_dim=256), H200, None, ""),
+    (problem(shift=3), H200, None, "an array starts at an address that is not a multiple of 16 bytes"),
+    (problem(shift=3), H200, "sm90", "an array starts at an address that is not a multiple of 16 bytes"),
+    (problem(shift=8), H200, None, ""),
+    (problem(pad=4), H200, None, "q's head stride is 136 bytes, not a multiple of 16 bytes"),
+    (problem(pad=2, order=1), H200, None, "q's row stride is 132 bytes, not a multiple of 16 bytes"),
+    (problem(pad=8), H200, None, ""),
+    (problem(pad=4, given=False), H200, "sm90", "q's head stride is 136 bytes, not a multiple of 16 bytes"),
+    (problem(layout="bhsd"), H200, None, ""),
+    (problem(order=3), H200, None, ""),
+    (problem(expanded=True, heads=(8, 4)), H200, None, ""),
+    (problem(heads=(6, 1), dtype="float16", causal=True), H200, None, ""),
+    (NEGATIVE, H200, None, "k's row stride is negative"),
+    (NEGATIVE, H200, "sm90", "k's row stride is negative"),
+    (
+        with_strides(problem(), v=(2**39, 256, 64)),
+        H200,
+        None,
+        "v's batch stride is 1099511627776 bytes, not below 2**40",
+    ),
+    (with_strides(problem(), out=(76800, -256, 64)), H200, None, "out's row stride is negative"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "device", "family", "objection"), CHOICES)
+def test_which_forward(wanted: AttentionProblem, device: DeviceInfo, family: str | None, objection: str) -> None:
+    if objection and family == "sm90":
+        message = f"FA2CUPY_KERNEL=sm90 is impossible here: {objection}; use sm80, or unset it"
+        with pytest.raises(InvalidArgument, match=re.escape(message)):
+            plan_forward(wanted, device, family=family)
+        return
+    plan = plan_forward(wanted, device, family=family)
+    launch = main_launch(plan)
+    assert plan.why_not_sm90 == objection
+    if objection:
+        assert plan.family == "sm80" and isinstance(plan.tile, FwdTile) and launch.tensor_maps == ()
+        assert (launch.source, launch.arch) == ("sm80/flash_fwd.cu", plans.architecture(device))
+        assert f"  sm_80 kernel: {objection}" in str(plan).splitlines()
+    else:
+        assert plan.family == "sm90" and isinstance(plan.tile, FwdTileSm90) and len(launch.tensor_maps) == 4
+        assert (launch.source, launch.name, launch.arch) == ("sm90/flash_fwd.cu", "flash_fwd", "sm_90a")
+        assert "  sm_90 kernel" in str(plan).splitlines()
+
+
+def test_objections_from_outside() -> None:
+    plan = plan_forward(problem(), H200, why_not_sm90="NVRTC is no good")
+    assert plan.family == "sm80" and "sm_80 kernel: NVRTC is no good" in str(plan)
+    assert "device 0 (A100)" in plan_forward(problem(), A100, why_not_sm90="NVRTC is no good").why_not_sm90
+
+
+def test_a_given_tile_chooses_its_kernel() -> None:
+    row = FwdTileSm90(64, 192, 64, 3, "")
+    plan = plan_forward(problem(), H200, row)
+    assert plan.tile is row and plan.family == "sm90"
+    assert main_launch(plan).config.block == (512, 1, 1)
+    usual = plan_forward(problem(), H200, family="sm80")
+    given = plan_forward(problem(), H200, usual.tile)
+    assert given.launches == usual.launches and given.family == "sm80"
+    assert "  sm_80 kernel" in str(given).splitlines()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_sm90(causal: bool) -> None:
+    for head_dim, served in ((8, 64), (64, 64), (72, 96), (128, 128), (136, 192), (192, 192), (200, 256), (256, 256)):
+        assert forward_tile_sm90(causal, 132, head_dim, 4096, 64).head_dim == served
+    for row in FWD_TILES_SM90[causal]:
+        assert row.head_dim in (64, 96, 128, 192, 256)
+        assert row.block_m % 64 == row.block_n % 16 == 0
+        assert row.num_warps == 4 + row.block_m // 16
+        panels = -(-row.head_dim // 64)
+        tiles = panels * 64 * 2 * (row.block_m + 2 * row.num_stages * row.block_n)
+        assert row.shared_mem_bytes() == tiles + 1024 <= SHARED_MEMORY["sm_90"]
+
+
+def test_launch_of_sm90() -> None:
+    wanted = problem(300, 700, 72, "float16", True, batch=3, heads=(8, 2), scale=-0.5)
+    plan = plan_forward(wanted, H200)
+    launch, tile = main_launch(plan), plan.tile
+    assert isinstance(tile, FwdTileSm90)
+    assert launch.defines == {
+        "FA2_BF16": 0,
+        "FA2_HEAD_DIM": 96,
+        "FA2_ALIGNED": 1,
+        "FA2_BLOCK_M": tile.block_m,
+        "FA2_BLOCK_N": tile.block_n,
+        "FA2_NUM_WARPS": tile.num_warps,
+        "FA2_NUM_KV_STAGES": tile.num_stages,
+        "FA2_CAUSAL": 1,
+        "FA2_SCALE_FIRST": 1,
+        "FA2_PARAMS_BYTES": 576,
+        "FA2_SHARED_BYTES": tile.shared_mem_bytes(),
+    }
+    assert launch.config.grid == (-(-300 // tile.block_m) * 8 * 3, 1, 1)
+    assert launch.config.block == (32 * tile.num_warps, 1, 1)
+    assert launch.config.shared_mem_bytes == tile.shared_mem_bytes()
+    params = FwdTmaParams.from_buffer_copy(launch.params)
+    shape = params.shape
+    assert (shape.batch, shape.num_heads, shape.num_heads_k) == (3, 8, 2)
+    assert (shape.seqlen_q, shape.seqlen_k, shape.head_dim) == (300, 700, 72)
+    other = main_launch(plan_forward(wanted, H200, family="sm80"))
+    same = FwdParams.from_buffer_copy(other.params)
+    assert bytes(params.lse_strides) == bytes(same.lse_strides)
+    assert params.scale_softmax_log2 == same.scale_softmax_log2 < 0
+    # Launched in the same order as the blocks of sm_80, whose query blocks are 128 rows too.
+    assert tile.block_m == 128 and shape.heads_per_section == same.shape.heads_per_section
+
+
+def test_params_are_as_in_cuda() -> None:
+    assert ctypes.sizeof(FwdTmaParams) == 576  # a multiple of 64, as its alignment asks for
+    assert [getattr(FwdTmaParams, name).offset for name in ("q", "k", "v", "out", "lse")] == [0, 128, 256, 384, 512]
+
+
+@pytest.mark.parametrize("empty", [0, 50])
+def test_maps_skip_the_queries_that_see_no_key(empty: int) -> None:
+    for layout, q_row in (("bshd", 2 * 4 * 64), ("bhsd", 2 * 64)):
+        plan = plan_forward(problem(200 + empty, 200, causal=True, layout=layout, order=int(layout == "bhsd")), H200)
+        launch, tile = main_launch(plan), plan.tile
+        maps = launch.tensor_maps
+        assert [each.offset for each in maps] == [0, 128, 256, 384]
+        assert [each.position for each in maps] == [0, 1, 2, 3]
+        assert [each.add_bytes for each in maps] == [empty * q_row, 0, 0, empty * q_row]
+        assert [each.spec.dims for each in maps] == [(64, 200, 4, 2)] * 4
+        assert [each.spec.box for each in maps] == [(64, 64), (64, tile.block_n), (64, tile.block_n), (64, 64)]
+        assert {each.spec.dtype for each in maps} == {"bfloat16"}
+        assert {each.spec.strides_bytes[0] for each in maps} == {q_row}
+        assert launch.pointers == ((4, empty * 4),)
+        assert FwdTmaParams.from_buffer_copy(launch.params).shape.seqlen_q == 200
+        assert [each.name for each in plan.launches] == ["flash_fwd"] + ["fill_empty"] * bool(empty)
+
+
+def test_nothing_to_do_on_sm90() -> None:
+    for seqlen_q, seqlen_k in ((0, 100), (100, 0), (0, 0)):
+        for family in (None, "sm90"):
+            plan = plan_forward(problem(seqlen_q, seqlen_k), H200, family=family)
+            assert {launch.name for launch in plan.launches} <= {"fill_empty"}
+
+
+def test_jobs_of_sm90a() -> None:
+    jobs = compile_jobs("sm_90a", True)
+    own = [job for job in jobs if job.arch == "sm_90a"]
+    assert [job for job in jobs if job.arch != "sm_90a"] == compile_jobs("sm_90", True)
+    assert {job.source for job in own} == {"sm90/flash_fwd.cu"}
+    assert len({job.label for job in own}) == len(own) == 2 * sum(map(len, FWD_TILES_SM90.values()))
+    assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
+    planned = main_launch(plan_forward(problem(head_dim=128, causal=True), H200)).defines
+    assert dict(planned) in [dict(job.defines) for job in own]
+
+
+# ---- and its launches ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """A driver that records launches, and kernels that need no compiling."""
+    loaded = SimpleNamespace(function=lambda device_index, shared_mem_bytes: 0x1234)
+    monkeypatch.setattr(jit, "kernel", lambda *args, **options: loaded)
+    monkeypatch.setattr(jit, "kernels", lambda *args, **options: ())
+    tensor_map.encode.cache_clear()
+    with fake_driver(monkeypatch) as found:
+        found["params_bytes"] = ctypes.sizeof(FwdTmaParams)
+        with driver.device_guard(0):
+            yield found
+    tensor_map.encode.cache_clear()
+
+
+MAPS = ("q", "k", "v", "out")
+
+
+def arrived(fake: FakeDriver, index: int = -1) -> tuple[dict[str, FakeMap], FwdTmaParams]:
+    """The maps of a launch, and its struct."""
+    content = bytes(fake.launches[index].params[: ctypes.sizeof(FwdTmaParams)])
+    params = FwdTmaParams.from_buffer_copy(content)
+    return {name: FakeMap.from_buffer_copy(bytes(getattr(params, name))) for name in MAPS}, params
+
+
+CAUSAL = problem(250, 200, causal=True)
+Q_SKIPPED, LSE_SKIPPED = 50 * 2 * 4 * 64, 50 * 4
+
+
+def test_bound_launch(fake: FakeDriver) -> None:
+    launch = main_launch(plan_forward(CAUSAL, H200))
+    bound = dataclasses.replace(plan_forward(CAUSAL, H200), launches=(launch,)).bind(0)
+    pointers = (0x10000, 0x20000, 0x30000, 0x40000, 0x50004)
+    for number in range(3):
+        bound(pointers, 7)
+        maps, params = arrived(fake)
+        assert [each.address for each in maps.values()] == [0x10000 + Q_SKIPPED, 0x20000, 0x30000, 0x40000 + Q_SKIPPED]
+        assert params.lse == 0x50004 + LSE_SKIPPED
+        assert fake.launches[-1].stream == 7 and len(fake.launches) == number + 1
+    assert fake["encode_count"] == 4
+    content = bytes(fake.launches[-1].params[: len(launch.params)])
+    assert content == launch.pack(pointers)
+    assert content[520:] == launch.params[520:]  # strides, shape and scale, as planned
+    # Everything may change, alone or together, and come back.
+    for position in (0, 1, 2, 3, 4, None, 2, None):
+        changed = tuple(p + 0x1000 * (position in (i, None)) for i, p in enumerate(pointers))
+        bound(changed, 0)
+        assert bytes(fake.launches[-1].params[: len(launch.params)]) == launch.pack(changed)
+        bound(pointers, 0)
+        assert bytes(fake.launches[-1].params[: len(launch.params)]) == content
+    assert fake["encode_count"] == 8
+
+
+def test_pack_takes_another_encoder() -> None:
+    launch = main_launch(plan_forward(CAUSAL, H200))
+    seen = []
+
+    def encode(spec: tensor_map.TensorMapSpec, pointer: int) -> bytes:
+        seen.append((spec, pointer))
+        return bytes([len(seen)]) * 128
+
+    packed = launch.pack((1 << 20, 2 << 20, 3 << 20, 4 << 20, 5 << 20), encode)
+    assert bytes(packed[:512]) == b"".join(bytes([number]) * 128 for number in (1, 2, 3, 4))
+    assert [pointer for _, pointer in seen] == [(1 << 20) + Q_SKIPPED, 2 << 20, 3 << 20, (4 << 20) + Q_SKIPPED]
+    assert [spec for spec, _ in seen] == [each.spec for each in launch.tensor_maps]
+    assert FwdTmaParams.from_buffer_copy(packed).lse == (5 << 20) + LSE_SKIPPED
+
+
+def test_a_refused_map_leaves_nothing_wrong(fake: FakeDriver) -> None:
+    bound = plan_forward(problem(), H200).bind(0)
+    good = (0x10000, 0x20000, 0x30000, 0x40000, 0x50000)
+    bound(good, 0)
+    with pytest.raises(LaunchError, match=r"cuTensorMapEncodeTiled.*at address 0x20008"):
+        bound((0x11000, 0x20008, 0x31000, 0x41000, 0x51000), 0)
+    assert len(fake.launches) == 1
+    bound(good, 0)
+    maps, params = arrived(fake)
+    assert [each.address for each in maps.values()] == list(good[:4]) and params.lse == good[4]
+
+
+def test_threads_launch_their_own_arrays(fake: FakeDriver) -> None:
+    bound = plan_forward(problem(), H200).bind(0)
+    barrier = threading.Barrier(6)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        for step in range(100):
+            bound(tuple((number << 32) + (i << 16) + 16 * (step % 7) for i in range(5)), number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fake.launches) == 600
+    for index, launch in enumerate(fake.launches):
+        maps, params = arrived(fake, index)
+        addresses = [*(each.address for each in maps.values()), params.lse]
+        assert {address >> 32 for address in addresses} == {launch.stream}
+        assert len({address & 0xFFFF for address in addresses}) == 1

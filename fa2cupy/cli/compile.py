@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
     """Compile and print the table; 1 when a kernel did not compile, 2 when there is nothing to compile for."""
     archs = list(dict.fromkeys(args.arch or own_archs()))
     if not archs:
-        print("This machine has no usable GPU. Name one: --arch sm_80 (A100), sm_86, sm_89, sm_90 (H100), sm_120 ...")
+        print("This machine has no usable GPU. Name one: --arch sm_80 (A100), sm_86, sm_89, sm_90a (H100), sm_120 ...")
         return 2
     found = [job for arch in archs for job in kernels.compile_jobs(arch, all_rows=not args.quick)]
-    jobs = list({(job.arch, job.label): job for job in found}.values())  # sm_90 and sm_90a share kernels
+    jobs = list({(job.arch, job.label): job for job in found}.values())  # sm_90a has those of sm_90 too
     print(f"NVRTC {compiler.nvrtc_build()}, {len(jobs)} kernels for {', '.join(archs)}")
     start = time.perf_counter()
     with counter(len(jobs), "compiling") as step:
@@ -58,7 +58,7 @@ def own_archs() -> list[str]:
             major, minor = driver.device_info(index).cc
         except Fa2Error:
             continue
-        found.append(f"sm_{major}{minor}")
+        found.append(f"sm_{major}{minor}" + "a" * ((major, minor) == (9, 0)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Plans of the forward: cuda_src/sm80/flash_fwd.cu."""
+"""Plans of the forward: cuda_src/sm90/flash_fwd.cu where the GPU and the arrays allow it, else sm80/flash_fwd.cu."""
 
 from __future__ import annotations
 
@@ -6,66 +6,192 @@ import ctypes
 import math
 from dataclasses import dataclass
 
+from fa2cupy import env
+from fa2cupy.errors import InvalidArgument
+from fa2cupy.jit import tensor_map
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.jit.tensor_map import TensorMapSpec
 from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels.params import FwdParams, pack_strides
-from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan
-from fa2cupy.kernels.tiles import FWD_TILES, SHARED_MEMORY, FwdTile, forward_tile, padded_head_dim, shared_memory_class
+from fa2cupy.kernels.params import FwdParams, FwdTmaParams, Shape, TensorMap, pack_strides
+from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan, TensorMapArgument
+from fa2cupy.kernels.tiles import (
+    FWD_TILES,
+    FWD_TILES_SM90,
+    SHARED_MEMORY,
+    FwdTile,
+    FwdTileSm90,
+    forward_tile,
+    forward_tile_sm90,
+    padded_head_dim,
+    shared_memory_class,
+)
 from fa2cupy.problem import AttentionProblem
 
-__all__ = ["ForwardPlan", "compile_jobs", "plan_forward"]
+__all__ = ["ForwardPlan", "compile_jobs", "compile_jobs_sm90", "plan_forward"]
 
-_SOURCE, _NAME = "sm80/flash_fwd.cu", "flash_fwd"
+_SM80 = ("sm80/flash_fwd.cu", "flash_fwd")
+_SM90 = ("sm90/flash_fwd.cu", "flash_fwd")
+_SM90_ARCH = "sm_90a"
 _POINTERS = ("q", "k", "v", "out", "lse")
+_OUT, _LSE = 3, 4  # positions among the call's pointers
+# Arrays that the sm_90 kernel reaches by bulk copies, and through plain pointers.
+_SM90_MAPS = tuple(name for name, kind, *_ in FwdTmaParams._fields_ if kind is TensorMap)
+_SM90_POINTERS = tuple(name for name in _POINTERS if name not in _SM90_MAPS)
+_WARPGROUP_ROWS = 64  # query rows of a warpgroup, which copies its own
 
 
 @dataclass(frozen=True)
 class ForwardPlan(Plan):
-    """Pointers: q, k, v, out, lse."""
+    """Pointers: q, k, v, out, lse.
 
-    tile: FwdTile
+    why_not_sm90: why the sm_80 kernel was chosen; empty where the sm_90 kernel, or a tile, was.
+    """
+
+    tile: FwdTile | FwdTileSm90
+    why_not_sm90: str = ""
+
+    @property
+    def family(self) -> str:
+        """'sm80' or 'sm90', as FA2CUPY_KERNEL calls them."""
+        return "sm90" if isinstance(self.tile, FwdTileSm90) else "sm80"
+
+    def _remarks(self) -> tuple[str, ...]:
+        kernel = f"  sm_{self.family[2:]} kernel"
+        return (f"{kernel}: {self.why_not_sm90}" if self.why_not_sm90 else kernel,)
 
 
-def plan_forward(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile | None = None) -> ForwardPlan:
-    """How to compute `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
-    head_dim = padded_head_dim(problem.head_dim)
-    arch = plans.architecture(device)
+def plan_forward(
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    tile: FwdTile | FwdTileSm90 | None = None,
+    family: str | None = None,
+    *,
+    why_not_sm90: str = "",
+) -> ForwardPlan:
+    """How to compute `problem` on `device`. Needs no GPU.
+
+    tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
+    InvalidArgument if sm_90 is impossible. why_not_sm90: what speaks against it beside the problem and the device.
+    """
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
-    tile = tile or forward_tile(
-        device.shared_mem_optin, device.sm_count, head_dim, rows, problem.batch * problem.num_heads
-    )
+    if tile is None:
+        why_not_sm90 = _why_not_sm90(problem, device, family) or why_not_sm90
+        shape = (padded_head_dim(problem.head_dim), rows, problem.batch * problem.num_heads)
+        if why_not_sm90:
+            tile = forward_tile(device.shared_mem_optin, device.sm_count, *shape)
+        else:
+            tile = forward_tile_sm90(problem.causal, device.sm_count, *shape)
     launches: tuple[KernelLaunch, ...] = ()
-    blocks = -(-rows // tile.block_m) * problem.num_heads * problem.batch
-    if blocks:
-        strides = dict(problem.strides)
-        keys_bytes = 4 * problem.seqlen_k * problem.head_dim
-        group = problem.num_heads // problem.num_heads_k
-        heads_k = problem.batch * problem.num_heads_k
-        blocks_k = -(-rows // tile.block_m) * group
-        section = plans.heads_per_section(device, problem.causal, heads_k, blocks_k, keys_bytes) * group
-        params = FwdParams()
-        for name in _POINTERS:
-            setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-        params.shape = plans.shape_params(problem, rows, section)
-        params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
-        row = {"q": 2 * strides["q"][1], "out": 2 * strides["out"][1], "lse": 4 * strides["lse"][2]}
+    if rows * problem.num_heads * problem.batch:
         launches += (
-            KernelLaunch(
-                _SOURCE,
-                _NAME,
-                arch,
-                _defines(tile, problem.dtype, head_dim, problem.aligned, problem.causal, problem.softmax_scale <= 0),
-                LaunchConfig(
-                    (blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)
-                ),
-                bytes(params),
-                tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_POINTERS)),
-            ),
+            _launch_sm90(problem, device, tile, empty)
+            if isinstance(tile, FwdTileSm90)
+            else _launch_sm80(problem, device, tile, empty),
         )
-    launches += plans.fill_empty(problem, arch, "out", 3, empty, problem.num_heads, lse_position=4)
-    return ForwardPlan(problem, launches, 0, tile)
+    arch = plans.architecture(device)
+    launches += plans.fill_empty(problem, arch, "out", _OUT, empty, problem.num_heads, lse_position=_LSE)
+    return ForwardPlan(problem, launches, 0, tile, why_not_sm90)
+
+
+def _why_not_sm90(problem: AttentionProblem, device: DeviceInfo, family: str | None) -> str:
+    """The objection to the sm_90 kernel, or the empty string."""
+    if family == "sm80":
+        return f"{env.KERNEL.name}=sm80"
+    objection = ""
+    if device.cc != (9, 0):
+        named = f" ({device.name})" if device.name else ""
+        objection = f"device {device.index}{named} has compute capability {device.cc[0]}.{device.cc[1]}, not 9.0"
+    elif problem.head_dim % 8:
+        objection = f"head_dim {problem.head_dim} is not a multiple of 8"
+    else:
+        arrays = _arrays(problem, problem.seqlen_q)
+        objections = ((name, tensor_map.objection(*array)) for name, array in arrays.items())
+        objection = next((f"{name}'s {why}" for name, why in objections if why), "")
+        if not objection and not problem.aligned:  # head_dim and strides are
+            objection = f"an array starts at an address that is not a multiple of {tensor_map.ALIGNMENT} bytes"
+    if objection and family == "sm90":
+        raise InvalidArgument(f"{env.KERNEL.name}=sm90 is impossible here: {objection}; use sm80, or unset it")
+    return objection
+
+
+def _arrays(problem: AttentionProblem, rows: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(columns, rows, heads, batch) of q, k, v and out, and their strides; of the queries the last `rows`."""
+    p, strides = problem, dict(problem.strides)
+    dims = {
+        "q": (p.head_dim, rows, p.num_heads, p.batch),
+        "k": (p.head_dim, p.seqlen_k, p.num_heads_k, p.batch),
+        "v": (p.head_dim_v, p.seqlen_k, p.num_heads_k, p.batch),
+        "out": (p.head_dim_v, rows, p.num_heads, p.batch),
+    }
+    return {name: (dims[name], (strides[name][1], strides[name][2], strides[name][0])) for name in dims}
+
+
+def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
+    """Bytes between the query rows of an array."""
+    strides = dict(problem.strides)
+    return {"q": 2 * strides["q"][1], "out": 2 * strides["out"][1], "lse": 4 * strides["lse"][2]}
+
+
+def _grid(problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int) -> tuple[tuple[int, int, int], Shape]:
+    """One block for each (query block, head, batch), and the order in which they start (`tile_of` in CUDA)."""
+    m_blocks = -(-rows // block_m)
+    group = problem.num_heads // problem.num_heads_k
+    heads_k = problem.batch * problem.num_heads_k
+    keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    section = plans.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes) * group
+    return (m_blocks * problem.num_heads * problem.batch, 1, 1), plans.shape_params(problem, rows, section)
+
+
+def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int) -> KernelLaunch:
+    head_dim = padded_head_dim(problem.head_dim)
+    strides = dict(problem.strides)
+    params = FwdParams()
+    for name in _POINTERS:
+        setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
+    grid, params.shape = _grid(problem, device, problem.seqlen_q - empty, tile.block_m)
+    params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
+    row = _row_bytes(problem)
+    return KernelLaunch(
+        *_SM80,
+        plans.architecture(device),
+        _defines(tile, problem.dtype, head_dim, problem.aligned, problem.causal, problem.softmax_scale <= 0),
+        LaunchConfig(grid, (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)),
+        bytes(params),
+        tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_POINTERS)),
+    )
+
+
+def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm90, empty: int) -> KernelLaunch:
+    rows = problem.seqlen_q - empty
+    strides = dict(problem.strides)
+    params = FwdTmaParams()
+    for name in _SM90_POINTERS:
+        setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
+    grid, params.shape = _grid(problem, device, rows, tile.block_m)
+    params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
+    skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
+    arrays = _arrays(problem, rows)
+    box_rows = {"q": _WARPGROUP_ROWS, "k": tile.block_n, "v": tile.block_n, "out": _WARPGROUP_ROWS}
+    maps = tuple(
+        TensorMapArgument(
+            getattr(FwdTmaParams, name).offset,
+            _POINTERS.index(name),
+            skipped.get(name, 0),
+            TensorMapSpec.of(*arrays[name], (64, box_rows[name]), problem.dtype),
+        )
+        for name in _SM90_MAPS
+    )
+    return KernelLaunch(
+        *_SM90,
+        _SM90_ARCH,
+        _defines_sm90(tile, problem.dtype, problem.causal, problem.softmax_scale <= 0),
+        LaunchConfig(grid, (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes()),
+        bytes(params),
+        tuple((_POINTERS.index(name), skipped[name]) for name in _SM90_POINTERS),
+        maps,
+    )
 
 
 def _defines(
@@ -83,19 +209,52 @@ def _defines(
     }
 
 
+def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool) -> dict[str, int | str]:
+    """Of the row's head_dim: copies fill up what a smaller one lacks with zeros."""
+    return plans.common_defines(dtype, tile.head_dim, True) | {
+        "FA2_BLOCK_M": tile.block_m,
+        "FA2_BLOCK_N": tile.block_n,
+        "FA2_NUM_WARPS": tile.num_warps,
+        "FA2_NUM_KV_STAGES": tile.num_stages,
+        "FA2_CAUSAL": int(causal),
+        "FA2_SCALE_FIRST": int(scale_first),
+        "FA2_PARAMS_BYTES": ctypes.sizeof(FwdTmaParams),
+        "FA2_SHARED_BYTES": tile.shared_mem_bytes(),
+    }
+
+
+def _label(tile: FwdTile | FwdTileSm90, dtype: str, causal: bool) -> str:
+    kind = "causal" if causal else "full"
+    return f"forward {dtype} head_dim {tile.head_dim} {kind} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
+
+
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the table, at its widest head_dim, causal and not."""
+    """Every row of the sm_80 kernel's table, at its widest head_dim, causal and not."""
     return [
         CompileJob(
-            _SOURCE,
-            _NAME,
+            *_SM80,
             arch,
             _defines(tile, dtype, tile.head_dim, True, causal, False),
-            f"forward {dtype} head_dim {tile.head_dim} {'causal' if causal else 'full'} "
-            f"{tile.block_m}x{tile.block_n}x{tile.num_warps}",
+            _label(tile, dtype, causal),
             tile.shared_mem_bytes(tile.head_dim),
             tile.spill_bytes,
         )
         for tile in FWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]
         for causal in (False, True)
+    ]
+
+
+def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
+    """Every row of the sm_90 kernel's tables."""
+    return [
+        CompileJob(
+            *_SM90,
+            _SM90_ARCH,
+            _defines_sm90(tile, dtype, causal, False),
+            _label(tile, dtype, causal),
+            tile.shared_mem_bytes(),
+            tile.spill_bytes,
+        )
+        for causal, table in FWD_TILES_SM90.items()
+        for tile in table
     ]

@@ -1,6 +1,7 @@
 """Twins of the structs in cuda_src/common/params.cuh. Their sizes are compared at compile time.
 
-The pointers come first: a packed struct is an array of 8-byte words, of which the leading ones change with each call.
+Tensor maps come first, then the pointers: a packed struct is an array of 8-byte words, of which the leading ones change
+from call to call.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint64
 
-__all__ = ["BwdParams", "FillParams", "FwdParams", "Shape", "Strides3", "pack_strides"]
+__all__ = ["BwdParams", "FillParams", "FwdParams", "FwdTmaParams", "Shape", "Strides3", "TensorMap", "pack_strides"]
 
 
 class Strides3(ctypes.Structure):
@@ -34,6 +35,21 @@ class FwdParams(ctypes.Structure):
     _fields_ = (
         *((name, c_uint64) for name in ("q", "k", "v", "out", "lse")),
         *((f"{name}_strides", Strides3) for name in ("q", "k", "v", "out", "lse")),
+        ("shape", Shape),
+        ("scale_softmax_log2", c_float),
+    )
+
+
+TensorMap = c_uint64 * 16
+
+
+class FwdTmaParams(ctypes.Structure):
+    """In CUDA it is aligned to 64 bytes, and so has a size of a multiple of 64."""
+
+    _fields_ = (
+        *((name, TensorMap) for name in ("q", "k", "v", "out")),
+        ("lse", c_uint64),
+        ("lse_strides", Strides3),
         ("shape", Shape),
         ("scale_softmax_log2", c_float),
     )

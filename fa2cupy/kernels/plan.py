@@ -6,15 +6,27 @@ import ctypes
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fa2cupy import jit
+from fa2cupy.jit import tensor_map
 from fa2cupy.jit.driver import DeviceInfo, Launcher
 from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.jit.tensor_map import TensorMapSpec
 from fa2cupy.kernels.params import FillParams, Shape, pack_strides
 from fa2cupy.kernels.tiles import padded_head_dim
 from fa2cupy.problem import AttentionProblem
 
-__all__ = ["CompileJob", "KernelLaunch", "Plan", "architecture", "common_defines", "fill_empty", "heads_per_section"]
+__all__ = [
+    "CompileJob",
+    "KernelLaunch",
+    "Plan",
+    "TensorMapArgument",
+    "architecture",
+    "common_defines",
+    "fill_empty",
+    "heads_per_section",
+]
 
 Launchable = Callable[[tuple[int, ...], int], None]
 
@@ -34,12 +46,22 @@ class CompileJob:
     allowed_spill_bytes: int
 
 
+class TensorMapArgument(NamedTuple):
+    """A tensor map in a params struct: its byte offset there, and of what array (position among the call's pointers,
+    bytes to add)."""
+
+    offset: int
+    position: int
+    add_bytes: int
+    spec: TensorMapSpec
+
+
 @dataclass(frozen=True, slots=True)
 class KernelLaunch:
     """One kernel of a plan.
 
-    params: the packed struct. pointers: for each of its leading pointers (position among the call's pointers, bytes to
-    add), position -1 for a null pointer.
+    params: the packed struct. It starts with its tensor maps, then come its pointers. pointers: for each of these
+    (position among the call's pointers, bytes to add), position -1 for a null pointer.
     """
 
     source: str
@@ -49,12 +71,20 @@ class KernelLaunch:
     config: LaunchConfig
     params: bytes = field(repr=False)
     pointers: tuple[tuple[int, int], ...]
+    tensor_maps: tuple[TensorMapArgument, ...] = ()
 
-    def pack(self, pointers: tuple[int, ...]) -> bytearray:
-        """The struct with its pointers; what `_Bound` does, for those who launch by other means."""
+    def pack(
+        self, pointers: tuple[int, ...], encode: Callable[[TensorMapSpec, int], bytes] = tensor_map.encode
+    ) -> bytearray:
+        """The struct with its maps and pointers; what binding does, for those who launch by other means.
+
+        `encode` makes the maps: the driver, unless it is replaced.
+        """
         packed = bytearray(self.params)
+        for offset, position, add_bytes, spec in self.tensor_maps:
+            packed[offset : offset + tensor_map.SIZE] = encode(spec, pointers[position] + add_bytes)
         words = memoryview(packed).cast("Q")
-        for place, (position, offset) in enumerate(self.pointers):
+        for place, (position, offset) in enumerate(self.pointers, len(self.tensor_maps) * tensor_map.SIZE // 8):
             words[place] = pointers[position] + offset if position >= 0 else 0
         return packed
 
@@ -68,11 +98,19 @@ class Plan:
     workspace_bytes: int
 
     def __str__(self) -> str:
-        lines = [f"{type(self).__name__}({self.problem}", f"  workspace: {self.workspace_bytes} bytes"]
+        lines = [
+            f"{type(self).__name__}({self.problem}",
+            f"  workspace: {self.workspace_bytes} bytes",
+            *self._remarks(),
+        ]
         for launch in self.launches:
             defines = " ".join(f"{key[4:].lower()}={value}" for key, value in launch.defines.items())
             lines.append(f"  {launch.name} {launch.arch} {launch.config} {defines}")
         return "\n".join(lines) + ")"
+
+    def _remarks(self) -> tuple[str, ...]:
+        """Lines of the printed plan that say why it is as it is."""
+        return ()
 
     def bind(self, device_index: int) -> Launchable:
         """Compile and load every kernel on a device; then launching takes only pointers and a stream.
@@ -80,7 +118,10 @@ class Plan:
         pointers: of the call's arrays in the plan's order, the workspace last. Errors: CompilationError, LaunchError.
         """
         jit.kernels([(each.source, each.name, each.arch, each.defines) for each in self.launches], context=str(self))
-        bound = tuple(_Bound(launch, device_index, str(self)) for launch in self.launches)
+        bound = tuple(
+            (_BoundWithMaps if launch.tensor_maps else _Bound)(launch, device_index, str(self))
+            for launch in self.launches
+        )
         if len(bound) == 1:
             return bound[0]
 
@@ -116,6 +157,42 @@ class _Bound:
         words = (ctypes.c_uint64 * (len(self._params) // 8)).from_buffer_copy(self._params)
         self._local.packed = words, ctypes.addressof(words)
         return self._local.packed  # type: ignore[no-any-return]
+
+
+class _BoundWithMaps(_Bound):
+    """A KernelLaunch whose struct has tensor maps. Those of arrays that the thread's last call had too are still there.
+
+    Most calls have new outputs at most; a map that is needed again is found in the cache of `tensor_map.encode`.
+    """
+
+    def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
+        super().__init__(launch, device_index, context)
+        self._maps = tuple(
+            (index, slice(offset, offset + tensor_map.SIZE), position, add_bytes, spec)
+            for index, (offset, position, add_bytes, spec) in enumerate(launch.tensor_maps)
+        )
+        first = len(self._maps) * tensor_map.SIZE // 8
+        self._plain = tuple((first + place, *pointer) for place, pointer in enumerate(launch.pointers))
+
+    def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
+        try:
+            words, content, address, last = self._local.with_maps
+        except AttributeError:
+            words, content, address, last = self._pack_with_maps()
+        for index, place, position, add_bytes, spec in self._maps:
+            pointer = pointers[position]
+            if pointer != last[index]:
+                content[place] = tensor_map.encode(spec, pointer + add_bytes)
+                last[index] = pointer
+        for word, position, add_bytes in self._plain:
+            words[word] = pointers[position] + add_bytes if position >= 0 else 0
+        self._launcher(address, stream)
+
+    def _pack_with_maps(self) -> tuple[ctypes.Array[ctypes.c_uint64], memoryview, int, list[int]]:
+        buffer = bytearray(self._params)
+        words = (ctypes.c_uint64 * (len(buffer) // 8)).from_buffer(buffer)
+        self._local.with_maps = words, memoryview(buffer), ctypes.addressof(words), [-1] * len(self._maps)
+        return self._local.with_maps  # type: ignore[no-any-return]
 
 
 def architecture(device: DeviceInfo) -> str:
