@@ -330,7 +330,7 @@ def test_a_variant_of_the_wgmma_forward() -> None:
     case = replace(cases.grid()[0], mode="fwd")
     info = variants.device_of("sm_90a")
     usual = variants.plan_variant(case, info, variants.Variant(), False)
-    changed = variants.plan_variant(case, info, variants.Variant((("block_m", 192), ("num_stages", 3))), False)
+    changed = variants.plan_variant(case, info, variants.Variant((("block_m", 192), ("num_kv_stages", 3))), False)
     main = variants.main_launch(changed)
     assert main.source == variants.main_launch(usual).source == "sm90/flash_fwd.cu"
     assert (main.defines["FA2_BLOCK_M"], main.defines["FA2_NUM_KV_STAGES"], main.defines["FA2_NUM_WARPS"]) == (

@@ -240,7 +240,7 @@ def test_objections_from_outside() -> None:
 
 
 def test_a_given_tile_chooses_its_kernel() -> None:
-    row = FwdTileSm90(64, 192, 64, 3, "")
+    row = FwdTileSm90(64, 192, 64, 1, 3, "")
     plan = plan_forward(problem(), H200, row)
     assert plan.tile is row and plan.family == "sm90"
     assert main_launch(plan).config.block == (512, 1, 1)
@@ -252,14 +252,24 @@ def test_a_given_tile_chooses_its_kernel() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_of_sm90(causal: bool) -> None:
-    for head_dim, served in ((8, 64), (64, 64), (72, 96), (128, 128), (136, 192), (192, 192), (200, 256), (256, 256)):
-        assert forward_tile_sm90(causal, 132, head_dim, 4096, 64).head_dim == served
+    for head_dim, served in (
+        (8, 64),
+        (64, 64),
+        (72, 96),
+        (96, 96),
+        (128, 128),
+        (136, 192),
+        (192, 192),
+        (200, 256),
+        (256, 256),
+    ):
+        assert forward_tile_sm90(head_dim, causal).head_dim == served
     for row in FWD_TILES_SM90[causal]:
         assert row.head_dim in (64, 96, 128, 192, 256)
         assert row.block_m % 64 == row.block_n % 16 == 0
         assert row.num_warps == 4 + row.block_m // 16
         panels = -(-row.head_dim // 64)
-        tiles = panels * 64 * 2 * (row.block_m + 2 * row.num_stages * row.block_n)
+        tiles = panels * 64 * 2 * (row.num_q_stages * row.block_m + 2 * row.num_kv_stages * row.block_n)
         assert row.shared_mem_bytes() == tiles + 1024 <= SHARED_MEMORY["sm_90"]
 
 
@@ -275,13 +285,14 @@ def test_launch_of_sm90() -> None:
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
-        "FA2_NUM_KV_STAGES": tile.num_stages,
+        "FA2_NUM_Q_STAGES": tile.num_q_stages,
+        "FA2_NUM_KV_STAGES": tile.num_kv_stages,
         "FA2_CAUSAL": 1,
         "FA2_SCALE_FIRST": 1,
         "FA2_PARAMS_BYTES": 576,
         "FA2_SHARED_BYTES": tile.shared_mem_bytes(),
     }
-    assert launch.config.grid == (-(-300 // tile.block_m) * 8 * 3, 1, 1)
+    assert launch.config.grid == (-(-300 // tile.block_m) * 8 * 3, 1, 1) < (132, 1, 1)
     assert launch.config.block == (32 * tile.num_warps, 1, 1)
     assert launch.config.shared_mem_bytes == tile.shared_mem_bytes()
     params = FwdTmaParams.from_buffer_copy(launch.params)
@@ -292,8 +303,22 @@ def test_launch_of_sm90() -> None:
     same = FwdParams.from_buffer_copy(other.params)
     assert bytes(params.lse_strides) == bytes(same.lse_strides)
     assert params.scale_softmax_log2 == same.scale_softmax_log2 < 0
-    # Launched in the same order as the blocks of sm_80, whose query blocks are 128 rows too.
-    assert tile.block_m == 128 and shape.heads_per_section == same.shape.heads_per_section
+
+
+def test_one_block_of_sm90_for_each_multiprocessor() -> None:
+    for seqlen, causal, block_m, blocks in ((1024, True, 128, 64), (4096, True, 128, 132), (1024, False, 192, 48)):
+        plan = plan_forward(problem(seqlen, seqlen, causal=causal), H200)
+        assert plan.tile.block_m == block_m and main_launch(plan).config.grid == (blocks, 1, 1)
+
+
+def test_sections_of_sm90_fit_half_of_the_cache() -> None:
+    wanted = problem(4096, 4096, 128, causal=True, heads=(64, 64), batch=1)
+    for family, heads in (("sm80", 8), ("sm90", 4)):
+        small = dataclasses.replace(H200, l2_bytes=8 * 4 * 4096 * 128, sm_count=8)
+        launch = main_launch(plan_forward(wanted, small, family=family))
+        params = (FwdTmaParams if family == "sm90" else FwdParams).from_buffer_copy(launch.params)
+        assert params.shape.heads_per_section == heads
+    assert main_launch(plan_forward(dataclasses.replace(wanted, causal=False), H200)).params != launch.params
 
 
 def test_params_are_as_in_cuda() -> None:

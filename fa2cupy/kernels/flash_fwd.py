@@ -78,11 +78,11 @@ def plan_forward(
     rows = problem.seqlen_q - empty
     if tile is None:
         why_not_sm90 = _why_not_sm90(problem, device, family) or why_not_sm90
-        shape = (padded_head_dim(problem.head_dim), rows, problem.batch * problem.num_heads)
         if why_not_sm90:
-            tile = forward_tile(device.shared_mem_optin, device.sm_count, *shape)
+            head_dim, heads = padded_head_dim(problem.head_dim), problem.batch * problem.num_heads
+            tile = forward_tile(device.shared_mem_optin, device.sm_count, head_dim, rows, heads)
         else:
-            tile = forward_tile_sm90(problem.causal, device.sm_count, *shape)
+            tile = forward_tile_sm90(problem.head_dim, problem.causal)
     launches: tuple[KernelLaunch, ...] = ()
     if rows * problem.num_heads * problem.batch:
         launches += (
@@ -134,14 +134,17 @@ def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
     return {"q": 2 * strides["q"][1], "out": 2 * strides["out"][1], "lse": 4 * strides["lse"][2]}
 
 
-def _grid(problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int) -> tuple[tuple[int, int, int], Shape]:
-    """One block for each (query block, head, batch), and the order in which they start (`tile_of` in CUDA)."""
+def _order(
+    problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int, cache_share: int
+) -> tuple[int, Shape]:
+    """How many tiles there are, and in which order they are taken (`tile_of` in CUDA): sections whose keys and values
+    fit 1 / cache_share of the L2 cache."""
     m_blocks = -(-rows // block_m)
     group = problem.num_heads // problem.num_heads_k
     heads_k = problem.batch * problem.num_heads_k
-    keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * cache_share
     section = plans.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes) * group
-    return (m_blocks * problem.num_heads * problem.batch, 1, 1), plans.shape_params(problem, rows, section)
+    return m_blocks * problem.num_heads * problem.batch, plans.shape_params(problem, rows, section)
 
 
 def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int) -> KernelLaunch:
@@ -150,14 +153,14 @@ def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, e
     params = FwdParams()
     for name in _POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    grid, params.shape = _grid(problem, device, problem.seqlen_q - empty, tile.block_m)
+    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m, 1)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     row = _row_bytes(problem)
     return KernelLaunch(
         *_SM80,
         plans.architecture(device),
         _defines(tile, problem.dtype, head_dim, problem.aligned, problem.causal, problem.softmax_scale <= 0),
-        LaunchConfig(grid, (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)),
+        LaunchConfig((tiles, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)),
         bytes(params),
         tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_POINTERS)),
     )
@@ -169,7 +172,7 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
     params = FwdTmaParams()
     for name in _SM90_POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    grid, params.shape = _grid(problem, device, rows, tile.block_m)
+    tiles, params.shape = _order(problem, device, rows, tile.block_m, 2)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
     arrays = _arrays(problem, rows)
@@ -183,11 +186,12 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
         )
         for name in _SM90_MAPS
     )
+    blocks = (min(tiles, device.sm_count), 1, 1)  # one for each multiprocessor, which takes tiles from the list
     return KernelLaunch(
         *_SM90,
         _SM90_ARCH,
         _defines_sm90(tile, problem.dtype, problem.causal, problem.softmax_scale <= 0),
-        LaunchConfig(grid, (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes()),
+        LaunchConfig(blocks, (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes()),
         bytes(params),
         tuple((_POINTERS.index(name), skipped[name]) for name in _SM90_POINTERS),
         maps,
@@ -215,7 +219,8 @@ def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
-        "FA2_NUM_KV_STAGES": tile.num_stages,
+        "FA2_NUM_Q_STAGES": tile.num_q_stages,
+        "FA2_NUM_KV_STAGES": tile.num_kv_stages,
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),
         "FA2_PARAMS_BYTES": ctypes.sizeof(FwdTmaParams),

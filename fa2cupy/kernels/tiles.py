@@ -1,15 +1,14 @@
 """Tiles: how big a piece of the problem a thread block takes, and which row of the table a head_dim gets.
 
 A table per class of shared memory (bytes per block): 99 KiB (sm_86, sm_89, sm_120), 163 KiB (sm_80), 227 KiB (sm_90,
-sm_100); and one of the forward's wgmma kernel, which only sm_90 runs. Of the rows of the smallest head_dim that is
-large enough, the forward takes the first whose grid fills the GPU. Rejected rows are in docs/tuning.md with their
+sm_100). Of the rows of the smallest head_dim that is large enough, the forward takes the first whose grid fills the
+GPU. The wgmma kernels, which only sm_90 runs, have tables of their own. Rejected rows are in docs/tuning.md with their
 numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 __all__ = [
     "BWD_TILES",
@@ -83,13 +82,15 @@ class FwdTileSm90:
     """A row of the forward table of sm_90.
 
     head_dim: the largest one that this row serves, and the one that its kernel is compiled for. block_m query rows (64
-    for each warpgroup that computes) x block_n keys. num_stages: buffers of K, and as many of V.
+    for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts beside the end
+    of the one before. num_kv_stages: buffers of K, and as many of V.
     """
 
     head_dim: int
     block_m: int
     block_n: int
-    num_stages: int
+    num_q_stages: int
+    num_kv_stages: int
     note: str
     spill_bytes: int = 0
 
@@ -101,7 +102,8 @@ class FwdTileSm90:
     def shared_mem_bytes(self) -> int:
         """Of `SharedMemory` in sm90/flash_fwd.cu: panels of 64 columns, and the barriers."""
         panels = -(-self.head_dim // 64)
-        return 128 * panels * (self.block_m + 2 * self.num_stages * self.block_n) + 1024
+        rows = self.num_q_stages * self.block_m + 2 * self.num_kv_stages * self.block_n
+        return 128 * panels * rows + 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +179,16 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
 }
 
 _FWD_SM90 = (
-    FwdTileSm90(64, 128, 128, 2, "81 KB"),
-    FwdTileSm90(96, 128, 128, 2, "161 KB, as 128: panels are 64 columns wide"),
-    FwdTileSm90(128, 128, 128, 2, "161 KB"),
-    FwdTileSm90(192, 128, 112, 2, "217 KB; 128 keys need 241 KB"),
-    FwdTileSm90(256, 128, 80, 2, "225 KB; 96 keys need 257 KB"),
+    FwdTileSm90(96, 128, 128, 2, 2, "193 KB, as 128: panels are 64 columns wide"),
+    FwdTileSm90(128, 128, 128, 2, 2, "193 KB"),
+    FwdTileSm90(192, 128, 112, 1, 2, "217 KB; 128 keys need 241 KB"),
+    FwdTileSm90(256, 128, 64, 1, 2, "193 KB; 80 keys spill"),
 )
 # By whether the problem is causal.
-FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {False: _FWD_SM90, True: _FWD_SM90}
+FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
+    False: (FwdTileSm90(64, 192, 128, 2, 2, "113 KB, three warpgroups that compute"), *_FWD_SM90),
+    True: (FwdTileSm90(64, 128, 128, 2, 2, "97 KB; fewer masked scores than with 192 rows"), *_FWD_SM90),
+}
 
 BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     232448: (
@@ -212,25 +216,14 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
 def forward_tile(shared_mem_optin: int, sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int) -> FwdTile:
     """The row for a head_dim on a GPU with that much shared memory per block: the first with more blocks than
     multiprocessors, or the last. rows_of_blocks: batch x heads."""
-    return _first_that_fills(
-        FWD_TILES[shared_memory_class(shared_mem_optin)], sm_count, head_dim, seqlen_q, rows_of_blocks
-    )
-
-
-def forward_tile_sm90(causal: bool, sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int) -> FwdTileSm90:
-    """The same for the kernels of sm_90."""
-    return _first_that_fills(FWD_TILES_SM90[causal], sm_count, head_dim, seqlen_q, rows_of_blocks)
-
-
-_Tile = TypeVar("_Tile", FwdTile, FwdTileSm90)
-
-
-def _first_that_fills(
-    table: tuple[_Tile, ...], sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int
-) -> _Tile:
+    table = FWD_TILES[shared_memory_class(shared_mem_optin)]
     served = min(tile.head_dim for tile in table if head_dim <= tile.head_dim)
     rows = [tile for tile in table if tile.head_dim == served]
     return next((tile for tile in rows if -(-seqlen_q // tile.block_m) * rows_of_blocks > sm_count), rows[-1])
+
+
+def forward_tile_sm90(head_dim: int, causal: bool) -> FwdTileSm90:
+    return next(tile for tile in FWD_TILES_SM90[causal] if head_dim <= tile.head_dim)
 
 
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
