@@ -9,7 +9,7 @@ using Element = bf16_t;
 using Element = half_t;
 #endif
 
-constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up to a multiple of 16
+constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up: to a multiple of 16, or to a row
 constexpr bool kAligned = FA2_ALIGNED;  // rows can be read and written in pieces of 16 bytes
 static_assert(kHeadDim % 16 == 0 && kHeadDim >= 16 && kHeadDim <= 256, "head_dim is 16, 32, ..., 256");
 

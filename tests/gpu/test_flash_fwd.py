@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 import fa2cupy
+from fa2cupy.calls import PREPARED
 from tests.gpu.cases import DTYPES, Case, groups
 from tests.gpu.runner import check_all, inputs_of
 
@@ -13,6 +16,45 @@ from tests.gpu.runner import check_all, inputs_of
 @pytest.mark.parametrize("cases", groups())
 def test_forward(cases: list[Case], device: torch.device) -> None:
     check_all(cases, False, device)
+
+
+@pytest.fixture
+def sm80_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FA2CUPY_KERNEL=sm80, for calls that the process has made before too."""
+    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
+    PREPARED.clear()
+    yield
+    PREPARED.clear()
+
+
+@pytest.mark.parametrize("cases", groups())
+@pytest.mark.usefixtures("sm80_kernels")
+def test_forward_of_sm80(cases: list[Case], device: torch.device) -> None:
+    """The same with the kernel that every GPU has, on a GPU that would take another."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return  # test_forward has run it
+    check_all(cases, False, device)
+
+
+def test_graph_beside_eager_calls(device: torch.device) -> None:
+    """A captured launch, replayed on one stream while another stream computes something else, gives the same bits."""
+    tensors = [inputs_of(Case(777, 1024, 128, "bfloat16", True, batch=4, heads=(8, 2), seed=s), device) for s in (1, 2)]
+    (q, k, v), (q2, k2, v2) = ([t[name] for name in ("q", "k", "v")] for t in tensors)
+    expected, expected2 = fa2cupy.attention(q, k, v, causal=True), fa2cupy.attention(q2, k2, v2, causal=True)
+    out = torch.empty_like(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fa2cupy.attention(q, k, v, causal=True, out=out)
+    side = torch.cuda.Stream(device)
+    for _ in range(50):
+        out.fill_(float("nan"))
+        side.wait_stream(torch.cuda.current_stream(device))
+        graph.replay()
+        with torch.cuda.stream(side):
+            beside = [fa2cupy.attention(q2, k2, v2, causal=True) for _ in range(3)]
+        torch.cuda.synchronize(device)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(x, expected2) for x in beside)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,13 +19,19 @@ from tests.host.kernel_run import HostCase, Schedule, check
 
 # Cases that reach every synchronisation and every bound: each variant of a kernel, several blocks, ragged ends.
 FORWARD = {
-    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (2, 1), seed=1)),
-    "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2)),
-    "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=3)),
-    "unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (2, 2), seed=4)),
+    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (2, 1), seed=1), "sm_80"),
+    "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2), "sm_80"),
+    "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=3), "sm_80"),
+    "unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (2, 2), seed=4), "sm_80"),
     "wide": HostCase(Case(130, 150, 224, "bfloat16", True, 1, (1, 1), seed=5), "sm_86"),
-    "dropped": HostCase(Case(90, 20, 40, "bfloat16", True, 2, (2, 2), seed=6)),
-    "sections": HostCase(Case(400, 403, 32, "bfloat16", True, 16, (1, 1), seed=7)),  # of 6, 6 and 4 heads
+    "dropped": HostCase(Case(90, 20, 40, "bfloat16", True, 2, (2, 2), seed=6), "sm_80"),
+    "sections": HostCase(Case(400, 403, 32, "bfloat16", True, 16, (1, 1), seed=7), "sm_80"),  # of 6, 6 and 4 heads
+    # the sm_90 kernel: thread blocks with several tiles, with two buffers of Q and with one
+    "hopper-causal": HostCase(Case(300, 403, 64, "bfloat16", True, 1, (4, 2), seed=8)),
+    "hopper-full": HostCase(Case(150, 300, 128, "float16", False, 1, (4, 4), seed=9)),
+    "hopper-narrow": HostCase(Case(150, 203, 40, "bfloat16", False, 1, (2, 1), seed=10)),
+    "hopper-wide": HostCase(Case(300, 150, 256, "bfloat16", True, 1, (4, 1), seed=11)),
+    "hopper-sections": HostCase(Case(300, 303, 32, "bfloat16", True, 13, (1, 1), seed=12)),
 }
 BACKWARD = {
     "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (2, 1), seed=1)),
@@ -100,6 +106,7 @@ def test_every_synchronisation_is_needed_and_watched() -> None:
 
 RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
 FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
+FWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/tile.cuh"
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 COMBINE, FILL = "smxx/flash_bwd_combine.cu", "smxx/fill_empty.cu"
 
@@ -142,6 +149,30 @@ MUTANTS = [
     # which head of which batch
     ("fwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
     ("bwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
+    # the sm_90 forward: masks, tiles, rings, rows, panels
+    ("fwd", "hopper-full", FWD90, "8 * j + e >= end", "8 * j + e > end"),
+    ("fwd", "hopper-causal", FWD90, "8 * j + e >= end", "8 * j + e > end"),
+    ("fwd", "hopper-causal", FWD90, "n >= work.mask_from; --n) step", "n > work.mask_from; --n) step"),
+    ("fwd", "hopper-full", FWD90, "work.end - 1 >= work.mask_from", "work.end - 1 > work.mask_from"),
+    ("fwd", "hopper-causal", FWD90, "for (; n >= 0; --n) step", "for (; n > 0; --n) step"),
+    ("fwd", "hopper-full", FWD90, "linear >= m_blocks * rows", "linear >= m_blocks * rows - 1"),
+    ("fwd", "hopper-sections", FWD90, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
+    ("fwd", "hopper-sections", FWD90, "m_blocks - 1 - tile.block : tile.block", "m_blocks - 1 : tile.block"),
+    ("fwd", "hopper-causal", FWD90, "work.head / (shape.num_heads / shape.num_heads_k)", "work.head"),
+    ("fwd", "hopper-full", FWD90, "stage = 0, parity ^= 1;", "stage = 0;"),
+    ("fwd", "hopper-full", FWD90, "slot.parity ^ 1);  // released by every consumer after its S", "slot.parity);"),
+    ("fwd", "hopper-full", FWD90, "(q.stage + 1) % kQStages", "q.stage"),
+    ("fwd", "hopper-full", FWD90, "issue_o(!first);\n      load_next_q();", "issue_o(true);\n      load_next_q();"),
+    ("fwd", "hopper-full", FWD90, "softmax = Softmax<1>();", ""),
+    ("fwd", "hopper-full", FWD90, "softmax.rescale(acc_o, alpha);", ""),
+    ("fwd", "hopper-full", FWD90, "+ row + 8 * h < shape.seqlen_q)", "+ row + 8 * h <= shape.seqlen_q)"),
+    ("fwd", "hopper-full", FWD90, "const int done_stage = q.stage", "const int done_stage = 0 * q.stage + kQStages - 1"),
+    ("fwd", "hopper-full", TILE90, "step / 4 * Panels<kRows, kCols>::kPanelBytes", "step / 4 * 8192"),
+    ("fwd", "hopper-full", TILE90, "step % 4 * 32", "step % 4 * 16"),
+    ("fwd", "hopper-full", TILE90, "step * 16 * 128 / 16", "step * 8 * 128 / 16"),
+    ("fwd", "hopper-wide", TILE90, "smem_address(tile.data), tile.kPanelBytes", "smem_address(tile.data), 128 * 128"),
+    ("fwd", "hopper-full", TILE90, "chunk ^ lane % 8", "chunk"),
+    ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
     # which of the blocks that share a key head
     ("bwd", "splits", BWD, "head_k = tile.head / head_splits", "head_k = tile.head % shape.num_heads_k"),
     ("bwd", "splits", BWD, "(tile.head + 1) * heads - 1", "(tile.head + 1) * heads - 2"),
