@@ -16,7 +16,9 @@ def jobs_of(wanted: Iterable[tuple[Case, bool]], info: driver.DeviceInfo) -> lis
     """One job for each different kernel that the cases run on a device; a case's bool says whether backward too."""
     jobs = {}
     for case, backward in wanted:
-        launches = kernels.plan_forward(problem_of(case, False), info).launches
+        problem = problem_of(case, False)
+        launches = kernels.plan_forward(problem, info).launches
+        launches += kernels.plan_forward(problem, info, family="sm80").launches
         if backward:
             launches += kernels.plan_backward(problem_of(case, True), info, case.deterministic).launches
         for launch in launches:

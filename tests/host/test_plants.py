@@ -166,7 +166,7 @@ MUTANTS = [
     ("fwd", "hopper-full", FWD90, "softmax = Softmax<1>();", ""),
     ("fwd", "hopper-full", FWD90, "softmax.rescale(acc_o, alpha);", ""),
     ("fwd", "hopper-full", FWD90, "+ row + 8 * h < shape.seqlen_q)", "+ row + 8 * h <= shape.seqlen_q)"),
-    ("fwd", "hopper-full", FWD90, "const int done_stage = q.stage", "const int done_stage = 0 * q.stage + kQStages - 1"),
+    ("fwd", "hopper-full", FWD90, "const int done_stage = q.stage", "const int done_stage = 0 * q.stage + 1"),
     ("fwd", "hopper-full", TILE90, "step / 4 * Panels<kRows, kCols>::kPanelBytes", "step / 4 * 8192"),
     ("fwd", "hopper-full", TILE90, "step % 4 * 32", "step % 4 * 16"),
     ("fwd", "hopper-full", TILE90, "step * 16 * 128 / 16", "step * 8 * 128 / 16"),
