@@ -263,7 +263,7 @@ def test_rows_of_sm90(causal: bool) -> None:
         (200, 256),
         (256, 256),
     ):
-        assert forward_tile_sm90(head_dim, causal).head_dim == served
+        assert forward_tile_sm90(head_dim, causal, 1000).head_dim == served
     for row in FWD_TILES_SM90[causal]:
         assert row.head_dim in (64, 96, 128, 192, 256)
         assert row.block_m % 64 == row.block_n % 16 == 0

@@ -82,7 +82,7 @@ def plan_forward(
             head_dim, heads = padded_head_dim(problem.head_dim), problem.batch * problem.num_heads
             tile = forward_tile(device.shared_mem_optin, device.sm_count, head_dim, rows, heads)
         else:
-            tile = forward_tile_sm90(problem.head_dim, problem.causal)
+            tile = forward_tile_sm90(problem.head_dim, problem.causal, rows)
     launches: tuple[KernelLaunch, ...] = ()
     if rows * problem.num_heads * problem.batch:
         launches += (
@@ -135,15 +135,16 @@ def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
 
 
 def _order(
-    problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int, cache_share: int
+    problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int, cache_share: int, blocks_per_sm: float
 ) -> tuple[int, Shape]:
     """How many tiles there are, and in which order they are taken (`tile_of` in CUDA): sections whose keys and values
-    fit 1 / cache_share of the L2 cache."""
+    fit 1 / cache_share of the L2 cache, with at least so many tiles for each multiprocessor."""
     m_blocks = -(-rows // block_m)
     group = problem.num_heads // problem.num_heads_k
     heads_k = problem.batch * problem.num_heads_k
     keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * cache_share
-    section = plans.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes) * group
+    blocks = m_blocks * group
+    section = plans.heads_per_section(device, problem.causal, heads_k, blocks, keys_bytes, blocks_per_sm) * group
     return m_blocks * problem.num_heads * problem.batch, plans.shape_params(problem, rows, section)
 
 
@@ -153,7 +154,7 @@ def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, e
     params = FwdParams()
     for name in _POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m, 1)
+    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m, 1, 4)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     row = _row_bytes(problem)
     return KernelLaunch(
@@ -172,7 +173,7 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
     params = FwdTmaParams()
     for name in _SM90_POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, rows, tile.block_m, 2)
+    tiles, params.shape = _order(problem, device, rows, tile.block_m, 3, 1.5)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
     arrays = _arrays(problem, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -205,16 +206,18 @@ def common_defines(dtype: str, head_dim: int, aligned: bool) -> dict[str, int | 
     return {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim, "FA2_ALIGNED": int(aligned)}
 
 
-def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int) -> int:
+def heads_per_section(
+    device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int, blocks_per_sm: float = 4
+) -> int:
     """Heads whose blocks are interleaved, so that a causal problem's long blocks start first.
 
-    As many as fit the L2 cache, but at least four blocks for each multiprocessor. All sections are of about the same
-    size: the last one's long blocks, if few, would leave most of the GPU idle in the end.
+    As many as fit the L2 cache, but at least `blocks_per_sm` blocks for each multiprocessor. All sections are of about
+    the same size: the last one's long blocks, if few, would leave most of the GPU idle in the end.
     """
     if not causal:
         return 1
     fitting = device.l2_bytes // max(1, bytes_per_head)
-    wanted = max(1, fitting, -(-4 * device.sm_count // blocks_per_head))
+    wanted = max(1, fitting, math.ceil(blocks_per_sm * device.sm_count / blocks_per_head))
     return -(-heads // max(1, heads // wanted))
 
 

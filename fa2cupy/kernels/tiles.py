@@ -83,7 +83,8 @@ class FwdTileSm90:
 
     head_dim: the largest one that this row serves, and the one that its kernel is compiled for. block_m query rows (64
     for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts beside the end
-    of the one before. num_kv_stages: buffers of K, and as many of V.
+    of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q: the longest query sequence that it
+    serves.
     """
 
     head_dim: int
@@ -93,6 +94,7 @@ class FwdTileSm90:
     num_kv_stages: int
     note: str
     spill_bytes: int = 0
+    max_seqlen_q: int = 2**31
 
     @property
     def num_warps(self) -> int:
@@ -187,7 +189,11 @@ _FWD_SM90 = (
 # By whether the problem is causal.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
     False: (FwdTileSm90(64, 192, 128, 2, 2, "113 KB, three warpgroups that compute"), *_FWD_SM90),
-    True: (FwdTileSm90(64, 128, 128, 2, 2, "97 KB; fewer masked scores than with 192 rows"), *_FWD_SM90),
+    True: (
+        FwdTileSm90(64, 128, 128, 2, 4, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
+        FwdTileSm90(64, 192, 128, 2, 3, "145 KB, three warpgroups that compute"),
+        *_FWD_SM90,
+    ),
 }
 
 BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
@@ -222,8 +228,9 @@ def forward_tile(shared_mem_optin: int, sm_count: int, head_dim: int, seqlen_q: 
     return next((tile for tile in rows if -(-seqlen_q // tile.block_m) * rows_of_blocks > sm_count), rows[-1])
 
 
-def forward_tile_sm90(head_dim: int, causal: bool) -> FwdTileSm90:
-    return next(tile for tile in FWD_TILES_SM90[causal] if head_dim <= tile.head_dim)
+def forward_tile_sm90(head_dim: int, causal: bool, seqlen_q: int) -> FwdTileSm90:
+    rows = FWD_TILES_SM90[causal]
+    return next(tile for tile in rows if head_dim <= tile.head_dim and seqlen_q <= tile.max_seqlen_q)
 
 
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
