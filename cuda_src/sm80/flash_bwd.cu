@@ -6,9 +6,9 @@
 // and dV are summed in registers, GQA included. With too few of these blocks to fill the GPU (kPartialDkv), head_splits of
 // them share the query heads of a key head, and flash_bwd_combine sums what each has of dK and dV.
 //
-// The scores are computed transposed (S^T = K Q^T): a warp owns key rows, and
-// P^T and dS^T leave the accumulators as the A operands of dV += P^T dO and dK += dS^T Q. dQ alone needs dS of all warps:
-// it goes through shared memory, and dS K is added to dq_accum in global memory.
+// The scores are computed transposed (S^T = K Q^T): a warp owns key rows, and P^T and dS^T leave the accumulators as the A
+// operands of dV += P^T dO and dK += dS^T Q. dQ alone needs dS of all warps: it goes through shared memory, and dS K is
+// added to dq_accum in global memory.
 //
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
 // computes its part of the query columns of S^T and owns its part of the head_dim columns of dK and dV; P^T goes through

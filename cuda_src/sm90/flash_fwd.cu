@@ -193,7 +193,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2);
-      pin(acc_s);             // P(n) is computed beside the product, not after its wait
+      pin(acc_s);             // P(n) belongs beside the product; ptxas still moves it behind the wait, see docs/tuning.md
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
       finish_o();
       to_fragments(frag_p, acc_s);

@@ -34,7 +34,7 @@ FA2_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
 }
 
 // wgmma_ss<T, kBDown>(d, a, b, accumulate), wgmma_rs<T, kBDown>(d, a, b, accumulate), for the widths of d that the tile
-// table uses. kBDown: B is stored with the sum running down its rows (V), else along them (K). accumulate = false: D = A B,
+// table uses or has been tuned against (80, 144, 176). kBDown: B is stored with the sum running down its rows (V), else along them (K). accumulate = false: D = A B,
 // whatever was in D.
 //
 // FA2_TEXT and FA2_REGS name the accumulator's registers, ten at a time, in the instruction and among its operands.
