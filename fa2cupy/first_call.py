@@ -303,13 +303,17 @@ def _plan(operation: str, problem: AttentionProblem, device_index: int, determin
     from fa2cupy.jit import driver
 
     info = driver.device_info(device_index)
-    if operation == BACKWARD.name:  # of one family so far
-        return kernels.plan_backward(problem, info, deterministic)
-    plan = kernels.plan_forward(problem, info, family=family)
+
+    def plan_for(**choice: Any) -> Any:
+        if operation == BACKWARD.name:
+            return kernels.plan_backward(problem, info, deterministic, **choice)
+        return kernels.plan_forward(problem, info, **choice)
+
+    plan = plan_for(family=family)
     if _needs_wgmma(plan) and (objection := _nvrtc_objection()):
         if family is None:
             _warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
-            return kernels.plan_forward(problem, info, why_not_sm90=objection)
+            return plan_for(why_not_sm90=objection)
         _warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
     return plan
 
@@ -347,4 +351,4 @@ def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) 
     if device.kind == "cpu":
         return 0
     problem = _problem(BACKWARD, framework, arrays, sizes, dtype, options, device)
-    return int(_plan(BACKWARD.name, problem, device.index, options.deterministic, None).workspace_bytes)
+    return int(_plan(BACKWARD.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes)

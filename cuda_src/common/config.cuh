@@ -25,11 +25,18 @@ static_assert(kBlockM % 16 == 0 && kBlockN % 16 == 0, "tiles are made of 16 x 16
 constexpr bool kCausal = FA2_CAUSAL;
 #endif
 
-// The forward
-#ifdef FA2_NUM_KV_STAGES
-constexpr int kKvStages = FA2_NUM_KV_STAGES;  // buffers of K and of V (sm_90)
-constexpr int kQStages = FA2_NUM_Q_STAGES;    // buffers of Q
+// Rings of buffers (sm_90)
+#ifdef FA2_NUM_Q_STAGES
+constexpr int kQStages = FA2_NUM_Q_STAGES;  // buffers of Q
 #endif
+#ifdef FA2_NUM_KV_STAGES
+constexpr int kKvStages = FA2_NUM_KV_STAGES;  // of K and of V, in the forward
+#endif
+#ifdef FA2_NUM_DOUT_STAGES
+constexpr int kDoutStages = FA2_NUM_DOUT_STAGES;  // of dO and of dS, in the backward
+#endif
+
+// The forward
 #ifdef FA2_SCALE_FIRST
 constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
 #endif
@@ -39,12 +46,15 @@ constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q
 
 // The backward, and the kernels beside it
 #ifdef FA2_DQ_WARPS_M
+constexpr int kDqWarps = FA2_DQ_WARPS;    // warps that share a tile of dQ
 constexpr int kDqWarpsM = FA2_DQ_WARPS_M;  // warps along the rows of dQ
 constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and newer
 #endif
 #ifdef FA2_SPLIT
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
 constexpr int kSplit = FA2_SPLIT;  // warps that share key rows
+#endif
+#ifdef FA2_DETERMINISTIC
 constexpr bool kDeterministic = FA2_DETERMINISTIC;  // dQ is added in the order of the key blocks
 constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key block: each writes its part of dK and dV
 #endif

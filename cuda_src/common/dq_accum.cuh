@@ -5,12 +5,12 @@
 
 #include "common/config.cuh"
 
-constexpr int kDqWarpsD = kNumWarps / kDqWarpsM;       // warps along its columns
+constexpr int kDqWarpsD = kDqWarps / kDqWarpsM;       // warps along its columns
 constexpr int kDqMTiles = kBlockM / 16 / kDqWarpsM;    // blocks of 16 rows of a warp
 constexpr int kDqNTiles = 2 * ceil_div(kHeadDim / 16, kDqWarpsD);  // blocks of 8 columns of a warp, at most
-static_assert(kDqWarpsM * kDqWarpsD == kNumWarps && kDqWarpsM * kDqMTiles * 16 == kBlockM, "dQ is shared out evenly");
+static_assert(kDqWarpsM * kDqWarpsD == kDqWarps && kDqWarpsM * kDqMTiles * 16 == kBlockM, "dQ is shared out evenly");
 
-constexpr int kDqTileFloats = kNumWarps * kDqMTiles * kDqNTiles * 128;
+constexpr int kDqTileFloats = kDqWarps * kDqMTiles * kDqNTiles * 128;
 
 // Rows and columns of a warp's part. Where 16-wide column blocks cannot be shared out evenly, the last warps have fewer.
 FA2_DEVICE int dq_row(int warp) { return warp / kDqWarpsD * kDqMTiles * 16; }

@@ -64,6 +64,21 @@ struct BwdParams {
   int head_splits;  // thread blocks that share the query heads of a key head; divides num_heads / num_heads_k
 };
 
+// The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout), kBlockN (k, v) or
+// 64 (dk, dv) rows, with 128-byte swizzle.
+struct BwdTmaParams {
+  TensorMap dout, q, k, v, dk, dv;
+  const float* lse_log2;
+  const float* softmax_d;
+  float* dq_accum;
+  int* dq_turn;
+  float* dk_partial;
+  float* dv_partial;
+  Shape shape;
+  float scale_softmax_log2, softmax_scale;
+  int head_splits;
+};
+
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim): its rows [0, num_rows) become 0
   float* lse;     // (batch, num_heads, seqlen): likewise -inf; or null

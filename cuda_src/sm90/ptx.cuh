@@ -55,11 +55,34 @@ FA2_DEVICE void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* 
       ::"l"(&map), "r"(smem_address(smem)), "r"(d), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+
+// ---- bulk copies of bytes in a row (PTX ISA 9.7.9.25): addresses and sizes are multiples of 16 ------------------------------
+
+// smem = gmem; the bytes arrive at the barrier. One thread issues it.
+FA2_DEVICE void cp_async_bulk_load(void* smem, const void* gmem, uint32_t bytes, uint64_t& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(smem_address(smem)), "l"(gmem), "r"(bytes), "r"(smem_address(&barrier))
+               : "memory");
+}
+// gmem += smem, float by float, each addition relaxed and atomic. One thread issues it and commits.
+FA2_DEVICE void cp_reduce_async_bulk_add_f32(float* gmem, const float* smem, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               ::"l"(gmem), "r"(smem_address(smem)), "r"(bytes)
+               : "memory");
+}
+
+// ---- groups of bulk stores and reductions, of the thread that issued them ---------------------------------------------------
+
 FA2_DEVICE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Waits until at most the last kPending store groups of this thread still read shared memory.
 template <int kPending>
 FA2_DEVICE void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Waits until all but the last kPending of them have written global memory, too.
+template <int kPending>
+FA2_DEVICE void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // ---- the rest -------------------------------------------------------------------------------------------------------------
@@ -91,6 +114,12 @@ FA2_DEVICE bool elect_sync() {
 // Stores four 8x8 matrices of 16-bit elements: the inverse of ldmatrix_x4, with the same lanes and registers.
 FA2_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+// Each matrix transposed: a lane's address is that of a row of the transposed matrix.
+FA2_DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
                : "memory");
 }

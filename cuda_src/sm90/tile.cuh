@@ -42,6 +42,7 @@ FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kCols>& til
 // An operand of a product whose sum runs along the rows of a tile (Q and K): `step` is the block of 16 columns.
 template <int kRows, int kCols>
 struct AlongRows {
+  static constexpr bool kDown = false;
   uint64_t descriptor;
   FA2_DEVICE explicit AlongRows(const Panels<kRows, kCols>& tile, int row = 0)
       : descriptor(matrix_descriptor(smem_address(tile.data) + row * 128, 0)) {}
@@ -50,12 +51,14 @@ struct AlongRows {
   }
 };
 
-// An operand of a product whose sum runs down the rows of a tile (V): `step` is the block of 16 rows.
+// An operand of a product whose sum runs down the rows of a tile (V): `step` is the block of 16 rows. `col`: of its first
+// column, where a panel starts.
 template <int kRows, int kCols>
 struct DownRows {
+  static constexpr bool kDown = true;
   uint64_t descriptor;
-  FA2_DEVICE explicit DownRows(const Panels<kRows, kCols>& tile)
-      : descriptor(matrix_descriptor(smem_address(tile.data), tile.kPanelBytes)) {}
+  FA2_DEVICE explicit DownRows(const Panels<kRows, kCols>& tile, int col = 0)
+      : descriptor(matrix_descriptor(smem_address(tile.data) + col / 64 * tile.kPanelBytes, tile.kPanelBytes)) {}
   FA2_DEVICE uint64_t at(int step) const { return descriptor + step * 16 * 128 / 16; }
 };
 
@@ -63,7 +66,7 @@ struct DownRows {
 template <int kSteps, int kNTiles, typename A, typename B>
 FA2_DEVICE void gemm_ss(Accumulator<1, kNTiles>& acc, const A& a, const B& b) {
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma_ss<Element, false>(acc, a.at(k), b.at(k), k > 0);
+  for (int k = 0; k < kSteps; ++k) wgmma_ss<Element, B::kDown>(acc, a.at(k), b.at(k), k > 0);
 }
 
 // The A operand of a product in registers: the accumulators of another, rounded.
@@ -87,6 +90,15 @@ template <int kSteps, int kNTiles, typename B>
 FA2_DEVICE void gemm_rs(Accumulator<1, kNTiles>& acc, const Fragments<kSteps>& a, const B& b, bool accumulate) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma_rs<Element, true>(acc, a.r[k], b.at(k), k > 0 || accumulate);
+}
+
+// Columns [col, col + 16) of the tile, of this warp, = its 16 rows of an accumulator, rounded and transposed.
+template <int kSteps, int kRows, int kCols>
+FA2_DEVICE void store_transposed(Panels<kRows, kCols>& tile, int col, const Fragments<kSteps>& frag) {
+  const int lane = lane_id(), row = lane % 8 + lane / 16 * 8, chunk = col % 64 / 8 + lane / 8 % 2;
+  const uint32_t address = smem_address(tile.data) + col / 64 * tile.kPanelBytes + row * 128 + ((chunk ^ lane % 8) << 4);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) stmatrix_x4_trans(address + k * 16 * 128, frag.r[k]);
 }
 
 // Rows [row, row + 16) of the tile, of this warp, = its 16 rows of acc, rounded.

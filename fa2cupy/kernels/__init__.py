@@ -32,6 +32,6 @@ def compile_jobs(arch: str, all_rows: bool) -> list[CompileJob]:
     jobs: list[CompileJob] = []
     for dtype in ("bfloat16", "float16") if all_rows else ("bfloat16",):
         if arch == "sm_90a":
-            jobs += flash_fwd.compile_jobs_sm90(dtype)
+            jobs += flash_fwd.compile_jobs_sm90(dtype) + flash_bwd.compile_jobs_sm90(dtype)
         jobs += flash_fwd.compile_jobs(base, dtype) + flash_bwd.compile_jobs(base, dtype)
     return jobs if all_rows else [job for job in jobs if job.defines["FA2_HEAD_DIM"] in (64, 128)]

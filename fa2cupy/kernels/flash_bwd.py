@@ -1,27 +1,45 @@
-"""Plans of the backward: cuda_src/sm80/flash_bwd.cu and smxx/flash_bwd_{preprocess,postprocess,combine}.cu."""
+"""Plans of the backward: cuda_src/sm90/flash_bwd.cu where the GPU and the arrays allow it, else sm80/flash_bwd.cu; with
+smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.jit.tensor_map import TensorMapSpec
 from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels.params import BwdParams, pack_strides
-from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan
-from fa2cupy.kernels.tiles import BWD_TILES, SHARED_MEMORY, BwdTile, backward_tile, padded_head_dim, shared_memory_class
+from fa2cupy.kernels.params import BwdParams, BwdTmaParams, TensorMap, pack_strides
+from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan, TensorMapArgument
+from fa2cupy.kernels.tiles import (
+    BWD_TILES,
+    BWD_TILES_SM90,
+    SHARED_MEMORY,
+    BwdTile,
+    BwdTileSm90,
+    backward_tile,
+    backward_tile_sm90,
+    padded_head_dim,
+    postprocess_bytes,
+    shared_memory_class,
+)
 from fa2cupy.problem import AttentionProblem
 
-__all__ = ["BackwardPlan", "compile_jobs", "plan_backward"]
+__all__ = ["BackwardPlan", "compile_jobs", "compile_jobs_sm90", "plan_backward"]
 
 _PRE = ("smxx/flash_bwd_preprocess.cu", "flash_bwd_preprocess")
-_MAIN = ("sm80/flash_bwd.cu", "flash_bwd")
+_SM80 = ("sm80/flash_bwd.cu", "flash_bwd")
+_SM90 = ("sm90/flash_bwd.cu", "flash_bwd")
 _POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
 _COMBINE = ("smxx/flash_bwd_combine.cu", "flash_bwd_combine")
 _TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 _DQ, _DK, _DV, _WORKSPACE = 6, 7, 8, 9  # positions among the call's pointers
+# Arrays that the sm_90 kernel reaches by bulk copies; its pointers are those of the workspace.
+_SM90_MAPS = tuple(name for name, kind, *_ in BwdTmaParams._fields_ if kind is TensorMap)
+_WARPGROUP_ROWS = 64  # keys of a warpgroup, which stores its own dK and dV
 
 # Thread blocks per multiprocessor that are enough: a wave and a half. With fewer, the query heads of a key head are
 # shared out among several blocks, which costs each of them a float32 part of dK and dV, and a kernel that sums these.
@@ -32,20 +50,55 @@ _ENOUGH_WAVES = 1.5
 class BackwardPlan(Plan):
     """Pointers: dout, q, k, v, out, lse, dq, dk, dv, workspace.
 
-    head_splits: thread blocks among which the query heads of a key head are shared out.
+    head_splits: thread blocks among which the query heads of a key head are shared out. why_not_sm90: why the sm_80
+    kernel was chosen; empty where the sm_90 kernel, or a tile, was.
     """
 
-    tile: BwdTile
+    tile: BwdTile | BwdTileSm90
     deterministic: bool
     head_splits: int
+    why_not_sm90: str = ""
+
+    @property
+    def family(self) -> str:
+        """'sm80' or 'sm90', as FA2CUPY_KERNEL calls them."""
+        return "sm90" if isinstance(self.tile, BwdTileSm90) else "sm80"
+
+    def _remarks(self) -> tuple[str, ...]:
+        kernel = f"  sm_{self.family[2:]} kernel"
+        return (f"{kernel}: {self.why_not_sm90}" if self.why_not_sm90 else kernel,)
 
 
 def plan_backward(
-    problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | None = None
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    deterministic: bool,
+    tile: BwdTile | BwdTileSm90 | None = None,
+    family: str | None = None,
+    *,
+    why_not_sm90: str = "",
 ) -> BackwardPlan:
-    """How to compute the gradients of `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
-    tile = tile or backward_tile(device.shared_mem_optin, problem.head_dim)
-    head_dim = padded_head_dim(problem.head_dim, tile.split)
+    """How to compute the gradients of `problem` on `device`. Needs no GPU.
+
+    tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
+    InvalidArgument if sm_90 is impossible. why_not_sm90: what speaks against it beside the problem and the device.
+    """
+    if tile is None:
+        widest = BWD_TILES_SM90[-1].head_dim
+        own = f"head_dim {problem.head_dim} is above {widest}" if problem.head_dim > widest else ""
+        why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS, own) or why_not_sm90
+        if why_not_sm90:
+            tile = backward_tile(device.shared_mem_optin, problem.head_dim)
+        else:
+            tile = backward_tile_sm90(problem.head_dim)
+    launches, workspace, head_splits = _launches(problem, device, deterministic, tile)
+    return BackwardPlan(problem, launches, workspace, tile, deterministic, head_splits, why_not_sm90)
+
+
+def _launches(
+    problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | BwdTileSm90
+) -> tuple[tuple[KernelLaunch, ...], int, int]:
+    """The kernels, bytes of workspace, and head_splits."""
     arch = plans.architecture(device)
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
@@ -58,6 +111,7 @@ def plan_backward(
         strides = dict(problem.strides)
         group = problem.num_heads // problem.num_heads_k
         head_splits = _head_splits(key_tiles, group, device)
+        partial = head_splits > 1
         heads = group // head_splits  # of a thread block
         queries_bytes = heads * rows * problem.head_dim * (2 + 2 + 4)
         shares = problem.batch * problem.num_heads_k * head_splits
@@ -72,31 +126,75 @@ def plan_backward(
         params.softmax_scale = problem.softmax_scale
         params.head_splits = head_splits
         row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}
-        partial = head_splits > 1
+        skipped = {name: empty * size for name, size in row.items()}
+        head_dim = _compiled_head_dim(tile, problem.head_dim)
         offsets, workspace = _workspace(tile, head_dim, query_tiles, key_tiles * head_splits if partial else 0)
-        pointers = tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_TENSORS))
-        pointers += tuple((_WORKSPACE, offset) for offset in offsets)
-        vector_red = device.cc >= (9, 0)
-        main, side = _defines(
-            tile, problem.dtype, head_dim, problem.aligned, problem.causal, deterministic, partial, vector_red
+        workspaces = tuple((_WORKSPACE, offset) for offset in offsets)
+        pointers = tuple((place, skipped.get(name, 0)) for place, name in enumerate(_TENSORS)) + workspaces
+        side, post_bytes = _side_defines(tile, problem.dtype, head_dim, problem.aligned, device.cc >= (9, 0))
+        threads = 32 * tile.dq_warps
+
+        def beside(kernel: tuple[str, str], blocks: tuple[int, int, int], shared_mem_bytes: int = 0) -> KernelLaunch:
+            config = LaunchConfig(blocks, (threads, 1, 1), shared_mem_bytes=shared_mem_bytes)
+            return KernelLaunch(*kernel, arch, side, config, bytes(params), pointers)
+
+        main = _main_defines(tile, side, head_dim, problem.causal, deterministic, partial)
+        if isinstance(tile, BwdTileSm90):
+            config = LaunchConfig(
+                (min(key_tiles * head_splits, device.sm_count), 1, 1),  # one for each multiprocessor: it takes tiles
+                (32 * tile.num_warps, 1, 1),
+                shared_mem_bytes=tile.shared_mem_bytes(),
+            )
+            maps = _tensor_maps(problem, tile, rows, skipped)
+            packed = _tma_params(params)
+            flash_bwd = KernelLaunch(*_SM90, plans.SM90_ARCH, main, config, packed, workspaces, maps)
+        else:
+            config = LaunchConfig(
+                (key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)
+            )
+            flash_bwd = KernelLaunch(*_SM80, arch, main, config, bytes(params), pointers)
+        launches = (
+            beside(_PRE, (query_tiles, 1, 1)),
+            flash_bwd,
+            beside(_POST, (query_tiles, 1, 1), post_bytes),
         )
-        num_threads = 32 * tile.num_warps
-        steps = [
-            (_PRE, side, (query_tiles, 1, 1), 0),
-            (_MAIN, main, (key_tiles * head_splits, 1, 1), tile.shared_mem_bytes(head_dim)),
-            (_POST, side, (query_tiles, 1, 1), tile.postprocess_bytes(head_dim)),
-        ]
         if partial:
             chunks = problem.batch * problem.num_heads_k * problem.seqlen_k * -(-problem.head_dim // 8)
-            steps.append((_COMBINE, side, (-(-chunks // num_threads), 2, 1), 0))
-        for (source, name), defines, grid, shared in steps:
-            config = LaunchConfig(grid, (num_threads, 1, 1), shared_mem_bytes=shared)
-            launches += (KernelLaunch(source, name, arch, defines, config, bytes(params), pointers),)
+            launches += (beside(_COMBINE, (-(-chunks // threads), 2, 1)),)
     launches += plans.fill_empty(problem, arch, "dq", _DQ, empty, problem.num_heads)
     if not rows:  # no query sees any key
         for name, position in (("dk", _DK), ("dv", _DV)):
             launches += plans.fill_empty(problem, arch, name, position, problem.seqlen_k, problem.num_heads_k)
-    return BackwardPlan(problem, launches, workspace, tile, deterministic, head_splits)
+    return launches, workspace, head_splits
+
+
+def _tma_params(params: BwdParams) -> bytes:
+    """The same for the sm_90 kernel, less its maps and pointers."""
+    packed = BwdTmaParams()
+    for name in ("shape", "scale_softmax_log2", "softmax_scale", "head_splits"):
+        setattr(packed, name, getattr(params, name))
+    return bytes(packed)
+
+
+def _tensor_maps(
+    problem: AttentionProblem, tile: BwdTileSm90, rows: int, skipped: Mapping[str, int]
+) -> tuple[TensorMapArgument, ...]:
+    box_rows = {"dout": tile.block_m, "q": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    return tuple(
+        TensorMapArgument(
+            getattr(BwdTmaParams, name).offset,
+            _TENSORS.index(name),
+            skipped.get(name, 0),
+            TensorMapSpec.of(
+                *plans.map_dims(problem, name, rows), (64, box_rows.get(name, _WARPGROUP_ROWS)), problem.dtype
+            ),
+        )
+        for name in _SM90_MAPS
+    )
+
+
+def _compiled_head_dim(tile: BwdTile | BwdTileSm90, head_dim: int) -> int:
+    return tile.head_dim if isinstance(tile, BwdTileSm90) else padded_head_dim(head_dim, tile.split)
 
 
 def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
@@ -105,7 +203,7 @@ def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
     return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
 
 
-def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) -> int:
+def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: int, most: int) -> int:
     """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block.
 
     Neighbouring key blocks are launched that many blocks apart, which is to take as long as two turns: then a block
@@ -116,64 +214,96 @@ def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) 
     return min(most, -(-2 * turn_steps * blocks_at_once // steps))
 
 
-def _workspace(tile: BwdTile, head_dim: int, query_tiles: int, partial_tiles: int) -> tuple[tuple[int, ...], int]:
+def _workspace(
+    tile: BwdTile | BwdTileSm90, head_dim: int, query_tiles: int, partial_tiles: int
+) -> tuple[tuple[int, ...], int]:
     """Byte offsets of lse_log2, softmax_d, dq_accum, dq_turn, dk_partial and dv_partial, and the size of all."""
     rows = query_tiles * tile.block_m * 4
     part = partial_tiles * tile.block_n * head_dim * 4
+    dq_floats = tile.dq_tile_floats() if isinstance(tile, BwdTileSm90) else tile.dq_tile_floats(head_dim)
     offsets, end = [], 0
-    for size in (rows, rows, query_tiles * tile.dq_tile_floats(head_dim) * 4, query_tiles * 4, part, part):
+    for size in (rows, rows, query_tiles * dq_floats * 4, query_tiles * 4, part, part):
         offsets.append(end)
         end += -(-size // 256) * 256
     return tuple(offsets), end
 
 
-def _defines(
-    tile: BwdTile,
-    dtype: str,
+def _side_defines(
+    tile: BwdTile | BwdTileSm90, dtype: str, head_dim: int, aligned: bool, vector_red: bool
+) -> tuple[dict[str, int | str], int]:
+    """Of the kernels beside the main one, with the shared memory of the postprocess: what all of them agree on, and no
+    more, so that binaries are shared."""
+    post_bytes = postprocess_bytes(tile.block_m, head_dim)
+    return plans.common_defines(dtype, head_dim, aligned) | {
+        "FA2_BLOCK_M": tile.block_m,
+        "FA2_BLOCK_N": tile.block_n,
+        "FA2_NUM_WARPS": tile.dq_warps,
+        "FA2_DQ_WARPS": tile.dq_warps,
+        "FA2_DQ_WARPS_M": tile.dq_warps_m,
+        "FA2_VECTOR_RED": int(vector_red),
+        "FA2_CAUSAL": 0,
+        "FA2_PARAMS_BYTES": ctypes.sizeof(BwdParams),
+        "FA2_SHARED_BYTES": post_bytes,
+    }, post_bytes
+
+
+def _main_defines(
+    tile: BwdTile | BwdTileSm90,
+    side: Mapping[str, int | str],
     head_dim: int,
-    aligned: bool,
     causal: bool,
     deterministic: bool,
     partial: bool,
-    vector_red: bool,
-) -> tuple[dict[str, int | str], dict[str, int | str]]:
-    """Of the main kernel, and of those beside it: what they agree on, and no more, so that binaries are shared."""
-    side = plans.common_defines(dtype, head_dim, aligned) | {
-        "FA2_BLOCK_M": tile.block_m,
-        "FA2_BLOCK_N": tile.block_n,
+) -> dict[str, int | str]:
+    main = dict(side) | {
         "FA2_NUM_WARPS": tile.num_warps,
-        "FA2_DQ_WARPS_M": tile.dq_warps_m,
-        "FA2_VECTOR_RED": int(vector_red),
-        "FA2_PARAMS_BYTES": ctypes.sizeof(BwdParams),
-    }
-    main = side | {
-        "FA2_NUM_STAGES": tile.num_stages,
-        "FA2_SPLIT": tile.split,
         "FA2_CAUSAL": int(causal),
         "FA2_DETERMINISTIC": int(deterministic),
         "FA2_PARTIAL_DKV": int(partial),
+    }
+    if isinstance(tile, BwdTileSm90):
+        return main | {
+            "FA2_ALIGNED": 1,
+            "FA2_NUM_Q_STAGES": tile.num_q_stages,
+            "FA2_NUM_DOUT_STAGES": tile.num_dout_stages,
+            "FA2_PARAMS_BYTES": ctypes.sizeof(BwdTmaParams),
+            "FA2_SHARED_BYTES": tile.shared_mem_bytes(),
+        }
+    return main | {
+        "FA2_NUM_STAGES": tile.num_stages,
+        "FA2_SPLIT": tile.split,
         "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim),
     }
-    return main, side | {"FA2_CAUSAL": 0, "FA2_SHARED_BYTES": tile.postprocess_bytes(head_dim)}
+
+
+# Causal, deterministic, partial (each thread block writes its part of dk and dv).
+_KINDS = [(c, d, partial) for c, d in ((False, False), (True, False), (True, True)) for partial in (False, True)]
+
+
+def _jobs(tile: BwdTile | BwdTileSm90, arch: str, dtype: str) -> list[CompileJob]:
+    """A row of a table at its widest head_dim: causal, full and deterministic, with the kernels beside it."""
+    base = arch.removesuffix("a")
+    side, post_bytes = _side_defines(tile, dtype, tile.head_dim, True, int(base.removeprefix("sm_")) >= 90)
+    label = f"{dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    kernel = _SM90 if isinstance(tile, BwdTileSm90) else _SM80
+    jobs = []
+    for causal, deterministic, partial in _KINDS:
+        main = _main_defines(tile, side, tile.head_dim, causal, deterministic, partial)
+        kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
+        shared = int(main["FA2_SHARED_BYTES"])
+        jobs.append(CompileJob(*kernel, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
+    jobs.append(CompileJob(*_PRE, base, side, f"backward preprocess {label}", 0, 0))
+    jobs.append(CompileJob(*_COMBINE, base, side, f"backward combine {label}", 0, 0))
+    jobs.append(CompileJob(*_POST, base, side, f"backward postprocess {label}", post_bytes, 0))
+    return jobs
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the table, at its widest head_dim: causal, full and deterministic, with the kernels beside it.
+    """Every row of the sm_80 kernel's table."""
+    tiles = BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]
+    return [job for tile in tiles for job in _jobs(tile, arch, dtype)]
 
-    The main kernel twice each: writing dk and dv, and writing its part of them.
-    """
-    jobs = []
-    kinds = [(c, d, partial) for c, d in ((False, False), (True, False), (True, True)) for partial in (False, True)]
-    for tile in BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]:
-        label = f"{dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
-        vector_red = int(arch.removeprefix("sm_")) >= 90
-        for causal, deterministic, partial in kinds:
-            main, side = _defines(tile, dtype, tile.head_dim, True, causal, deterministic, partial, vector_red)
-            kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
-            shared = tile.shared_mem_bytes(tile.head_dim)
-            jobs.append(CompileJob(*_MAIN, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
-        jobs.append(CompileJob(*_PRE, arch, side, f"backward preprocess {label}", 0, 0))
-        jobs.append(CompileJob(*_COMBINE, arch, side, f"backward combine {label}", 0, 0))
-        shared = tile.postprocess_bytes(tile.head_dim)
-        jobs.append(CompileJob(*_POST, arch, side, f"backward postprocess {label}", shared, 0))
-    return jobs
+
+def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
+    """Every row of the sm_90 kernel's table."""
+    return [job for tile in BWD_TILES_SM90 for job in _jobs(tile, plans.SM90_ARCH, dtype)]

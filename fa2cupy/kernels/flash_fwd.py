@@ -6,9 +6,6 @@ import ctypes
 import math
 from dataclasses import dataclass
 
-from fa2cupy import env
-from fa2cupy.errors import InvalidArgument
-from fa2cupy.jit import tensor_map
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.jit.tensor_map import TensorMapSpec
@@ -32,7 +29,6 @@ __all__ = ["ForwardPlan", "compile_jobs", "compile_jobs_sm90", "plan_forward"]
 
 _SM80 = ("sm80/flash_fwd.cu", "flash_fwd")
 _SM90 = ("sm90/flash_fwd.cu", "flash_fwd")
-_SM90_ARCH = "sm_90a"
 _POINTERS = ("q", "k", "v", "out", "lse")
 _OUT, _LSE = 3, 4  # positions among the call's pointers
 # Arrays that the sm_90 kernel reaches by bulk copies, and through plain pointers.
@@ -77,7 +73,7 @@ def plan_forward(
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
     if tile is None:
-        why_not_sm90 = _why_not_sm90(problem, device, family) or why_not_sm90
+        why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS) or why_not_sm90
         if why_not_sm90:
             head_dim, heads = padded_head_dim(problem.head_dim), problem.batch * problem.num_heads
             tile = forward_tile(device.shared_mem_optin, device.sm_count, head_dim, rows, heads)
@@ -93,39 +89,6 @@ def plan_forward(
     arch = plans.architecture(device)
     launches += plans.fill_empty(problem, arch, "out", _OUT, empty, problem.num_heads, lse_position=_LSE)
     return ForwardPlan(problem, launches, 0, tile, why_not_sm90)
-
-
-def _why_not_sm90(problem: AttentionProblem, device: DeviceInfo, family: str | None) -> str:
-    """The objection to the sm_90 kernel, or the empty string."""
-    if family == "sm80":
-        return f"{env.KERNEL.name}=sm80"
-    objection = ""
-    if device.cc != (9, 0):
-        named = f" ({device.name})" if device.name else ""
-        objection = f"device {device.index}{named} has compute capability {device.cc[0]}.{device.cc[1]}, not 9.0"
-    elif problem.head_dim % 8:
-        objection = f"head_dim {problem.head_dim} is not a multiple of 8"
-    else:
-        arrays = _arrays(problem, problem.seqlen_q)
-        objections = ((name, tensor_map.objection(*array)) for name, array in arrays.items())
-        objection = next((f"{name}'s {why}" for name, why in objections if why), "")
-        if not objection and not problem.aligned:  # head_dim and strides are
-            objection = f"an array starts at an address that is not a multiple of {tensor_map.ALIGNMENT} bytes"
-    if objection and family == "sm90":
-        raise InvalidArgument(f"{env.KERNEL.name}=sm90 is impossible here: {objection}; use sm80, or unset it")
-    return objection
-
-
-def _arrays(problem: AttentionProblem, rows: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(columns, rows, heads, batch) of q, k, v and out, and their strides; of the queries the last `rows`."""
-    p, strides = problem, dict(problem.strides)
-    dims = {
-        "q": (p.head_dim, rows, p.num_heads, p.batch),
-        "k": (p.head_dim, p.seqlen_k, p.num_heads_k, p.batch),
-        "v": (p.head_dim_v, p.seqlen_k, p.num_heads_k, p.batch),
-        "out": (p.head_dim_v, rows, p.num_heads, p.batch),
-    }
-    return {name: (dims[name], (strides[name][1], strides[name][2], strides[name][0])) for name in dims}
 
 
 def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
@@ -176,21 +139,20 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
     tiles, params.shape = _order(problem, device, rows, tile.block_m, 3, 1.5)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
-    arrays = _arrays(problem, rows)
     box_rows = {"q": _WARPGROUP_ROWS, "k": tile.block_n, "v": tile.block_n, "out": _WARPGROUP_ROWS}
     maps = tuple(
         TensorMapArgument(
             getattr(FwdTmaParams, name).offset,
             _POINTERS.index(name),
             skipped.get(name, 0),
-            TensorMapSpec.of(*arrays[name], (64, box_rows[name]), problem.dtype),
+            TensorMapSpec.of(*plans.map_dims(problem, name, rows), (64, box_rows[name]), problem.dtype),
         )
         for name in _SM90_MAPS
     )
     blocks = (min(tiles, device.sm_count), 1, 1)  # one for each multiprocessor, which takes tiles from the list
     return KernelLaunch(
         *_SM90,
-        _SM90_ARCH,
+        plans.SM90_ARCH,
         _defines_sm90(tile, problem.dtype, problem.causal, problem.softmax_scale <= 0),
         LaunchConfig(blocks, (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes()),
         bytes(params),
@@ -255,7 +217,7 @@ def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
     return [
         CompileJob(
             *_SM90,
-            _SM90_ARCH,
+            plans.SM90_ARCH,
             _defines_sm90(tile, dtype, causal, False),
             _label(tile, dtype, causal),
             tile.shared_mem_bytes(),

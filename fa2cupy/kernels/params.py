@@ -10,7 +10,17 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint64
 
-__all__ = ["BwdParams", "FillParams", "FwdParams", "FwdTmaParams", "Shape", "Strides3", "TensorMap", "pack_strides"]
+__all__ = [
+    "BwdParams",
+    "BwdTmaParams",
+    "FillParams",
+    "FwdParams",
+    "FwdTmaParams",
+    "Shape",
+    "Strides3",
+    "TensorMap",
+    "pack_strides",
+]
 
 
 class Strides3(ctypes.Structure):
@@ -64,6 +74,20 @@ class BwdParams(ctypes.Structure):
         ("scale_softmax_log2", c_float),
         ("softmax_scale", c_float),
         ("head_splits", c_int32),
+    )
+
+
+class BwdTmaParams(ctypes.Structure):
+    """As FwdTmaParams."""
+
+    _fields_ = (
+        *((name, TensorMap) for name in ("dout", "q", "k", "v", "dk", "dv")),
+        *((name, c_uint64) for name in ("lse_log2", "softmax_d", "dq_accum", "dq_turn", "dk_partial", "dv_partial")),
+        ("shape", Shape),
+        ("scale_softmax_log2", c_float),
+        ("softmax_scale", c_float),
+        ("head_splits", c_int32),
+        ("_to_a_multiple_of_64", c_int32 * 10),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fa2cupy import jit
+from fa2cupy import env, jit
+from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import tensor_map
 from fa2cupy.jit.driver import DeviceInfo, Launcher
 from fa2cupy.jit.kernel import LaunchConfig
@@ -27,9 +28,13 @@ __all__ = [
     "common_defines",
     "fill_empty",
     "heads_per_section",
+    "map_dims",
+    "why_not_sm90",
 ]
 
 Launchable = Callable[[tuple[int, ...], int], None]
+
+SM90_ARCH = "sm_90a"  # of the kernels with wgmma and bulk copies
 
 _FILL_THREADS = 256
 
@@ -204,6 +209,41 @@ def architecture(device: DeviceInfo) -> str:
 def common_defines(dtype: str, head_dim: int, aligned: bool) -> dict[str, int | str]:
     """What every source reads: `head_dim` is padded already."""
     return {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim, "FA2_ALIGNED": int(aligned)}
+
+
+def map_dims(problem: AttentionProblem, name: str, rows: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
+    """(columns, rows, heads, batch) of an array and the strides of its rows, heads and batches, as `TensorMapSpec.of`
+    takes them; of the queries the last `rows`."""
+    p = problem
+    columns = p.head_dim_v if name in ("v", "dv", "out", "dout") else p.head_dim
+    length, heads = (p.seqlen_k, p.num_heads_k) if name in ("k", "v", "dk", "dv") else (rows, p.num_heads)
+    batch, row, head = dict(p.strides)[name]
+    return (columns, length, heads, p.batch), (row, head, batch)
+
+
+def why_not_sm90(
+    problem: AttentionProblem, device: DeviceInfo, family: str | None, names: Sequence[str], objection: str = ""
+) -> str:
+    """What speaks against a kernel that reaches the arrays `names` by bulk tensor copies, or the empty string.
+
+    family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None; InvalidArgument if it asks for the impossible. objection: the
+    kernel's own.
+    """
+    if family == "sm80":
+        return f"{env.KERNEL.name}=sm80"
+    if device.cc != (9, 0):
+        named = f" ({device.name})" if device.name else ""
+        objection = f"device {device.index}{named} has compute capability {device.cc[0]}.{device.cc[1]}, not 9.0"
+    elif problem.head_dim % 8:
+        objection = f"head_dim {problem.head_dim} is not a multiple of 8"
+    elif not objection:
+        objections = ((name, tensor_map.objection(*map_dims(problem, name, problem.seqlen_q))) for name in names)
+        objection = next((f"{name}'s {why}" for name, why in objections if why), "")
+        if not objection and not problem.aligned:  # head_dim and strides are
+            objection = f"an array starts at an address that is not a multiple of {tensor_map.ALIGNMENT} bytes"
+    if objection and family == "sm90":
+        raise InvalidArgument(f"{env.KERNEL.name}=sm90 is impossible here: {objection}; use sm80, or unset it")
+    return objection
 
 
 def heads_per_section(

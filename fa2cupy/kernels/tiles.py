@@ -12,16 +12,20 @@ from dataclasses import dataclass
 
 __all__ = [
     "BWD_TILES",
+    "BWD_TILES_SM90",
     "FWD_TILES",
     "FWD_TILES_SM90",
     "SHARED_MEMORY",
     "BwdTile",
+    "BwdTileSm90",
     "FwdTile",
     "FwdTileSm90",
     "backward_tile",
+    "backward_tile_sm90",
     "forward_tile",
     "forward_tile_sm90",
     "padded_head_dim",
+    "postprocess_bytes",
     "shared_memory_class",
 ]
 
@@ -126,6 +130,11 @@ class BwdTile:
     note: str
     spill_bytes: int = 0
 
+    @property
+    def dq_warps(self) -> int:
+        """Warps that share a tile of dQ."""
+        return self.num_warps
+
     def shared_mem_bytes(self, head_dim: int) -> int:
         """Of `SharedMemory` in sm80/flash_bwd.cu; `head_dim` is padded."""
         statistics = 2 * self.num_stages * self.block_m * 4
@@ -138,16 +147,58 @@ class BwdTile:
         )
         return -(-total // 128) * 128
 
-    def postprocess_bytes(self, head_dim: int) -> int:
-        """Of `SharedMemory` in smxx/flash_bwd_postprocess.cu."""
-        return _tile_bytes(self.block_m, head_dim)
-
     def dq_tile_floats(self, head_dim: int) -> int:
         """kDqTileFloats of common/dq_accum.cuh."""
         warps_d = self.num_warps // self.dq_warps_m
         m_tiles = self.block_m // 16 // self.dq_warps_m
         n_tiles = 2 * -(-(head_dim // 16) // warps_d)
         return self.num_warps * m_tiles * n_tiles * 128
+
+
+@dataclass(frozen=True, slots=True)
+class BwdTileSm90:
+    """A row of the backward table of sm_90.
+
+    head_dim: the largest one that this row serves, and the one that its kernel is compiled for. block_m query rows x
+    block_n keys (64 for each warpgroup that computes). num_q_stages: buffers of Q. num_dout_stages: of dO, and of dS.
+    """
+
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_q_stages: int
+    num_dout_stages: int
+    note: str
+    spill_bytes: int = 0
+
+    @property
+    def num_warps(self) -> int:
+        """With those of the warpgroup that copies."""
+        return 4 * (1 + self.block_n // 64)
+
+    @property
+    def dq_warps(self) -> int:
+        """Warps that share a tile of dQ."""
+        return self.num_warps - 4
+
+    @property
+    def dq_warps_m(self) -> int:
+        """Of these, along its rows: a warpgroup computes 64 rows x 64 columns."""
+        return self.block_m // 16
+
+    def shared_mem_bytes(self) -> int:
+        """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers."""
+        panels = -(-self.head_dim // 64)
+        stages = self.num_q_stages + self.num_dout_stages
+        tiles = 128 * panels * (2 * self.block_n + stages * self.block_m)
+        ds = 2 * self.block_m * self.block_n * self.num_dout_stages
+        barriers = 8 * (3 + 2 * self.num_q_stages + 4 * self.num_dout_stages + 2 * (self.block_n // 64))
+        small = 4 * self.dq_tile_floats() + 4 * stages * self.block_m + barriers
+        return tiles + ds + -(-small // 1024) * 1024
+
+    def dq_tile_floats(self) -> int:
+        """kDqTileFloats of common/dq_accum.cuh."""
+        return self.block_m * self.head_dim
 
 
 _FWD_LARGE = (
@@ -218,6 +269,11 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     ),
 }
 
+BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
+    BwdTileSm90(64, 128, 128, 3, 2, "211 KB"),
+    BwdTileSm90(128, 64, 128, 3, 2, "210 KB"),
+)
+
 
 def forward_tile(shared_mem_optin: int, sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int) -> FwdTile:
     """The row for a head_dim on a GPU with that much shared memory per block: the first with more blocks than
@@ -233,5 +289,14 @@ def forward_tile_sm90(head_dim: int, causal: bool, seqlen_q: int) -> FwdTileSm90
     return next(tile for tile in rows if head_dim <= tile.head_dim and seqlen_q <= tile.max_seqlen_q)
 
 
+def postprocess_bytes(block_m: int, head_dim: int) -> int:
+    """Of `SharedMemory` in smxx/flash_bwd_postprocess.cu; `head_dim` is padded."""
+    return _tile_bytes(block_m, head_dim)
+
+
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
     return next(tile for tile in BWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
+
+
+def backward_tile_sm90(head_dim: int) -> BwdTileSm90:
+    return next(tile for tile in BWD_TILES_SM90 if head_dim <= tile.head_dim)

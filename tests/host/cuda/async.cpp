@@ -46,24 +46,35 @@ struct Map {
   uint32_t rows;                // of the box, of 128 bytes each
 };
 
+// Of a box, or of `bytes` in a row: then `global` is where from.
 struct Load {
   Map map;
   Coordinates at;
-  uint32_t offset;
+  const char* global;
+  uint32_t offset, bytes;
   MBarrier* barrier;
   Site site;
 };
 
+// Of a box, or an addition of `bytes` in a row: then `sum` is where to.
 struct Store {
   Map map;
   Coordinates at;
-  uint32_t offset;
+  float* sum;
+  uint32_t offset, bytes;
   bool has_read;
   Site site;
 };
 
+// An addition whose source has been read.
+struct Addend {
+  float* sum;
+  std::vector<float> values;
+};
+
 struct Thread {
   std::vector<Store> stores;   // in flight, oldest first
+  std::vector<Addend> addends;  // not in global memory yet
   std::vector<size_t> groups;  // ends of the committed groups in `stores`
   std::vector<std::pair<uint32_t, uint32_t>> stored;  // (offset, bytes) since the last fence_proxy_async
 };
@@ -343,22 +354,80 @@ void walk_box(const Map& map, Coordinates at, uint32_t offset, Each each) {
 }
 
 void land(const Load& load) {
-  walk_box(load.map, load.at, load.offset, [](char* shared, const char* global, int bytes) {
-    global ? memcpy(shared, global, bytes) : memset(shared, 0, bytes);
-  });
-  const uint32_t bytes = load.map.rows * 128;
-  for (uint32_t i = load.offset / kAtom; i < end_atom(load.offset, bytes); i++) state().atoms[i].writers--;
-  load.barrier->bytes -= bytes;
+  if (load.global) {
+    memcpy(world.block->shared + load.offset, load.global, load.bytes);
+  } else {
+    walk_box(load.map, load.at, load.offset, [](char* shared, const char* global, int bytes) {
+      global ? memcpy(shared, global, bytes) : memset(shared, 0, bytes);
+    });
+    for (uint32_t i = load.offset / kAtom; i < end_atom(load.offset, load.bytes); i++) state().atoms[i].writers--;
+  }
+  load.barrier->bytes -= load.bytes;
   complete_phase(*load.barrier);
+}
+
+void write_addends(Thread& thread) {
+  for (const Addend& addend : thread.addends) {
+    for (size_t i = 0; i < addend.values.size(); i++) addend.sum[i] += addend.values[i];
+  }
+  thread.addends.clear();
 }
 
 void read_source(Store& store) {
   if (store.has_read) return;
-  check_fenced(store.offset, store.map.rows * 128, "the bulk store", store.site);
-  walk_box(store.map, store.at, store.offset, [](const char* shared, char* global, int bytes) {
-    if (global) memcpy(global, shared, bytes);
-  });
+  check_fenced(store.offset, store.bytes, "the bulk store", store.site);
+  if (store.sum) {
+    Addend addend{store.sum, std::vector<float>(store.bytes / sizeof(float))};
+    memcpy(addend.values.data(), world.block->shared + store.offset, store.bytes);
+    this_thread().addends.push_back(addend);
+  } else {
+    walk_box(store.map, store.at, store.offset, [](const char* shared, char* global, int bytes) {
+      if (global) memcpy(global, shared, bytes);
+    });
+  }
   store.has_read = true;
+}
+
+// The barrier that a load arrives at, less the bytes that it brings.
+MBarrier& claim(const void* address, uint32_t bytes, Site site) {
+  MBarrier& barrier = find_barrier("the bulk load", address);
+  if (!barrier.fenced) fail("the bulk load uses the mbarrier at offset %u without fence_mbarrier_init", barrier.offset);
+  if (barrier.unclaimed < bytes) {
+    fail("a bulk load of %u bytes (%s:%d), but the mbarrier at offset %u expects only %lld more in phase %u", bytes,
+         short_name(site.file), site.line, barrier.offset, static_cast<long long>(barrier.unclaimed), barrier.phase);
+  }
+  barrier.unclaimed -= bytes;
+  return barrier;
+}
+
+void start(const Load& load) {
+  if (!coin(true, false)) return land(load);
+  memset(world.block->shared + load.offset, 0xff, load.bytes);
+  state().loads.push_back(load);
+}
+
+void start(Store store) {
+  for (uint32_t i = store.offset / kAtom; i < end_atom(store.offset, store.bytes); i++) {
+    check_filled(i, "the bulk store", store.site);
+    state().atoms[i].readers++;
+    state().atoms[i].reader = store.site;
+  }
+  check_fenced(store.offset, store.bytes, "the bulk store", store.site);
+  if (!coin(true, false)) read_source(store);
+  this_thread().stores.push_back(store);
+}
+
+uint32_t place_of_bytes(const void* shared, const void* global, uint32_t bytes, const char* name, Site site) {
+  const uint32_t offset = offset_of(shared), size = world.launch->shared_mem_bytes;
+  if (offset % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || bytes == 0) {
+    fail("%s (%s:%d): %u bytes between offset %u and %p: all have to be multiples of 16", name, short_name(site.file),
+         site.line, bytes, offset, global);
+  }
+  if (offset > size || bytes > size - offset) {
+    fail("%s (%s:%d): %u bytes at offset %u of %u bytes of shared memory", name, short_name(site.file), site.line, bytes,
+         offset, size);
+  }
+  return offset;
 }
 
 }  // namespace
@@ -370,12 +439,7 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
   Async& async = state();
   const Map map = read_map(words, site);
   const uint32_t offset = place_of_box(map, shared, kName, site), bytes = map.rows * 128;
-  MBarrier& barrier = find_barrier(kName, address);
-  if (!barrier.fenced) fail("the bulk load uses the mbarrier at offset %u without fence_mbarrier_init", barrier.offset);
-  if (barrier.unclaimed < bytes) {
-    fail("a bulk load of %u bytes (%s:%d), but the mbarrier at offset %u expects only %lld more in phase %u", bytes,
-         short_name(site.file), site.line, barrier.offset, static_cast<long long>(barrier.unclaimed), barrier.phase);
-  }
+  MBarrier& barrier = claim(address, bytes, site);
   for (uint32_t i = offset / kAtom; i < end_atom(offset, bytes); i++) {
     Atom& atom = async.atoms[i];
     if (atom.writers || atom.readers) {
@@ -387,46 +451,44 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
     atom.writer = site;
   }
   check_fenced(offset, bytes, kName, site);
-  barrier.unclaimed -= bytes;
-  const Load load{map, at, offset, &barrier, site};
-  if (!coin(true, false)) return land(load);
-  memset(world.block->shared + offset, 0xff, bytes);
-  async.loads.push_back(load);
+  start(Load{map, at, nullptr, offset, bytes, &barrier, site});
 }
 
 void bulk_store(const void* words, const void* shared, Coordinates at, Site site) {
-  constexpr const char* kName = "the bulk store";
-  Store store{read_map(words, site), at, 0, false, site};
-  store.offset = place_of_box(store.map, shared, kName, site);
-  const uint32_t bytes = store.map.rows * 128;
-  for (uint32_t i = store.offset / kAtom; i < end_atom(store.offset, bytes); i++) {
-    check_filled(i, kName, site);
-    state().atoms[i].readers++;
-    state().atoms[i].reader = site;
-  }
-  check_fenced(store.offset, bytes, kName, site);
-  if (!coin(true, false)) read_source(store);
-  this_thread().stores.push_back(store);
+  const Map map = read_map(words, site);
+  start(Store{map, at, nullptr, place_of_box(map, shared, "the bulk store", site), map.rows * 128, false, site});
+}
+
+void bulk_load_bytes(void* shared, const void* global, uint32_t bytes, const void* address, Site site) {
+  const uint32_t offset = place_of_bytes(shared, global, bytes, "the bulk load", site);
+  MBarrier& barrier = claim(address, bytes, site);
+  start(Load{{}, {}, static_cast<const char*>(global), offset, bytes, &barrier, site});
+}
+
+void bulk_add(float* global, const float* shared, uint32_t bytes, Site site) {
+  start(Store{{}, {}, global, place_of_bytes(shared, global, bytes, "the bulk addition", site), bytes, false, site});
 }
 
 void bulk_commit_group() { this_thread().groups.push_back(this_thread().stores.size()); }
 
-void bulk_wait_group_read(int pending, Site site) {
+void bulk_wait_group(int pending, bool written, Site site) {
   Thread& self = this_thread();
   const int ending = static_cast<int>(self.groups.size()) - pending;
-  if (ending <= 0) return;
-  const size_t end = self.groups[ending - 1];
-  const auto late = [](const Store& store) { return !store.has_read; };
-  if (std::any_of(self.stores.begin(), self.stores.begin() + end, late)) linger("cp_async_bulk_wait_group_read", site);
-  for (size_t i = 0; i < end; i++) {
-    Store& store = self.stores[i];
-    read_source(store);
-    const uint32_t last = end_atom(store.offset, store.map.rows * 128);
-    for (uint32_t a = store.offset / kAtom; a < last; a++) state().atoms[a].readers--;
+  if (ending > 0) {
+    const size_t end = self.groups[ending - 1];
+    const auto late = [](const Store& store) { return !store.has_read; };
+    if (std::any_of(self.stores.begin(), self.stores.begin() + end, late)) linger("cp_async_bulk_wait_group", site);
+    for (size_t i = 0; i < end; i++) {
+      Store& store = self.stores[i];
+      read_source(store);
+      const uint32_t last = end_atom(store.offset, store.bytes);
+      for (uint32_t a = store.offset / kAtom; a < last; a++) state().atoms[a].readers--;
+    }
+    self.stores.erase(self.stores.begin(), self.stores.begin() + end);
+    self.groups.erase(self.groups.begin(), self.groups.begin() + ending);
+    for (size_t& group : self.groups) group -= end;
   }
-  self.stores.erase(self.stores.begin(), self.stores.begin() + end);
-  self.groups.erase(self.groups.begin(), self.groups.begin() + ending);
-  for (size_t& group : self.groups) group -= end;
+  if (written || coin(false, true)) write_addends(self);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -783,6 +845,7 @@ bool async_land(Block& block) {
 }
 
 void async_thread_ends() {
+  write_addends(this_thread());
   if (const size_t left = this_thread().stores.size()) {
     fail("the thread ends with %u bulk stores that it never waited for", count(left));
   }

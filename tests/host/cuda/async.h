@@ -3,11 +3,12 @@
 // A bulk load lands at once or as late as it can: when no thread of the block can run and one of them waits for its
 // barrier. wgmma reads its operands, and a bulk store its source, at once or at the wait for it, which then lasts until
 // no other thread of the block can run. The schedule chooses:
+// What a bulk addition has read is in global memory at the next wait of its thread that is for that, at the latest.
 //
-//                  bulk loads land       wgmma reads           bulk stores read
-//   kLowestFirst   late                  when it is issued     late
-//   kHighestFirst  at once               at its wait           at once
-//   kRandom        a coin for each       a coin for the block  a coin for each
+//                  bulk loads land       wgmma reads           bulk stores read      additions are written
+//   kLowestFirst   late                  when it is issued     late                  late
+//   kHighestFirst  at once               at its wait           at once               at the next wait of any kind
+//   kRandom        a coin for each       a coin for the block  a coin for each       a coin at each wait
 //
 // Whatever is on its way is poison: the destination of a load, the accumulators of a wgmma.
 //
@@ -33,8 +34,12 @@ struct Coordinates {
 void check_tensor_map(const void* map, Site site);
 void bulk_load(void* shared, const void* map, const void* barrier, Coordinates at, Site site);
 void bulk_store(const void* map, const void* shared, Coordinates at, Site site);
+// Bytes in a row.
+void bulk_load_bytes(void* shared, const void* global, uint32_t bytes, const void* barrier, Site site);
+void bulk_add(float* global, const float* shared, uint32_t bytes, Site site);
 void bulk_commit_group();
-void bulk_wait_group_read(int pending, Site site);
+// written: global memory too.
+void bulk_wait_group(int pending, bool written, Site site);
 void fence_proxy_async();
 
 void set_registers(const char* name, int registers, bool more, Site site);

@@ -42,11 +42,23 @@ inline void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* smem
                                           FA2_HOST_SITE) {
   fa2_host::bulk_store(&map, smem, {d, row, head, batch}, {file, line});
 }
+inline void cp_async_bulk_load(void* smem, const void* gmem, uint32_t bytes, uint64_t& barrier, FA2_HOST_SITE) {
+  fa2_host::bulk_load_bytes(smem, gmem, bytes, &barrier, {file, line});
+}
+inline void cp_reduce_async_bulk_add_f32(float* gmem, const float* smem, uint32_t bytes, FA2_HOST_SITE) {
+  fa2_host::bulk_add(gmem, smem, bytes, {file, line});
+}
 inline void cp_async_bulk_commit_group() { fa2_host::bulk_commit_group(); }
 template <int kPending>
 inline void cp_async_bulk_wait_group_read(FA2_HOST_SITE) {
   if (fa2_host::synchronises("cp_async_bulk_wait_group_read", {file, line})) {
-    fa2_host::bulk_wait_group_read(kPending, {file, line});
+    fa2_host::bulk_wait_group(kPending, false, {file, line});
+  }
+}
+template <int kPending>
+inline void cp_async_bulk_wait_group(FA2_HOST_SITE) {
+  if (fa2_host::synchronises("cp_async_bulk_wait_group", {file, line})) {
+    fa2_host::bulk_wait_group(kPending, true, {file, line});
   }
 }
 
@@ -75,18 +87,33 @@ inline bool elect_sync(FA2_HOST_SITE) {
   return fa2_host::lane() == 0;
 }
 
-inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4], FA2_HOST_SITE) {
-  struct Stmatrix {
-    char* row;          // 8 elements of the matrix that this lane's address belongs to
-    const uint32_t* r;  // 4 registers
-  } args{fa2_host::shared_pointer(address, 16, {file, line}), r};
-  fa2_host::collective("stmatrix_x4", &args, [](void* const* lanes) {
+namespace fa2_host {
+struct Stmatrix {
+  char* row;          // 8 elements of the matrix that this lane's address belongs to
+  const uint32_t* r;  // 4 registers
+};
+template <bool kTransposed>
+inline void stmatrix(const char* name, uint32_t address, const uint32_t (&r)[4], Site site) {
+  Stmatrix args{shared_pointer(address, 16, site), r};
+  collective(name, &args, [](void* const* lanes) {
     for (int l = 0; l < 32; l++) {
+      const uint32_t* registers = static_cast<const Stmatrix*>(lanes[l])->r;
       for (int i = 0; i < 4; i++) {
-        char* row = static_cast<const Stmatrix*>(lanes[8 * i + l / 4])->row;
-        memcpy(row + 4 * (l % 4), &static_cast<const Stmatrix*>(lanes[l])->r[i], 4);
+        for (int half = 0; half < 2; half++) {
+          const int row = kTransposed ? 2 * (l % 4) + half : l / 4, col = kTransposed ? l / 4 : 2 * (l % 4) + half;
+          const uint16_t element = static_cast<uint16_t>(registers[i] >> 16 * half);
+          memcpy(static_cast<const Stmatrix*>(lanes[8 * i + row])->row + 2 * col, &element, 2);
+        }
       }
     }
-    for (int l = 0; l < 32; l++) fa2_host::mark_stored(static_cast<const Stmatrix*>(lanes[l])->row, 16, l);
-  }, {file, line});
+    for (int l = 0; l < 32; l++) mark_stored(static_cast<const Stmatrix*>(lanes[l])->row, 16, l);
+  }, site);
+}
+}  // namespace fa2_host
+
+inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4], FA2_HOST_SITE) {
+  fa2_host::stmatrix<false>("stmatrix_x4", address, r, {file, line});
+}
+inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4], FA2_HOST_SITE) {
+  fa2_host::stmatrix<true>("stmatrix_x4_trans", address, r, {file, line});
 }

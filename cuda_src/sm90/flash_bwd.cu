@@ -1,0 +1,409 @@
+// FlashAttention backward with wgmma and TMA (Dao 2023, algorithm 2; Shah et al. 2024): sm_90a, head_dim up to 128.
+//
+//   P = exp(scale * Q K^T - lse)    dV = P^T dO    dP = dO V^T    dS = P * (dP - D)    dQ = scale * dS K    dK = scale * dS^T Q
+//
+// One thread block per multiprocessor takes tiles, kBlockN keys of one key head, from a fixed list, and runs over the query
+// blocks of all query heads that share them. Its warpgroups form a line, coupled by rings of buffers and by nothing else:
+//
+//   copying     one thread: K and V of the tile; Q with lse, and dO with D, of every step
+//   dQ          dQ = dS K, which leaves by bulk reductions into dq_accum
+//   keys (two)  64 keys each: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
+//
+// What a key warpgroup does in step m; the other one is not bound to it, and fills the tensor cores' gaps:
+//
+//   tensor cores   dP(m)               dV += P^T(m) dO(m)   S(m+1)   dK += dS^T(m) Q(m)   dP(m+1)
+//   other units    P(m) = exp2(S(m))   dS(m), to shared memory                            P(m+1)
+//
+// docs/backward_sm90.md draws the pipeline and says who waits for whom.
+#include "common/block_range.cuh"
+#include "common/dq_accum.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/tile.cuh"
+
+static_assert(sizeof(BwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+
+constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
+constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
+constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
+static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
+
+// A warpgroup's part of dQ: 64 rows and 64 columns.
+constexpr int kDqCols = 64, kDqColParts = kHeadDim / kDqCols;
+static_assert(kDqWarps == 4 * kKeyGroups && kDqWarpsD == kDqColParts && kDqMTiles == 1, "one part for each warpgroup");
+
+struct SharedMemory {
+  Panels<kBlockN, kHeadDim> k, v;  // later dK and dV on their way to global memory
+  Panels<kBlockM, kHeadDim> q[kQStages], dout[kDoutStages];
+  Panels<kBlockM, kBlockN> ds[kDoutStages];  // a panel is one key warpgroup's
+  alignas(1024) float dq[kDqTileFloats];     // in the order of dq_accum.cuh
+  float lse_log2[kQStages][kBlockM], softmax_d[kDoutStages][kBlockM];
+  // full: the bytes have landed, or every warp has stored its part. empty: every reader is done with them.
+  uint64_t k_full, v_full, kv_empty;
+  uint64_t q_full[kQStages], q_empty[kQStages], dout_full[kDoutStages], dout_empty[kDoutStages];
+  uint64_t ds_full[kDoutStages], ds_empty[kDoutStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
+};
+static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
+
+using AccS = Accumulator<1, kBlockM / 8>;    // 64 keys x kBlockM queries
+using AccKV = Accumulator<1, kHeadDim / 8>;  // 64 keys x head_dim
+using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
+
+// A tile: key block n_block, and the query heads and blocks that its steps run over.
+struct Work {
+  int n_block, head_k, batch;
+  int first_head, heads;
+  int begin, end, mask_to;  // query blocks, up to the last one; those before mask_to need a mask
+  int part;                 // which part of dK and dV this is (kPartialDkv)
+};
+
+// A step: one block of queries of one query head.
+struct Step {
+  int left;      // steps from this one on
+  int head, m_block;
+  int64_t tile;  // this block among all blocks of queries
+  FA2_DEVICE Step(const Shape& shape, const Work& work)
+      : left(work.heads * (work.end - work.begin)),
+        head(work.first_head),
+        m_block(work.begin),
+        tile(static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM) + m_block) {}
+  FA2_DEVICE void advance(const Work& work) {
+    --left, ++m_block, ++tile;
+    if (m_block == work.end) m_block = work.begin, tile += work.begin, ++head;  // work.end is that of the head, too
+  }
+};
+
+// The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
+// problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks
+// finish at about the same time. Deterministic: always in the order of the turns, see my_turn.
+struct Schedule {
+  int round = 0;
+  FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
+    const Shape& shape = params.shape;
+    const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
+    const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), rows = shares * shape.batch;
+    const int place = kDeterministic || round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const int linear = round++ * gridDim.x + place;
+    if (linear >= n_blocks * rows) return false;
+    const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
+    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
+    const bool backwards = kCausal && (kDeterministic || sections_left % 2 == 1);
+    const int n_block = backwards ? n_blocks - 1 - tile.block : tile.block;
+    const BlockRange range = query_blocks(shape, n_block);
+    const int heads = shape.num_heads / shares;
+    work = {n_block,     tile.head / head_splits, tile.batch,    tile.head * heads, heads,
+            range.begin, range.end,               range.mask_to, (tile.batch * shares + tile.head) * n_blocks + n_block};
+    return true;
+  }
+};
+
+// All that the tensor cores read from global memory, one thread.
+FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
+  constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(float);
+  const Shape& shape = params.shape;
+  Schedule schedule;
+  Work work;
+  Ring<kQStages> q;
+  Ring<kDoutStages> dout;
+  uint32_t parity = 0;
+  while (schedule.next(params, work)) {
+    bool first = true;
+    for (Step step(shape, work); step.left > 0; step.advance(work)) {
+      const int first_query = step.m_block * kBlockM;
+      const int64_t first_row = step.tile * kBlockM;
+      mbarrier_wait(smem.q_empty[q.stage], q.parity ^ 1);  // released by the key warpgroups after dK += dS^T Q
+      mbarrier_arrive_expect_tx(smem.q_full[q.stage], smem.q[0].kBytes + kStatisticsBytes);
+      load_tile(smem.q[q.stage], params.q, smem.q_full[q.stage], first_query, step.head, work.batch);
+      cp_async_bulk_load(smem.lse_log2[q.stage], params.lse_log2 + first_row, kStatisticsBytes, smem.q_full[q.stage]);
+      if (first) {
+        mbarrier_wait(smem.kv_empty, parity ^ 1);  // dK and dV of the last tile have left: compute
+        mbarrier_arrive_expect_tx(smem.k_full, smem.k.kBytes);
+        load_tile(smem.k, params.k, smem.k_full, work.n_block * kBlockN, work.head_k, work.batch);
+      }
+      mbarrier_wait(smem.dout_empty[dout.stage], dout.parity ^ 1);  // released by the key warpgroups after dV += P^T dO
+      mbarrier_arrive_expect_tx(smem.dout_full[dout.stage], smem.dout[0].kBytes + kStatisticsBytes);
+      load_tile(smem.dout[dout.stage], params.dout, smem.dout_full[dout.stage], first_query, step.head, work.batch);
+      cp_async_bulk_load(smem.softmax_d[dout.stage], params.softmax_d + first_row, kStatisticsBytes, smem.dout_full[dout.stage]);
+      if (first) {
+        mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);
+        load_tile(smem.v, params.v, smem.v_full, work.n_block * kBlockN, work.head_k, work.batch);
+      }
+      q.advance();
+      dout.advance();
+      first = false;
+    }
+    parity ^= 1;
+  }
+}
+
+// Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
+FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 4 + warp : warp * kDqColParts + group; }
+
+// Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
+// the order in which they come to it. Tiles are taken in that order too, so that whoever is waited for is running.
+FA2_DEVICE int my_turn(const Shape& shape, int n_block, int m_block) {
+  return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block;
+}
+
+// Adds every step's dQ to dq_accum, one warp; four lanes for the four warps of a warpgroup's part.
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
+  const Shape& shape = params.shape;
+  const int lane = lane_id();
+  Schedule schedule;
+  Work work;
+  uint32_t parity = 0;
+  while (schedule.next(params, work)) {
+    for (Step step(shape, work); step.left > 0; step.advance(work)) {
+      int* turn = params.dq_turn + step.tile;
+      if (kDeterministic && lane == 0) {
+        while (ld_acquire(turn) != my_turn(shape, work.n_block, step.m_block)) continue;  // the key block before has added
+      }
+      for (int group = 0; group < kKeyGroups; ++group) {
+        mbarrier_wait(smem.dq_full[group], parity);  // this warpgroup's part of dQ is in shared memory: compute
+        if (lane < 4) {
+          const int offset = dq_offset(dq_warp(group, lane), 0, 0, 0, 0);
+          cp_reduce_async_bulk_add_f32(params.dq_accum + step.tile * kDqTileFloats + offset, smem.dq + offset, kDqNTiles * 512);
+          cp_async_bulk_commit_group();
+        }
+      }
+      if (lane < 4) cp_async_bulk_wait_group_read<0>();
+      __syncwarp();  // all four lanes' parts are read
+      if (lane < kKeyGroups) mbarrier_arrive(smem.dq_empty[lane]);
+      if constexpr (kDeterministic) {
+        if (lane < 4) cp_async_bulk_wait_group<0>();
+        __syncwarp();
+        if (lane == 0) red_release_add(turn, 1);
+      }
+      parity ^= 1;
+    }
+  }
+}
+
+// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
+template <bool kMasked>
+FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
+                            int first_query) {
+  const int first_col = first_query + accumulator_col();
+  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
+      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
+    }
+  }
+}
+
+// dS^T = P^T * (dP^T - D), in place of dP^T.
+FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM]) {
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 d = *reinterpret_cast<const float2*>(softmax_d + 8 * j + accumulator_col());
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - (e % 2 == 0 ? d.x : d.y));
+  }
+}
+
+// Rows of kHeadDim floats = acc: four lanes write 32 bytes of a row, a whole sector.
+FA2_DEVICE void store_partial(float* gmem, int row, const AccKV& acc) {
+  float* target = gmem + (row + accumulator_row()) * kHeadDim + accumulator_col();
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<float2*>(target + 8 * h * kHeadDim + 8 * j) = float2{acc.x[0][j][2 * h], acc.x[0][j][2 * h + 1]};
+}
+
+// One warpgroup: 64 keys of all tiles, and its part of dQ.
+FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int group) {
+  const Shape& shape = params.shape;
+  const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16;
+  const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
+  const bool leader = threadIdx.x % 128 == 0;
+  Ring<kQStages> q;  // of the S that comes next
+  Ring<kDoutStages> dout, dq;  // dQ: of the step before
+  uint32_t parity = 0, dq_parity = 0;
+  AccS acc_s, acc_dp;
+  AccKV acc_dk, acc_dv;
+  Fragments<kQuerySteps> frag_p, frag_ds;
+
+  auto issue_s = [&] {  // S^T = K Q^T
+    mbarrier_wait(smem.q_full[q.stage], q.parity);  // Q and lse landed: copy_tiles
+    wgmma_fence();
+    gemm_ss<kHeadSteps>(acc_s, AlongRows(smem.k, group_row), AlongRows(smem.q[q.stage]));
+    wgmma_commit_group();
+  };
+  auto issue_dp = [&] {  // dP^T = V dO^T
+    mbarrier_wait(smem.dout_full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
+    wgmma_fence();
+    gemm_ss<kHeadSteps>(acc_dp, AlongRows(smem.v, group_row), AlongRows(smem.dout[dout.stage]));
+    wgmma_commit_group();
+  };
+  auto issue_dq = [&](AccDq& acc_dq) {  // dQ = dS K
+    mbarrier_wait(smem.ds_full[dq.stage], dq.parity);  // dS of both warpgroups is in shared memory: compute_step
+    wgmma_fence();
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[dq.stage], dq_row), DownRows(smem.k, dq_col));
+    wgmma_commit_group();
+  };
+  auto finish_dq = [&](AccDq& acc_dq) {
+    pin(acc_dq);
+    if (leader) mbarrier_arrive(smem.ds_empty[dq.stage]);
+    dq.advance();
+    mbarrier_wait(smem.dq_empty[group], dq_parity ^ 1);  // the step before it has been read: add_dq
+    dq_parity ^= 1;
+    const uint32_t target = smem_address(smem.dq + dq_offset(dq_warp(group, warp_id() % 4), lane_id(), 0, 0, 0));
+#pragma unroll
+    for (int j = 0; j < kDqCols / 8; ++j) {
+      const float(&x)[4] = acc_dq.x[0][j];
+      st_shared_v4(target + j * 512,
+                   uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+    }
+    fence_proxy_async();  // this thread's part of dQ, before the copy engine reads it
+    __syncwarp();         // the warp's part is in shared memory
+    if (lane_id() == 0) mbarrier_arrive(smem.dq_full[group]);
+  };
+
+  Schedule schedule;
+  Work work;
+  while (schedule.next(params, work)) {
+    const int key = work.n_block * kBlockN + warp_row + accumulator_row();
+    mbarrier_wait(smem.k_full, parity);  // K landed: copy_tiles
+    issue_s();
+    mbarrier_wait(smem.v_full, parity);  // V landed: copy_tiles
+    issue_dp();
+    wgmma_wait_group<1>();  // S(0)
+    pin(acc_s);
+    // A step; `first`: there is none before it whose dQ is due; `last`: none after it, whose first products it starts.
+    auto compute_step = [&](int m_block, auto first, auto last) {
+      constexpr bool kFirst = decltype(first)::value, kLast = decltype(last)::value;
+      if (m_block < work.mask_to) {
+        recompute_p<true>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, m_block * kBlockM);
+      } else {
+        recompute_p<false>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, m_block * kBlockM);
+      }
+      pin(acc_s);
+      wgmma_wait_group<0>();  // dP(m)
+      pin(acc_dp);
+      differentiate_softmax(acc_dp, acc_s, smem.softmax_d[dout.stage]);
+      to_fragments(frag_p, acc_s);
+      to_fragments(frag_ds, acc_dp);
+      mbarrier_wait(smem.ds_empty[dout.stage], dout.parity ^ 1);  // released by both warpgroups after dQ = dS K
+      store_transposed(smem.ds[dout.stage], warp_row, frag_ds);
+      fence_proxy_async();  // this thread's part of dS, before wgmma reads it
+      __syncwarp();         // the warp's part is in shared memory
+      if (lane_id() == 0) mbarrier_arrive(smem.ds_full[dout.stage]);
+
+      wgmma_fence();
+      gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[dout.stage]), !kFirst);  // dV += P^T dO
+      gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[q.stage]), !kFirst);  // dK += dS^T Q
+      wgmma_commit_group();
+      AccDq acc_dq;
+      if constexpr (!kFirst) issue_dq(acc_dq);
+      const int q_stage = q.stage, dout_stage = dout.stage;
+      q.advance();
+      dout.advance();
+      wgmma_wait_group<kFirst ? 0 : 1>();  // dV, dK
+      if (leader) {
+        mbarrier_arrive(smem.dout_empty[dout_stage]);
+        mbarrier_arrive(smem.q_empty[q_stage]);
+      }
+      if constexpr (!kLast) issue_s();
+      if constexpr (!kFirst) {
+        wgmma_wait_group<kLast ? 0 : 1>();  // dQ of the step before
+        finish_dq(acc_dq);
+      }
+      if constexpr (!kLast) {
+        issue_dp();
+        wgmma_wait_group<1>();  // S(m+1)
+        pin(acc_s);
+      }
+    };
+    Step step(shape, work);
+    if (step.left == 1) {
+      compute_step(step.m_block, True{}, True{});
+    } else {
+      compute_step(step.m_block, True{}, False{});
+      step.advance(work);
+      for (; step.left > 1; step.advance(work)) compute_step(step.m_block, False{}, False{});
+      compute_step(step.m_block, False{}, True{});
+    }
+    AccDq acc_dq;
+    issue_dq(acc_dq);
+    wgmma_wait_group<0>();
+    finish_dq(acc_dq);
+
+    pin(acc_dk);
+    pin(acc_dv);
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_dk.x[0][j][e] *= params.softmax_scale;
+    bar_sync(1, 128 * kKeyGroups);  // both warpgroups are done with K
+    if constexpr (kPartialDkv) {    // whole blocks, the workspace is padded
+      const int64_t offset = static_cast<int64_t>(work.part) * kBlockN * kHeadDim;
+      store_partial(params.dk_partial + offset, warp_row, acc_dk);
+      store_partial(params.dv_partial + offset, warp_row, acc_dv);
+      if (leader) mbarrier_arrive(smem.kv_empty);
+    } else {  // through this warpgroup's rows of K and V
+      store_accumulator(smem.k, warp_row, acc_dk);
+      store_accumulator(smem.v, warp_row, acc_dv);
+      fence_proxy_async();       // this thread's part of dK and dV, before the copy engine reads it
+      bar_sync(2 + group, 128);  // everybody's part of this warpgroup's rows is in shared memory
+      if (leader) {
+        const int first_row = work.n_block * kBlockN + group_row;
+        store_rows<64>(params.dk, smem.k, group_row, first_row, work.head_k, work.batch);
+        store_rows<64>(params.dv, smem.v, group_row, first_row, work.head_k, work.batch);
+        cp_async_bulk_commit_group();
+        cp_async_bulk_wait_group_read<0>();
+        mbarrier_arrive(smem.kv_empty);
+      }
+    }
+    parity ^= 1;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  if (threadIdx.x == 0) {
+    mbarrier_init(smem.k_full, 1);
+    mbarrier_init(smem.v_full, 1);
+    mbarrier_init(smem.kv_empty, kKeyGroups);
+#pragma unroll
+    for (int i = 0; i < kQStages; ++i) {
+      mbarrier_init(smem.q_full[i], 1);
+      mbarrier_init(smem.q_empty[i], kKeyGroups);
+    }
+#pragma unroll
+    for (int i = 0; i < kDoutStages; ++i) {
+      mbarrier_init(smem.dout_full[i], 1);
+      mbarrier_init(smem.dout_empty[i], kKeyGroups);
+    }
+#pragma unroll
+    for (int i = 0; i < kDoutStages; ++i) {
+      mbarrier_init(smem.ds_full[i], 4 * kKeyGroups);
+      mbarrier_init(smem.ds_empty[i], kKeyGroups);
+    }
+#pragma unroll
+    for (int i = 0; i < kKeyGroups; ++i) {
+      mbarrier_init(smem.dq_full[i], 4);
+      mbarrier_init(smem.dq_empty[i], 1);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();  // the barriers are initialised
+
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_dec<kCopyRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, warp_id(), 0);
+    if (warp == 0) {
+      if (lane_id() == 0) copy_tiles(smem, params);
+    } else if (warp == 1) {
+      add_dq(smem, params);
+    }
+  } else {
+    setmaxnreg_inc<kComputeRegisters>();
+    compute(smem, params, warpgroup - 1);
+  }
+}
