@@ -144,36 +144,28 @@ FA2_DEVICE int my_turn(const Shape& shape, int n_block, int m_block) {
   return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block;
 }
 
-// Adds every step's dQ to dq_accum, one warp; four lanes for the four warps of a warpgroup's part.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
-  const Shape& shape = params.shape;
-  const int lane = lane_id();
+// Adds a warpgroup's part of every step's dQ to dq_accum: one warp, a lane for each warp of the warpgroup.
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group) {
+  const int lane = lane_id(), offset = dq_offset(dq_warp(group, lane), 0, 0, 0, 0);
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
-    for (Step step(shape, work); step.left > 0; step.advance(work)) {
-      int* turn = params.dq_turn + step.tile;
-      if (kDeterministic && lane == 0) {
-        while (ld_acquire(turn) != my_turn(shape, work.n_block, step.m_block)) continue;  // the key block before has added
-      }
-      for (int group = 0; group < kKeyGroups; ++group) {
-        mbarrier_wait(smem.dq_full[group], parity);  // this warpgroup's part of dQ is in shared memory: compute
-        if (lane < 4) {
-          const int offset = dq_offset(dq_warp(group, lane), 0, 0, 0, 0);
-          cp_reduce_async_bulk_add_f32(params.dq_accum + step.tile * kDqTileFloats + offset, smem.dq + offset, kDqNTiles * 512);
-          cp_async_bulk_commit_group();
+    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+      mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
+      if (lane < 4) {
+        if constexpr (kDeterministic) {
+          const int turn = kKeyGroups * my_turn(params.shape, work.n_block, step.m_block);
+          while (ld_acquire(params.dq_turn + step.tile) < turn) continue;  // every key block before this one has added
         }
+        cp_reduce_async_bulk_add_f32(params.dq_accum + step.tile * kDqTileFloats + offset, smem.dq + offset, kDqNTiles * 512);
+        cp_async_bulk_commit_group();
+        cp_async_bulk_wait_group_read<0>();
+        if constexpr (kDeterministic) cp_async_bulk_wait_group<0>();
       }
-      if (lane < 4) cp_async_bulk_wait_group_read<0>();
-      __syncwarp();  // all four lanes' parts are read
-      if (lane < kKeyGroups) mbarrier_arrive(smem.dq_empty[lane]);
-      if constexpr (kDeterministic) {
-        if (lane < 4) cp_async_bulk_wait_group<0>();
-        __syncwarp();
-        if (lane == 0) red_release_add(turn, 1);
-      }
-      parity ^= 1;
+      __syncwarp();  // all four parts have been read, and added
+      if (lane == 0) mbarrier_arrive(smem.dq_empty[group]);
+      if (kDeterministic && lane == 0) red_release_add(params.dq_turn + step.tile, 1);
     }
   }
 }
@@ -399,8 +391,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
     const int warp = __shfl_sync(0xffffffffu, warp_id(), 0);
     if (warp == 0) {
       if (lane_id() == 0) copy_tiles(smem, params);
-    } else if (warp == 1) {
-      add_dq(smem, params);
+    } else if (warp <= kKeyGroups) {
+      add_dq(smem, params, warp - 1);
     }
   } else {
     setmaxnreg_inc<kComputeRegisters>();
