@@ -19,7 +19,7 @@ from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, ForwardPlan, compile_jobs, plan_backward, plan_forward
 from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels.params import BwdParams, FwdParams, FwdTmaParams
+from fa2cupy.kernels.params import BwdParams, FillParams, FwdParams, FwdTmaParams
 from fa2cupy.kernels.tiles import FWD_TILES_SM90, SHARED_MEMORY, FwdTile, FwdTileSm90, forward_tile_sm90
 from fa2cupy.problem import AttentionProblem
 from tests.fake_driver import FakeDriver, FakeMap, fake_driver
@@ -190,6 +190,10 @@ CHOICES = [
     (problem(head_dim=40), H200, None, ""),
     (problem(head_dim=8), H200, None, ""),
     (problem(head_dim=256), H200, None, ""),
+    (problem(head_dim=192, head_dim_v=128), H200, None, ""),
+    (problem(head_dim=64, head_dim_v=128), H200, None, ""),
+    (problem(head_dim_v=59), H200, None, "head_dim_v 59 is not a multiple of 8"),
+    (problem(head_dim_v=59), H200, "sm90", "head_dim_v 59 is not a multiple of 8"),
     (problem(shift=3), H200, None, "an array starts at an address that is not a multiple of 16 bytes"),
     (problem(shift=3), H200, "sm90", "an array starts at an address that is not a multiple of 16 bytes"),
     (problem(shift=8), H200, None, ""),
@@ -263,13 +267,27 @@ def test_rows_of_sm90(causal: bool) -> None:
         (200, 256),
         (256, 256),
     ):
-        assert forward_tile_sm90(head_dim, causal, 1000).head_dim == served
+        row = forward_tile_sm90(head_dim, head_dim, causal, 1000)
+        assert (row.head_dim, row.head_dim_v) == (served, 0)
+    for head_dim, head_dim_v, pair in (
+        (192, 128, (192, 128)),
+        (136, 8, (192, 128)),
+        (128, 64, (128, 0)),
+        (64, 128, (128, 0)),  # Q's buffer has to hold O
+        (192, 136, (192, 0)),
+        (128, 192, (192, 0)),
+        (256, 128, (256, 0)),
+        (8, 256, (256, 0)),
+    ):
+        row = forward_tile_sm90(head_dim, head_dim_v, causal, 1000)
+        assert (row.head_dim, row.head_dim_v) == pair
     for row in FWD_TILES_SM90[causal]:
-        assert row.head_dim in (64, 96, 128, 192, 256)
+        assert (row.head_dim, row.head_dim_v) in ((64, 0), (96, 0), (128, 0), (192, 128), (192, 0), (256, 0))
         assert row.block_m % 64 == row.block_n % 16 == 0
         assert row.num_warps == 4 + row.block_m // 16
-        panels = -(-row.head_dim // 64)
-        tiles = panels * 64 * 2 * (row.num_q_stages * row.block_m + 2 * row.num_kv_stages * row.block_n)
+        panels, panels_v = -(-row.head_dim // 64), -(-(row.head_dim_v or row.head_dim) // 64)
+        q_rows, k_rows = row.num_q_stages * row.block_m, row.num_kv_stages * row.block_n
+        tiles = 64 * 2 * (panels * q_rows + (panels + panels_v) * k_rows)
         assert row.shared_mem_bytes() == tiles + 1024 <= SHARED_MEMORY["sm_90"]
 
 
@@ -349,6 +367,23 @@ def test_maps_skip_the_queries_that_see_no_key(empty: int) -> None:
         assert [each.name for each in plan.launches] == ["flash_fwd"] + ["fill_empty"] * bool(empty)
 
 
+def test_head_dim_of_v_in_launches() -> None:
+    wanted = problem(250, 200, 192, causal=True, head_dim_v=120)
+    launch = main_launch(plan_forward(wanted, H200))
+    assert (launch.defines["FA2_HEAD_DIM"], launch.defines["FA2_HEAD_DIM_V"]) == (192, 128)
+    assert [each.spec.dims[0] for each in launch.tensor_maps] == [192, 192, 120, 120]
+    assert launch.defines["FA2_SHARED_BYTES"] == 1024 * (48 + 2 * (48 + 32) + 1)
+    plan = plan_forward(wanted, H200, family="sm80")
+    launch, tile = main_launch(plan), plan.tile
+    assert tile.head_dim == 192 and plan_forward(problem(head_dim=40, head_dim_v=184), A100).tile.head_dim == 192
+    assert (launch.defines["FA2_HEAD_DIM"], launch.defines["FA2_HEAD_DIM_V"]) == (192, 128)
+    assert launch.config.shared_mem_bytes == 2 * 200 * (tile.block_m + tile.block_n) + 2 * 136 * tile.block_n
+    params = FwdParams.from_buffer_copy(launch.params)
+    assert (params.shape.head_dim, params.head_dim_v) == (192, 120)
+    (fill,) = (each for each in plan.launches if each.name == "fill_empty")
+    assert FillParams.from_buffer_copy(fill.params).head_dim == 120
+
+
 def test_nothing_to_do_on_sm90() -> None:
     for seqlen_q, seqlen_k in ((0, 100), (100, 0), (0, 0)):
         for family in (None, "sm90"):
@@ -365,6 +400,17 @@ def test_jobs_of_sm90a() -> None:
     assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
     planned = main_launch(plan_forward(problem(head_dim=128, causal=True), H200)).defines
     assert dict(planned) in [dict(job.defines) for job in own]
+
+
+@pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
+def test_jobs_of_a_head_dim_of_v_of_its_own(device: DeviceInfo) -> None:
+    arch = plans.architecture(device) + "a" * (device is H200)
+    pairs = [job for job in compile_jobs(arch, True) if "FA2_HEAD_DIM_V" in job.defines]
+    assert {(job.defines["FA2_HEAD_DIM"], job.defines["FA2_HEAD_DIM_V"]) for job in pairs} == {(192, 128)}
+    assert all("head_dim 192/128" in job.label for job in pairs)
+    compiled = [dict(job.defines) for job in pairs]
+    wanted = Case(2048, 2048, 192, "float16", True, head_dim_v=128)
+    assert main_launch(plan_forward(problem_of(wanted, False), device)).defines in compiled
 
 
 # ---- and its launches ------------------------------------------------------------------------------------------------

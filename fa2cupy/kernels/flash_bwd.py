@@ -6,6 +6,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 
+from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import plan as plans
@@ -44,6 +45,10 @@ def plan_backward(
     problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | None = None
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
+    if problem.head_dim_v != problem.head_dim:
+        raise InvalidArgument(
+            f"v has head_dim_v {problem.head_dim_v} but q has head_dim {problem.head_dim}: they must be equal"
+        )
     tile = tile or backward_tile(device.shared_mem_optin, problem.head_dim)
     head_dim = padded_head_dim(problem.head_dim, tile.split)
     arch = plans.architecture(device)
@@ -138,7 +143,7 @@ def _defines(
     vector_red: bool,
 ) -> tuple[dict[str, int | str], dict[str, int | str]]:
     """Of the main kernel, and of those beside it: what they agree on, and no more, so that binaries are shared."""
-    side = plans.common_defines(dtype, head_dim, aligned) | {
+    side = plans.common_defines(dtype, head_dim, 0, aligned) | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,

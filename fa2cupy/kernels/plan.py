@@ -26,7 +26,9 @@ __all__ = [
     "architecture",
     "common_defines",
     "fill_empty",
+    "head_dim_label",
     "heads_per_section",
+    "padded_head_dims",
 ]
 
 Launchable = Callable[[tuple[int, ...], int], None]
@@ -201,9 +203,23 @@ def architecture(device: DeviceInfo) -> str:
     return f"sm_{major}{minor}"
 
 
-def common_defines(dtype: str, head_dim: int, aligned: bool) -> dict[str, int | str]:
-    """What every source reads: `head_dim` is padded already."""
-    return {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim, "FA2_ALIGNED": int(aligned)}
+def common_defines(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> dict[str, int | str]:
+    """What every source reads, of `padded_head_dims`."""
+    defines: dict[str, int | str] = {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim}
+    if head_dim_v:
+        defines["FA2_HEAD_DIM_V"] = head_dim_v
+    return defines | {"FA2_ALIGNED": int(aligned)}
+
+
+def padded_head_dims(problem: AttentionProblem, split: int = 1) -> tuple[int, int]:
+    """head_dim and head_dim_v that kernels are compiled for. If the problem's are the same, head_dim_v is 0."""
+    head_dim_v = 0 if problem.head_dim_v == problem.head_dim else padded_head_dim(problem.head_dim_v, split)
+    return padded_head_dim(problem.head_dim, split), head_dim_v
+
+
+def head_dim_label(head_dim: int, head_dim_v: int) -> str:
+    """'head_dim 128', or 'head_dim 192/128'."""
+    return f"head_dim {head_dim}" + (f"/{head_dim_v}" if head_dim_v else "")
 
 
 def heads_per_section(
@@ -244,7 +260,8 @@ def fill_empty(
     problem: AttentionProblem, arch: str, name: str, position: int, rows: int, heads: int, lse_position: int = -1
 ) -> tuple[KernelLaunch, ...]:
     """Zeros in the first `rows` rows of a result, -inf in its lse; nothing to launch where there are none."""
-    pieces = -(-problem.head_dim // 16)
+    head_dim = problem.head_dim_v if name in ("out", "dv") else problem.head_dim
+    pieces = -(-head_dim // 16)
     threads = problem.batch * rows * heads * pieces
     if threads == 0:
         return ()
@@ -257,10 +274,10 @@ def fill_empty(
         problem.batch,
         rows,
         heads,
-        problem.head_dim,
+        head_dim,
     )
-    defines = common_defines(problem.dtype, padded_head_dim(problem.head_dim), False)
-    defines |= {"FA2_HEAD_DIM": 16, "FA2_FILL_THREADS": _FILL_THREADS, "FA2_PARAMS_BYTES": len(bytes(params))}
+    defines = common_defines(problem.dtype, 16, 0, False)
+    defines |= {"FA2_FILL_THREADS": _FILL_THREADS, "FA2_PARAMS_BYTES": len(bytes(params))}
     config = LaunchConfig((-(-threads // _FILL_THREADS), 1, 1), (_FILL_THREADS, 1, 1))
     launch = KernelLaunch(
         "smxx/fill_empty.cu", "fill_empty", arch, defines, config, bytes(params), ((position, 0), (lse_position, 0))

@@ -31,6 +31,19 @@ def head_dim_cases(head_dim: int, dtype: str) -> list[HostCase]:
     return cases
 
 
+def head_dim_v_cases(head_dim: int, head_dim_v: int) -> list[HostCase]:
+    """A head_dim_v of its own, on every kind of GPU: odd lengths, GQA, rows without keys, both dtypes."""
+    cases = []
+    for number, (seqlen_q, seqlen_k) in enumerate(((113, 203), (203, 113), (1, 239), (128, 217))):
+        for causal in (False, True):
+            dtype, layout = DTYPES[(number + causal) % 2], ("bshd", "bhsd")[number % 2]
+            heads = ((2, 1), (4, 4), (6, 3), (2, 2))[number]
+            case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, 1, heads, layout=layout, head_dim_v=head_dim_v)
+            case = dataclasses.replace(case, pad=8 * causal, deterministic=causal, seed=number)
+            cases += [HostCase(case, arch) for arch in ("sm_90", "sm_86")[: 2 - number % 2]]
+    return cases
+
+
 def length_cases(head_dim: int, dtype: str, limit: int) -> list[HostCase]:
     """Every pair of lengths of the list whose product is at most `limit`, causal and not."""
     cases = []
