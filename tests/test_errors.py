@@ -127,6 +127,9 @@ def test_layout_is_named_where_it_matters(make: Any) -> None:
 
 @pytest.mark.parametrize("name", ["dout", "out"])
 def test_shapes_in_the_backward(make: Any, name: str) -> None:
+    arrays = backward_inputs(make, v=(2, 7, 2, 8))  # dout and out are as wide as v, not as q
+    wrong = arrays if name == "dout" else {**arrays, "dout": make((2, 5, 4, 8))}
+    backward_fails(InvalidArgument, name, "(2, 5, 4, 16)", "(2, 5, 4, 8) is needed", **wrong)
     backward_fails(
         InvalidArgument,
         name,

@@ -94,6 +94,43 @@ def test_workspace_of_partial_gradients() -> None:
     assert backward(512, 4096, 128, (32, 32)).workspace_bytes == backward(512, 8192, 128, (32, 32)).workspace_bytes
 
 
+def test_workspace_of_a_head_dim_of_v_of_its_own() -> None:
+    """Parts of dK are as wide as k, those of dV as v; dQ and the statistics do not know v."""
+    for head_dim, head_dim_v, padded in ((192, 128, (192, 128)), (192, 72, (192, 128)), (40, 72, (48, 80))):
+        case = Case(4096, 4001, head_dim, "bfloat16", True, 1, (32, 1), head_dim_v=head_dim_v)
+        one_block = plan_backward(problem_of(case, True), dataclasses.replace(H200, sm_count=1), False)
+        plan = plan_backward(problem_of(case, True), H200, False)
+        rows = -(-4001 // plan.tile.block_n) * plan.tile.block_n * plan.head_splits
+        assert plan.tile is one_block.tile and plan.head_splits > one_block.head_splits == 1
+        assert plan.workspace_bytes - one_block.workspace_bytes == rows * sum(padded) * 4
+        same = dataclasses.replace(case, head_dim_v=None)
+        tile = plan.tile  # the row of the wider of both
+        usual = plan_backward(problem_of(same, True), dataclasses.replace(H200, sm_count=1), False, tile)
+        assert usual.workspace_bytes == one_block.workspace_bytes
+
+
+def test_head_dim_of_v_in_the_backward() -> None:
+    plan = plan_backward(
+        problem_of(Case(300, 200, 192, "float16", True, 1, (8, 1), head_dim_v=120), True), H200, deterministic=False
+    )
+    tile, launches = plan.tile, {launch.name: launch for launch in plan.launches}
+    assert plan.head_splits > 1 and tile.head_dim == 192
+    for name in ("flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess", "flash_bwd_combine"):
+        defines = launches[name].defines
+        assert (defines["FA2_HEAD_DIM"], defines["FA2_HEAD_DIM_V"]) == (192, 128)
+        params = BwdParams.from_buffer_copy(launches[name].params)
+        assert (params.shape.head_dim, params.head_dim_v) == (192, 120)
+    tiles = (tile.block_n + tile.num_stages * tile.block_m) * (200 + 136) * 2
+    scores = 2 * tile.block_n * (tile.block_m + 8) * 2 + 2 * tile.num_stages * tile.block_m * 4
+    assert launches["flash_bwd"].config.shared_mem_bytes == tiles + scores
+    assert launches["flash_bwd_combine"].config.grid == (-(-200 * 192 // 8 // (32 * tile.num_warps)), 2, 1)
+    assert FillParams.from_buffer_copy(launches["fill_empty"].params).head_dim == 192  # dq
+    wider = plan_backward(problem_of(Case(300, 0, 64, "float16", False, head_dim_v=80), True), H200, False)
+    assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64]
+    wider = plan_backward(problem_of(Case(0, 300, 64, "float16", False, head_dim_v=80), True), H200, False)
+    assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64, 80]
+
+
 def test_workspace_grows_no_faster_than_the_sequence() -> None:
     sizes = [backward(n, n, 128, (32, 1)).workspace_bytes for n in (1024, 2048, 4096, 8192, 16384, 32768)]
     assert all(longer <= 2.01 * shorter for shorter, longer in itertools.pairwise(sizes))
@@ -410,7 +447,10 @@ def test_jobs_of_a_head_dim_of_v_of_its_own(device: DeviceInfo) -> None:
     assert all("head_dim 192/128" in job.label for job in pairs)
     compiled = [dict(job.defines) for job in pairs]
     wanted = Case(2048, 2048, 192, "float16", True, head_dim_v=128)
-    assert main_launch(plan_forward(problem_of(wanted, False), device)).defines in compiled
+    launches = plan_forward(problem_of(wanted, False), device).launches
+    for deterministic in (False, True):
+        launches += plan_backward(problem_of(wanted, True), device, deterministic).launches
+    assert all(launch.defines in compiled for launch in launches)
 
 
 # ---- and its launches ------------------------------------------------------------------------------------------------

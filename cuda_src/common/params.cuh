@@ -64,7 +64,7 @@ struct BwdParams {
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks): how many key blocks have added their dQ (deterministic only)
   float* dk_partial;  // (batch, num_heads_k, head_splits, n_blocks * kBlockN, kHeadDim), scaled (head_splits > 1 only)
-  float* dv_partial;  // likewise, of kHeadDimV columns and not scaled
+  float* dv_partial;  // likewise with kHeadDimV columns, and nothing to scale
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;
   Shape shape;
   float scale_softmax_log2, softmax_scale;

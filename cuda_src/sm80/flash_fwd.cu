@@ -101,15 +101,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
 
   // Keys of block n, or a part of them; of block -1, zeros: nobody reads them, and there is no branch in the loop. Only the
   // last block may have rows past the end.
-  auto load_keys = [&](auto& target, const Element* gmem, int64_t row_stride, int cols, int n, auto whole, int part, int parts) {
-    load_tile<decltype(whole)::value>(target, gmem + n * kBlockN * row_stride, row_stride,
-                                      n < 0 ? 0 : shape.seqlen_k - n * kBlockN, cols, part, parts);
-  };
+  auto keys_from = [&](int n) { return n < 0 ? 0 : shape.seqlen_k - n * kBlockN; };
   auto load_k = [&](int n, auto whole, int part = 0, int parts = 1) {
-    load_keys(smem.k, gmem_k, ks.row, shape.head_dim, n, whole, part, parts);
+    load_tile<decltype(whole)::value>(smem.k, gmem_k + n * kBlockN * ks.row, ks.row, keys_from(n), shape.head_dim, part,
+                                      parts);
   };
   auto load_v = [&](int n, auto whole, int part, int parts) {
-    load_keys(smem.v, gmem_v, vs.row, head_dim_v(params), n, whole, part, parts);
+    load_tile<decltype(whole)::value>(smem.v, gmem_v + n * kBlockN * vs.row, vs.row, keys_from(n), head_dim_v(params), part,
+                                      parts);
   };
 
   const BlockRange range = key_blocks(shape, m_block);

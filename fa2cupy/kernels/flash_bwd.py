@@ -6,13 +6,19 @@ import ctypes
 import math
 from dataclasses import dataclass
 
-from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import plan as plans
 from fa2cupy.kernels.params import BwdParams, pack_strides
 from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan
-from fa2cupy.kernels.tiles import BWD_TILES, SHARED_MEMORY, BwdTile, backward_tile, padded_head_dim, shared_memory_class
+from fa2cupy.kernels.tiles import (
+    BWD_TILES,
+    SHARED_MEMORY,
+    BwdTile,
+    backward_tile,
+    head_dims_of_rows,
+    shared_memory_class,
+)
 from fa2cupy.problem import AttentionProblem
 
 __all__ = ["BackwardPlan", "compile_jobs", "plan_backward"]
@@ -45,12 +51,9 @@ def plan_backward(
     problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | None = None
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`. Needs no GPU. `tile` overrides the table, for tuning."""
-    if problem.head_dim_v != problem.head_dim:
-        raise InvalidArgument(
-            f"v has head_dim_v {problem.head_dim_v} but q has head_dim {problem.head_dim}: they must be equal"
-        )
-    tile = tile or backward_tile(device.shared_mem_optin, problem.head_dim)
-    head_dim = padded_head_dim(problem.head_dim, tile.split)
+    widest = max(problem.head_dim, problem.head_dim_v)
+    tile = tile or backward_tile(device.shared_mem_optin, widest)
+    head_dim, head_dim_v = plans.padded_head_dims(problem, tile.split)
     arch = plans.architecture(device)
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
@@ -64,7 +67,7 @@ def plan_backward(
         group = problem.num_heads // problem.num_heads_k
         head_splits = _head_splits(key_tiles, group, device)
         heads = group // head_splits  # of a thread block
-        queries_bytes = heads * rows * problem.head_dim * (2 + 2 + 4)
+        queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
         shares = problem.batch * problem.num_heads_k * head_splits
         section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
         if deterministic:
@@ -76,23 +79,25 @@ def plan_backward(
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
         params.head_splits = head_splits
+        params.head_dim_v = problem.head_dim_v
         row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}
         partial = head_splits > 1
-        offsets, workspace = _workspace(tile, head_dim, query_tiles, key_tiles * head_splits if partial else 0)
+        partial_tiles = key_tiles * head_splits if partial else 0
+        offsets, workspace = _workspace(tile, head_dim, head_dim_v, query_tiles, partial_tiles)
         pointers = tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_TENSORS))
         pointers += tuple((_WORKSPACE, offset) for offset in offsets)
-        vector_red = device.cc >= (9, 0)
+        causal, aligned, vector_red = problem.causal, problem.aligned, device.cc >= (9, 0)
         main, side = _defines(
-            tile, problem.dtype, head_dim, problem.aligned, problem.causal, deterministic, partial, vector_red
+            tile, problem.dtype, head_dim, head_dim_v, aligned, causal, deterministic, partial, vector_red
         )
         num_threads = 32 * tile.num_warps
         steps = [
             (_PRE, side, (query_tiles, 1, 1), 0),
-            (_MAIN, main, (key_tiles * head_splits, 1, 1), tile.shared_mem_bytes(head_dim)),
+            (_MAIN, main, (key_tiles * head_splits, 1, 1), tile.shared_mem_bytes(head_dim, head_dim_v)),
             (_POST, side, (query_tiles, 1, 1), tile.postprocess_bytes(head_dim)),
         ]
         if partial:
-            chunks = problem.batch * problem.num_heads_k * problem.seqlen_k * -(-problem.head_dim // 8)
+            chunks = problem.batch * problem.num_heads_k * problem.seqlen_k * -(-widest // 8)
             steps.append((_COMBINE, side, (-(-chunks // num_threads), 2, 1), 0))
         for (source, name), defines, grid, shared in steps:
             config = LaunchConfig(grid, (num_threads, 1, 1), shared_mem_bytes=shared)
@@ -121,12 +126,15 @@ def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) 
     return min(most, -(-2 * turn_steps * blocks_at_once // steps))
 
 
-def _workspace(tile: BwdTile, head_dim: int, query_tiles: int, partial_tiles: int) -> tuple[tuple[int, ...], int]:
+def _workspace(
+    tile: BwdTile, head_dim: int, head_dim_v: int, query_tiles: int, partial_tiles: int
+) -> tuple[tuple[int, ...], int]:
     """Byte offsets of lse_log2, softmax_d, dq_accum, dq_turn, dk_partial and dv_partial, and the size of all."""
     rows = query_tiles * tile.block_m * 4
-    part = partial_tiles * tile.block_n * head_dim * 4
+    dq = query_tiles * tile.dq_tile_floats(head_dim) * 4
+    dk, dv = (partial_tiles * tile.block_n * width * 4 for width in (head_dim, head_dim_v or head_dim))
     offsets, end = [], 0
-    for size in (rows, rows, query_tiles * tile.dq_tile_floats(head_dim) * 4, query_tiles * 4, part, part):
+    for size in (rows, rows, dq, query_tiles * 4, dk, dv):
         offsets.append(end)
         end += -(-size // 256) * 256
     return tuple(offsets), end
@@ -136,6 +144,7 @@ def _defines(
     tile: BwdTile,
     dtype: str,
     head_dim: int,
+    head_dim_v: int,
     aligned: bool,
     causal: bool,
     deterministic: bool,
@@ -143,7 +152,7 @@ def _defines(
     vector_red: bool,
 ) -> tuple[dict[str, int | str], dict[str, int | str]]:
     """Of the main kernel, and of those beside it: what they agree on, and no more, so that binaries are shared."""
-    side = plans.common_defines(dtype, head_dim, 0, aligned) | {
+    side = plans.common_defines(dtype, head_dim, head_dim_v, aligned) | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
@@ -157,28 +166,30 @@ def _defines(
         "FA2_CAUSAL": int(causal),
         "FA2_DETERMINISTIC": int(deterministic),
         "FA2_PARTIAL_DKV": int(partial),
-        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim),
+        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
     }
     return main, side | {"FA2_CAUSAL": 0, "FA2_SHARED_BYTES": tile.postprocess_bytes(head_dim)}
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the table, at its widest head_dim: causal, full and deterministic, with the kernels beside it.
+    """Every row of the table, at its `head_dims_of_rows`: causal, full and deterministic, with the kernels beside it.
 
     The main kernel twice each: writing dk and dv, and writing its part of them.
     """
     jobs = []
     kinds = [(c, d, partial) for c, d in ((False, False), (True, False), (True, True)) for partial in (False, True)]
-    for tile in BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]:
-        label = f"{dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    for tile, head_dim, head_dim_v in head_dims_of_rows(BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]):
+        shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
+        label = f"{dtype} {plans.head_dim_label(head_dim, head_dim_v)} {shape}"
         vector_red = int(arch.removeprefix("sm_")) >= 90
         for causal, deterministic, partial in kinds:
-            main, side = _defines(tile, dtype, tile.head_dim, True, causal, deterministic, partial, vector_red)
+            widths = (head_dim, head_dim_v)
+            main, side = _defines(tile, dtype, *widths, True, causal, deterministic, partial, vector_red)
             kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
-            shared = tile.shared_mem_bytes(tile.head_dim)
+            shared = tile.shared_mem_bytes(head_dim, head_dim_v)
             jobs.append(CompileJob(*_MAIN, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
         jobs.append(CompileJob(*_PRE, arch, side, f"backward preprocess {label}", 0, 0))
         jobs.append(CompileJob(*_COMBINE, arch, side, f"backward combine {label}", 0, 0))
-        shared = tile.postprocess_bytes(tile.head_dim)
+        shared = tile.postprocess_bytes(head_dim)
         jobs.append(CompileJob(*_POST, arch, side, f"backward postprocess {label}", shared, 0))
     return jobs

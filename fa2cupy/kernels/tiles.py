@@ -137,12 +137,13 @@ class BwdTile:
     note: str
     spill_bytes: int = 0
 
-    def shared_mem_bytes(self, head_dim: int) -> int:
-        """Of `SharedMemory` in sm80/flash_bwd.cu; `head_dim` is padded."""
+    def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0) -> int:
+        """Of `SharedMemory` in sm80/flash_bwd.cu; both are padded."""
         statistics = 2 * self.num_stages * self.block_m * 4
+        widths = head_dim, head_dim_v or head_dim
         total = (
-            2 * _tile_bytes(self.block_n, head_dim)
-            + 2 * self.num_stages * _tile_bytes(self.block_m, head_dim)
+            sum(_tile_bytes(self.block_n, width) for width in widths)
+            + self.num_stages * sum(_tile_bytes(self.block_m, width) for width in widths)
             + _tile_bytes(self.block_n, self.block_m)
             + _tile_bytes(16 if self.split == 1 else self.block_n, self.block_m)
             + statistics
@@ -262,4 +263,5 @@ def forward_tile_sm90(head_dim: int, head_dim_v: int, causal: bool, seqlen_q: in
 
 
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
+    """The row for a head_dim (or a larger head_dim_v)."""
     return next(tile for tile in BWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ USUAL = Case(45, 70, 40, "bfloat16", True, heads=(6, 3), layout="bhsd", order=2,
         Case(70, 33, 16, "float16", True, heads=(4, 1), scale=-0.3, outliers=True),
         Case(17, 29, 64, "bfloat16", False, expanded=True),
         Case(9, 0, 8, "float16", False),
+        Case(33, 70, 40, "bfloat16", True, heads=(6, 3), head_dim_v=24),
     ],
     ids=str,
 )
@@ -55,6 +57,7 @@ def test_good_results_pass_in_every_layout() -> None:
             case = Case(33, 50, 24, "float16", True, order=order, pad=order, shift=order, given=given, layout="bhsd")
             assert runner.check(case, True, CPU) == []
     assert runner.check(USUAL, True, CPU) == []
+    assert runner.check(replace(USUAL, head_dim_v=56), True, CPU) == []
 
 
 def _spoiled(what: str) -> SimpleNamespace:
@@ -123,7 +126,7 @@ def test_the_plan_is_what_runs() -> None:
     from fa2cupy.calls import FORWARD
     from fa2cupy.first_call import _problem as problem_of_call
 
-    for case in [USUAL, *list(cases.random_cases("float16", 30))]:
+    for case in [USUAL, replace(USUAL, head_dim_v=56), *list(cases.random_cases("float16", 30))]:
         arena = runner.Arena(case, CPU)
         inputs = runner.inputs_of(case, CPU)
         user = inputs if case.layout == "bshd" else {n: x.transpose(1, 2) for n, x in inputs.items()}
