@@ -174,6 +174,9 @@ def head_dim_v_cases(dtype: str, head_dim: int, head_dim_v: int) -> Iterator[Cas
             case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, heads=HEADS[number], head_dim_v=head_dim_v)
             case = replace(case, layout=("bshd", "bhsd")[number % 2], given=causal, seed=300 + number)
             yield replace(case, deterministic=number % 3 == 1)
+    # Query heads that several thread blocks share in the backward.
+    yield Case(300, 2049, head_dim, dtype, True, 1, (32, 1), seed=306, head_dim_v=head_dim_v)
+    yield Case(203, 513, head_dim, dtype, False, 1, (16, 2), seed=307, head_dim_v=head_dim_v)
 
 
 def split_cases(dtype: str, head_dim: int) -> Iterator[Case]:

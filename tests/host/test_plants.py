@@ -26,11 +26,13 @@ FORWARD = {
     "wide": HostCase(Case(130, 150, 224, "bfloat16", True, 1, (1, 1), seed=5), "sm_86"),
     "dropped": HostCase(Case(90, 20, 40, "bfloat16", True, 2, (2, 2), seed=6), "sm_80"),
     "sections": HostCase(Case(400, 403, 32, "bfloat16", True, 16, (1, 1), seed=7), "sm_80"),  # of 6, 6 and 4 heads
+    "own-v": HostCase(Case(70, 133, 40, "bfloat16", True, 1, (2, 1), seed=13, head_dim_v=72), "sm_80"),
     # the sm_90 kernel: thread blocks with several tiles, with two buffers of Q and with one
     "hopper-causal": HostCase(Case(300, 403, 64, "bfloat16", True, 1, (4, 2), seed=8)),
     "hopper-full": HostCase(Case(150, 300, 128, "float16", False, 1, (4, 4), seed=9)),
     "hopper-narrow": HostCase(Case(150, 203, 40, "bfloat16", False, 1, (2, 1), seed=10)),
     "hopper-wide": HostCase(Case(300, 150, 256, "bfloat16", True, 1, (4, 1), seed=11)),
+    "hopper-own-v": HostCase(Case(300, 150, 192, "bfloat16", True, 1, (4, 1), seed=14, head_dim_v=128)),
     "hopper-sections": HostCase(Case(300, 303, 32, "bfloat16", True, 13, (1, 1), seed=12)),
 }
 BACKWARD = {
@@ -49,6 +51,8 @@ BACKWARD = {
     "tiny": HostCase(Case(150, 150, 16, "bfloat16", False, 1, (2, 2), seed=11)),
     "splits": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (8, 2), seed=13)),  # two blocks with two heads each
     "splits-unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (6, 1), deterministic=True, seed=14)),
+    "own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=16, head_dim_v=72)),
+    "splits-own-v": HostCase(Case(70, 133, 40, "bfloat16", False, 1, (8, 2), seed=17, head_dim_v=72)),
 }
 
 # What only an unlucky order of blocks shows gets a few more of them.
@@ -182,6 +186,20 @@ MUTANTS = [
     ("bwd", "splits", COMBINE, "split < params.head_splits", "split <= params.head_splits"),
     ("bwd", "splits", COMBINE, "row_of_keys * params.head_splits * part_floats", "row_of_keys * part_floats"),
     ("bwd", "splits", COMBINE, "ceil_div(shape.seqlen_k, kBlockN)) * kBlockN", "shape.seqlen_k)"),
+    # whose columns, where v has its own
+    ("fwd", "own-v", FWD, "keys_from(n), head_dim_v(params)", "keys_from(n), shape.head_dim"),
+    ("fwd", "own-v", FWD, "queries, head_dim_v(params)", "queries, shape.head_dim"),
+    ("fwd", "own-v", FWD, "store_accumulator(smem.out,", "store_accumulator(smem.q,"),
+    ("fwd", "hopper-own-v", FWD90, "store_rows<64, kHeadDimV>", "store_rows<64, kHeadDimV - 64>"),
+    ("bwd", "own-v", PRE, "ceil_pow2(kHeadDimV / 8)", "ceil_pow2(kHeadDim / 8)"),
+    ("bwd", "own-v", PRE, " os.row, col, head_dim_v(params)", " os.row, col, shape.head_dim"),
+    ("bwd", "own-v", BWD, "vs.row, keys,\n            head_dim_v(params)", "vs.row, keys, shape.head_dim"),
+    ("bwd", "own-v", BWD, "first_query : 0, head_dim_v(params)", "first_query : 0, shape.head_dim"),
+    ("bwd", "own-v", BWD, "gemm<kHeadStepsV>", "gemm<kHeadSteps>"),
+    ("bwd", "own-v", BWD, "dvs.row, keys, head_dim_v(params)", "dvs.row, keys, shape.head_dim"),
+    ("bwd", "splits-own-v", BWD, "params.dv_partial + row * kHeadDimV", "params.dv_partial + row * kHeadDim"),
+    ("bwd", "splits-own-v", COMBINE, "shape.head_dim : head_dim_v(params)", "shape.head_dim : shape.head_dim"),
+    ("bwd", "splits-own-v", COMBINE, "is_dk ? kHeadDim : kHeadDimV", "kHeadDim"),
     # whose turn it is to add to dQ
     ("bwd", "turns", BWD, "(m_block / kTurnBlocks + 1) * kTurnBlocks) - 1", "m_block + 1) - 1"),
     ("bwd", "turns", BWD, "tile_index(step) - block_in_turn", "tile_index(step)"),
