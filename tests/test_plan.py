@@ -131,6 +131,21 @@ def test_head_dim_of_v_in_the_backward() -> None:
     assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64, 80]
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+def test_every_pair_of_head_dims_has_a_tile_that_fits(arch: str) -> None:
+    device = DeviceInfo(0, "", (int(arch[3]), int(arch[4])), 100, SHARED_MEMORY[arch], 40 << 20)
+    for head_dim, head_dim_v in itertools.product(range(8, 257, 8), repeat=2):
+        case = Case(2048, 2048, head_dim, "bfloat16", True, 1, (16, 1), head_dim_v=head_dim_v)
+        launches = plan_forward(problem_of(case, False), device).launches
+        plan = plan_backward(problem_of(case, True), device, False)
+        for launch in launches + plan.launches:
+            assert launch.config.shared_mem_bytes <= SHARED_MEMORY[arch]
+            if launch.arch != "sm_90a":  # where a row's head dims are those of its kernel
+                assert ("FA2_HEAD_DIM_V" in launch.defines) == (head_dim != head_dim_v)
+        for width in plans.padded_head_dims(plan.problem, plan.tile.split):
+            assert width % (16 * plan.tile.split) == 0
+
+
 def test_workspace_grows_no_faster_than_the_sequence() -> None:
     sizes = [backward(n, n, 128, (32, 1)).workspace_bytes for n in (1024, 2048, 4096, 8192, 16384, 32768)]
     assert all(longer <= 2.01 * shorter for shorter, longer in itertools.pairwise(sizes))
