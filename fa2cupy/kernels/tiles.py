@@ -91,10 +91,10 @@ class FwdTile:
 class FwdTileSm90:
     """A row of the forward table of sm_90.
 
-    head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is
-    compiled for. block_m query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q;
-    with 2, a tile starts beside the end of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q:
-    the longest query sequence that it serves.
+    head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
+    query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts
+    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q: the longest query
+    sequence that it serves.
     """
 
     head_dim: int
