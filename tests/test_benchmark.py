@@ -120,6 +120,7 @@ def test_host_cost_cycles_through_the_buffers() -> None:
 # records
 
 RUN = "2026-01-02T03:04:05Z"
+GEMM = results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc")  # 785 TFLOP/s
 
 
 def _records(speeds: dict[str, float], chosen: list[Case] | None = None) -> list[results.Record]:
@@ -140,9 +141,8 @@ def test_a_record_has_the_keys_and_no_others() -> None:
     assert list(record) == KEYS
     assert record["date"] == "2026-01-02" and record["kernel"] == "sm80" and record["workspace_bytes"] is None
     assert record["tflops"] == round(case.flops / 0.5 / 1e9, 1)
-    gemm = results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc")
-    assert list(gemm) == KEYS and gemm["mode"] is None and gemm["tflops"] == pytest.approx(785, abs=1)
-    json.dumps([record, gemm])
+    assert list(GEMM) == KEYS and GEMM["mode"] is None and GEMM["tflops"] == pytest.approx(785, abs=1)
+    json.dumps([record, GEMM])
 
 
 def test_a_cell_measured_twice_is_an_error(tmp_path: Path) -> None:
@@ -159,7 +159,10 @@ def test_a_cell_measured_twice_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(results.DuplicateCellError, match=case.label):
             again.check(RUN, "fa2", case)
         again.check(RUN, "fa2", replace(case, causal=not case.causal))
+        assert not again.has(RUN, "gemm", None)
     assert results.load(path) == [record, {**record, "peer": "fa4"}, {**record, "run": "another"}]
+    file.append(GEMM)
+    assert results.Results(path).has(RUN, "gemm", None) and not file.has("another", "gemm", None)
     with pytest.raises(ValueError, match="keys"):
         file.append({"run": RUN})
     with pytest.raises(results.DuplicateCellError):
@@ -200,10 +203,9 @@ def test_summary_names_the_lowest_cell() -> None:
     records = _records({"fa2cupy": 330.0, "fa2": 300.0})
     slow = next(r for r in records if r["peer"] == "fa2cupy" and r["mode"] == "bwd" and r["seqlen"] == 2048)
     slow["ms"] = float(str(slow["ms"])) * 2
-    records.append(results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc"))
     text = results.summary(records)
     assert "bwd fa2cupy/fa2" in text and "lowest 0.550 (D64 S2048 full)" in text
-    assert "GEMM 8192^3 bf16: 785" in text
+    assert "GEMM 8192^3" not in text
     ours = [r for r in records if r["mode"] == "bwd" and r["peer"] == "fa2cupy"]
     text = results.summary([*records, *({**r, "peer": results.DETERMINISTIC} for r in ours)])
     assert "bwd deterministic/default    1.000" in text and "bwd fa2cupy/best peer        1.0" in text
@@ -213,6 +215,19 @@ def test_summary_names_the_lowest_cell() -> None:
     assert sized.replace("1234567", "      -") == unsized
     only_peers = results.summary(_records({"fa2": 300.0, "fa4": 500.0}))
     assert "no cell has both" in only_peers
+
+
+def test_summary_has_the_share_of_the_gemm() -> None:
+    records = _records({"fa2cupy": 330.0, "fa2": 300.0})
+    assert results.gemm_tflops(records) is None
+    text = results.summary([*records, GEMM])
+    assert "GEMM 8192^3 bf16: 785" in text
+    for shares, column in ((results.summary(records), "-"), (text, "0.420")):  # 330 / 785
+        tables = shares.split("\n\n")[:2]
+        titles = [table.splitlines()[0].split() for table in tables]
+        cells = [line.split() for table in tables for line in table.splitlines()[1:]]
+        assert all(title[6] == "ours/GEMM" for title in titles)  # after "fwd, TFLOP/s fa2cupy fa2 ours/fa2 ours/best"
+        assert len(cells) == 72 and all(cell[7] == column for cell in cells)
 
 
 def test_descriptions_show_what_is_not_the_grids() -> None:
@@ -261,7 +276,7 @@ def test_table_of_the_readme(
 ) -> None:
     path, readme = tmp_path / "h200.jsonl", tmp_path / "README.md"
     speeds = {"fa2cupy": 330.0, "fa2": 300.0, "cudnn": 440.0, "fa3": 660.0, "fa4": 500.0}
-    whole = _records(speeds, [*cases.grid(), Case("fwd", 128, 8192, True, 2, 32, 8)])
+    whole = [GEMM, *_records(speeds, [*cases.grid(), Case("fwd", 128, 8192, True, 2, 32, 8)])]
     part = [{**r, "run": "later"} for r in whole if r["head_dim"] == 64]
     path.write_text("".join(json.dumps(r) + "\n" for r in [*whole, *part]))
     readme.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
@@ -270,8 +285,12 @@ def test_table_of_the_readme(
     block = capsys.readouterr().out
     assert readme.read_text() == f"a\n<!-- measured: begin -->\n{block}<!-- measured: end -->\nb\n"
     rows = [line.split(" | ") for line in block.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 3 * 2 * 4 + 1 and {len(row) for row in rows} == {10}  # FA3 has no backward
-    assert rows[-1][2:6] == ["1.100", "0.750", "0.500", "0.660"]
+    assert len(rows) == 2 + 3 * 2 * 4 + 1 and {len(row) for row in rows} == {12}  # FA3 has no backward
+    assert rows[0][1:4] == ["fwd fa2cupy", "fwd of GEMM", "fwd FA2"] and "reaches 785" in block
+    assert all(row[1:4] == ["330", "0.42", "300"] for row in rows[2:-1])
+    assert rows[-1][2:7] == ["0.420", "1.100", "0.750", "0.500", "0.660"]
+    without = plot.readme_block(whole[1:])
+    assert "GEMM of" not in without and "of GEMM" not in without
     assert not path.with_suffix(".png").exists()
     with pytest.raises(ValueError, match="no run has every cell"):
         plot.last_whole_run(part)
