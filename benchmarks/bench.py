@@ -1,9 +1,9 @@
 """Ours and the peers, timed in turns in one run. Needs a GPU and torch; a peer that is not here is left out by name.
 
-    python benchmarks/bench.py                               all 72 cells, every peer, results/<gpu>.jsonl and .png
-    python benchmarks/bench.py --modes bwd --head-dims 128   a part of the grid
-    python benchmarks/bench.py --cases gqa,thin,head_dims    the extra cells
-    python benchmarks/bench.py --part 1/2                    half of the cells; the command for the rest is printed
+    python benchmarks/bench.py                                  all 72 cells, every peer, results/<gpu>.jsonl and .png
+    python benchmarks/bench.py --modes bwd --head-dims 128      a part of the grid
+    python benchmarks/bench.py --cases gqa,thin,head_dims,wide  extra cells
+    python benchmarks/bench.py --part 1/2                       half of the cells; prints the command for the rest
 
 How it is timed is in timing.py, what each library is in peers.py, what a record holds in results.py.
 """
@@ -162,6 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, reason in absent.items():
         print(f"left out: {name} ({reason})")
     names = [n for n in args.peers if n not in absent and n != "gemm"]
+    for name in peers.FORWARD_ONLY:
+        if name in names and any(c.mode == "bwd" for c in args.selected):
+            print(f"left out of bwd: {name} (it has no backward)")
     with_gemm = "gemm" in args.peers and not file.has(run, "gemm", None)  # once in a run
     for case in args.selected:
         for name in names:
@@ -199,8 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         tqdm.write(f"{case.label}: {speeds}" + (f"  ({remark})" if remark else ""))
         for name, reason in refused.items():
-            if not (name == "fa3" and case.mode == "bwd"):
-                tqdm.write(f"  not run by {name}: {reason}")
+            tqdm.write(f"  does not run: {name} ({reason})")
 
     records = [r for r in results.load(path) if r["run"] == run]
     print("\n" + results.summary(records))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, cases, host_cost, plot, results, timing, variants
+from benchmarks import bench, cases, host_cost, peers, plot, results, timing, variants
 from benchmarks.cases import Case
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,13 +50,45 @@ def test_labels_are_specifications() -> None:
         cases.parse_case("fwd:128")
 
 
+def test_wide_cells() -> None:
+    wide = cases.CASE_SETS["wide"]()
+    assert len(wide) == len(set(wide)) == 3 * 2 * 2 * 2
+    assert {(c.head_dim, c.head_dim_v) for c in wide} == {(96, 96), (192, 192), (192, 128)}
+    assert all(c.batch * c.seqlen == 16384 and c.num_heads == c.num_heads_k == 16 for c in wide)
+    assert "fwd:d192/128:b1:s16384:h16:causal:bf16" in {c.label for c in wide}
+
+
+def test_a_peer_that_raises_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(case: Case, tensors: object) -> Callable[[], object]:
+        if case.head_dim != case.head_dim_v:
+            raise RuntimeError("No available kernel.\nAborting execution.")
+        return lambda: "out"
+
+    for name in ("fa2cupy", "fa2", "fa3"):
+        monkeypatch.setitem(peers._MAKERS, name, refuse if name == "fa2" else lambda case, tensors: lambda: "out")
+    tensors = peers.Tensors(None, None, None, None)
+    even, uneven = Case("fwd", 192, 64, True, 1, 1, 1), Case("fwd", 192, 64, True, 1, 1, 1, head_dim_v=128)
+    ready, refused = peers.calls(even, tensors, ["fa2cupy", "fa2", "fa3"])
+    assert list(ready) == ["fa2cupy", "fa2", "fa3"] and refused == {}
+    ready, refused = peers.calls(uneven, tensors, ["fa2cupy", "fa2", "fa3"])
+    assert list(ready) == ["fa2cupy", "fa3"] and refused == {"fa2": "RuntimeError: No available kernel."}
+    ready, refused = peers.calls(replace(even, mode="bwd"), tensors, ["fa2", "fa3"])
+    assert list(ready) == ["fa2"] and refused == {}
+    monkeypatch.setitem(peers._MAKERS, "fa2cupy", refuse)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        peers.calls(uneven, tensors, ["fa2cupy"])
+
+
 def test_filters_and_parts() -> None:
     chosen = cases.select(["grid"], ["bwd"], [64, 256], [512], (1, 1))
     assert {(c.mode, c.head_dim, c.seqlen) for c in chosen} == {("bwd", 64, 512), ("bwd", 256, 512)}
     parts = [cases.select(["grid"], [], [], [], (i, 3)) for i in (1, 2, 3)]
     assert sorted(c.label for part in parts for c in part) == sorted(c.label for c in cases.grid())
     assert all(c.dtype == "float16" for c in cases.select(["fp16"], [], [], [], (1, 1)))
-    assert len(cases.select(["gqa", "thin", "head_dims", "fp16"], [], [], [], (1, 1))) == 4 + 4 + 20 + 4
+    extra = {"gqa": 4, "thin": 4, "head_dims": 20, "fp16": 4, "wide": 24}
+    assert all(len(cases.select([name], [], [], [], (1, 1))) == count for name, count in extra.items())
+    # head_dims has some of the same cells.
+    assert len(cases.select(list(extra), [], [], [], (1, 1))) == sum(extra.values()) - 8
     with pytest.raises(ValueError, match="part"):
         cases.select(["grid"], [], [], [], (4, 3))
 
