@@ -27,6 +27,7 @@ from benchmarks import cases as case_module
 from benchmarks import peers, plot, results
 from benchmarks.cases import Case
 from benchmarks.timing import Clock, TorchClock, take_turns
+from fa2cupy.jit import compiler
 
 GEMM_SIZE = 8192
 GEMM_FLOPS = 2.0 * GEMM_SIZE**3
@@ -169,16 +170,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in args.selected:
         for name in names:
             file.check(run, name, case)
+    with_ours = any(n.startswith("fa2cupy") for n in names)
+    nvrtc = compiler.nvrtc_build() if with_ours else None
     seconds = estimated_seconds(args.selected, len(names), args.bursts, args.burst_ms)
     print(
-        f"run {run}, commit {commit}, {gpu}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}\n"
+        f"run {run}, commit {commit}, {gpu}, NVRTC {nvrtc or 'not needed'}, torch {torch.__version__}, "
+        f"cuDNN {torch.backends.cudnn.version()}\n"
         f"{len(args.selected)} cells x {len(names)} libraries, about {seconds:.0f} s after compiling; into {path}",
         flush=True,
     )
 
     start = time.monotonic()
     fa4_ready = peers.warm_fa4_cache(args.selected, min(6, os.cpu_count() or 1)) if "fa4" in names else lambda: None
-    if any(n.startswith("fa2cupy") for n in names):
+    if with_ours:
         compile_ours(args.selected)
     fa4_ready()
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
@@ -192,9 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in tqdm(args.selected, desc="cells", ascii=" -", disable=None):
         times, workspaces, refused, remark = measure(case, names, clock, args.bursts, args.burst_ms)
         for name, ms in times.items():
-            kernel = peers.kernel_family(case) if name.startswith("fa2cupy") else None
-            size = workspaces.get(name)
-            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, kernel, size))
+            ours = (peers.kernel_family(case), workspaces.get(name), nvrtc) if name.startswith("fa2cupy") else ()
+            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, *ours))
         speeds = "  ".join(
             f"{name} {case.flops / ms / 1e9:.0f}"
             + (f" (workspace {workspaces[name]} bytes)" if name in workspaces else "")

@@ -176,14 +176,18 @@ def calls(case: Case, tensors: Tensors, names: Iterable[str]) -> tuple[dict[str,
 
 
 def kernel_family(case: Case) -> str:
-    """``sm80`` or ``sm90``: the directory of the source that ours runs for this case on the current GPU."""
+    """``sm80`` or ``sm90``: the directory of the source that ours runs for this case, here and now.
+
+    That depends on the current GPU, on FA2CUPY_KERNEL and on the NVRTC in use.
+    """
     import torch
 
-    from benchmarks.plans import plan_of
-    from fa2cupy.jit import driver
+    from benchmarks.plans import problem_of
+    from fa2cupy import calls, env, first_call
 
-    launches = plan_of(case, driver.device_info(torch.cuda.current_device())).launches
-    families = (str(launch.source).partition("/")[0] for launch in launches)
+    operation = calls.FORWARD if case.mode == "fwd" else calls.BACKWARD
+    plan = first_call._plan(operation.name, problem_of(case), torch.cuda.current_device(), False, env.kernel())
+    families = (str(launch.source).partition("/")[0] for launch in plan.launches)
     return next(family for family in families if family != "smxx")  # smxx: kernels of any architecture
 
 

@@ -36,7 +36,7 @@ OURS = "fa2cupy"
 DETERMINISTIC = "fa2cupy-deterministic"  # ours with deterministic=True, measured on request
 PEERS = ("fa2", "cudnn", "fa3", "fa4")
 CELL_KEYS = ("mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads", "num_heads_k")
-KEYS = ("run", "peer", "kernel", *CELL_KEYS, "ms", "tflops", "workspace_bytes", "gpu", "date", "commit")
+KEYS = ("run", "peer", "kernel", "nvrtc", *CELL_KEYS, "ms", "tflops", "workspace_bytes", "gpu", "date", "commit")
 
 Record = dict[str, object]
 
@@ -82,10 +82,11 @@ def make_record(
     commit: str,
     kernel: str | None = None,
     workspace_bytes: int | None = None,
+    nvrtc: str | None = None,
 ) -> Record:
-    """A line of the results. case is None for the GEMM; kernel (sm80, sm90) is for ours. Milliseconds and TFLOP/s.
+    """A line of the results. case is None for the GEMM. Milliseconds and TFLOP/s.
 
-    workspace_bytes: of our backward; None where it is not known.
+    Of ours alone: kernel (sm80, sm90), nvrtc (the build that compiled it), workspace_bytes (of the backward).
     """
     cell = {key: getattr(case, key) if case is not None else None for key in CELL_KEYS}
     if case is None:
@@ -94,6 +95,7 @@ def make_record(
         "run": run,
         "peer": peer,
         "kernel": kernel,
+        "nvrtc": nvrtc,
         **cell,
         "ms": round(ms, 5),
         "tflops": round(flops / ms / 1e9, 1),

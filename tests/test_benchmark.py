@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import bench, cases, host_cost, peers, plot, results, timing, variants
 from benchmarks.cases import Case
+from fa2cupy import jit
+from fa2cupy.jit import driver
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = [
-    "run", "peer", "kernel", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads",
-    "num_heads_k", "ms", "tflops", "workspace_bytes", "gpu", "date", "commit",
+    "run", "peer", "kernel", "nvrtc", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch",
+    "num_heads", "num_heads_k", "ms", "tflops", "workspace_bytes", "gpu", "date", "commit",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,6 +60,21 @@ def test_wide_cells() -> None:
     assert {(c.head_dim, c.head_dim_v) for c in wide} == {(96, 96), (192, 192), (192, 128)}
     assert all(c.batch * c.seqlen == 16384 and c.num_heads == c.num_heads_k == 16 for c in wide)
     assert "fwd:d192/128:b1:s16384:h16:causal:bf16" in {c.label for c in wide}
+
+
+def test_kernel_family_is_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what would run without FA2CUPY_KERNEL, or with another NVRTC."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_device=lambda: 0)))
+    monkeypatch.setattr(driver, "device_info", lambda index: variants.device_of("sm_90a"))
+    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "13.0.88 CL-1")
+    case = cases.grid()[0]
+    assert peers.kernel_family(case) == "sm90"
+    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
+    assert peers.kernel_family(case) == "sm80"
+    monkeypatch.delenv("FA2CUPY_KERNEL")
+    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "12.6.85 CL-1")
+    with warnings.catch_warnings(record=True):
+        assert peers.kernel_family(case) == "sm80"
 
 
 def test_a_peer_that_raises_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +188,10 @@ def _records(speeds: dict[str, float], chosen: list[Case] | None = None) -> list
 
 def test_a_record_has_the_keys_and_no_others() -> None:
     case = cases.grid()[0]
-    record = results.make_record(RUN, "fa2cupy", case, 0.5, case.flops, "NVIDIA H200", "abc", "sm80")
+    record = results.make_record(RUN, "fa2cupy", case, 0.5, case.flops, "NVIDIA H200", "abc", "sm80", None, "13.0.88")
     assert list(record) == KEYS
     assert record["date"] == "2026-01-02" and record["kernel"] == "sm80" and record["workspace_bytes"] is None
+    assert record["nvrtc"] == "13.0.88"
     assert record["tflops"] == round(case.flops / 0.5 / 1e9, 1)
     assert list(GEMM) == KEYS and GEMM["mode"] is None and GEMM["tflops"] == pytest.approx(785, abs=1)
     json.dumps([record, GEMM])
@@ -214,8 +234,9 @@ def test_committed_results_have_no_cell_twice_in_a_run() -> None:
         records = results.load(path)
         for run in {r["run"] for r in records}:
             results.by_cell([r for r in records if r["run"] == run])
-        older = [key for key in KEYS if key != "workspace_bytes"]
-        assert all(list(r) in (KEYS, older) for r in records), path
+        newer = ("nvrtc", "workspace_bytes")
+        allowed = [[key for key in KEYS if key not in newer[:n]] for n in range(len(newer) + 1)]
+        assert all(list(r) in allowed for r in records), path
     assert sum(p.stat().st_size for p in results.RESULTS.glob("*")) < 5 << 20
 
 
