@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -172,12 +173,10 @@ def _defines(
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the table, at its `head_dims_of_rows`: causal, full and deterministic, with the kernels beside it.
-
-    The main kernel twice each: writing dk and dv, and writing its part of them.
-    """
+    """Every row of the table, at its `head_dims_of_rows`: causal and full, deterministic and not, each writing dk and dv
+    or its part of them, with the kernels beside it."""
     jobs = []
-    kinds = [(c, d, partial) for c, d in ((False, False), (True, False), (True, True)) for partial in (False, True)]
+    kinds = list(itertools.product((False, True), repeat=3))
     for tile, head_dim, head_dim_v in head_dims_of_rows(BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]):
         shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
         label = f"{dtype} {plans.head_dim_label(head_dim, head_dim_v)} {shape}"

@@ -137,7 +137,12 @@ def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
 
 
 def _order(
-    problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int, cache_share: int, blocks_per_sm: float
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    rows: int,
+    block_m: int,
+    cache_share: int = 1,
+    blocks_per_sm: float = plans.BLOCKS_PER_SM,
 ) -> tuple[int, Shape]:
     """How many tiles there are, and in which order they are taken (`tile_of` in CUDA): sections whose keys and values
     fit 1 / cache_share of the L2 cache, with at least so many tiles for each multiprocessor."""
@@ -157,7 +162,7 @@ def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, e
     params = FwdParams()
     for name in _POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m, 1, 4)
+    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     params.head_dim_v = problem.head_dim_v
     row = _row_bytes(problem)
@@ -179,7 +184,7 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
     params = FwdTmaParams()
     for name in _SM90_POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, rows, tile.block_m, 3, 1.5)
+    tiles, params.shape = _order(problem, device, rows, tile.block_m, cache_share=3, blocks_per_sm=1.5)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
     arrays = _arrays(problem, rows)

@@ -19,6 +19,7 @@ from fa2cupy.kernels.tiles import padded_head_dim
 from fa2cupy.problem import AttentionProblem
 
 __all__ = [
+    "BLOCKS_PER_SM",
     "CompileJob",
     "KernelLaunch",
     "Plan",
@@ -33,6 +34,7 @@ __all__ = [
 
 Launchable = Callable[[tuple[int, ...], int], None]
 
+BLOCKS_PER_SM = 4  # thread blocks for each multiprocessor that a section of a causal problem is to have
 _FILL_THREADS = 256
 
 
@@ -223,7 +225,12 @@ def head_dim_label(head_dim: int, head_dim_v: int) -> str:
 
 
 def heads_per_section(
-    device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int, blocks_per_sm: float = 4
+    device: DeviceInfo,
+    causal: bool,
+    heads: int,
+    blocks_per_head: int,
+    bytes_per_head: int,
+    blocks_per_sm: float = BLOCKS_PER_SM,
 ) -> int:
     """Heads whose blocks are interleaved, so that a causal problem's long blocks start first.
 

@@ -221,7 +221,7 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
         BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks per multiprocessor", 4),
         BwdTile(128, 64, 128, 8, 2, 1, 2, "16 keys per warp; two warps for 32 keys need 177 KB", 4),
         BwdTile(192, 64, 64, 8, 1, 4, 2, "117 KB; two stages need 169 KB"),
-        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB", 104),
+        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB", 124),
     ),
     101376: (
         BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; 32x128 spills 112 bytes on sm_120"),

@@ -15,6 +15,7 @@ import torch
 
 import fa2cupy
 from benchmarks import bench, peers, results
+from fa2cupy.jit import compiler
 from fa2cupy.jit.driver import DeviceInfo
 from tests import reference
 from tests.gpu import cases, compile_ahead, oracle, runner
@@ -164,6 +165,7 @@ def bench_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(peers, "make_tensors", make_tensors)
     monkeypatch.setattr(peers, "kernel_family", lambda case: "sm80")
+    monkeypatch.setattr(compiler, "nvrtc_build", lambda: "13.0.88 CL-1")
     monkeypatch.setattr(bench, "TorchClock", _Clock)
     monkeypatch.setattr(bench, "measure_gemm", lambda *_: 1.4)
 
@@ -175,7 +177,8 @@ CELLS = "fwd:d64:b1:s64:h2:causal,bwd:d64:b1:s64:h2:causal"
 def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--cases", CELLS, "--bursts", "2", "--out", str(tmp_path), "--commit", "abc"]) == 0
     printed = capsys.readouterr().out
-    assert "left out: fa3" in printed and "left out: fa4" in printed and "not run by cudnn" in printed
+    assert "left out: fa3" in printed and "left out: fa4" in printed and "does not run: cudnn (" in printed
+    assert "NVRTC 13.0.88 CL-1" in printed
     assert "bwd fa2cupy/fa2" in printed and "(workspace 0 bytes)" in printed
     records = results.load(tmp_path / "made-up-1.jsonl")
     assert [r["workspace_bytes"] for r in records] == [None, None, None, 0, None]  # 0: ours ran on the CPU
@@ -183,6 +186,7 @@ def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("gemm", None, None),
         ("fa2cupy", "fwd", "sm80"), ("fa2", "fwd", None), ("fa2cupy", "bwd", "sm80"), ("fa2", "bwd", None),
     ]  # fmt: skip
+    assert all(r["nvrtc"] == ("13.0.88 CL-1" if r["peer"] == "fa2cupy" else None) for r in records)
     assert {r["commit"] for r in records} == {"abc"} and len({r["run"] for r in records}) == 1
     with pytest.raises(results.DuplicateCellError):  # before anything is measured
         bench.main(["--cases", CELLS, "--out", str(tmp_path), "--run", str(records[0]["run"])])
