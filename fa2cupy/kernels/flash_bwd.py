@@ -173,8 +173,8 @@ def _defines(
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the table, at its `head_dims_of_rows`: causal and full, deterministic and not, each writing dk and dv
-    or its part of them, with the kernels beside it."""
+    """Every row of the table, at its `head_dims_of_rows`: causal and full, deterministic and not, each writing dk and
+    dv or its part of them, with the kernels beside it."""
     jobs = []
     kinds = list(itertools.product((False, True), repeat=3))
     for tile, head_dim, head_dim_v in head_dims_of_rows(BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]):
