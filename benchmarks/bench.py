@@ -1,9 +1,9 @@
 """Ours and the peers, timed in turns in one run. Needs a GPU and torch; a peer that is not here is left out by name.
 
-    python benchmarks/bench.py                               all 72 cells, every peer, results/<gpu>.jsonl and .png
-    python benchmarks/bench.py --modes bwd --head-dims 128   a part of the grid
-    python benchmarks/bench.py --cases gqa,thin,head_dims    the extra cells
-    python benchmarks/bench.py --part 1/2                    half of the cells; the command for the rest is printed
+    python benchmarks/bench.py                                  all 72 cells, every peer, results/<gpu>.jsonl and .png
+    python benchmarks/bench.py --modes bwd --head-dims 128      a part of the grid
+    python benchmarks/bench.py --cases gqa,thin,head_dims,wide  extra cells
+    python benchmarks/bench.py --part 1/2                       half of the cells; prints the command for the rest
 
 How it is timed is in timing.py, what each library is in peers.py, what a record holds in results.py.
 """
@@ -27,6 +27,7 @@ from benchmarks import cases as case_module
 from benchmarks import peers, plot, results
 from benchmarks.cases import Case
 from benchmarks.timing import Clock, TorchClock, take_turns
+from fa2cupy.jit import compiler
 
 GEMM_SIZE = 8192
 GEMM_FLOPS = 2.0 * GEMM_SIZE**3
@@ -162,22 +163,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, reason in absent.items():
         print(f"left out: {name} ({reason})")
     names = [n for n in args.peers if n not in absent and n != "gemm"]
-    with_gemm = "gemm" in args.peers and args.part[0] == 1
+    for name in peers.FORWARD_ONLY:
+        if name in names and any(c.mode == "bwd" for c in args.selected):
+            print(f"left out of bwd: {name} (it has no backward)")
+    with_gemm = "gemm" in args.peers and not file.has(run, "gemm", None)  # once in a run
     for case in args.selected:
         for name in names:
             file.check(run, name, case)
-    if with_gemm:
-        file.check(run, "gemm", None)
+    with_ours = any(n.startswith("fa2cupy") for n in names)
+    nvrtc = compiler.nvrtc_build() if with_ours else None
     seconds = estimated_seconds(args.selected, len(names), args.bursts, args.burst_ms)
     print(
-        f"run {run}, commit {commit}, {gpu}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}\n"
+        f"run {run}, commit {commit}, {gpu}, NVRTC {nvrtc or 'not needed'}, torch {torch.__version__}, "
+        f"cuDNN {torch.backends.cudnn.version()}\n"
         f"{len(args.selected)} cells x {len(names)} libraries, about {seconds:.0f} s after compiling; into {path}",
         flush=True,
     )
 
     start = time.monotonic()
     fa4_ready = peers.warm_fa4_cache(args.selected, min(6, os.cpu_count() or 1)) if "fa4" in names else lambda: None
-    if any(n.startswith("fa2cupy") for n in names):
+    if with_ours:
         compile_ours(args.selected)
     fa4_ready()
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
@@ -191,9 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in tqdm(args.selected, desc="cells", ascii=" -", disable=None):
         times, workspaces, refused, remark = measure(case, names, clock, args.bursts, args.burst_ms)
         for name, ms in times.items():
-            kernel = peers.kernel_family(case) if name.startswith("fa2cupy") else None
-            size = workspaces.get(name)
-            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, kernel, size))
+            ours = (peers.kernel_family(case), workspaces.get(name), nvrtc) if name.startswith("fa2cupy") else ()
+            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, *ours))
         speeds = "  ".join(
             f"{name} {case.flops / ms / 1e9:.0f}"
             + (f" (workspace {workspaces[name]} bytes)" if name in workspaces else "")
@@ -201,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         tqdm.write(f"{case.label}: {speeds}" + (f"  ({remark})" if remark else ""))
         for name, reason in refused.items():
-            if not (name == "fa3" and case.mode == "bwd"):
-                tqdm.write(f"  not run by {name}: {reason}")
+            tqdm.write(f"  does not run: {name} ({reason})")
 
     records = [r for r in results.load(path) if r["run"] == run]
     print("\n" + results.summary(records))

@@ -1,7 +1,7 @@
 """What is measured: the grid of 72 cells, the extra cells beside it, and cells named on the command line.
 
 A cell is a shape, a mask, a dtype and a mode (``fwd`` or ``bwd``). FLOPs are counted as the field counts them:
-4 B H S^2 D forward, 2.5 times that backward, half of it if causal.
+2 B H S^2 (D + Dv) forward, 2 B H S^2 (3 D + 2 Dv) backward, half of it if causal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Fwd 2 B H S^2 (D + Dv), bwd 2 B H S^2 (3 D + 2 Dv), half if causal; 4 and 10 B H S^2 D if D = Dv."""
+        """Of its matrix products; 4 B H S^2 D forward and 10 backward if D = Dv."""
         d, dv = self.head_dim, self.head_dim_v
         width = d + dv if self.mode == "fwd" else 3 * d + 2 * dv
         return 2.0 * self.batch * self.num_heads * self.seqlen**2 * width / (2 if self.causal else 1)
@@ -94,12 +94,31 @@ def _head_dims() -> list[Case]:
     ]
 
 
+def _wide() -> list[Case]:
+    """Head dims 96, 192, and 192 with values of 128, at two lengths; 16 heads, batch x seqlen = 16,384."""
+    return [
+        c
+        for d, dv in ((96, 96), (192, 192), (192, 128))
+        for causal in (False, True)
+        for s in (4096, 16384)
+        for c in _both(Case("fwd", d, s, causal, TOKENS // s, 16, 16, head_dim_v=dv))
+    ]
+
+
 def _tiny() -> list[Case]:
     """One small cell of each mode: a quick look at whether everything runs."""
     return _both(Case("fwd", 64, 512, True, 2, 4, 4))
 
 
-CASE_SETS = {"grid": grid, "gqa": _gqa, "fp16": _fp16, "thin": _thin, "head_dims": _head_dims, "tiny": _tiny}
+CASE_SETS = {
+    "grid": grid,
+    "gqa": _gqa,
+    "fp16": _fp16,
+    "thin": _thin,
+    "head_dims": _head_dims,
+    "wide": _wide,
+    "tiny": _tiny,
+}
 
 _SPEC = re.compile(
     r"(?P<mode>fwd|bwd):d(?P<d>\d+)(/(?P<dv>\d+))?:b(?P<b>\d+):s(?P<s>\d+):h(?P<h>\d+)(/(?P<hk>\d+))?"

@@ -22,6 +22,7 @@ from benchmarks.cases import Case, parse_case
 
 __all__ = [
     "DEFAULT",
+    "FORWARD_ONLY",
     "NAMES",
     "Tensors",
     "calls",
@@ -37,6 +38,7 @@ Call = Callable[[], Any]
 DEFAULT = ("fa2cupy", "fa2", "cudnn", "fa3", "fa4", "gemm")
 # fa2cupy-deterministic is ours with deterministic=True, to be set against fa2cupy itself; backward only.
 NAMES = (*DEFAULT, "fa2cupy-deterministic")
+FORWARD_ONLY = ("fa3",)  # the wheel has no backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,6 @@ def _sdpa(backend: str) -> Callable[[Case, Tensors], Call]:
 def _fa3(case: Case, t: Tensors) -> Call:
     from fa3_fwd_interface import flash_attn_func
 
-    if case.mode == "bwd":
-        raise ValueError("this wheel has no backward")
     q, k, v = t.q.detach(), t.k.detach(), t.v.detach()
 
     def forward() -> Any:
@@ -154,11 +154,14 @@ _MAKERS: dict[str, Callable[[Case, Tensors], Call]] = {
 
 
 def calls(case: Case, tensors: Tensors, names: Iterable[str]) -> tuple[dict[str, Call], dict[str, str]]:
-    """(name -> call, name -> why that peer does not run this case). Each call has run once; ours may not fail."""
+    """(name -> call, name -> why that peer does not run this case). Each call has run once; ours may not fail.
+
+    What has no such mode at all (FORWARD_ONLY, deterministic forward) is in neither.
+    """
     ready: dict[str, Call] = {}
     refused: dict[str, str] = {}
     for name in names:
-        if name == "fa2cupy-deterministic" and case.mode == "fwd":
+        if name in (("fa2cupy-deterministic",) if case.mode == "fwd" else FORWARD_ONLY):
             continue
         try:
             call = _MAKERS[name](case, tensors)
@@ -173,14 +176,18 @@ def calls(case: Case, tensors: Tensors, names: Iterable[str]) -> tuple[dict[str,
 
 
 def kernel_family(case: Case) -> str:
-    """``sm80`` or ``sm90``: the directory of the source that ours runs for this case on the current GPU."""
+    """``sm80`` or ``sm90``: the directory of the source that ours runs for this case, here and now.
+
+    That depends on the current GPU, on FA2CUPY_KERNEL and on the NVRTC in use.
+    """
     import torch
 
-    from benchmarks.plans import plan_of
-    from fa2cupy.jit import driver
+    from benchmarks.plans import problem_of
+    from fa2cupy import calls, env, first_call
 
-    launches = plan_of(case, driver.device_info(torch.cuda.current_device())).launches
-    families = (str(launch.source).partition("/")[0] for launch in launches)
+    operation = calls.FORWARD if case.mode == "fwd" else calls.BACKWARD
+    plan = first_call._plan(operation.name, problem_of(case), torch.cuda.current_device(), False, env.kernel())
+    families = (str(launch.source).partition("/")[0] for launch in plan.launches)
     return next(family for family in families if family != "smxx")  # smxx: kernels of any architecture
 
 

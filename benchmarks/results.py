@@ -21,6 +21,7 @@ __all__ = [
     "Results",
     "commit",
     "file_name",
+    "gemm_tflops",
     "geometric_mean",
     "load",
     "make_record",
@@ -35,7 +36,7 @@ OURS = "fa2cupy"
 DETERMINISTIC = "fa2cupy-deterministic"  # ours with deterministic=True, measured on request
 PEERS = ("fa2", "cudnn", "fa3", "fa4")
 CELL_KEYS = ("mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads", "num_heads_k")
-KEYS = ("run", "peer", "kernel", *CELL_KEYS, "ms", "tflops", "workspace_bytes", "gpu", "date", "commit")
+KEYS = ("run", "peer", "kernel", "nvrtc", *CELL_KEYS, "ms", "tflops", "workspace_bytes", "gpu", "date", "commit")
 
 Record = dict[str, object]
 
@@ -81,10 +82,11 @@ def make_record(
     commit: str,
     kernel: str | None = None,
     workspace_bytes: int | None = None,
+    nvrtc: str | None = None,
 ) -> Record:
-    """A line of the results. case is None for the GEMM; kernel (sm80, sm90) is for ours. Milliseconds and TFLOP/s.
+    """A line of the results. case is None for the GEMM. Milliseconds and TFLOP/s.
 
-    workspace_bytes: of our backward; None where it is not known.
+    Of ours alone: kernel (sm80, sm90), nvrtc (the build that compiled it), workspace_bytes (of the backward).
     """
     cell = {key: getattr(case, key) if case is not None else None for key in CELL_KEYS}
     if case is None:
@@ -93,6 +95,7 @@ def make_record(
         "run": run,
         "peer": peer,
         "kernel": kernel,
+        "nvrtc": nvrtc,
         **cell,
         "ms": round(ms, 5),
         "tflops": round(flops / ms / 1e9, 1),
@@ -132,12 +135,14 @@ class Results:
         self.path = path
         self._seen = {(r["run"], r["peer"], _cell(r)) for r in load(path)}
 
-    def check(self, run: str, peer: str, case: Case | None) -> None:
+    def has(self, run: str, peer: str, case: Case | None) -> bool:
+        """Whether this was measured already; case is None for the GEMM."""
+        return (run, peer, _cell(make_record(run, peer, case, 1.0, 1.0, "", ""))) in self._seen
+
+    def check(self, run: str, peer: str, case: Case) -> None:
         """DuplicateCellError if this was measured already: asked before the GPU is, not only after."""
-        dtype_only = make_record(run, peer, case, 1.0, 1.0, "", "")
-        if (run, peer, _cell(dtype_only)) in self._seen:
-            name = case.label if case is not None else "the GEMM"
-            raise DuplicateCellError(f"{peer} {name} is already in run {run} of {self.path}")
+        if self.has(run, peer, case):
+            raise DuplicateCellError(f"{peer} {case.label} is already in run {run} of {self.path}")
 
     def append(self, record: Record) -> None:
         if set(record) != set(KEYS):
@@ -195,6 +200,11 @@ def forward_and_backward(
     return result
 
 
+def gemm_tflops(records: Iterable[Mapping[str, object]]) -> float | None:
+    """What the GEMM reached in the run of these records; None where it was not measured."""
+    return next((float(str(r["tflops"])) for r in records if r["peer"] == "gemm"), None)
+
+
 def describe(cell: Sequence[object]) -> str:
     """A cell in a few characters, for tables: ``D64 S512 causal``, and what is not the grid's own."""
     _, d, dv, s, causal, dtype, b, h, hk = cell
@@ -217,11 +227,12 @@ def _line(title: str, values: Mapping[tuple[object, ...], float], with_mode: boo
 def summary(records: Sequence[Mapping[str, object]]) -> str:
     """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run.
 
-    Beside a backward cell the bytes of our workspace, which records of before 2026-11-22 do not have.
+    GEMM is that of the run. Beside a backward cell the bytes of our workspace, which records of before 2026-11-22 do
+    not have.
     """
     flops = {(_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None}
     workspaces = {_cell(r): r["workspace_bytes"] for r in records if r["peer"] == OURS and "workspace_bytes" in r}
-    gemm = [float(str(r["tflops"])) for r in records if r["peer"] == "gemm"]
+    gemm = gemm_tflops(records)
     present = dict.fromkeys(str(r["peer"]) for r in records)
     peers = [p for p in PEERS if p in present]
     names = [OURS, *peers, *([DETERMINISTIC] if DETERMINISTIC in present else [])]
@@ -233,7 +244,7 @@ def summary(records: Sequence[Mapping[str, object]]) -> str:
         lines.append(
             f"{mode}, TFLOP/s".ljust(30)
             + "".join(f"{n.removeprefix('fa2cupy-')[:8]:>9s}" for n in names)
-            + "   ours/fa2  ours/best"
+            + "   ours/fa2  ours/best  ours/GEMM"
             + ("  workspace bytes" if mode == "bwd" else "")
         )
         for cell in cells:
@@ -241,8 +252,8 @@ def summary(records: Sequence[Mapping[str, object]]) -> str:
             row += "".join(f"{flops[cell, n]:9.0f}" if (cell, n) in flops else f"{'-':>9s}" for n in names)
             mine, fa2 = flops.get((cell, OURS)), flops.get((cell, "fa2"))
             others = [flops[cell, p] for p in peers if (cell, p) in flops]
-            row += f"{mine / fa2:11.3f}" if mine and fa2 else f"{'-':>11s}"
-            row += f"{mine / max(others):11.3f}" if mine and others else f"{'-':>11s}"
+            for other in (fa2, max(others, default=None), gemm):
+                row += f"{mine / other:11.3f}" if mine and other else f"{'-':>11s}"
             if mode == "bwd":
                 size = workspaces.get(cell)
                 row += f"{'-' if size is None else size:>17}"
@@ -259,5 +270,5 @@ def summary(records: Sequence[Mapping[str, object]]) -> str:
     if together:
         lines.append(_line("fwd + bwd ours/best library", together, with_mode=False))
     if gemm:
-        lines.append(f"GEMM 8192^3 bf16: {gemm[0]:.0f} TFLOP/s")
+        lines.append(f"GEMM 8192^3 bf16: {gemm:.0f} TFLOP/s")
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def attention(
             device. float16 or bfloat16; on the CPU also float32 and float64. head_dim is 1 to 256, odd ones included.
         k: (batch, seqlen_k, num_heads_k, head_dim). num_heads must be a multiple of num_heads_k (GQA, MQA): query
             head h uses key head h // (num_heads // num_heads_k).
-        v: (batch, seqlen_k, num_heads_k, head_dim_v), for now with head_dim_v = head_dim.
+        v: (batch, seqlen_k, num_heads_k, head_dim_v). head_dim_v is 1 to 256; it need not be head_dim.
         causal: mask the keys that come after the query. A bool.
         softmax_scale: a finite number, of either sign or 0; None is head_dim ** -0.5. An array is a TypeError, because
             reading it from a GPU would wait for it.

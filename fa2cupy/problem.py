@@ -146,17 +146,18 @@ class Sizes:
         shapes = {name: _bshd(name, ref.shape, layout) for name, ref in (("q", q), ("k", k), ("v", v))}
         batch, seqlen_q, num_heads, head_dim = shapes["q"]
         _, seqlen_k, num_heads_k, _ = shapes["k"]
-        if not 1 <= head_dim <= MAX_HEAD_DIM:
-            raise InvalidArgument(f"q has head_dim {head_dim}, which is not supported: 1 to {MAX_HEAD_DIM}")
+        head_dim_v = shapes["v"][3]
+        for name, what, width in (("q", "head_dim", head_dim), ("v", "head_dim_v", head_dim_v)):
+            if not 1 <= width <= MAX_HEAD_DIM:
+                raise InvalidArgument(f"{name} has {what} {width}, which is not supported: 1 to {MAX_HEAD_DIM}")
         for name in ("k", "v"):
             if shapes[name][0] != batch:
                 raise InvalidArgument(f"{name} has batch {shapes[name][0]} but q has {batch}: they must be equal")
-            if shapes[name][3] != head_dim:
-                other = "; a head_dim_v of its own is not supported yet" if name == "v" else ""
-                raise InvalidArgument(
-                    f"{name} has head_dim {shapes[name][3]} but q has {head_dim}: they must be equal{other} "
-                    f"(layout={layout!r} means {_LAYOUTS[layout]})"
-                )
+        if shapes["k"][3] != head_dim:
+            raise InvalidArgument(
+                f"k has head_dim {shapes['k'][3]} but q has {head_dim}: they must be equal "
+                f"(layout={layout!r} means {_LAYOUTS[layout]})"
+            )
         for axis, what in ((1, "seqlen"), (2, "num_heads")):
             if shapes["v"][axis] != shapes["k"][axis]:
                 raise InvalidArgument(
@@ -176,7 +177,7 @@ class Sizes:
         ):
             if length > _MAX_LENGTH:
                 raise InvalidArgument(f"{name} has {what} {length}, which is not supported: at most {_MAX_LENGTH}")
-        return cls(batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, shapes["v"][3])
+        return cls(batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v)
 
     def shape(self, name: str, layout: str) -> tuple[int, ...]:
         """The shape, in the user's layout, of a tensor of this problem: 'dq', 'out', ..., 'lse' (no layout)."""

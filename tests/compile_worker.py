@@ -1,17 +1,21 @@
 """Compile kernels with one exact NVRTC, in a process of its own; test_compile.py starts it.
 
-    python -m tests.compile_worker <libnvrtc> <release> <arch> sample|all <threads>
+    python -m tests.compile_worker <folder of libnvrtc> <release> <arch> sample|all <threads>
 
-prints one line of JSON per kernel. CuPy uses whichever NVRTC is loaded already, so the library is loaded first.
+prints one line of JSON per kernel.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+from fa2cupy.jit import compile_many
+from fa2cupy.kernels import compile_jobs
+from tests import nvrtc
 
 # Architectures of which CI compiles every bfloat16 row; of the others, and of float16, a fixed quarter.
 EVERY_ROW = ("sm_80", "sm_86", "sm_90", "sm_90a")
@@ -26,15 +30,8 @@ def in_sample(job: Any) -> bool:
 
 
 def main() -> None:
-    library, release, arch, which, threads = sys.argv[1:]
-    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-
-    from fa2cupy.jit import compile_many, compiler
-    from fa2cupy.kernels import compile_jobs
-
-    build = compiler.nvrtc_build()
-    if not build.startswith(f"{release}."):
-        sys.exit(f"CuPy uses NVRTC {build} where {library} was loaded")
+    folder, release, arch, which, threads = sys.argv[1:]
+    nvrtc.use(Path(folder), release)
     jobs = [job for job in compile_jobs(arch, True) if which == "all" or in_sample(job)]
     for result in compile_many(jobs, max_workers=int(threads)):
         job, resources = result.job, result.resources

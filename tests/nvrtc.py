@@ -4,10 +4,13 @@
 
 installs those that this environment lacks, each in a directory of its own below `sys.prefix`, where nothing finds it by
 accident. Needs pip and, once, a network or a mirror; no GPU. Standard library only.
+
+`use` lets a process compile with one of them, or with any other: see with_nvrtc.py.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import shutil
 import subprocess
@@ -29,6 +32,21 @@ def library(version: str) -> Path | None:
     candidates = [Path(str(file.locate())) for file in own if file.name == pattern]
     candidates += sorted(_directory(version).glob(f"nvidia/*/lib/{pattern}"))
     return next((path for path in candidates if path.is_file()), None)
+
+
+def use(folder: Path, version: str) -> str:
+    """Compile with the libnvrtc of this folder in this process; its build. Exits if that is not of release `version`.
+
+    To be called before anything else loads an NVRTC: CuPy takes the newest that is loaded, and torch may load its own.
+    """
+    for path in (*folder.glob("libnvrtc-builtins.so.*"), *folder.glob("libnvrtc.so.*")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    from fa2cupy.jit import compiler
+
+    build = compiler.nvrtc_build()
+    if not f"{build.split()[0]}.".startswith(f"{version}."):
+        sys.exit(f"CuPy uses NVRTC {build}, not the {version} that {folder} was to have")
+    return build
 
 
 def install(version: str) -> None:

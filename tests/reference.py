@@ -32,6 +32,7 @@ SEQLENS = (
 )  # fmt: skip
 SEQLENS_BOTH_WAYS = tuple(sorted({pair for sq, sk in SEQLENS for pair in ((sq, sk), (sk, sq))}))  # (seqlen_q, seqlen_k)
 HEAD_DIMS = (8, 16, 32, 40, 59, 64, 72, 80, 96, 111, 112, 128, 160, 192, 224, 256)
+HEAD_DIM_PAIRS = ((192, 128), (64, 128), (40, 72), (56, 64), (256, 64), (59, 16))  # (head_dim, head_dim_v)
 HEADS = ((1, 1), (4, 4), (6, 3), (8, 2), (6, 1), (7, 7))  # (num_heads, num_heads_k)
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import fa2cupy
 import fa2cupy.jit
 from fa2cupy import calls, first_call
+from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import compiler
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
@@ -56,6 +57,21 @@ def test_numpy(dtype: str, causal: bool, layout: str) -> None:
 
 def _stored(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(19, 8), (8, 19)])
+def test_head_dim_of_v(head_dim: int, head_dim_v: int) -> None:
+    for layout in ("bshd", "bhsd"):
+        x = make_inputs(1, 7, 5, dtype="float32", heads=(4, 2), head_dim=head_dim, head_dim_v=head_dim_v)
+        expect(*x, causal=True).check(**both(x, layout, causal=True))
+    out, dv = np.empty((2, 7, 4, head_dim_v), np.float32), np.empty((2, 5, 2, head_dim_v), np.float32)
+    assert fa2cupy.attention(*x[:3], out=out) is out
+    out, lse = fa2cupy.attention(*x[:3], return_lse=True)
+    assert fa2cupy.attention_backward(x.dout, *x[:3], out, lse, dv=dv)[2] is dv
+    with pytest.raises(InvalidArgument, match=rf"out has shape \(2, 7, 4, {head_dim}\): .*, {head_dim_v}\) is needed"):
+        fa2cupy.attention(*x[:3], out=np.empty((2, 7, 4, head_dim), np.float32))
+    with pytest.raises(InvalidArgument, match=rf"dv has shape \(2, 5, 2, {head_dim}\): .*, {head_dim_v}\) is needed"):
+        fa2cupy.attention_backward(x.dout, *x[:3], out, lse, dv=np.empty((2, 5, 2, head_dim), np.float32))
 
 
 def test_uint16_in_uint16_out() -> None:
@@ -203,6 +219,33 @@ def test_cupy(gpu: FakeGpu, dtype: str, causal: bool, layout: str) -> None:
         assert (problem.dtype, problem.causal, problem.head_dim) == (named, causal, 19)
         assert not problem.aligned
         assert {"deterministic": gpu.last.deterministic} == {"deterministic": False}
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(24, 16), (16, 24)])
+def test_cupy_head_dim_of_v(gpu: FakeGpu, head_dim: int, head_dim_v: int, layout: str) -> None:
+    stored = make_inputs(1, 7, 5, dtype="float16", heads=(4, 2), head_dim=head_dim, head_dim_v=head_dim_v)
+    results = gpu_both(Inputs(*map(to_cupy, stored)), layout, causal=True)
+    expect(*stored, causal=True).check(**results)
+    problem = gpu.last.problem
+    assert (problem.head_dim, problem.head_dim_v, problem.aligned) == (head_dim, head_dim_v, True)
+    assert problem.softmax_scale == head_dim**-0.5
+
+
+def test_outputs_may_interleave_with_inputs_of_another_width(gpu: FakeGpu) -> None:
+    """k and dv beside each other in one buffer: their ranges meet, their elements do not."""
+    stored = make_inputs(2, 5, 7, dtype="float16", heads=(2, 2), head_dim=24, head_dim_v=16)
+    q, k, v, dout = map(to_cupy, stored)
+    packed = cupy_array((2, 7, 2, 40), np.float16)
+    host_view(packed[..., :24])[...] = stored.k
+    k, dv = packed[..., :24], packed[..., 24:]
+    out, lse = fa2cupy.attention(q, k, v, return_lse=True)
+    dq, dk, got = fa2cupy.attention_backward(dout, q, k, v, out, lse, dv=dv)
+    assert got is dv
+    views = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    expect(*stored).check(**{name: host_view(array) for name, array in views.items()})
+    with pytest.raises(InvalidArgument, match="dv shares memory with k"):
+        fa2cupy.attention_backward(dout, q, k, v, out, lse, dv=packed[..., 23:39])
 
 
 def test_one_launch_with_the_pointers_of_the_arrays(gpu: FakeGpu) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import bench, cases, host_cost, plot, results, timing, variants
+from benchmarks import bench, cases, host_cost, peers, plot, results, timing, variants
 from benchmarks.cases import Case
+from fa2cupy import jit
+from fa2cupy.jit import driver
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = [
-    "run", "peer", "kernel", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads",
-    "num_heads_k", "ms", "tflops", "workspace_bytes", "gpu", "date", "commit",
+    "run", "peer", "kernel", "nvrtc", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch",
+    "num_heads", "num_heads_k", "ms", "tflops", "workspace_bytes", "gpu", "date", "commit",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,13 +54,60 @@ def test_labels_are_specifications() -> None:
         cases.parse_case("fwd:128")
 
 
+def test_wide_cells() -> None:
+    wide = cases.CASE_SETS["wide"]()
+    assert len(wide) == len(set(wide)) == 3 * 2 * 2 * 2
+    assert {(c.head_dim, c.head_dim_v) for c in wide} == {(96, 96), (192, 192), (192, 128)}
+    assert all(c.batch * c.seqlen == 16384 and c.num_heads == c.num_heads_k == 16 for c in wide)
+    assert "fwd:d192/128:b1:s16384:h16:causal:bf16" in {c.label for c in wide}
+
+
+def test_kernel_family_is_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what would run without FA2CUPY_KERNEL, or with another NVRTC."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_device=lambda: 0)))
+    monkeypatch.setattr(driver, "device_info", lambda index: variants.device_of("sm_90a"))
+    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "13.0.88 CL-1")
+    case = cases.grid()[0]
+    assert peers.kernel_family(case) == "sm90"
+    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
+    assert peers.kernel_family(case) == "sm80"
+    monkeypatch.delenv("FA2CUPY_KERNEL")
+    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "12.6.85 CL-1")
+    with warnings.catch_warnings(record=True):
+        assert peers.kernel_family(case) == "sm80"
+
+
+def test_a_peer_that_raises_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(case: Case, tensors: object) -> Callable[[], object]:
+        if case.head_dim != case.head_dim_v:
+            raise RuntimeError("No available kernel.\nAborting execution.")
+        return lambda: "out"
+
+    for name in ("fa2cupy", "fa2", "fa3"):
+        monkeypatch.setitem(peers._MAKERS, name, refuse if name == "fa2" else lambda case, tensors: lambda: "out")
+    tensors = peers.Tensors(None, None, None, None)
+    even, uneven = Case("fwd", 192, 64, True, 1, 1, 1), Case("fwd", 192, 64, True, 1, 1, 1, head_dim_v=128)
+    ready, refused = peers.calls(even, tensors, ["fa2cupy", "fa2", "fa3"])
+    assert list(ready) == ["fa2cupy", "fa2", "fa3"] and refused == {}
+    ready, refused = peers.calls(uneven, tensors, ["fa2cupy", "fa2", "fa3"])
+    assert list(ready) == ["fa2cupy", "fa3"] and refused == {"fa2": "RuntimeError: No available kernel."}
+    ready, refused = peers.calls(replace(even, mode="bwd"), tensors, ["fa2", "fa3"])
+    assert list(ready) == ["fa2"] and refused == {}
+    monkeypatch.setitem(peers._MAKERS, "fa2cupy", refuse)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        peers.calls(uneven, tensors, ["fa2cupy"])
+
+
 def test_filters_and_parts() -> None:
     chosen = cases.select(["grid"], ["bwd"], [64, 256], [512], (1, 1))
     assert {(c.mode, c.head_dim, c.seqlen) for c in chosen} == {("bwd", 64, 512), ("bwd", 256, 512)}
     parts = [cases.select(["grid"], [], [], [], (i, 3)) for i in (1, 2, 3)]
     assert sorted(c.label for part in parts for c in part) == sorted(c.label for c in cases.grid())
     assert all(c.dtype == "float16" for c in cases.select(["fp16"], [], [], [], (1, 1)))
-    assert len(cases.select(["gqa", "thin", "head_dims", "fp16"], [], [], [], (1, 1))) == 4 + 4 + 20 + 4
+    extra = {"gqa": 4, "thin": 4, "head_dims": 20, "fp16": 4, "wide": 24}
+    assert all(len(cases.select([name], [], [], [], (1, 1))) == count for name, count in extra.items())
+    # head_dims has some of the same cells.
+    assert len(cases.select(list(extra), [], [], [], (1, 1))) == sum(extra.values()) - 8
     with pytest.raises(ValueError, match="part"):
         cases.select(["grid"], [], [], [], (4, 3))
 
@@ -120,6 +171,7 @@ def test_host_cost_cycles_through_the_buffers() -> None:
 # records
 
 RUN = "2026-01-02T03:04:05Z"
+GEMM = results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc")  # 785 TFLOP/s
 
 
 def _records(speeds: dict[str, float], chosen: list[Case] | None = None) -> list[results.Record]:
@@ -136,13 +188,13 @@ def _records(speeds: dict[str, float], chosen: list[Case] | None = None) -> list
 
 def test_a_record_has_the_keys_and_no_others() -> None:
     case = cases.grid()[0]
-    record = results.make_record(RUN, "fa2cupy", case, 0.5, case.flops, "NVIDIA H200", "abc", "sm80")
+    record = results.make_record(RUN, "fa2cupy", case, 0.5, case.flops, "NVIDIA H200", "abc", "sm80", None, "13.0.88")
     assert list(record) == KEYS
     assert record["date"] == "2026-01-02" and record["kernel"] == "sm80" and record["workspace_bytes"] is None
+    assert record["nvrtc"] == "13.0.88"
     assert record["tflops"] == round(case.flops / 0.5 / 1e9, 1)
-    gemm = results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc")
-    assert list(gemm) == KEYS and gemm["mode"] is None and gemm["tflops"] == pytest.approx(785, abs=1)
-    json.dumps([record, gemm])
+    assert list(GEMM) == KEYS and GEMM["mode"] is None and GEMM["tflops"] == pytest.approx(785, abs=1)
+    json.dumps([record, GEMM])
 
 
 def test_a_cell_measured_twice_is_an_error(tmp_path: Path) -> None:
@@ -159,7 +211,10 @@ def test_a_cell_measured_twice_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(results.DuplicateCellError, match=case.label):
             again.check(RUN, "fa2", case)
         again.check(RUN, "fa2", replace(case, causal=not case.causal))
+        assert not again.has(RUN, "gemm", None)
     assert results.load(path) == [record, {**record, "peer": "fa4"}, {**record, "run": "another"}]
+    file.append(GEMM)
+    assert results.Results(path).has(RUN, "gemm", None) and not file.has("another", "gemm", None)
     with pytest.raises(ValueError, match="keys"):
         file.append({"run": RUN})
     with pytest.raises(results.DuplicateCellError):
@@ -179,8 +234,9 @@ def test_committed_results_have_no_cell_twice_in_a_run() -> None:
         records = results.load(path)
         for run in {r["run"] for r in records}:
             results.by_cell([r for r in records if r["run"] == run])
-        older = [key for key in KEYS if key != "workspace_bytes"]
-        assert all(list(r) in (KEYS, older) for r in records), path
+        newer = ("nvrtc", "workspace_bytes")
+        allowed = [[key for key in KEYS if key not in newer[:n]] for n in range(len(newer) + 1)]
+        assert all(list(r) in allowed for r in records), path
     assert sum(p.stat().st_size for p in results.RESULTS.glob("*")) < 5 << 20
 
 
@@ -200,10 +256,9 @@ def test_summary_names_the_lowest_cell() -> None:
     records = _records({"fa2cupy": 330.0, "fa2": 300.0})
     slow = next(r for r in records if r["peer"] == "fa2cupy" and r["mode"] == "bwd" and r["seqlen"] == 2048)
     slow["ms"] = float(str(slow["ms"])) * 2
-    records.append(results.make_record(RUN, "gemm", None, 1.4, 2 * 8192**3, "NVIDIA H200", "abc"))
     text = results.summary(records)
     assert "bwd fa2cupy/fa2" in text and "lowest 0.550 (D64 S2048 full)" in text
-    assert "GEMM 8192^3 bf16: 785" in text
+    assert "GEMM 8192^3" not in text
     ours = [r for r in records if r["mode"] == "bwd" and r["peer"] == "fa2cupy"]
     text = results.summary([*records, *({**r, "peer": results.DETERMINISTIC} for r in ours)])
     assert "bwd deterministic/default    1.000" in text and "bwd fa2cupy/best peer        1.0" in text
@@ -213,6 +268,19 @@ def test_summary_names_the_lowest_cell() -> None:
     assert sized.replace("1234567", "      -") == unsized
     only_peers = results.summary(_records({"fa2": 300.0, "fa4": 500.0}))
     assert "no cell has both" in only_peers
+
+
+def test_summary_has_the_share_of_the_gemm() -> None:
+    records = _records({"fa2cupy": 330.0, "fa2": 300.0})
+    assert results.gemm_tflops(records) is None
+    text = results.summary([*records, GEMM])
+    assert "GEMM 8192^3 bf16: 785" in text
+    for shares, column in ((results.summary(records), "-"), (text, "0.420")):  # 330 / 785
+        tables = shares.split("\n\n")[:2]
+        titles = [table.splitlines()[0].split() for table in tables]
+        cells = [line.split() for table in tables for line in table.splitlines()[1:]]
+        assert all(title[6] == "ours/GEMM" for title in titles)  # after "fwd, TFLOP/s fa2cupy fa2 ours/fa2 ours/best"
+        assert len(cells) == 72 and all(cell[7] == column for cell in cells)
 
 
 def test_descriptions_show_what_is_not_the_grids() -> None:
@@ -261,7 +329,7 @@ def test_table_of_the_readme(
 ) -> None:
     path, readme = tmp_path / "h200.jsonl", tmp_path / "README.md"
     speeds = {"fa2cupy": 330.0, "fa2": 300.0, "cudnn": 440.0, "fa3": 660.0, "fa4": 500.0}
-    whole = _records(speeds, [*cases.grid(), Case("fwd", 128, 8192, True, 2, 32, 8)])
+    whole = [GEMM, *_records(speeds, [*cases.grid(), Case("fwd", 128, 8192, True, 2, 32, 8)])]
     part = [{**r, "run": "later"} for r in whole if r["head_dim"] == 64]
     path.write_text("".join(json.dumps(r) + "\n" for r in [*whole, *part]))
     readme.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
@@ -270,8 +338,12 @@ def test_table_of_the_readme(
     block = capsys.readouterr().out
     assert readme.read_text() == f"a\n<!-- measured: begin -->\n{block}<!-- measured: end -->\nb\n"
     rows = [line.split(" | ") for line in block.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 3 * 2 * 4 + 1 and {len(row) for row in rows} == {10}  # FA3 has no backward
-    assert rows[-1][2:6] == ["1.100", "0.750", "0.500", "0.660"]
+    assert len(rows) == 2 + 3 * 2 * 4 + 1 and {len(row) for row in rows} == {12}  # FA3 has no backward
+    assert rows[0][1:4] == ["fwd fa2cupy", "fwd of GEMM", "fwd FA2"] and "reaches 785" in block
+    assert all(row[1:4] == ["330", "0.42", "300"] for row in rows[2:-1])
+    assert rows[-1][2:7] == ["0.420", "1.100", "0.750", "0.500", "0.660"]
+    without = plot.readme_block(whole[1:])
+    assert "GEMM of" not in without and "of GEMM" not in without
     assert not path.with_suffix(".png").exists()
     with pytest.raises(ValueError, match="no run has every cell"):
         plot.last_whole_run(part)

@@ -42,10 +42,10 @@ def compile_rows(release: str, arch: str, which: str) -> list[dict[str, Any]]:
     assert library is not None, f"NVRTC {release} is not here: {sys.executable} -m tests.nvrtc"
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    # NVRTC looks for its builtins there; it also keeps this process's note of "the NVRTC that is found" to itself.
+    # Keeps the cache's note of "the NVRTC that this environment finds" to this folder.
     paths = [str(library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
     worker = subprocess.run(
-        [sys.executable, "-m", "tests.compile_worker", str(library), release, arch, which, str(threads)],
+        [sys.executable, "-m", "tests.compile_worker", str(library.parent), release, arch, which, str(threads)],
         env={**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(path for path in paths if path)},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
@@ -109,6 +109,39 @@ def test_every_head_dim_compiles(swapped: bool) -> None:
     assert {job.name for job in jobs.values()} >= {"flash_fwd", "flash_bwd", "fill_empty"}
     errors = [str(result.error) for result in compile_many(jobs.values()) if result.error]
     assert not errors, "\n\n".join(errors)
+
+
+@pytest.mark.parametrize("release", nvrtc.DISTRIBUTIONS)
+def test_with_nvrtc(release: str, tmp_path: Path) -> None:
+    """A program runs with the NVRTC that was named, and with a cache that has nothing else's kernels."""
+    library = nvrtc.library(release)
+    assert library is not None
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from fa2cupy import jit\n"
+        "from fa2cupy.jit.kernel import build\n"
+        "source = jit.Source('k.cu', b'extern \"C\" __global__ void k() {}')\n"
+        "print(sys.argv[1:], jit.wgmma_objection('12.8.93 CL-1') == '', build(source, 'sm_90a', {}).cubin.build)\n"
+    )
+
+    def run(claimed: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tests.with_nvrtc", claimed, str(library.parent), str(script), "--option"],
+            env={**os.environ, "FA2CUPY_CACHE_DIR": str(tmp_path / "cache")},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+
+    done = run(release)
+    assert done.returncode == 0, done.stderr
+    first, printed, last = done.stdout.splitlines()
+    assert first.startswith(f"NVRTC {release}.") and str(tmp_path / "cache") in first
+    assert printed.startswith(f"['--option'] True {release}.")
+    assert last.startswith(f"1 kernels for sm_90a made by NVRTC {release}.")
+    wrong = run("12.1")
+    assert wrong.returncode != 0 and f"CuPy uses NVRTC {release}." in wrong.stderr
 
 
 def problem_of(head_dim: int, aligned: bool) -> AttentionProblem:

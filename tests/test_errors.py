@@ -106,12 +106,13 @@ def test_rank_hint_follows_the_layout(make: Any) -> None:
         ({"v": (2, 8, 2, 16)}, ("v", "seqlen 8", "k has 7", "(batch, seqlen, num_heads, head_dim)")),
         ({"v": (2, 7, 4, 16)}, ("v", "num_heads 4", "k has 2")),
         ({"k": (2, 7, 2, 32)}, ("k", "head_dim 32", "q has 16")),
-        ({"v": (2, 7, 2, 32)}, ("v", "head_dim 32", "q has 16", "not supported yet")),
         ({"k": (2, 7, 3, 16), "v": (2, 7, 3, 16)}, ("q has 4 heads", "k has 3", "multiple")),
         ({"k": (2, 7, 0, 16), "v": (2, 7, 0, 16)}, ("q has 4 heads", "k has 0", "multiple")),
         ({"q": (2, 5, 2, 16), "k": (2, 7, 4, 16), "v": (2, 7, 4, 16)}, ("q has 2 heads", "k has 4")),
         ({"q": (2, 5, 4, 0), "k": (2, 7, 2, 0), "v": (2, 7, 2, 0)}, ("q", "head_dim 0", "1 to 256")),
         ({"q": (2, 5, 4, 264), "k": (2, 7, 2, 264), "v": (2, 7, 2, 264)}, ("q", "head_dim 264", "1 to 256")),
+        ({"v": (2, 7, 2, 0)}, ("v", "head_dim_v 0", "1 to 256")),
+        ({"v": (2, 7, 2, 257)}, ("v", "head_dim_v 257", "1 to 256")),
     ],
 )
 def test_lengths(make: Any, changes: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -126,6 +127,9 @@ def test_layout_is_named_where_it_matters(make: Any) -> None:
 
 @pytest.mark.parametrize("name", ["dout", "out"])
 def test_shapes_in_the_backward(make: Any, name: str) -> None:
+    arrays = backward_inputs(make, v=(2, 7, 2, 8))  # dout and out are as wide as v, not as q
+    wrong = arrays if name == "dout" else {**arrays, "dout": make((2, 5, 4, 8))}
+    backward_fails(InvalidArgument, name, "(2, 5, 4, 16)", "(2, 5, 4, 8) is needed", **wrong)
     backward_fails(
         InvalidArgument,
         name,

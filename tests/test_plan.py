@@ -19,7 +19,7 @@ from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, ForwardPlan, compile_jobs, plan_backward, plan_forward
 from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels.params import BwdParams, FwdParams, FwdTmaParams
+from fa2cupy.kernels.params import BwdParams, FillParams, FwdParams, FwdTmaParams
 from fa2cupy.kernels.tiles import FWD_TILES_SM90, SHARED_MEMORY, FwdTile, FwdTileSm90, forward_tile_sm90
 from fa2cupy.problem import AttentionProblem
 from tests.fake_driver import FakeDriver, FakeMap, fake_driver
@@ -92,6 +92,58 @@ def test_workspace_of_partial_gradients() -> None:
         assert plan.workspace_bytes - one_block.workspace_bytes == 2 * splits * rows * padded * 4
     # The same with one head or many: nothing is kept for parts where there are none.
     assert backward(512, 4096, 128, (32, 32)).workspace_bytes == backward(512, 8192, 128, (32, 32)).workspace_bytes
+
+
+def test_workspace_of_a_head_dim_of_v_of_its_own() -> None:
+    """Parts of dK are as wide as k, those of dV as v; dQ and the statistics do not know v."""
+    for head_dim, head_dim_v, padded in ((192, 128, (192, 128)), (192, 72, (192, 128)), (40, 72, (48, 80))):
+        case = Case(4096, 4001, head_dim, "bfloat16", True, 1, (32, 1), head_dim_v=head_dim_v)
+        one_block = plan_backward(problem_of(case, True), dataclasses.replace(H200, sm_count=1), False)
+        plan = plan_backward(problem_of(case, True), H200, False)
+        rows = -(-4001 // plan.tile.block_n) * plan.tile.block_n * plan.head_splits
+        assert plan.tile is one_block.tile and plan.head_splits > one_block.head_splits == 1
+        assert plan.workspace_bytes - one_block.workspace_bytes == rows * sum(padded) * 4
+        same = dataclasses.replace(case, head_dim_v=None)
+        tile = plan.tile  # the row of the wider of both
+        usual = plan_backward(problem_of(same, True), dataclasses.replace(H200, sm_count=1), False, tile)
+        assert usual.workspace_bytes == one_block.workspace_bytes
+
+
+def test_head_dim_of_v_in_the_backward() -> None:
+    plan = plan_backward(
+        problem_of(Case(300, 200, 192, "float16", True, 1, (8, 1), head_dim_v=120), True), H200, deterministic=False
+    )
+    tile, launches = plan.tile, {launch.name: launch for launch in plan.launches}
+    assert plan.head_splits > 1 and tile.head_dim == 192
+    for name in ("flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess", "flash_bwd_combine"):
+        defines = launches[name].defines
+        assert (defines["FA2_HEAD_DIM"], defines["FA2_HEAD_DIM_V"]) == (192, 128)
+        params = BwdParams.from_buffer_copy(launches[name].params)
+        assert (params.shape.head_dim, params.head_dim_v) == (192, 120)
+    tiles = (tile.block_n + tile.num_stages * tile.block_m) * (200 + 136) * 2
+    scores = 2 * tile.block_n * (tile.block_m + 8) * 2 + 2 * tile.num_stages * tile.block_m * 4
+    assert launches["flash_bwd"].config.shared_mem_bytes == tiles + scores
+    assert launches["flash_bwd_combine"].config.grid == (-(-200 * 192 // 8 // (32 * tile.num_warps)), 2, 1)
+    assert FillParams.from_buffer_copy(launches["fill_empty"].params).head_dim == 192  # dq
+    wider = plan_backward(problem_of(Case(300, 0, 64, "float16", False, head_dim_v=80), True), H200, False)
+    assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64]
+    wider = plan_backward(problem_of(Case(0, 300, 64, "float16", False, head_dim_v=80), True), H200, False)
+    assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64, 80]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
+def test_every_pair_of_head_dims_has_a_tile_that_fits(arch: str) -> None:
+    device = DeviceInfo(0, "", (int(arch[3]), int(arch[4])), 100, SHARED_MEMORY[arch], 40 << 20)
+    for head_dim, head_dim_v in itertools.product(range(8, 257, 8), repeat=2):
+        case = Case(2048, 2048, head_dim, "bfloat16", True, 1, (16, 1), head_dim_v=head_dim_v)
+        launches = plan_forward(problem_of(case, False), device).launches
+        plan = plan_backward(problem_of(case, True), device, False)
+        for launch in launches + plan.launches:
+            assert launch.config.shared_mem_bytes <= SHARED_MEMORY[arch]
+            if launch.arch != "sm_90a":  # where a row's head dims are those of its kernel
+                assert ("FA2_HEAD_DIM_V" in launch.defines) == (head_dim != head_dim_v)
+        for width in plans.padded_head_dims(plan.problem, plan.tile.split):
+            assert width % (16 * plan.tile.split) == 0
 
 
 def test_workspace_grows_no_faster_than_the_sequence() -> None:
@@ -190,6 +242,10 @@ CHOICES = [
     (problem(head_dim=40), H200, None, ""),
     (problem(head_dim=8), H200, None, ""),
     (problem(head_dim=256), H200, None, ""),
+    (problem(head_dim=192, head_dim_v=128), H200, None, ""),
+    (problem(head_dim=64, head_dim_v=128), H200, None, ""),
+    (problem(head_dim_v=59), H200, None, "head_dim_v 59 is not a multiple of 8"),
+    (problem(head_dim_v=59), H200, "sm90", "head_dim_v 59 is not a multiple of 8"),
     (problem(shift=3), H200, None, "an array starts at an address that is not a multiple of 16 bytes"),
     (problem(shift=3), H200, "sm90", "an array starts at an address that is not a multiple of 16 bytes"),
     (problem(shift=8), H200, None, ""),
@@ -263,13 +319,27 @@ def test_rows_of_sm90(causal: bool) -> None:
         (200, 256),
         (256, 256),
     ):
-        assert forward_tile_sm90(head_dim, causal, 1000).head_dim == served
+        row = forward_tile_sm90(head_dim, head_dim, causal, 1000)
+        assert (row.head_dim, row.head_dim_v) == (served, 0)
+    for head_dim, head_dim_v, pair in (
+        (192, 128, (192, 128)),
+        (136, 8, (192, 128)),
+        (128, 64, (128, 0)),
+        (64, 128, (128, 0)),  # Q's buffer has to hold O
+        (192, 136, (192, 0)),
+        (128, 192, (192, 0)),
+        (256, 128, (256, 0)),
+        (8, 256, (256, 0)),
+    ):
+        row = forward_tile_sm90(head_dim, head_dim_v, causal, 1000)
+        assert (row.head_dim, row.head_dim_v) == pair
     for row in FWD_TILES_SM90[causal]:
-        assert row.head_dim in (64, 96, 128, 192, 256)
+        assert (row.head_dim, row.head_dim_v) in ((64, 0), (96, 0), (128, 0), (192, 128), (192, 0), (256, 0))
         assert row.block_m % 64 == row.block_n % 16 == 0
         assert row.num_warps == 4 + row.block_m // 16
-        panels = -(-row.head_dim // 64)
-        tiles = panels * 64 * 2 * (row.num_q_stages * row.block_m + 2 * row.num_kv_stages * row.block_n)
+        panels, panels_v = -(-row.head_dim // 64), -(-(row.head_dim_v or row.head_dim) // 64)
+        q_rows, k_rows = row.num_q_stages * row.block_m, row.num_kv_stages * row.block_n
+        tiles = 64 * 2 * (panels * q_rows + (panels + panels_v) * k_rows)
         assert row.shared_mem_bytes() == tiles + 1024 <= SHARED_MEMORY["sm_90"]
 
 
@@ -349,6 +419,23 @@ def test_maps_skip_the_queries_that_see_no_key(empty: int) -> None:
         assert [each.name for each in plan.launches] == ["flash_fwd"] + ["fill_empty"] * bool(empty)
 
 
+def test_head_dim_of_v_in_launches() -> None:
+    wanted = problem(250, 200, 192, causal=True, head_dim_v=120)
+    launch = main_launch(plan_forward(wanted, H200))
+    assert (launch.defines["FA2_HEAD_DIM"], launch.defines["FA2_HEAD_DIM_V"]) == (192, 128)
+    assert [each.spec.dims[0] for each in launch.tensor_maps] == [192, 192, 120, 120]
+    assert launch.defines["FA2_SHARED_BYTES"] == 1024 * (48 + 2 * (48 + 32) + 1)
+    plan = plan_forward(wanted, H200, family="sm80")
+    launch, tile = main_launch(plan), plan.tile
+    assert tile.head_dim == 192 and plan_forward(problem(head_dim=40, head_dim_v=184), A100).tile.head_dim == 192
+    assert (launch.defines["FA2_HEAD_DIM"], launch.defines["FA2_HEAD_DIM_V"]) == (192, 128)
+    assert launch.config.shared_mem_bytes == 2 * 200 * (tile.block_m + tile.block_n) + 2 * 136 * tile.block_n
+    params = FwdParams.from_buffer_copy(launch.params)
+    assert (params.shape.head_dim, params.head_dim_v) == (192, 120)
+    (fill,) = (each for each in plan.launches if each.name == "fill_empty")
+    assert FillParams.from_buffer_copy(fill.params).head_dim == 120
+
+
 def test_nothing_to_do_on_sm90() -> None:
     for seqlen_q, seqlen_k in ((0, 100), (100, 0), (0, 0)):
         for family in (None, "sm90"):
@@ -365,6 +452,20 @@ def test_jobs_of_sm90a() -> None:
     assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
     planned = main_launch(plan_forward(problem(head_dim=128, causal=True), H200)).defines
     assert dict(planned) in [dict(job.defines) for job in own]
+
+
+@pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
+def test_jobs_of_a_head_dim_of_v_of_its_own(device: DeviceInfo) -> None:
+    arch = plans.architecture(device) + "a" * (device is H200)
+    pairs = [job for job in compile_jobs(arch, True) if "FA2_HEAD_DIM_V" in job.defines]
+    assert {(job.defines["FA2_HEAD_DIM"], job.defines["FA2_HEAD_DIM_V"]) for job in pairs} == {(192, 128)}
+    assert all("head_dim 192/128" in job.label for job in pairs)
+    compiled = [dict(job.defines) for job in pairs]
+    wanted = Case(2048, 2048, 192, "float16", True, head_dim_v=128)
+    launches = plan_forward(problem_of(wanted, False), device).launches
+    for deterministic in (False, True):
+        launches += plan_backward(problem_of(wanted, True), device, deterministic).launches
+    assert all(launch.defines in compiled for launch in launches)
 
 
 # ---- and its launches ------------------------------------------------------------------------------------------------

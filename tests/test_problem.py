@@ -106,12 +106,24 @@ def test_aligned_in_spite_of() -> None:
     assert problem({"lse": lse}).aligned
 
 
-def test_odd_head_dims_are_not_aligned() -> None:
-    for head_dim, aligned in ((8, True), (16, True), (59, False), (4, False), (256, True)):
-        sizes = Sizes(1, 1, 1, 1, 1, head_dim, head_dim)
-        tensors = {name: ref((1, 1, 1, head_dim)) for name in ("q", "k", "v", "out")}
-        tensors["lse"] = ref((1, 1, 1), "float32")
-        assert AttentionProblem.from_refs(tensors, sizes, "float16", options()).aligned == aligned
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "aligned"),
+    [
+        (8, 8, True),
+        (16, 16, True),
+        (59, 59, False),
+        (4, 4, False),
+        (256, 256, True),
+        (192, 128, True),
+        (64, 59, False),
+        (4, 64, False),
+    ],
+)
+def test_odd_head_dims_are_not_aligned(head_dim: int, head_dim_v: int, aligned: bool) -> None:
+    sizes = Sizes(1, 1, 1, 1, 1, head_dim, head_dim_v)
+    tensors = {name: ref(sizes.shape(name, "bshd")) for name in ("q", "k", "v", "out")}
+    tensors["lse"] = ref((1, 1, 1), "float32")
+    assert AttentionProblem.from_refs(tensors, sizes, "float16", options()).aligned == aligned
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,7 @@ def test_scales(value: object) -> None:
 
 def test_scale_of_the_true_head_dim() -> None:
     assert softmax_scale(Sizes(1, 1, 1, 1, 1, 59, 59), options()) == 59**-0.5
+    assert softmax_scale(Sizes(1, 1, 1, 1, 1, 192, 128), options()) == 192**-0.5
     assert softmax_scale(Sizes(1, 1, 1, 1, 1, 59, 59), options(softmax_scale=0)) == 0.0
     assert options(softmax_scale=-3).softmax_scale == -3.0
     assert options(softmax_scale=np.int32(2)).softmax_scale == 2.0
@@ -164,6 +177,12 @@ def test_heads_that_divide(heads: int, heads_k: int) -> None:
     k = ref((2, 7, heads_k, 16))
     sizes = Sizes.of(ref((2, 5, heads, 16)), k, k, "bshd")
     assert (sizes.num_heads, sizes.num_heads_k) == (heads, heads_k)
+
+
+def test_head_dim_of_v_is_its_own() -> None:
+    for head_dim, head_dim_v in ((192, 128), (64, 128), (1, 256), (59, 16)):
+        q, k, v = ref((2, 5, 4, head_dim)), ref((2, 7, 2, head_dim)), ref((2, 7, 2, head_dim_v))
+        assert Sizes.of(q, k, v, "bshd") == Sizes(2, 5, 7, 4, 2, head_dim, head_dim_v)
 
 
 def test_zero_lengths_are_fine() -> None:

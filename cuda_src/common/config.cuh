@@ -11,7 +11,15 @@ using Element = half_t;
 
 constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up: to a multiple of 16, or to a row
 constexpr bool kAligned = FA2_ALIGNED;  // rows can be read and written in pieces of 16 bytes
+#ifdef FA2_HEAD_DIM_V
+constexpr bool kOwnHeadDimV = true;  // V, O and dO have as many columns as head_dim_v says, not as many as Q and K
+constexpr int kHeadDimV = FA2_HEAD_DIM_V;  // rounded up likewise
+#else
+constexpr bool kOwnHeadDimV = false;
+constexpr int kHeadDimV = kHeadDim;
+#endif
 static_assert(kHeadDim % 16 == 0 && kHeadDim >= 16 && kHeadDim <= 256, "head_dim is 16, 32, ..., 256");
+static_assert(kHeadDimV % 16 == 0 && kHeadDimV >= 16 && kHeadDimV <= 256, "head_dim_v likewise");
 
 #ifdef FA2_BLOCK_M
 constexpr int kBlockM = FA2_BLOCK_M;  // query rows of a tile

@@ -18,21 +18,28 @@ struct Shape {
 struct FwdParams {
   const Element* q;  // (batch, seqlen_q, num_heads, head_dim)
   const Element* k;  // (batch, seqlen_k, num_heads_k, head_dim)
-  const Element* v;  // (batch, seqlen_k, num_heads_k, head_dim)
-  Element* out;      // (batch, seqlen_q, num_heads, head_dim)
+  const Element* v;  // (batch, seqlen_k, num_heads_k, head_dim_v)
+  Element* out;      // (batch, seqlen_q, num_heads, head_dim_v)
   float* lse;        // (batch, num_heads, seqlen_q), natural logarithm
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   Shape shape;
   float scale_softmax_log2;  // softmax_scale * log2(e)
+  int head_dim_v;
 };
+
+// Columns of V, O and dO. Where they are those of Q and K, one number for both takes fewer registers.
+template <typename Params>
+FA2_DEVICE int head_dim_v(const Params& params) {
+  return kOwnHeadDimV ? params.head_dim_v : params.shape.head_dim;
+}
 
 // A CUtensorMap: how bulk tensor copies address an array. Encoded by fa2cupy/jit/tensor_map.py.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-// The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim, row, head, batch) whose boxes are 64
-// columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle.
+// The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
+// boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle.
 struct FwdTmaParams {
   TensorMap q, k, v, out;
   float* lse;
@@ -45,8 +52,8 @@ struct BwdParams {
   const Element* dout;  // like out
   const Element* q;     // (batch, seqlen_q, num_heads, head_dim)
   const Element* k;     // (batch, seqlen_k, num_heads_k, head_dim)
-  const Element* v;     // (batch, seqlen_k, num_heads_k, head_dim)
-  const Element* out;   // (batch, seqlen_q, num_heads, head_dim)
+  const Element* v;     // (batch, seqlen_k, num_heads_k, head_dim_v)
+  const Element* out;   // (batch, seqlen_q, num_heads, head_dim_v)
   const float* lse;     // (batch, num_heads, seqlen_q)
   Element* dq;          // like q
   Element* dk;          // like k
@@ -57,11 +64,12 @@ struct BwdParams {
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks): how many key blocks have added their dQ (deterministic only)
   float* dk_partial;  // (batch, num_heads_k, head_splits, n_blocks * kBlockN, kHeadDim), scaled (head_splits > 1 only)
-  float* dv_partial;  // likewise
+  float* dv_partial;  // likewise with kHeadDimV columns, and nothing to scale
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;
   Shape shape;
   float scale_softmax_log2, softmax_scale;
   int head_splits;  // thread blocks that share the query heads of a key head; divides num_heads / num_heads_k
+  int head_dim_v;
 };
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout), kBlockN (k, v) or
@@ -80,7 +88,7 @@ struct BwdTmaParams {
 };
 
 struct FillParams {
-  Element* rows;  // (batch, seqlen, num_heads, head_dim): its rows [0, num_rows) become 0
+  Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
   float* lse;     // (batch, num_heads, seqlen): likewise -inf; or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;

@@ -11,8 +11,8 @@
 // added to dq_accum in global memory.
 //
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
-// computes its part of the query columns of S^T and owns its part of the head_dim columns of dK and dV; P^T goes through
-// shared memory too.
+// computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
+// goes through shared memory too.
 #include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
 #include "sm80/tile.cuh"
@@ -22,15 +22,18 @@ static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/p
 constexpr int kKeyWarps = kNumWarps / kSplit;
 constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
-constexpr int kDCols = kHeadDim / kSplit;             // head_dim columns of dK and dV of a warp
+constexpr int kDCols = kHeadDim / kSplit;             // columns of dK of a warp
+constexpr int kDColsV = kHeadDimV / kSplit;           // columns of dV of a warp
 constexpr int kTurnBlocks = kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
-constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
+constexpr int kHeadSteps = kHeadDim / 16, kHeadStepsV = kHeadDimV / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
-static_assert(kSCols % 16 == 0 && kDCols % 16 == 0, "a split leaves whole blocks of 16");
+static_assert(kSCols % 16 == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks of 16");
 
 struct SharedMemory {
-  Tile<kBlockN, kHeadDim> k, v;  // later dK and dV on their way to global memory
-  Tile<kBlockM, kHeadDim> q[kStages], dout[kStages];
+  Tile<kBlockN, kHeadDim> k;   // later dK on its way to global memory
+  Tile<kBlockN, kHeadDimV> v;  // later dV
+  Tile<kBlockM, kHeadDim> q[kStages];
+  Tile<kBlockM, kHeadDimV> dout[kStages];
   Tile<kBlockN, kBlockM> ds;                          // dS^T
   Tile<kSplit == 1 ? 16 : kBlockN, kBlockM> p;        // P^T, if several warps share its keys
   alignas(16) float lse_log2[kStages][kBlockM];
@@ -40,7 +43,8 @@ struct SharedMemory {
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
 using AccS = Accumulator<kKeyTiles, kSCols / 8>;
-using AccKV = Accumulator<kKeyTiles, kDCols / 8>;
+using AccK = Accumulator<kKeyTiles, kDCols / 8>;
+using AccV = Accumulator<kKeyTiles, kDColsV / 8>;
 
 // Statistics of the kBlockM query rows that start at `gmem`: whole blocks, the workspace is padded.
 FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
@@ -81,16 +85,17 @@ FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const flo
   }
 }
 
-// Rows of kHeadDim floats = acc: four lanes write 32 bytes of a row, a whole sector.
-FA2_DEVICE void store_partial(float* gmem, int row, int col, const AccKV& acc) {
-  float* target = gmem + (row + accumulator_row()) * kHeadDim + col + accumulator_col();
+// Rows of kCols floats = acc: four lanes write 32 bytes of a row, a whole sector.
+template <int kCols, int kNTiles>
+FA2_DEVICE void store_partial(float* gmem, int row, int col, const Accumulator<kKeyTiles, kNTiles>& acc) {
+  float* target = gmem + (row + accumulator_row()) * kCols + col + accumulator_col();
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i)
 #pragma unroll
-    for (int j = 0; j < kDCols / 8; ++j)
+    for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(target + (16 * i + 8 * h) * kHeadDim + 8 * j) =
+        *reinterpret_cast<float2*>(target + (16 * i + 8 * h) * kCols + 8 * j) =
             float2{acc.x[i][j][2 * h], acc.x[i][j][2 * h + 1]};
 }
 
@@ -134,6 +139,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
 
   const int key_row = warp_id() / kSplit * kKeyTiles * 16;
   const int s_col = warp_id() % kSplit * kSCols, d_col = warp_id() % kSplit * kDCols;
+  const int d_col_v = kOwnHeadDimV ? warp_id() % kSplit * kDColsV : d_col;
   const auto smem_k = operand_a(smem.k, key_row, 0);
   const auto smem_v = operand_a(smem.v, key_row, 0);
   const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : key_row, 0);
@@ -141,7 +147,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
   load_tile(smem.k, params.k + tile.batch * ks.batch + head_k * ks.head + first_key * ks.row, ks.row, keys, shape.head_dim);
-  load_tile(smem.v, params.v + tile.batch * vs.batch + head_k * vs.head + first_key * vs.row, vs.row, keys, shape.head_dim);
+  load_tile(smem.v, params.v + tile.batch * vs.batch + head_k * vs.head + first_key * vs.row, vs.row, keys,
+            head_dim_v(params));
 
   // A step is a block of queries of one of the query heads of this share.
   struct Step {
@@ -166,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   auto load_dout = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
     load_tile(smem.dout[step.stage], params.dout + tile.batch * dos.batch + step.head * dos.head + first_query * dos.row,
-              dos.row, step.head <= last_head ? shape.seqlen_q - first_query : 0, shape.head_dim, part, parts);
+              dos.row, step.head <= last_head ? shape.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
   };
   auto load_statistics = [&](const Step& step) {
     copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
@@ -179,7 +186,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     cp_async_commit_group();
   };
 
-  AccKV acc_dk, acc_dv;
+  AccK acc_dk;
+  AccV acc_dv;
   acc_dk.clear();
   acc_dv.clear();
   auto compute_p = [&](AccS& acc, int stage, int m_block, auto masked) {
@@ -225,8 +233,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
     AccS acc_ds;
     acc_ds.clear();
-    gemm<kHeadSteps>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
-      if (kStages > 1) load_q(next, k, kHeadSteps);
+    gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
+      if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage], s_col);
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
@@ -236,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
       while (ld_acquire(turn) != my_turn(m_block)) continue;  // the key block before this one has added its part of dQ
     }
     // dV += P^T dO
-    const auto smem_dout = operand_b(smem.dout[stage], 0, d_col);
+    const auto smem_dout = operand_b(smem.dout[stage], 0, d_col_v);
     auto copy_dout = [&](int k) {
       if (kStages > 1) load_dout(next, k, kQuerySteps);
     };
@@ -276,15 +284,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   __syncthreads();           // everybody is done with K and V
   pass_turn();
   if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
-    const int64_t offset = static_cast<int64_t>(part) * kBlockN * kHeadDim;
-    store_partial(params.dk_partial + offset, key_row, d_col, acc_dk);
-    store_partial(params.dv_partial + offset, key_row, d_col, acc_dv);
+    const int64_t row = static_cast<int64_t>(part) * kBlockN;
+    store_partial<kHeadDim>(params.dk_partial + row * kHeadDim, key_row, d_col, acc_dk);
+    store_partial<kHeadDimV>(params.dv_partial + row * kHeadDimV, key_row, d_col_v, acc_dv);
   } else {  // through the tiles of K and V
     store_accumulator(smem.k, key_row, d_col, acc_dk);
-    store_accumulator(smem.v, key_row, d_col, acc_dv);
+    store_accumulator(smem.v, key_row, d_col_v, acc_dv);
     __syncthreads();  // dK and dV are in shared memory
     const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
     store_tile(params.dk + tile.batch * dks.batch + head_k * dks.head + first_key * dks.row, dks.row, keys, shape.head_dim, smem.k);
-    store_tile(params.dv + tile.batch * dvs.batch + head_k * dvs.head + first_key * dvs.row, dvs.row, keys, shape.head_dim, smem.v);
+    store_tile(params.dv + tile.batch * dvs.batch + head_k * dvs.head + first_key * dvs.row, dvs.row, keys, head_dim_v(params),
+               smem.v);
   }
 }

@@ -17,13 +17,17 @@
 static_assert(sizeof(FwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kMTiles = kBlockM / kNumWarps / 16;  // of 16 rows each, per warp
-constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDim / 8;
+constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
 static_assert(kMTiles * kNumWarps * 16 == kBlockM, "each warp owns whole blocks of 16 query rows");
 
 struct SharedMemory {
-  Tile<kBlockM, kHeadDim> q;  // later the output on its way to global memory
-  Tile<kBlockN, kHeadDim> k, v;
+  union {
+    Tile<kBlockM, kHeadDim> q;
+    Tile<kBlockM, kHeadDimV> out;  // on its way to global memory, when everybody is done with Q
+  };
+  Tile<kBlockN, kHeadDim> k;
+  Tile<kBlockN, kHeadDimV> v;
 };
 
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
@@ -97,14 +101,19 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
 
   // Keys of block n, or a part of them; of block -1, zeros: nobody reads them, and there is no branch in the loop. Only the
   // last block may have rows past the end.
-  auto load_keys = [&](auto& target, const Element* gmem, int64_t row_stride, int n, auto whole, int part = 0, int parts = 1) {
-    load_tile<decltype(whole)::value>(target, gmem + n * kBlockN * row_stride, row_stride,
-                                      n < 0 ? 0 : shape.seqlen_k - n * kBlockN, shape.head_dim, part, parts);
+  auto keys_from = [&](int n) { return n < 0 ? 0 : shape.seqlen_k - n * kBlockN; };
+  auto load_k = [&](int n, auto whole, int part = 0, int parts = 1) {
+    load_tile<decltype(whole)::value>(smem.k, gmem_k + n * kBlockN * ks.row, ks.row, keys_from(n), shape.head_dim, part,
+                                      parts);
+  };
+  auto load_v = [&](int n, auto whole, int part, int parts) {
+    load_tile<decltype(whole)::value>(smem.v, gmem_v + n * kBlockN * vs.row, vs.row, keys_from(n), head_dim_v(params), part,
+                                      parts);
   };
 
   const BlockRange range = key_blocks(shape, m_block);
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_keys(smem.k, gmem_k, ks.row, range.end - 1, False{});
+  load_k(range.end - 1, False{});
   cp_async_commit_group();
 
   QOperand operand_q{smem_q};
@@ -125,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     // S = Q K^T
     AccS acc_s;
     acc_s.clear();
-    gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_keys(smem.v, gmem_v, vs.row, n, whole, k, kHeadSteps); });
+    gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
     if constexpr (kScaleFirst) {
@@ -143,22 +152,21 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
-    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v,
-                    [&](int k) { load_keys(smem.k, gmem_k, ks.row, n - 1, True{}, k, kKeySteps); });
+    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) { load_k(n - 1, True{}, k, kKeySteps); });
     cp_async_commit_group();
   };
   int n = range.end - 1;
   for (; n >= range.mask_from; --n) step(n, True{}, False{});
   for (; n >= range.begin; --n) step(n, False{}, True{});
 
-  // O = diag(l)^-1 O, through the warp's own rows of Q's tile, which only this warp has read.
+  // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
   softmax.finish(acc_o);
   float* gmem_lse = params.lse + tile.batch * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + first_query * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);
-  store_accumulator(smem.q, warp_row, 0, acc_o);
+  store_accumulator(smem.out, warp_row, 0, acc_o);
   cp_async_wait_group<0>();  // the zeros
   __syncthreads();  // the whole output tile is in shared memory
   Element* gmem_out = params.out + tile.batch * os.batch + tile.head * os.head + first_query * os.row;
-  store_tile(gmem_out, os.row, queries, shape.head_dim, smem.q);
+  store_tile(gmem_out, os.row, queries, head_dim_v(params), smem.out);
 }

@@ -19,10 +19,11 @@ struct Tile {
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
-// How the threads of a block share the 16-byte chunks of a tile of head_dim columns. A few lanes take a row, each of them
+// How the threads of a block share the 16-byte chunks of a tile of kCols columns. A few lanes take a row, each of them
 // every few chunks of it: a lane has one address per row, and its chunks are constants apart.
+template <int kCols>
 struct ChunkMap {
-  static constexpr int kChunks = kHeadDim / 8;
+  static constexpr int kChunks = kCols / 8;
   static constexpr int kLanesPerRow = kChunks % 8 == 0 ? 8 : kChunks == 2 ? 2 : 4;
   static constexpr int kColsPerRound = kLanesPerRow * 8;
   static constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
@@ -30,14 +31,14 @@ struct ChunkMap {
   FA2_DEVICE ChunkMap() : row(threadIdx.x / kLanesPerRow), col(threadIdx.x % kLanesPerRow * 8) {}
 };
 
-// tile = rows [0, rows) x columns [0, head_dim) of gmem, zeros elsewhere. Asynchronous where rows are aligned: the caller
+// tile = rows [0, rows) x columns [0, cols) of gmem, zeros elsewhere. Asynchronous where rows are aligned: the caller
 // commits, waits and synchronises either way. Of `parts` calls with part = 0, 1, ..., each copies some of the rows.
 // kWhole: rows is known to be 0 or >= kRows.
-template <bool kWhole = false, int kRows>
-FA2_DEVICE void load_tile(Tile<kRows, kHeadDim>& tile, const Element* gmem, int64_t row_stride, int rows, int head_dim,
+template <bool kWhole = false, int kRows, int kCols>
+FA2_DEVICE void load_tile(Tile<kRows, kCols>& tile, const Element* gmem, int64_t row_stride, int rows, int cols,
                           int part = 0, int parts = 1) {
   if constexpr (kAligned) {
-    const ChunkMap map;
+    const ChunkMap<kCols> map;
     const Element* source = gmem + map.row * row_stride + map.col;
     const uint32_t target = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
     constexpr int kPasses = ceil_div(kRows, map.kRowsPerPass);
@@ -46,26 +47,26 @@ FA2_DEVICE void load_tile(Tile<kRows, kHeadDim>& tile, const Element* gmem, int6
       const int row = map.row + pass * map.kRowsPerPass;
       if (pass * parts / kPasses != part || (kRows % map.kRowsPerPass != 0 && row >= kRows)) continue;
 #pragma unroll
-      for (int col = 0; col < kHeadDim; col += map.kColsPerRound) {
-        if (kHeadDim % map.kColsPerRound != 0 && map.col + col >= kHeadDim) continue;
-        const bool inside = (kWhole ? rows > 0 : row < rows) && map.col + col < head_dim;
+      for (int col = 0; col < kCols; col += map.kColsPerRound) {
+        if (kCols % map.kColsPerRound != 0 && map.col + col >= kCols) continue;
+        const bool inside = (kWhole ? rows > 0 : row < rows) && map.col + col < cols;
         cp_async_16(target + pass * map.kRowsPerPass * tile.kRowBytes + col * 2, source + col, inside ? 16 : 0);
       }
     }
   } else if (part == 0) {
-    for (int i = threadIdx.x; i < kRows * kHeadDim; i += kNumThreads) {
-      const int row = i / kHeadDim, col = i % kHeadDim;
-      const bool inside = row < rows && col < head_dim;
+    for (int i = threadIdx.x; i < kRows * kCols; i += kNumThreads) {
+      const int row = i / kCols, col = i % kCols;
+      const bool inside = row < rows && col < cols;
       tile.data[row * tile.kRowElements + col] = inside ? gmem[row * row_stride + col] : Element{0};
     }
   }
 }
 
-// Rows [0, rows) x columns [0, head_dim) of gmem = tile. The caller has synchronised.
-template <int kRows>
-FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int head_dim, const Tile<kRows, kHeadDim>& tile) {
+// Rows [0, rows) x columns [0, cols) of gmem = tile. The caller has synchronised.
+template <int kRows, int kCols>
+FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int cols, const Tile<kRows, kCols>& tile) {
   if constexpr (kAligned) {
-    const ChunkMap map;
+    const ChunkMap<kCols> map;
     const uint32_t source = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
 #pragma unroll
     for (int pass = 0; pass < kRows; pass += map.kRowsPerPass) {
@@ -73,14 +74,14 @@ FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int head
       if (row >= rows || (kRows % map.kRowsPerPass != 0 && row >= kRows)) continue;
       Element* target = gmem + row * row_stride + map.col;
 #pragma unroll
-      for (int col = 0; col < kHeadDim; col += map.kColsPerRound)
-        if (map.col + col < head_dim)
+      for (int col = 0; col < kCols; col += map.kColsPerRound)
+        if (map.col + col < cols)
           *reinterpret_cast<uint4*>(target + col) = ld_shared_v4(source + pass * tile.kRowBytes + col * 2);
     }
   } else {
-    for (int i = threadIdx.x; i < kRows * kHeadDim; i += kNumThreads) {
-      const int row = i / kHeadDim, col = i % kHeadDim;
-      if (row < rows && col < head_dim) gmem[row * row_stride + col] = tile.data[row * tile.kRowElements + col];
+    for (int i = threadIdx.x; i < kRows * kCols; i += kNumThreads) {
+      const int row = i / kCols, col = i % kCols;
+      if (row < rows && col < cols) gmem[row * row_stride + col] = tile.data[row * tile.kRowElements + col];
     }
   }
 }

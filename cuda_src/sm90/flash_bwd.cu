@@ -344,8 +344,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
       bar_sync(2 + group, 128);  // everybody's part of this warpgroup's rows is in shared memory
       if (leader) {
         const int first_row = work.n_block * kBlockN + group_row;
-        store_rows<64>(params.dk, smem.k, group_row, first_row, work.head_k, work.batch);
-        store_rows<64>(params.dv, smem.v, group_row, first_row, work.head_k, work.batch);
+        store_rows<64, kHeadDim>(params.dk, smem.k, group_row, first_row, work.head_k, work.batch);
+        store_rows<64, kHeadDim>(params.dv, smem.v, group_row, first_row, work.head_k, work.batch);
         cp_async_bulk_commit_group();
         cp_async_bulk_wait_group_read<0>();
         mbarrier_arrive(smem.kv_empty);

@@ -23,11 +23,13 @@ constexpr int kConsumers = kBlockM / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
 constexpr int kCopyRegisters = kConsumers == 3 ? 32 : 24, kComputeRegisters = kConsumers == 3 ? 160 : 240;
 static_assert(kNumThreads == 128 * (kConsumers + 1), "one warpgroup for 64 query rows, and one that copies");
+static_assert(kHeadDimV <= kHeadDim, "the buffer of Q holds O");
 static_assert(kConsumers == 2 || kConsumers == 3, "the registers are shared out for two or three");
 
 struct SharedMemory {
   Panels<kBlockM, kHeadDim> q[kQStages];  // later the output on its way to global memory
-  Panels<kBlockN, kHeadDim> k[kKvStages], v[kKvStages];
+  Panels<kBlockN, kHeadDim> k[kKvStages];
+  Panels<kBlockN, kHeadDimV> v[kKvStages];
   // full: the bytes have landed. empty: every consumer is done with them.
   alignas(1024) uint64_t q_full[kConsumers][kQStages];
   uint64_t k_full[kKvStages], k_empty[kKvStages], v_full[kKvStages], v_empty[kKvStages];
@@ -35,7 +37,7 @@ struct SharedMemory {
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
 using AccS = Accumulator<1, kBlockN / 8>;
-using AccO = Accumulator<1, kHeadDim / 8>;
+using AccO = Accumulator<1, kHeadDimV / 8>;
 
 // A place in a ring of buffers, and the parity of its barriers' phase.
 template <int kStages>
@@ -242,7 +244,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     fence_proxy_async();       // this thread's part of O, before the copy engine reads it
     bar_sync(1 + group, 128);  // everybody's part of this warpgroup's rows is in shared memory
     if (leader) {
-      store_rows<64>(params.out, smem.q[done_stage], group_row, first_query + group_row, work.head, work.batch);
+      store_rows<64, kHeadDimV>(params.out, smem.q[done_stage], group_row, first_query + group_row, work.head, work.batch);
       cp_async_bulk_commit_group();
     }
     if (!more) break;

@@ -30,11 +30,12 @@ FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint
   load_rows<kRows>(tile, 0, map, barrier, row, head, batch);
 }
 
-// The other way round. One thread; the caller commits.
-template <int kCount, int kRows, int kCols>
-FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kCols>& tile, int tile_row, int row, int head, int batch) {
+// The other way round, for the first kCols columns. One thread; the caller commits.
+template <int kCount, int kCols, int kRows, int kTileCols>
+FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kTileCols>& tile, int tile_row, int row, int head,
+                           int batch) {
 #pragma unroll
-  for (int p = 0; p < tile.kPanels; ++p) {
+  for (int p = 0; p < ceil_div(kCols, 64); ++p) {
     cp_async_bulk_tensor_4d_store(map, tile.data[p][tile_row], 64 * p, row, head, batch);
   }
 }

@@ -7,18 +7,18 @@
 
 static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
-constexpr int kLanesPerRow = ceil_pow2(kHeadDim / 8);
+constexpr int kLanesPerRow = ceil_pow2(kHeadDimV / 8);
 constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
 
-// Eight neighbouring elements of a row as float32, zeros past head_dim.
-FA2_DEVICE void load_chunk(float (&x)[8], const Element* row, int col, int head_dim) {
+// Eight neighbouring elements of a row as float32, zeros past column `cols`.
+FA2_DEVICE void load_chunk(float (&x)[8], const Element* row, int col, int cols) {
   alignas(16) Element elements[8] = {};
   if constexpr (kAligned) {
-    if (col < head_dim) *reinterpret_cast<uint4*>(elements) = *reinterpret_cast<const uint4*>(row + col);
+    if (col < cols) *reinterpret_cast<uint4*>(elements) = *reinterpret_cast<const uint4*>(row + col);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (col + i < head_dim) elements[i] = row[col + i];
+      if (col + i < cols) elements[i] = row[col + i];
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = to_float(elements[i]);
@@ -43,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
     float d = 0.f;
     if (inside) {
       float out[8], dout[8];
-      load_chunk(out, gmem_out + row * os.row, col, shape.head_dim);
-      load_chunk(dout, gmem_dout + row * dos.row, col, shape.head_dim);
+      load_chunk(out, gmem_out + row * os.row, col, head_dim_v(params));
+      load_chunk(dout, gmem_dout + row * dos.row, col, head_dim_v(params));
 #pragma unroll
       for (int j = 0; j < 8; ++j) d = fmaf(out[j], dout[j], d);
     }

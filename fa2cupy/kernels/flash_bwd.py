@@ -4,6 +4,7 @@ smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fa2cupy.kernels.tiles import (
     BwdTileSm90,
     backward_tile,
     backward_tile_sm90,
-    padded_head_dim,
+    head_dims_of_rows,
     postprocess_bytes,
     shared_memory_class,
 )
@@ -84,13 +85,13 @@ def plan_backward(
     InvalidArgument if sm_90 is impossible. why_not_sm90: what speaks against it beside the problem and the device.
     """
     if tile is None:
-        widest = BWD_TILES_SM90[-1].head_dim
-        own = f"head_dim {problem.head_dim} is above {widest}" if problem.head_dim > widest else ""
+        tile_sm90 = backward_tile_sm90(problem.head_dim, problem.head_dim_v)
+        own = "" if tile_sm90 else f"no tile has head dims of {problem.head_dim} and {problem.head_dim_v}"
         why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS, own) or why_not_sm90
-        if why_not_sm90:
-            tile = backward_tile(device.shared_mem_optin, problem.head_dim)
+        if why_not_sm90 or tile_sm90 is None:
+            tile = backward_tile(device.shared_mem_optin, max(problem.head_dim, problem.head_dim_v))
         else:
-            tile = backward_tile_sm90(problem.head_dim)
+            tile = tile_sm90
     launches, workspace, head_splits = _launches(problem, device, deterministic, tile)
     return BackwardPlan(problem, launches, workspace, tile, deterministic, head_splits, why_not_sm90)
 
@@ -113,7 +114,7 @@ def _launches(
         head_splits = _head_splits(key_tiles, group, device)
         partial = head_splits > 1
         heads = group // head_splits  # of a thread block
-        queries_bytes = heads * rows * problem.head_dim * (2 + 2 + 4)
+        queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
         shares = problem.batch * problem.num_heads_k * head_splits
         section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
         if deterministic:
@@ -125,33 +126,32 @@ def _launches(
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
         params.head_splits = head_splits
+        params.head_dim_v = problem.head_dim_v
         row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}
         skipped = {name: empty * size for name, size in row.items()}
-        head_dim = _compiled_head_dim(tile, problem.head_dim)
-        offsets, workspace = _workspace(tile, head_dim, query_tiles, key_tiles * head_splits if partial else 0)
+        head_dim, head_dim_v = _compiled_head_dims(tile, problem)
+        partial_tiles = key_tiles * head_splits if partial else 0
+        offsets, workspace = _workspace(tile, head_dim, head_dim_v, query_tiles, partial_tiles)
         workspaces = tuple((_WORKSPACE, offset) for offset in offsets)
         pointers = tuple((place, skipped.get(name, 0)) for place, name in enumerate(_TENSORS)) + workspaces
-        side, post_bytes = _side_defines(tile, problem.dtype, head_dim, problem.aligned, device.cc >= (9, 0))
+        side, post_bytes = _side_defines(
+            tile, problem.dtype, head_dim, head_dim_v, problem.aligned, device.cc >= (9, 0)
+        )
         threads = 32 * tile.dq_warps
 
         def beside(kernel: tuple[str, str], blocks: tuple[int, int, int], shared_mem_bytes: int = 0) -> KernelLaunch:
             config = LaunchConfig(blocks, (threads, 1, 1), shared_mem_bytes=shared_mem_bytes)
             return KernelLaunch(*kernel, arch, side, config, bytes(params), pointers)
 
-        main = _main_defines(tile, side, head_dim, problem.causal, deterministic, partial)
+        main = _main_defines(tile, side, head_dim, head_dim_v, problem.causal, deterministic, partial)
+        shared = int(main["FA2_SHARED_BYTES"])
         if isinstance(tile, BwdTileSm90):
-            config = LaunchConfig(
-                (min(key_tiles * head_splits, device.sm_count), 1, 1),  # one for each multiprocessor: it takes tiles
-                (32 * tile.num_warps, 1, 1),
-                shared_mem_bytes=tile.shared_mem_bytes(),
-            )
+            blocks = min(key_tiles * head_splits, device.sm_count)  # one for each multiprocessor, which takes tiles
+            config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             maps = _tensor_maps(problem, tile, rows, skipped)
-            packed = _tma_params(params)
-            flash_bwd = KernelLaunch(*_SM90, plans.SM90_ARCH, main, config, packed, workspaces, maps)
+            flash_bwd = KernelLaunch(*_SM90, plans.SM90_ARCH, main, config, _tma_params(params), workspaces, maps)
         else:
-            config = LaunchConfig(
-                (key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)
-            )
+            config = LaunchConfig((key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=shared)
             flash_bwd = KernelLaunch(*_SM80, arch, main, config, bytes(params), pointers)
         launches = (
             beside(_PRE, (query_tiles, 1, 1)),
@@ -159,7 +159,8 @@ def _launches(
             beside(_POST, (query_tiles, 1, 1), post_bytes),
         )
         if partial:
-            chunks = problem.batch * problem.num_heads_k * problem.seqlen_k * -(-problem.head_dim // 8)
+            chunks = problem.batch * problem.num_heads_k * problem.seqlen_k
+            chunks *= -(-max(problem.head_dim, problem.head_dim_v) // 8)
             launches += (beside(_COMBINE, (-(-chunks // threads), 2, 1)),)
     launches += plans.fill_empty(problem, arch, "dq", _DQ, empty, problem.num_heads)
     if not rows:  # no query sees any key
@@ -193,8 +194,11 @@ def _tensor_maps(
     )
 
 
-def _compiled_head_dim(tile: BwdTile | BwdTileSm90, head_dim: int) -> int:
-    return tile.head_dim if isinstance(tile, BwdTileSm90) else padded_head_dim(head_dim, tile.split)
+def _compiled_head_dims(tile: BwdTile | BwdTileSm90, problem: AttentionProblem) -> tuple[int, int]:
+    """As `padded_head_dims`; of a row of sm_90 those of the row: copies fill up what smaller ones lack with zeros."""
+    if isinstance(tile, BwdTile):
+        return plans.padded_head_dims(problem, tile.split)
+    return tile.head_dim, 0 if problem.head_dim_v == problem.head_dim else tile.head_dim
 
 
 def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
@@ -215,26 +219,26 @@ def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: in
 
 
 def _workspace(
-    tile: BwdTile | BwdTileSm90, head_dim: int, query_tiles: int, partial_tiles: int
+    tile: BwdTile | BwdTileSm90, head_dim: int, head_dim_v: int, query_tiles: int, partial_tiles: int
 ) -> tuple[tuple[int, ...], int]:
     """Byte offsets of lse_log2, softmax_d, dq_accum, dq_turn, dk_partial and dv_partial, and the size of all."""
     rows = query_tiles * tile.block_m * 4
-    part = partial_tiles * tile.block_n * head_dim * 4
     dq_floats = tile.dq_tile_floats() if isinstance(tile, BwdTileSm90) else tile.dq_tile_floats(head_dim)
+    dk, dv = (partial_tiles * tile.block_n * width * 4 for width in (head_dim, head_dim_v or head_dim))
     offsets, end = [], 0
-    for size in (rows, rows, query_tiles * dq_floats * 4, query_tiles * 4, part, part):
+    for size in (rows, rows, query_tiles * dq_floats * 4, query_tiles * 4, dk, dv):
         offsets.append(end)
         end += -(-size // 256) * 256
     return tuple(offsets), end
 
 
 def _side_defines(
-    tile: BwdTile | BwdTileSm90, dtype: str, head_dim: int, aligned: bool, vector_red: bool
+    tile: BwdTile | BwdTileSm90, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, vector_red: bool
 ) -> tuple[dict[str, int | str], int]:
     """Of the kernels beside the main one, with the shared memory of the postprocess: what all of them agree on, and no
     more, so that binaries are shared."""
     post_bytes = postprocess_bytes(tile.block_m, head_dim)
-    return plans.common_defines(dtype, head_dim, aligned) | {
+    return plans.common_defines(dtype, head_dim, head_dim_v, aligned) | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.dq_warps,
@@ -251,6 +255,7 @@ def _main_defines(
     tile: BwdTile | BwdTileSm90,
     side: Mapping[str, int | str],
     head_dim: int,
+    head_dim_v: int,
     causal: bool,
     deterministic: bool,
     partial: bool,
@@ -272,23 +277,21 @@ def _main_defines(
     return main | {
         "FA2_NUM_STAGES": tile.num_stages,
         "FA2_SPLIT": tile.split,
-        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim),
+        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
     }
 
 
-# Causal, deterministic, partial (each thread block writes its part of dk and dv).
-_KINDS = [(c, d, partial) for c, d in ((False, False), (True, False), (True, True)) for partial in (False, True)]
-
-
-def _jobs(tile: BwdTile | BwdTileSm90, arch: str, dtype: str) -> list[CompileJob]:
-    """A row of a table at its widest head_dim: causal, full and deterministic, with the kernels beside it."""
+def _jobs(tile: BwdTile | BwdTileSm90, head_dim: int, head_dim_v: int, arch: str, dtype: str) -> list[CompileJob]:
+    """Causal and full, deterministic and not, writing dk and dv or a part of them, with the kernels beside it."""
     base = arch.removesuffix("a")
-    side, post_bytes = _side_defines(tile, dtype, tile.head_dim, True, int(base.removeprefix("sm_")) >= 90)
-    label = f"{dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    vector_red = int(base.removeprefix("sm_")) >= 90
+    side, post_bytes = _side_defines(tile, dtype, head_dim, head_dim_v, True, vector_red)
+    shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    label = f"{dtype} {plans.head_dim_label(head_dim, head_dim_v)} {shape}"
     kernel = _SM90 if isinstance(tile, BwdTileSm90) else _SM80
     jobs = []
-    for causal, deterministic, partial in _KINDS:
-        main = _main_defines(tile, side, tile.head_dim, causal, deterministic, partial)
+    for causal, deterministic, partial in itertools.product((False, True), repeat=3):
+        main = _main_defines(tile, side, head_dim, head_dim_v, causal, deterministic, partial)
         kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
         shared = int(main["FA2_SHARED_BYTES"])
         jobs.append(CompileJob(*kernel, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
@@ -299,11 +302,11 @@ def _jobs(tile: BwdTile | BwdTileSm90, arch: str, dtype: str) -> list[CompileJob
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the sm_80 kernel's table."""
-    tiles = BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]
-    return [job for tile in tiles for job in _jobs(tile, arch, dtype)]
+    """Every row of the sm_80 kernel's table, at its `head_dims_of_rows`."""
+    rows = head_dims_of_rows(BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])])
+    return [job for row in rows for job in _jobs(*row, arch, dtype)]
 
 
 def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
     """Every row of the sm_90 kernel's table."""
-    return [job for tile in BWD_TILES_SM90 for job in _jobs(tile, plans.SM90_ARCH, dtype)]
+    return [job for tile in BWD_TILES_SM90 for job in _jobs(tile, tile.head_dim, 0, plans.SM90_ARCH, dtype)]

@@ -20,7 +20,7 @@ from fa2cupy.kernels.tiles import (
     FwdTileSm90,
     forward_tile,
     forward_tile_sm90,
-    padded_head_dim,
+    head_dims_of_rows,
     shared_memory_class,
 )
 from fa2cupy.problem import AttentionProblem
@@ -75,10 +75,10 @@ def plan_forward(
     if tile is None:
         why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS) or why_not_sm90
         if why_not_sm90:
-            head_dim, heads = padded_head_dim(problem.head_dim), problem.batch * problem.num_heads
-            tile = forward_tile(device.shared_mem_optin, device.sm_count, head_dim, rows, heads)
+            widest, heads = max(problem.head_dim, problem.head_dim_v), problem.batch * problem.num_heads
+            tile = forward_tile(device.shared_mem_optin, device.sm_count, widest, rows, heads)
         else:
-            tile = forward_tile_sm90(problem.head_dim, problem.causal, rows)
+            tile = forward_tile_sm90(problem.head_dim, problem.head_dim_v, problem.causal, rows)
     launches: tuple[KernelLaunch, ...] = ()
     if rows * problem.num_heads * problem.batch:
         launches += (
@@ -98,7 +98,12 @@ def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
 
 
 def _order(
-    problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int, cache_share: int, blocks_per_sm: float
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    rows: int,
+    block_m: int,
+    cache_share: int = 1,
+    blocks_per_sm: float = plans.BLOCKS_PER_SM,
 ) -> tuple[int, Shape]:
     """How many tiles there are, and in which order they are taken (`tile_of` in CUDA): sections whose keys and values
     fit 1 / cache_share of the L2 cache, with at least so many tiles for each multiprocessor."""
@@ -112,19 +117,23 @@ def _order(
 
 
 def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int) -> KernelLaunch:
-    head_dim = padded_head_dim(problem.head_dim)
+    head_dim, head_dim_v = plans.padded_head_dims(problem)
+    shared_mem_bytes = tile.shared_mem_bytes(head_dim, head_dim_v)
     strides = dict(problem.strides)
     params = FwdParams()
     for name in _POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m, 1, 4)
+    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
+    params.head_dim_v = problem.head_dim_v
     row = _row_bytes(problem)
     return KernelLaunch(
         *_SM80,
         plans.architecture(device),
-        _defines(tile, problem.dtype, head_dim, problem.aligned, problem.causal, problem.softmax_scale <= 0),
-        LaunchConfig((tiles, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes(head_dim)),
+        _defines(
+            tile, problem.dtype, head_dim, head_dim_v, problem.aligned, problem.causal, problem.softmax_scale <= 0
+        ),
+        LaunchConfig((tiles, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared_mem_bytes),
         bytes(params),
         tuple((place, empty * row.get(name, 0)) for place, name in enumerate(_POINTERS)),
     )
@@ -136,7 +145,7 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
     params = FwdTmaParams()
     for name in _SM90_POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, rows, tile.block_m, 3, 1.5)
+    tiles, params.shape = _order(problem, device, rows, tile.block_m, cache_share=3, blocks_per_sm=1.5)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
     box_rows = {"q": _WARPGROUP_ROWS, "k": tile.block_n, "v": tile.block_n, "out": _WARPGROUP_ROWS}
@@ -162,9 +171,9 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
 
 
 def _defines(
-    tile: FwdTile, dtype: str, head_dim: int, aligned: bool, causal: bool, scale_first: bool
+    tile: FwdTile, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, causal: bool, scale_first: bool
 ) -> dict[str, int | str]:
-    return plans.common_defines(dtype, head_dim, aligned) | {
+    return plans.common_defines(dtype, head_dim, head_dim_v, aligned) | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
@@ -172,13 +181,13 @@ def _defines(
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),
         "FA2_PARAMS_BYTES": ctypes.sizeof(FwdParams),
-        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim),
+        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
     }
 
 
 def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool) -> dict[str, int | str]:
-    """Of the row's head_dim: copies fill up what a smaller one lacks with zeros."""
-    return plans.common_defines(dtype, tile.head_dim, True) | {
+    """Of the row's head dims: copies fill up what smaller ones lack with zeros."""
+    return plans.common_defines(dtype, tile.head_dim, tile.head_dim_v, True) | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
@@ -191,23 +200,24 @@ def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool
     }
 
 
-def _label(tile: FwdTile | FwdTileSm90, dtype: str, causal: bool) -> str:
+def _label(tile: FwdTile | FwdTileSm90, dtype: str, head_dim: int, head_dim_v: int, causal: bool) -> str:
     kind = "causal" if causal else "full"
-    return f"forward {dtype} head_dim {tile.head_dim} {kind} {tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    return f"forward {dtype} {plans.head_dim_label(head_dim, head_dim_v)} {kind} {shape}"
 
 
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
-    """Every row of the sm_80 kernel's table, at its widest head_dim, causal and not."""
+    """Every row of the sm_80 kernel's table, at its `head_dims_of_rows`, causal and not."""
     return [
         CompileJob(
             *_SM80,
             arch,
-            _defines(tile, dtype, tile.head_dim, True, causal, False),
-            _label(tile, dtype, causal),
-            tile.shared_mem_bytes(tile.head_dim),
+            _defines(tile, dtype, head_dim, head_dim_v, True, causal, False),
+            _label(tile, dtype, head_dim, head_dim_v, causal),
+            tile.shared_mem_bytes(head_dim, head_dim_v),
             tile.spill_bytes,
         )
-        for tile in FWD_TILES[shared_memory_class(SHARED_MEMORY[arch])]
+        for tile, head_dim, head_dim_v in head_dims_of_rows(FWD_TILES[shared_memory_class(SHARED_MEMORY[arch])])
         for causal in (False, True)
     ]
 
@@ -219,7 +229,7 @@ def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
             *_SM90,
             plans.SM90_ARCH,
             _defines_sm90(tile, dtype, causal, False),
-            _label(tile, dtype, causal),
+            _label(tile, dtype, tile.head_dim, tile.head_dim_v, causal),
             tile.shared_mem_bytes(),
             tile.spill_bytes,
         )

@@ -47,6 +47,7 @@ class FwdParams(ctypes.Structure):
         *((f"{name}_strides", Strides3) for name in ("q", "k", "v", "out", "lse")),
         ("shape", Shape),
         ("scale_softmax_log2", c_float),
+        ("head_dim_v", c_int32),
     )
 
 
@@ -74,6 +75,7 @@ class BwdParams(ctypes.Structure):
         ("scale_softmax_log2", c_float),
         ("softmax_scale", c_float),
         ("head_splits", c_int32),
+        ("head_dim_v", c_int32),
     )
 
 

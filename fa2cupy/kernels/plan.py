@@ -20,6 +20,7 @@ from fa2cupy.kernels.tiles import padded_head_dim
 from fa2cupy.problem import AttentionProblem
 
 __all__ = [
+    "BLOCKS_PER_SM",
     "CompileJob",
     "KernelLaunch",
     "Plan",
@@ -27,8 +28,10 @@ __all__ = [
     "architecture",
     "common_defines",
     "fill_empty",
+    "head_dim_label",
     "heads_per_section",
     "map_dims",
+    "padded_head_dims",
     "why_not_sm90",
 ]
 
@@ -36,6 +39,7 @@ Launchable = Callable[[tuple[int, ...], int], None]
 
 SM90_ARCH = "sm_90a"  # of the kernels with wgmma and bulk copies
 
+BLOCKS_PER_SM = 4  # thread blocks for each multiprocessor that a section of a causal problem is to have
 _FILL_THREADS = 256
 
 
@@ -206,9 +210,23 @@ def architecture(device: DeviceInfo) -> str:
     return f"sm_{major}{minor}"
 
 
-def common_defines(dtype: str, head_dim: int, aligned: bool) -> dict[str, int | str]:
-    """What every source reads: `head_dim` is padded already."""
-    return {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim, "FA2_ALIGNED": int(aligned)}
+def common_defines(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> dict[str, int | str]:
+    """What every source reads, of `padded_head_dims`."""
+    defines: dict[str, int | str] = {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim}
+    if head_dim_v:
+        defines["FA2_HEAD_DIM_V"] = head_dim_v
+    return defines | {"FA2_ALIGNED": int(aligned)}
+
+
+def padded_head_dims(problem: AttentionProblem, split: int = 1) -> tuple[int, int]:
+    """head_dim and head_dim_v that kernels are compiled for. If the problem's are the same, head_dim_v is 0."""
+    head_dim_v = 0 if problem.head_dim_v == problem.head_dim else padded_head_dim(problem.head_dim_v, split)
+    return padded_head_dim(problem.head_dim, split), head_dim_v
+
+
+def head_dim_label(head_dim: int, head_dim_v: int) -> str:
+    """'head_dim 128', or 'head_dim 192/128'."""
+    return f"head_dim {head_dim}" + (f"/{head_dim_v}" if head_dim_v else "")
 
 
 def map_dims(problem: AttentionProblem, name: str, rows: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
@@ -236,10 +254,12 @@ def why_not_sm90(
         objection = f"device {device.index}{named} has compute capability {device.cc[0]}.{device.cc[1]}, not 9.0"
     elif problem.head_dim % 8:
         objection = f"head_dim {problem.head_dim} is not a multiple of 8"
+    elif problem.head_dim_v % 8:
+        objection = f"head_dim_v {problem.head_dim_v} is not a multiple of 8"
     elif not objection:
         objections = ((name, tensor_map.objection(*map_dims(problem, name, problem.seqlen_q))) for name in names)
         objection = next((f"{name}'s {why}" for name, why in objections if why), "")
-        if not objection and not problem.aligned:  # head_dim and strides are
+        if not objection and not problem.aligned:  # head dims and strides are
             objection = f"an array starts at an address that is not a multiple of {tensor_map.ALIGNMENT} bytes"
     if objection and family == "sm90":
         raise InvalidArgument(f"{env.KERNEL.name}=sm90 is impossible here: {objection}; use sm80, or unset it")
@@ -247,7 +267,12 @@ def why_not_sm90(
 
 
 def heads_per_section(
-    device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int, blocks_per_sm: float = 4
+    device: DeviceInfo,
+    causal: bool,
+    heads: int,
+    blocks_per_head: int,
+    bytes_per_head: int,
+    blocks_per_sm: float = BLOCKS_PER_SM,
 ) -> int:
     """Heads whose blocks are interleaved, so that a causal problem's long blocks start first.
 
@@ -284,7 +309,8 @@ def fill_empty(
     problem: AttentionProblem, arch: str, name: str, position: int, rows: int, heads: int, lse_position: int = -1
 ) -> tuple[KernelLaunch, ...]:
     """Zeros in the first `rows` rows of a result, -inf in its lse; nothing to launch where there are none."""
-    pieces = -(-problem.head_dim // 16)
+    head_dim = problem.head_dim_v if name in ("out", "dv") else problem.head_dim
+    pieces = -(-head_dim // 16)
     threads = problem.batch * rows * heads * pieces
     if threads == 0:
         return ()
@@ -297,10 +323,10 @@ def fill_empty(
         problem.batch,
         rows,
         heads,
-        problem.head_dim,
+        head_dim,
     )
-    defines = common_defines(problem.dtype, padded_head_dim(problem.head_dim), False)
-    defines |= {"FA2_HEAD_DIM": 16, "FA2_FILL_THREADS": _FILL_THREADS, "FA2_PARAMS_BYTES": len(bytes(params))}
+    defines = common_defines(problem.dtype, 16, 0, False)
+    defines |= {"FA2_FILL_THREADS": _FILL_THREADS, "FA2_PARAMS_BYTES": len(bytes(params))}
     config = LaunchConfig((-(-threads // _FILL_THREADS), 1, 1), (_FILL_THREADS, 1, 1))
     launch = KernelLaunch(
         "smxx/fill_empty.cu", "fill_empty", arch, defines, config, bytes(params), ((position, 0), (lse_position, 0))

@@ -4,11 +4,16 @@ A table per class of shared memory (bytes per block): 99 KiB (sm_86, sm_89, sm_1
 sm_100). Of the rows of the smallest head_dim that is large enough, the forward takes the first whose grid fills the
 GPU. The wgmma kernels, which only sm_90 runs, have tables of their own. Rejected rows are in docs/tuning.md with their
 numbers.
+
+Rows are found by the larger of head_dim and head_dim_v, unless they say otherwise. A head_dim_v of 0 is the same as
+head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 __all__ = [
     "BWD_TILES",
@@ -24,6 +29,7 @@ __all__ = [
     "backward_tile_sm90",
     "forward_tile",
     "forward_tile_sm90",
+    "head_dims_of_rows",
     "padded_head_dim",
     "postprocess_bytes",
     "shared_memory_class",
@@ -42,6 +48,8 @@ SHARED_MEMORY = {
     "sm_121": 101376,
 }
 _CLASSES = (232448, 166912, 101376)
+# head_dim and head_dim_v of models in use, where they differ: multi-head latent attention.
+_HEAD_DIM_PAIRS = ((192, 128),)
 
 
 def shared_memory_class(shared_mem_optin: int) -> int:
@@ -76,19 +84,21 @@ class FwdTile:
     note: str
     spill_bytes: int = 0
 
-    def shared_mem_bytes(self, head_dim: int) -> int:
-        """Of `SharedMemory` in sm80/flash_fwd.cu; `head_dim` is padded."""
-        return _tile_bytes(self.block_m, head_dim) + 2 * _tile_bytes(self.block_n, head_dim)
+    def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0) -> int:
+        """Of `SharedMemory` in sm80/flash_fwd.cu; both are padded."""
+        head_dim_v = head_dim_v or head_dim
+        q_or_out = _tile_bytes(self.block_m, max(head_dim, head_dim_v))
+        return q_or_out + _tile_bytes(self.block_n, head_dim) + _tile_bytes(self.block_n, head_dim_v)
 
 
 @dataclass(frozen=True, slots=True)
 class FwdTileSm90:
     """A row of the forward table of sm_90.
 
-    head_dim: the largest one that this row serves, and the one that its kernel is compiled for. block_m query rows (64
-    for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts beside the end
-    of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q: the longest query sequence that it
-    serves.
+    head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
+    query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts
+    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q: the longest query
+    sequence that it serves.
     """
 
     head_dim: int
@@ -99,6 +109,7 @@ class FwdTileSm90:
     note: str
     spill_bytes: int = 0
     max_seqlen_q: int = 2**31
+    head_dim_v: int = 0
 
     @property
     def num_warps(self) -> int:
@@ -107,9 +118,9 @@ class FwdTileSm90:
 
     def shared_mem_bytes(self) -> int:
         """Of `SharedMemory` in sm90/flash_fwd.cu: panels of 64 columns, and the barriers."""
-        panels = -(-self.head_dim // 64)
-        rows = self.num_q_stages * self.block_m + 2 * self.num_kv_stages * self.block_n
-        return 128 * panels * rows + 1024
+        panels, panels_v = -(-self.head_dim // 64), -(-(self.head_dim_v or self.head_dim) // 64)
+        q_rows, k_rows = self.num_q_stages * self.block_m, self.num_kv_stages * self.block_n
+        return 128 * (panels * (q_rows + k_rows) + panels_v * k_rows) + 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +146,13 @@ class BwdTile:
         """Warps that share a tile of dQ."""
         return self.num_warps
 
-    def shared_mem_bytes(self, head_dim: int) -> int:
-        """Of `SharedMemory` in sm80/flash_bwd.cu; `head_dim` is padded."""
+    def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0) -> int:
+        """Of `SharedMemory` in sm80/flash_bwd.cu; both are padded."""
         statistics = 2 * self.num_stages * self.block_m * 4
+        widths = head_dim, head_dim_v or head_dim
         total = (
-            2 * _tile_bytes(self.block_n, head_dim)
-            + 2 * self.num_stages * _tile_bytes(self.block_m, head_dim)
+            sum(_tile_bytes(self.block_n, width) for width in widths)
+            + self.num_stages * sum(_tile_bytes(self.block_m, width) for width in widths)
             + _tile_bytes(self.block_n, self.block_m)
             + _tile_bytes(16 if self.split == 1 else self.block_n, self.block_m)
             + statistics
@@ -226,7 +238,7 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
         FwdTile(64, 128, 64, 4, 4, "36 KB: two blocks per multiprocessor"),
         FwdTile(96, 64, 64, 4, 6, "39 KB: two blocks per multiprocessor; spills on sm_120", 24),
         FwdTile(128, 64, 32, 4, 8, "34 KB: two blocks per multiprocessor; spills on sm_120", 12),
-        FwdTile(192, 64, 32, 4, 12, "50 KB"),
+        FwdTile(192, 64, 32, 4, 12, "50 KB; spills with head_dim_v 128", 36),
         FwdTile(256, 64, 64, 4, 0, "99 KB"),
     ),
 }
@@ -234,6 +246,7 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
 _FWD_SM90 = (
     FwdTileSm90(96, 128, 128, 2, 2, "193 KB, as 128: panels are 64 columns wide"),
     FwdTileSm90(128, 128, 128, 2, 2, "193 KB"),
+    FwdTileSm90(192, 128, 128, 1, 2, "209 KB", head_dim_v=128),
     FwdTileSm90(192, 128, 112, 1, 2, "217 KB; 128 keys need 241 KB"),
     FwdTileSm90(256, 128, 64, 1, 2, "193 KB"),
 )
@@ -259,7 +272,7 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
         BwdTile(64, 32, 128, 4, 2, 1, 2, "32 keys per warp, P^T in registers, two blocks per multiprocessor", 4),
         BwdTile(128, 64, 128, 8, 2, 1, 2, "16 keys per warp; two warps for 32 keys need 177 KB", 4),
         BwdTile(192, 64, 64, 8, 1, 4, 2, "117 KB; two stages need 169 KB"),
-        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB", 104),
+        BwdTile(256, 64, 64, 8, 1, 4, 2, "151 KB; two stages need 222 KB", 124),
     ),
     101376: (
         BwdTile(64, 64, 64, 4, 2, 2, 2, "73 KB; 32x128 spills 112 bytes on sm_120"),
@@ -275,18 +288,34 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
 )
 
 
-def forward_tile(shared_mem_optin: int, sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int) -> FwdTile:
-    """The row for a head_dim on a GPU with that much shared memory per block: the first with more blocks than
-    multiprocessors, or the last. rows_of_blocks: batch x heads."""
-    table = FWD_TILES[shared_memory_class(shared_mem_optin)]
+_Tile = TypeVar("_Tile", FwdTile, BwdTile)
+
+
+def _rows_for(table: Sequence[_Tile], head_dim: int) -> list[_Tile]:
+    """The rows of the smallest head_dim that is large enough."""
     served = min(tile.head_dim for tile in table if head_dim <= tile.head_dim)
-    rows = [tile for tile in table if tile.head_dim == served]
+    return [tile for tile in table if tile.head_dim == served]
+
+
+def head_dims_of_rows(table: Sequence[_Tile]) -> Iterator[tuple[_Tile, int, int]]:
+    """(row, head_dim, head_dim_v) of what is compiled ahead: each row at its widest, and pairs that are in use."""
+    for tile in table:
+        yield tile, tile.head_dim, 0
+    for head_dim, head_dim_v in _HEAD_DIM_PAIRS:
+        for tile in _rows_for(table, max(head_dim, head_dim_v)):
+            yield tile, head_dim, head_dim_v
+
+
+def forward_tile(shared_mem_optin: int, sm_count: int, head_dim: int, seqlen_q: int, rows_of_blocks: int) -> FwdTile:
+    """The row for a head_dim (or a larger head_dim_v) on a GPU with that much shared memory per block: the first with
+    more blocks than multiprocessors, or the last. rows_of_blocks: batch x heads."""
+    rows = _rows_for(FWD_TILES[shared_memory_class(shared_mem_optin)], head_dim)
     return next((tile for tile in rows if -(-seqlen_q // tile.block_m) * rows_of_blocks > sm_count), rows[-1])
 
 
-def forward_tile_sm90(head_dim: int, causal: bool, seqlen_q: int) -> FwdTileSm90:
-    rows = FWD_TILES_SM90[causal]
-    return next(tile for tile in rows if head_dim <= tile.head_dim and seqlen_q <= tile.max_seqlen_q)
+def forward_tile_sm90(head_dim: int, head_dim_v: int, causal: bool, seqlen_q: int) -> FwdTileSm90:
+    rows = (tile for tile in FWD_TILES_SM90[causal] if seqlen_q <= tile.max_seqlen_q)
+    return next(tile for tile in rows if head_dim <= tile.head_dim and head_dim_v <= (tile.head_dim_v or tile.head_dim))
 
 
 def postprocess_bytes(block_m: int, head_dim: int) -> int:
@@ -295,8 +324,9 @@ def postprocess_bytes(block_m: int, head_dim: int) -> int:
 
 
 def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
+    """The row for a head_dim (or a larger head_dim_v)."""
     return next(tile for tile in BWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
 
 
-def backward_tile_sm90(head_dim: int) -> BwdTileSm90:
-    return next(tile for tile in BWD_TILES_SM90 if head_dim <= tile.head_dim)
+def backward_tile_sm90(head_dim: int, head_dim_v: int) -> BwdTileSm90 | None:
+    return next((tile for tile in BWD_TILES_SM90 if max(head_dim, head_dim_v) <= tile.head_dim), None)

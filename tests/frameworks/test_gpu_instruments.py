@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 import fa2cupy
 from benchmarks import bench, peers, results
+from fa2cupy.jit import compiler
 from fa2cupy.jit.driver import DeviceInfo
 from tests import reference
 from tests.gpu import cases, compile_ahead, oracle, runner
@@ -31,6 +33,7 @@ USUAL = Case(45, 70, 40, "bfloat16", True, heads=(6, 3), layout="bhsd", order=2,
         Case(70, 33, 16, "float16", True, heads=(4, 1), scale=-0.3, outliers=True),
         Case(17, 29, 64, "bfloat16", False, expanded=True),
         Case(9, 0, 8, "float16", False),
+        Case(33, 70, 40, "bfloat16", True, heads=(6, 3), head_dim_v=24),
     ],
     ids=str,
 )
@@ -55,6 +58,7 @@ def test_good_results_pass_in_every_layout() -> None:
             case = Case(33, 50, 24, "float16", True, order=order, pad=order, shift=order, given=given, layout="bhsd")
             assert runner.check(case, True, CPU) == []
     assert runner.check(USUAL, True, CPU) == []
+    assert runner.check(replace(USUAL, head_dim_v=56), True, CPU) == []
 
 
 def _spoiled(what: str) -> SimpleNamespace:
@@ -123,7 +127,7 @@ def test_the_plan_is_what_runs() -> None:
     from fa2cupy.calls import FORWARD
     from fa2cupy.first_call import _problem as problem_of_call
 
-    for case in [USUAL, *list(cases.random_cases("float16", 30))]:
+    for case in [USUAL, replace(USUAL, head_dim_v=56), *list(cases.random_cases("float16", 30))]:
         arena = runner.Arena(case, CPU)
         inputs = runner.inputs_of(case, CPU)
         user = inputs if case.layout == "bshd" else {n: x.transpose(1, 2) for n, x in inputs.items()}
@@ -161,6 +165,7 @@ def bench_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(peers, "make_tensors", make_tensors)
     monkeypatch.setattr(peers, "kernel_family", lambda case: "sm80")
+    monkeypatch.setattr(compiler, "nvrtc_build", lambda: "13.0.88 CL-1")
     monkeypatch.setattr(bench, "TorchClock", _Clock)
     monkeypatch.setattr(bench, "measure_gemm", lambda *_: 1.4)
 
@@ -172,7 +177,8 @@ CELLS = "fwd:d64:b1:s64:h2:causal,bwd:d64:b1:s64:h2:causal"
 def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--cases", CELLS, "--bursts", "2", "--out", str(tmp_path), "--commit", "abc"]) == 0
     printed = capsys.readouterr().out
-    assert "left out: fa3" in printed and "left out: fa4" in printed and "not run by cudnn" in printed
+    assert "left out: fa3" in printed and "left out: fa4" in printed and "does not run: cudnn (" in printed
+    assert "NVRTC 13.0.88 CL-1" in printed
     assert "bwd fa2cupy/fa2" in printed and "(workspace 0 bytes)" in printed
     records = results.load(tmp_path / "made-up-1.jsonl")
     assert [r["workspace_bytes"] for r in records] == [None, None, None, 0, None]  # 0: ours ran on the CPU
@@ -180,6 +186,7 @@ def test_a_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("gemm", None, None),
         ("fa2cupy", "fwd", "sm80"), ("fa2", "fwd", None), ("fa2cupy", "bwd", "sm80"), ("fa2", "bwd", None),
     ]  # fmt: skip
+    assert all(r["nvrtc"] == ("13.0.88 CL-1" if r["peer"] == "fa2cupy" else None) for r in records)
     assert {r["commit"] for r in records} == {"abc"} and len({r["run"] for r in records}) == 1
     with pytest.raises(results.DuplicateCellError):  # before anything is measured
         bench.main(["--cases", CELLS, "--out", str(tmp_path), "--run", str(records[0]["run"])])

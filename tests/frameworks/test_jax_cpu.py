@@ -50,6 +50,11 @@ def test_cpu(dtype: str, layout: str, causal: bool) -> None:
     check(stored, both(x, layout, causal=causal), dtype, causal=causal)
 
 
+def test_cpu_head_dim_of_v() -> None:
+    stored, x = inputs(1, "float32", head_dim_v=8)
+    check(stored, both(x, causal=True), "float32", causal=True)
+
+
 def test_cpu_float64() -> None:
     with jax.enable_x64(True):
         stored, x = inputs(2, "float64")

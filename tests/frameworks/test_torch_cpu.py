@@ -63,6 +63,12 @@ def test_cpu(dtype: str, layout: str, causal: bool) -> None:
     expect(*stored, causal=causal).check(**results)
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_cpu_head_dim_of_v(layout: str) -> None:
+    stored, x = inputs(1, "bfloat16", head_dim_v=24)
+    expect(*stored, causal=True).check(**both(x, layout, causal=True))
+
+
 def test_uint16_tensors() -> None:
     _, x = inputs(2, "bfloat16")
     bits = Inputs(*(tensor.view(torch.uint16) for tensor in x))

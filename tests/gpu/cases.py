@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from fa2cupy.arrays import Device, TensorRef
 from fa2cupy.problem import AttentionProblem, Options, Sizes
-from tests.reference import HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
+from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
 __all__ = [
     "DTYPES",
     "Case",
     "Place",
     "head_dim_cases",
+    "head_dim_v_cases",
     "place",
     "problem_of",
     "random_cases",
@@ -35,9 +36,9 @@ GUARD = 128  # elements before and after every tensor: a tile's vector loads and
 class Case:
     """One problem and the way its arrays are laid out.
 
-    order: index into ORDERS. pad: elements between the rows of neighbouring heads (or whatever lies next to the head
-    dimension). shift: elements by which every tensor starts after a 16-byte boundary. given: outputs and workspace are
-    the caller's. expanded: all key heads share one (stride 0).
+    head_dim_v: None is head_dim. order: index into ORDERS. pad: elements between the rows of neighbouring heads (or
+    whatever lies next to the head dimension). shift: elements by which every tensor starts after a 16-byte boundary.
+    given: outputs and workspace are the caller's. expanded: all key heads share one (stride 0).
     """
 
     seqlen_q: int
@@ -57,6 +58,7 @@ class Case:
     deterministic: bool = False
     outliers: bool = False
     seed: int = 0
+    head_dim_v: int | None = None
 
     @property
     def softmax_scale(self) -> float:
@@ -64,7 +66,8 @@ class Case:
 
     def __str__(self) -> str:
         """Only what differs from a usual case."""
-        text = f"{self.seqlen_q}x{self.seqlen_k} d{self.head_dim} {self.dtype} {'causal' if self.causal else 'full'}"
+        widths = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
+        text = f"{self.seqlen_q}x{self.seqlen_k} {widths} {self.dtype} {'causal' if self.causal else 'full'}"
         text += f" b{self.batch} h{self.heads[0]}/{self.heads[1]} {self.layout} seed{self.seed}"
         for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers"):
             value = getattr(self, name)
@@ -108,8 +111,9 @@ def place(case: Case, name: str) -> Place:
 
 
 def sizes_of(case: Case) -> Sizes:
-    (heads, heads_k), d = case.heads, case.head_dim
-    return Sizes(case.batch, case.seqlen_q, case.seqlen_k, heads, heads_k, d, d)
+    heads, heads_k = case.heads
+    head_dim_v = case.head_dim_v or case.head_dim
+    return Sizes(case.batch, case.seqlen_q, case.seqlen_k, heads, heads_k, case.head_dim, head_dim_v)
 
 
 def problem_of(case: Case, backward: bool) -> AttentionProblem:
@@ -131,7 +135,7 @@ def _packed(case: Case) -> Case:
     return Case(**{name: getattr(case, name) for name in _SHAPE_FIELDS}, order=order)
 
 
-_SHAPE_FIELDS = ("seqlen_q", "seqlen_k", "head_dim", "dtype", "causal", "batch", "heads", "layout")
+_SHAPE_FIELDS = ("seqlen_q", "seqlen_k", "head_dim", "dtype", "causal", "batch", "heads", "layout", "head_dim_v")
 
 
 def seqlen_cases(dtype: str, head_dim: int) -> Iterator[Case]:
@@ -160,6 +164,19 @@ def head_dim_cases(dtype: str, head_dim: int) -> Iterator[Case]:
         for seqlen_q, seqlen_k in ((113, 203), (203, 113)):
             for causal in (False, True):
                 yield Case(seqlen_q, seqlen_k, head_dim, dtype, causal, heads=heads, given=causal, seed=100 + number)
+
+
+def head_dim_v_cases(dtype: str, head_dim: int, head_dim_v: int) -> Iterator[Case]:
+    """A head_dim_v of its own, at lengths around the tiles' edges and some that fit none, causal and not."""
+    lengths = ((113, 203), (203, 113), (128, 128), (1, 239), (127, 513), (1024, 1023))
+    for number, (seqlen_q, seqlen_k) in enumerate(lengths):
+        for causal in (False, True):
+            case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, heads=HEADS[number], head_dim_v=head_dim_v)
+            case = replace(case, layout=("bshd", "bhsd")[number % 2], given=causal, seed=300 + number)
+            yield replace(case, deterministic=number % 3 == 1)
+    # Query heads that several thread blocks share in the backward.
+    yield Case(300, 2049, head_dim, dtype, True, 1, (32, 1), seed=306, head_dim_v=head_dim_v)
+    yield Case(203, 513, head_dim, dtype, False, 1, (16, 2), seed=307, head_dim_v=head_dim_v)
 
 
 def split_cases(dtype: str, head_dim: int) -> Iterator[Case]:
@@ -245,6 +262,9 @@ def groups() -> list[Any]:
             parameters.append(pytest.param(list(split_cases(dtype, head_dim)), id=f"splits-{dtype}-d{head_dim}"))
         for head_dim in HEAD_DIMS:
             parameters.append(pytest.param(list(head_dim_cases(dtype, head_dim)), id=f"heads-{dtype}-d{head_dim}"))
+        for head_dim, head_dim_v in HEAD_DIM_PAIRS:
+            pairs = list(head_dim_v_cases(dtype, head_dim, head_dim_v))
+            parameters.append(pytest.param(pairs, id=f"pairs-{dtype}-d{head_dim}-{head_dim_v}"))
         cases = list(random_cases(dtype, RANDOM_CASES))
         for start in range(0, RANDOM_CASES, 200):
             parameters.append(pytest.param(cases[start : start + 200], id=f"random-{dtype}-{start}"))

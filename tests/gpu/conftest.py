@@ -48,7 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"tests/gpu: not collected, {MISSING}" if MISSING else f"tests/gpu: on {_device()['device']}"
+    if MISSING:
+        return f"tests/gpu: not collected, {MISSING}"
+    from fa2cupy import jit
+
+    seen = _device()
+    objection = jit.wgmma_objection(seen["nvrtc"])
+    return f"tests/gpu: on {seen['device']}, NVRTC {seen['nvrtc']}" + f" (sm_80 kernels: {objection})" * bool(objection)
 
 
 _STATE = pytest.StashKey[dict[str, Any]]()

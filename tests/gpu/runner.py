@@ -10,7 +10,7 @@ import torch
 
 import fa2cupy
 from tests.gpu import oracle
-from tests.gpu.cases import GUARD, Case, place
+from tests.gpu.cases import GUARD, Case, place, sizes_of
 from tests.gpu.ledger import LEDGER
 
 __all__ = ["Arena", "Run", "check", "inputs_of", "run"]
@@ -87,11 +87,13 @@ def inputs_of(case: Case, device: torch.device) -> dict[str, Tensor]:
     """Fresh random q, k, v, dout of the case, contiguous (batch, seqlen, heads, d)."""
     generator = torch.Generator(device=device).manual_seed(1000003 * case.seed + case.head_dim)
     dtype = getattr(torch, case.dtype)
+    widths = sizes_of(case)
     lengths = {"q": case.seqlen_q, "k": case.seqlen_k, "v": case.seqlen_k, "dout": case.seqlen_q}
     tensors = {}
     for name, seqlen in lengths.items():
         heads = case.heads[name in ("k", "v")]
-        x = torch.randn((case.batch, seqlen, heads, case.head_dim), device=device, generator=generator)
+        width = widths.head_dim_v if name in ("v", "dout") else widths.head_dim
+        x = torch.randn((case.batch, seqlen, heads, width), device=device, generator=generator)
         if case.outliers and name != "dout":
             rare = torch.rand(x.shape, device=device, generator=generator) < 1e-3
             x += 10 * torch.randn(x.shape, device=device, generator=generator) * rare
@@ -130,7 +132,7 @@ def run(case: Case, tensors: dict[str, Tensor], backward: bool, device: torch.de
         got, got_lse = fa2cupy.attention(q, k, v, return_lse=True, out=out, lse_out=lse, **options)
         assert got is out and got_lse is lse
     else:
-        _poison((q.numel() * 2, case.batch * case.heads[0] * case.seqlen_q * 4), device)
+        _poison((tensors["dout"].numel() * 2, case.batch * case.heads[0] * case.seqlen_q * 4), device)
         out, lse = fa2cupy.attention(q, k, v, return_lse=True, **options)
     results = {"out": user(out).clone()}
     lse_result = lse.clone()

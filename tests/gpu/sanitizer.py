@@ -37,20 +37,23 @@ EXTRA = {
     "synccheck": [],
 }
 
-# seqlen_q, seqlen_k, head_dim, heads, dtype, causal, deterministic, unaligned. A tile and a bit in both directions and
-# every kind of kernel: wide and narrow heads, GQA, 16-byte and 2-byte loads, empty rows, masked and unmasked blocks.
+# seqlen_q, seqlen_k, (head_dim, head_dim_v), heads, dtype, causal, deterministic, unaligned. A tile and a bit in both
+# directions and every kind of kernel: wide and narrow heads, a v of another width, GQA, 16-byte and 2-byte loads, empty
+# rows, masked and unmasked blocks.
 CASES = (
-    (200, 330, 64, (2, 1), "bfloat16", True, False, False),
-    (200, 330, 64, (2, 2), "float16", False, True, False),
-    (150, 280, 128, (2, 1), "float16", True, False, False),
-    (150, 280, 128, (2, 2), "bfloat16", False, False, True),
-    (130, 130, 59, (2, 1), "bfloat16", True, True, False),
-    (100, 140, 192, (1, 1), "bfloat16", True, False, False),
-    (100, 140, 256, (2, 1), "bfloat16", True, True, False),
-    (100, 140, 256, (1, 1), "float16", False, False, True),
-    (190, 70, 96, (2, 2), "bfloat16", True, False, False),
-    (40, 3200, 64, (8, 1), "bfloat16", True, True, False),  # several query heads in each of the blocks that share keys
-    (9, 0, 64, (1, 1), "bfloat16", False, False, False),
+    (200, 330, (64, 64), (2, 1), "bfloat16", True, False, False),
+    (200, 330, (64, 64), (2, 2), "float16", False, True, False),
+    (150, 280, (128, 128), (2, 1), "float16", True, False, False),
+    (150, 280, (128, 128), (2, 2), "bfloat16", False, False, True),
+    (130, 130, (59, 59), (2, 1), "bfloat16", True, True, False),
+    (100, 140, (192, 192), (1, 1), "bfloat16", True, False, False),
+    (100, 140, (256, 256), (2, 1), "bfloat16", True, True, False),
+    (100, 140, (256, 256), (1, 1), "float16", False, False, True),
+    (190, 70, (96, 96), (2, 2), "bfloat16", True, False, False),
+    (40, 3200, (64, 64), (8, 1), "bfloat16", True, True, False),  # query heads in each of the blocks that share keys
+    (150, 280, (192, 128), (4, 1), "bfloat16", True, False, False),
+    (150, 280, (40, 72), (2, 2), "float16", False, True, False),
+    (9, 0, (64, 64), (1, 1), "bfloat16", False, False, False),
 )
 
 
@@ -77,17 +80,17 @@ def run_cases() -> None:
     cupy.cuda.set_allocator(None)  # cudaMalloc and cudaFree of the exact size
     rng = np.random.default_rng(0)
     types = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    for seqlen_q, seqlen_k, d, (heads, heads_k), dtype, causal, deterministic, unaligned in CASES:
+    for seqlen_q, seqlen_k, (d, d_v), (heads, heads_k), dtype, causal, deterministic, unaligned in CASES:
 
-        def array(seqlen: int, h: int, d: int = d, dtype: str = dtype, unaligned: bool = unaligned) -> Any:
+        def array(seqlen: int, h: int, d: int, dtype: str = dtype, unaligned: bool = unaligned) -> Any:
             shape = (2, seqlen, h, d)
             flat = rng.standard_normal(math.prod(shape) + unaligned).astype(types[dtype])
             return cupy.asarray(flat)[int(unaligned) :].reshape(shape)
 
-        q, dout = array(seqlen_q, heads), array(seqlen_q, heads)
-        k, v = array(seqlen_k, heads_k), array(seqlen_k, heads_k)
+        q, dout = array(seqlen_q, heads, d), array(seqlen_q, heads, d_v)
+        k, v = array(seqlen_k, heads_k, d), array(seqlen_k, heads_k, d_v)
         # Bulk stores initialise nothing in initcheck's eyes: `out` holds NaN already, and none may be left in it.
-        out = cupy.full_like(q, math.nan)
+        out = cupy.full_like(dout, math.nan)
         out, lse = fa2cupy.attention(q, k, v, causal=causal, return_lse=True, out=out)
         with sm80_kernels():
             again = fa2cupy.attention(q, k, v, causal=causal)

@@ -31,6 +31,19 @@ def head_dim_cases(head_dim: int, dtype: str) -> list[HostCase]:
     return cases
 
 
+def head_dim_v_cases(head_dim: int, head_dim_v: int) -> list[HostCase]:
+    """A head_dim_v of its own, on every kind of GPU: odd lengths, GQA, rows without keys, both dtypes."""
+    cases = []
+    for number, (seqlen_q, seqlen_k) in enumerate(((113, 203), (203, 113), (1, 239), (128, 217))):
+        for causal in (False, True):
+            dtype, layout = DTYPES[(number + causal) % 2], ("bshd", "bhsd")[number % 2]
+            heads = ((2, 1), (4, 4), (6, 3), (2, 2))[number]
+            case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, 1, heads, layout=layout, head_dim_v=head_dim_v)
+            case = dataclasses.replace(case, pad=8 * causal, deterministic=causal, seed=number)
+            cases += [HostCase(case, arch) for arch in ("sm_90", "sm_86")[: 2 - number % 2]]
+    return cases
+
+
 def length_cases(head_dim: int, dtype: str, limit: int) -> list[HostCase]:
     """Every pair of lengths of the list whose product is at most `limit`, causal and not."""
     cases = []
@@ -120,6 +133,9 @@ def split_cases() -> list[tuple[HostCase, int]]:
         (changed(full, "sm_86", head_dim=256, seqlen_k=70, heads=(4, 1)), 2),
         (changed(full, head_dim=256, heads=(4, 1), expanded=True), 2),
         (changed(causal, head_dim=192, seqlen_k=150, dtype="float16"), 4),
+        (changed(causal, head_dim=192, head_dim_v=128, seqlen_k=150, deterministic=True), 4),
+        (changed(full, "sm_86", head_dim=64, head_dim_v=160, seqlen_k=70, heads=(4, 1)), 2),
+        (changed(full, head_dim=59, head_dim_v=100), 3),
     ]
 
 
@@ -157,5 +173,8 @@ def sanitized_cases(backward: bool) -> list[HostCase]:
             case = Case(sq, sk, head_dim, dtype, causal, 1, (2, 1), pad=8 * causal, deterministic=backward, seed=sq)
             cases.append(HostCase(case, "sm_86"))
     cases.append(HostCase(Case(33, 70, 64, "bfloat16", True, 1, (2, 2), shift=1, pad=1), flip=True))
+    for head_dim, head_dim_v in ((72, 40), (40, 72)):
+        case = Case(33, 70, head_dim, "bfloat16", True, 1, (2, 1), deterministic=backward, head_dim_v=head_dim_v)
+        cases.append(HostCase(case, "sm_86"))
     cases.append(HostCase(Case(9, 0, 64, "bfloat16", False, 1, (2, 2))))
     return cases

@@ -119,6 +119,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         batch=case.batch,
         heads=case.heads,
         head_dim=case.head_dim,
+        head_dim_v=case.head_dim_v,
         outliers=case.outliers,
     )._asdict()
     empty = case.seqlen_q if case.seqlen_k == 0 else max(0, case.seqlen_q - case.seqlen_k) * case.causal

@@ -9,6 +9,7 @@ import pytest
 from tests.gpu.cases import DTYPES
 from tests.host import cases
 from tests.host.kernel_run import HostCase, check
+from tests.reference import HEAD_DIM_PAIRS
 
 BACKWARD = False
 USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
@@ -26,6 +27,11 @@ def run_all(host_cases: list[HostCase]) -> None:
 @pytest.mark.parametrize("head_dim", cases.USUAL_HEAD_DIMS)
 def test_head_dims(head_dim: int, dtype: str) -> None:
     run_all(cases.head_dim_cases(head_dim, dtype))
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
+def test_head_dims_of_v(head_dim: int, head_dim_v: int) -> None:
+    run_all(cases.head_dim_v_cases(head_dim, head_dim_v))
 
 
 @pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in USUAL_SPECIALS])

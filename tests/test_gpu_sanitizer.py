@@ -1,0 +1,39 @@
+"""tests/gpu/sanitizer.py with a made-up compute-sanitizer: any report fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import sanitizer
+
+
+@pytest.mark.parametrize(
+    ("summary", "code", "outcome"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, "clean"),
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, "clean"),
+        ("ERROR SUMMARY: 1 error", 9, "1 errors"),
+        ("ERROR SUMMARY: 12 errors", 0, "12 errors"),
+        ("RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", 0, "1 errors"),
+        ("ERROR SUMMARY: 0 errors", 1, "did not finish"),  # a wrong result
+        ("Target application terminated", 0, "did not finish"),
+    ],
+)
+def test_any_report_fails(
+    summary: str,
+    code: int,
+    outcome: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= {summary}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(sanitizer.subprocess, "run", lambda *_, **__: None)  # the cases without a tool
+    assert sanitizer.main([]) == (0 if outcome == "clean" else 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(sanitizer.TOOLS)]
+    assert [line.partition(" (")[0] for line in lines] == [f"{name}: {outcome}" for name in sanitizer.TOOLS]
