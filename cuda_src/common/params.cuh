@@ -72,19 +72,22 @@ struct BwdParams {
   int head_dim_v;
 };
 
-// The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout), kBlockN (k, v) or
-// 64 (dk, dv) rows, with 128-byte swizzle.
+// The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
+// rows, with 128-byte swizzle.
 struct BwdTmaParams {
-  TensorMap dout, q, k, v, dk, dv;
+  TensorMap dout, q, k, v;
+  Element* dk;
+  Element* dv;
   const float* lse_log2;
   const float* softmax_d;
   float* dq_accum;
   int* dq_turn;
   float* dk_partial;
   float* dv_partial;
+  Strides dk_strides, dv_strides;
   Shape shape;
   float scale_softmax_log2, softmax_scale;
-  int head_splits;
+  int head_splits, head_dim_v;
 };
 
 struct FillParams {

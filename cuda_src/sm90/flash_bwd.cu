@@ -24,6 +24,7 @@ static_assert(sizeof(BwdTmaParams) == kParamsBytes, "kernels/params.py and commo
 
 constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
+constexpr int kKStages = 2;  // the next tile's first S is computed before this one's last dQ
 constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
 static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
 
@@ -32,16 +33,17 @@ constexpr int kDqCols = 64, kDqColParts = kHeadDim / kDqCols;
 static_assert(kDqWarps == 4 * kKeyGroups && kDqWarpsD == kDqColParts && kDqMTiles == 1, "one part for each warpgroup");
 
 struct SharedMemory {
-  Panels<kBlockN, kHeadDim> k, v;  // later dK and dV on their way to global memory
+  Panels<kBlockN, kHeadDim> k[kKStages], v;
   Panels<kBlockM, kHeadDim> q[kQStages], dout[kDoutStages];
   Panels<kBlockM, kBlockN> ds[kDoutStages];  // a panel is one key warpgroup's
   alignas(1024) float dq[kDqTileFloats];     // in the order of dq_accum.cuh
   float lse_log2[kQStages][kBlockM], softmax_d[kDoutStages][kBlockM];
   // full: the bytes have landed, or every warp has stored its part. empty: every reader is done with them.
-  uint64_t k_full, v_full, kv_empty;
+  uint64_t k_full[kKStages], k_empty[kKStages], v_full, v_empty;
   uint64_t q_full[kQStages], q_empty[kQStages], dout_full[kDoutStages], dout_empty[kDoutStages];
   uint64_t ds_full[kDoutStages], ds_empty[kDoutStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
 };
+constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
 using AccS = Accumulator<1, kBlockM / 8>;    // 64 keys x kBlockM queries
@@ -77,13 +79,20 @@ struct Step {
 // finish at about the same time. Deterministic: always in the order of the turns, see my_turn.
 struct Schedule {
   int round = 0;
+  FA2_DEVICE int place() const {
+    return round * gridDim.x + (kDeterministic || round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  }
+  FA2_DEVICE bool more(const BwdTmaParams& params) const {
+    const Shape& shape = params.shape;
+    return place() < ceil_div(shape.seqlen_k, kBlockN) * shape.num_heads_k * (kPartialDkv ? params.head_splits : 1) * shape.batch;
+  }
   FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
+    if (!more(params)) return false;
     const Shape& shape = params.shape;
     const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
     const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), rows = shares * shape.batch;
-    const int place = kDeterministic || round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const int linear = round++ * gridDim.x + place;
-    if (linear >= n_blocks * rows) return false;
+    const int linear = place();
+    ++round;
     const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
     const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
     const bool backwards = kCausal && (kDeterministic || sections_left % 2 == 1);
@@ -104,8 +113,10 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
   Work work;
   Ring<kQStages> q;
   Ring<kDoutStages> dout;
-  uint32_t parity = 0;
+  Ring<kKStages> k;
+  uint32_t v_parity = 0;
   while (schedule.next(params, work)) {
+    const int first_key = work.n_block * kBlockN;
     bool first = true;
     for (Step step(shape, work); step.left > 0; step.advance(work)) {
       const int first_query = step.m_block * kBlockM;
@@ -115,23 +126,25 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
       load_tile(smem.q[q.stage], params.q, smem.q_full[q.stage], first_query, step.head, work.batch);
       cp_async_bulk_load(smem.lse_log2[q.stage], params.lse_log2 + first_row, kStatisticsBytes, smem.q_full[q.stage]);
       if (first) {
-        mbarrier_wait(smem.kv_empty, parity ^ 1);  // dK and dV of the last tile have left: compute
-        mbarrier_arrive_expect_tx(smem.k_full, smem.k.kBytes);
-        load_tile(smem.k, params.k, smem.k_full, work.n_block * kBlockN, work.head_k, work.batch);
+        mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
+        mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
+        load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], first_key, work.head_k, work.batch);
       }
       mbarrier_wait(smem.dout_empty[dout.stage], dout.parity ^ 1);  // released by the key warpgroups after dV += P^T dO
       mbarrier_arrive_expect_tx(smem.dout_full[dout.stage], smem.dout[0].kBytes + kStatisticsBytes);
       load_tile(smem.dout[dout.stage], params.dout, smem.dout_full[dout.stage], first_query, step.head, work.batch);
       cp_async_bulk_load(smem.softmax_d[dout.stage], params.softmax_d + first_row, kStatisticsBytes, smem.dout_full[dout.stage]);
       if (first) {
+        mbarrier_wait(smem.v_empty, v_parity ^ 1);  // released by the key warpgroups after a tile's last dP
         mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);
-        load_tile(smem.v, params.v, smem.v_full, work.n_block * kBlockN, work.head_k, work.batch);
+        load_tile(smem.v, params.v, smem.v_full, first_key, work.head_k, work.batch);
       }
       q.advance();
       dout.advance();
       first = false;
     }
-    parity ^= 1;
+    k.advance();
+    v_parity ^= 1;
   }
 }
 
@@ -161,11 +174,14 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
         cp_reduce_async_bulk_add_f32(params.dq_accum + step.tile * kDqTileFloats + offset, smem.dq + offset, kDqNTiles * 512);
         cp_async_bulk_commit_group();
         cp_async_bulk_wait_group_read<0>();
-        if constexpr (kDeterministic) cp_async_bulk_wait_group<0>();
       }
-      __syncwarp();  // all four parts have been read, and added
+      __syncwarp();  // all four parts have been read
       if (lane == 0) mbarrier_arrive(smem.dq_empty[group]);
-      if (kDeterministic && lane == 0) red_release_add(params.dq_turn + step.tile, 1);
+      if constexpr (kDeterministic) {
+        cp_async_bulk_wait_group<0>();
+        __syncwarp();  // all four parts have been added
+        if (lane == 0) red_release_add(params.dq_turn + step.tile, 1);
+      }
     }
   }
 }
@@ -207,26 +223,56 @@ FA2_DEVICE void store_partial(float* gmem, int row, const AccKV& acc) {
       *reinterpret_cast<float2*>(target + 8 * h * kHeadDim + 8 * j) = float2{acc.x[0][j][2 * h], acc.x[0][j][2 * h + 1]};
 }
 
-// One warpgroup: 64 keys of all tiles, and its part of dQ.
+// 16 rows of dK or dV, of this warp, = factor * acc, rounded. `gmem`: the first of them, of which `rows` exist. Four lanes
+// exchange what they have of 4 x 8 columns, so that each writes 16 bytes.
+template <int kNTiles>
+FA2_DEVICE void store_gradient(Element* gmem, int64_t stride, int rows, int cols, const Accumulator<1, kNTiles>& acc, float factor) {
+  const int lane = lane_id(), col = lane % 4 * 8;
+  gmem += accumulator_row() * stride + col;
+#pragma unroll
+  for (int j = 0; j < kNTiles; j += 4)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t x[4];  // of block j + i, later lane i's
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        x[i] = cvt_pack<Element>(acc.x[0][j + i][2 * h] * factor, acc.x[0][j + i][2 * h + 1] * factor);
+#pragma unroll
+      for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & bit) continue;
+          const uint32_t other = __shfl_xor_sync(0xffffffffu, lane & bit ? x[i] : x[i + bit], bit);
+          (lane & bit ? x[i] : x[i + bit]) = other;
+        }
+      if (accumulator_row() + 8 * h < rows && 8 * j + col < cols)
+        *reinterpret_cast<uint4*>(gmem + 8 * h * stride + 8 * j) = uint4{x[0], x[1], x[2], x[3]};
+    }
+}
+
+// One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
 FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int group) {
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16;
   const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
   const bool leader = threadIdx.x % 128 == 0;
-  Ring<kQStages> q;  // of the S that comes next
-  Ring<kDoutStages> dout, dq;  // dQ: of the step before
-  uint32_t parity = 0, dq_parity = 0;
+  Ring<kQStages> q;            // of the S that comes next
+  Ring<kDoutStages> dout, dq;  // dq: of the dQ that comes next, a step behind
+  Ring<kKStages> k, k_dq;      // likewise
+  uint32_t v_parity = 0, dq_parity = 0;
   AccS acc_s, acc_dp;
   AccKV acc_dk, acc_dv;
   Fragments<kQuerySteps> frag_p, frag_ds;
 
-  auto issue_s = [&] {  // S^T = K Q^T
-    mbarrier_wait(smem.q_full[q.stage], q.parity);  // Q and lse landed: copy_tiles
+  auto issue_s = [&](bool first) {  // S^T = K Q^T
+    if (first) mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_tiles
+    mbarrier_wait(smem.q_full[q.stage], q.parity);             // Q and lse landed: copy_tiles
     wgmma_fence();
-    gemm_ss<kHeadSteps>(acc_s, AlongRows(smem.k, group_row), AlongRows(smem.q[q.stage]));
+    gemm_ss<kHeadSteps>(acc_s, AlongRows(smem.k[k.stage], group_row), AlongRows(smem.q[q.stage]));
     wgmma_commit_group();
   };
-  auto issue_dp = [&] {  // dP^T = V dO^T
+  auto issue_dp = [&](bool first) {  // dP^T = V dO^T
+    if (first) mbarrier_wait(smem.v_full, v_parity);            // V landed: copy_tiles
     mbarrier_wait(smem.dout_full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
     wgmma_fence();
     gemm_ss<kHeadSteps>(acc_dp, AlongRows(smem.v, group_row), AlongRows(smem.dout[dout.stage]));
@@ -235,7 +281,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
   auto issue_dq = [&](AccDq& acc_dq) {  // dQ = dS K
     mbarrier_wait(smem.ds_full[dq.stage], dq.parity);  // dS of both warpgroups is in shared memory: compute_step
     wgmma_fence();
-    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[dq.stage], dq_row), DownRows(smem.k, dq_col));
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[dq.stage], dq_row), DownRows(smem.k[k_dq.stage], dq_col));
     wgmma_commit_group();
   };
   auto finish_dq = [&](AccDq& acc_dq) {
@@ -258,109 +304,129 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
 
   Schedule schedule;
   Work work;
-  while (schedule.next(params, work)) {
-    const int key = work.n_block * kBlockN + warp_row + accumulator_row();
-    mbarrier_wait(smem.k_full, parity);  // K landed: copy_tiles
-    issue_s();
-    mbarrier_wait(smem.v_full, parity);  // V landed: copy_tiles
-    issue_dp();
-    wgmma_wait_group<1>();  // S(0)
-    pin(acc_s);
-    // A step; `first`: there is none before it whose dQ is due; `last`: none after it, whose first products it starts.
-    auto compute_step = [&](int m_block, auto first, auto last) {
-      constexpr bool kFirst = decltype(first)::value, kLast = decltype(last)::value;
-      if (m_block < work.mask_to) {
-        recompute_p<true>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, m_block * kBlockM);
-      } else {
-        recompute_p<false>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, m_block * kBlockM);
-      }
-      pin(acc_s);
-      wgmma_wait_group<0>();  // dP(m)
-      pin(acc_dp);
-      differentiate_softmax(acc_dp, acc_s, smem.softmax_d[dout.stage]);
-      to_fragments(frag_p, acc_s);
-      to_fragments(frag_ds, acc_dp);
-      mbarrier_wait(smem.ds_empty[dout.stage], dout.parity ^ 1);  // released by both warpgroups after dQ = dS K
-      store_transposed(smem.ds[dout.stage], warp_row, frag_ds);
-      fence_proxy_async();  // this thread's part of dS, before wgmma reads it
-      __syncwarp();         // the warp's part is in shared memory
-      if (lane_id() == 0) mbarrier_arrive(smem.ds_full[dout.stage]);
-
-      wgmma_fence();
-      gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[dout.stage]), !kFirst);  // dV += P^T dO
-      gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[q.stage]), !kFirst);  // dK += dS^T Q
-      wgmma_commit_group();
-      AccDq acc_dq;
-      if constexpr (!kFirst) issue_dq(acc_dq);
-      const int q_stage = q.stage, dout_stage = dout.stage;
-      q.advance();
-      dout.advance();
-      wgmma_wait_group<kFirst ? 0 : 1>();  // dV, dK
-      if (leader) {
-        mbarrier_arrive(smem.dout_empty[dout_stage]);
-        mbarrier_arrive(smem.q_empty[q_stage]);
-      }
-      if constexpr (!kLast) issue_s();
-      if constexpr (!kFirst) {
-        wgmma_wait_group<kLast ? 0 : 1>();  // dQ of the step before
-        finish_dq(acc_dq);
-      }
-      if constexpr (!kLast) {
-        issue_dp();
-        wgmma_wait_group<1>();  // S(m+1)
-        pin(acc_s);
-      }
-    };
-    Step step(shape, work);
-    if (step.left == 1) {
-      compute_step(step.m_block, True{}, True{});
+  schedule.next(params, work);
+  Step step(shape, work);
+  bool first = true;  // step of its tile
+  auto next_step = [&] {
+    first = step.left == 1;
+    if (first) {
+      schedule.next(params, work);
+      step = Step(shape, work);
     } else {
-      compute_step(step.m_block, True{}, False{});
       step.advance(work);
-      for (; step.left > 1; step.advance(work)) compute_step(step.m_block, False{}, False{});
-      compute_step(step.m_block, False{}, True{});
     }
-    AccDq acc_dq;
-    issue_dq(acc_dq);
-    wgmma_wait_group<0>();
-    finish_dq(acc_dq);
+  };
+  auto is_final = [&] { return step.left == 1 && !schedule.more(params); };
 
-    pin(acc_dk);
-    pin(acc_dv);
+  auto store_dkv = [&] {
+    if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j)
+      for (int j = 0; j < kHeadDim / 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc_dk.x[0][j][e] *= params.softmax_scale;
-    bar_sync(1, 128 * kKeyGroups);  // both warpgroups are done with K
-    if constexpr (kPartialDkv) {    // whole blocks, the workspace is padded
+        for (int e = 0; e < 4; ++e) acc_dk.x[0][j][e] *= params.softmax_scale;
       const int64_t offset = static_cast<int64_t>(work.part) * kBlockN * kHeadDim;
       store_partial(params.dk_partial + offset, warp_row, acc_dk);
       store_partial(params.dv_partial + offset, warp_row, acc_dv);
-      if (leader) mbarrier_arrive(smem.kv_empty);
-    } else {  // through this warpgroup's rows of K and V
-      store_accumulator(smem.k, warp_row, acc_dk);
-      store_accumulator(smem.v, warp_row, acc_dv);
-      fence_proxy_async();       // this thread's part of dK and dV, before the copy engine reads it
-      bar_sync(2 + group, 128);  // everybody's part of this warpgroup's rows is in shared memory
-      if (leader) {
-        const int first_row = work.n_block * kBlockN + group_row;
-        store_rows<64, kHeadDim>(params.dk, smem.k, group_row, first_row, work.head_k, work.batch);
-        store_rows<64, kHeadDim>(params.dv, smem.v, group_row, first_row, work.head_k, work.batch);
-        cp_async_bulk_commit_group();
-        cp_async_bulk_wait_group_read<0>();
-        mbarrier_arrive(smem.kv_empty);
-      }
+    } else {
+      const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
+      const int row = work.n_block * kBlockN + warp_row, rows = shape.seqlen_k - row;
+      store_gradient(params.dk + work.batch * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows, shape.head_dim,
+                     acc_dk, params.softmax_scale);
+      store_gradient(params.dv + work.batch * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
+                     params.head_dim_v, acc_dv, 1.f);
     }
-    parity ^= 1;
+  };
+
+  // `due`: a dQ is, that of the step before; `more`: there is a step after it, whose first products it starts.
+  auto compute_step = [&](auto due, auto more) {
+    constexpr bool kDue = decltype(due)::value, kMore = decltype(more)::value;
+    const bool last = step.left == 1;  // of its tile
+    const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
+    bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup's dS is done
+    if (step.m_block < work.mask_to) {
+      recompute_p<true>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, first_query);
+    } else {
+      recompute_p<false>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, first_query);
+    }
+    pin(acc_s);
+    wgmma_wait_group<0>();  // dP(m)
+    pin(acc_dp);
+    if (last && leader) mbarrier_arrive(smem.v_empty);
+    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[dout.stage]);
+    to_fragments(frag_p, acc_s);
+    to_fragments(frag_ds, acc_dp);
+    mbarrier_wait(smem.ds_empty[dout.stage], dout.parity ^ 1);  // released by both warpgroups after dQ = dS K
+    store_transposed(smem.ds[dout.stage], warp_row, frag_ds);
+    fence_proxy_async();  // this thread's part of dS, before wgmma reads it
+    __syncwarp();         // the warp's part is in shared memory
+    if (lane_id() == 0) mbarrier_arrive(smem.ds_full[dout.stage]);
+    bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);
+
+    wgmma_fence();
+    gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[dout.stage]), !first);  // dV += P^T dO
+    gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[q.stage]), !first);       // dK += dS^T Q
+    wgmma_commit_group();
+    AccDq acc_dq;
+    if constexpr (kDue) issue_dq(acc_dq);
+    const int q_stage = q.stage, dout_stage = dout.stage;
+    q.advance();
+    dout.advance();
+    if (last) k.advance(), v_parity ^= 1;
+    wgmma_wait_group<kDue ? 1 : 0>();  // dV, dK
+    if (leader) {
+      mbarrier_arrive(smem.dout_empty[dout_stage]);
+      mbarrier_arrive(smem.q_empty[q_stage]);
+    }
+    if (kDue && first) {      // the next S may wait for this buffer of K, if this tile has no other step
+      wgmma_wait_group<0>();  // the last dQ of the tile before
+      if (leader) mbarrier_arrive(smem.k_empty[k_dq.stage]);
+      k_dq.advance();
+    }
+    if constexpr (kMore) issue_s(last);
+    if constexpr (kDue) {
+      wgmma_wait_group<kMore ? 1 : 0>();  // dQ of the step before
+      finish_dq(acc_dq);
+    }
+    if (last) {
+      pin(acc_dk);
+      pin(acc_dv);
+      store_dkv();
+    }
+    if constexpr (kMore) {
+      issue_dp(last);
+      wgmma_wait_group<1>();  // S(m+1)
+      pin(acc_s);
+      next_step();
+    }
+  };
+  if (group == 1) bar_arrive(kTurn, 128 * kKeyGroups);  // the first turn is group 0's
+  issue_s(true);
+  issue_dp(true);
+  wgmma_wait_group<1>();  // S(0)
+  pin(acc_s);
+  if (is_final()) {
+    compute_step(False{}, False{});
+  } else {
+    compute_step(False{}, True{});
+    while (!is_final()) compute_step(True{}, True{});
+    compute_step(True{}, False{});
   }
+  AccDq acc_dq;
+  issue_dq(acc_dq);
+  wgmma_wait_group<0>();
+  finish_dq(acc_dq);
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
-    mbarrier_init(smem.k_full, 1);
     mbarrier_init(smem.v_full, 1);
-    mbarrier_init(smem.kv_empty, kKeyGroups);
+    mbarrier_init(smem.v_empty, kKeyGroups);
+#pragma unroll
+    for (int i = 0; i < kKStages; ++i) {
+      mbarrier_init(smem.k_full[i], 1);
+      mbarrier_init(smem.k_empty[i], kKeyGroups);
+    }
 #pragma unroll
     for (int i = 0; i < kQStages; ++i) {
       mbarrier_init(smem.q_full[i], 1);

@@ -38,9 +38,8 @@ _POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
 _COMBINE = ("smxx/flash_bwd_combine.cu", "flash_bwd_combine")
 _TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 _DQ, _DK, _DV, _WORKSPACE = 6, 7, 8, 9  # positions among the call's pointers
-# Arrays that the sm_90 kernel reaches by bulk copies; its pointers are those of the workspace.
+# Arrays that the sm_90 kernel reaches by bulk copies; it has pointers to dk, dv and the workspace.
 _SM90_MAPS = tuple(name for name, kind, *_ in BwdTmaParams._fields_ if kind is TensorMap)
-_WARPGROUP_ROWS = 64  # keys of a warpgroup, which stores its own dK and dV
 
 # Thread blocks per multiprocessor that are enough: a wave and a half. With fewer, the query heads of a key head are
 # shared out among several blocks, which costs each of them a float32 part of dK and dV, and a kernel that sums these.
@@ -149,7 +148,7 @@ def _launches(
             blocks = min(key_tiles * head_splits, device.sm_count)  # one for each multiprocessor, which takes tiles
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             maps = _tensor_maps(problem, tile, rows, skipped)
-            flash_bwd = KernelLaunch(*_SM90, plans.SM90_ARCH, main, config, _tma_params(params), workspaces, maps)
+            flash_bwd = KernelLaunch(*_SM90, plans.SM90_ARCH, main, config, _tma_params(params), pointers[_DK : _DV + 1] + workspaces, maps)
         else:
             config = LaunchConfig((key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=shared)
             flash_bwd = KernelLaunch(*_SM80, arch, main, config, bytes(params), pointers)
@@ -172,7 +171,7 @@ def _launches(
 def _tma_params(params: BwdParams) -> bytes:
     """The same for the sm_90 kernel, less its maps and pointers."""
     packed = BwdTmaParams()
-    for name in ("shape", "scale_softmax_log2", "softmax_scale", "head_splits"):
+    for name in ("dk_strides", "dv_strides", "shape", "scale_softmax_log2", "softmax_scale", "head_splits", "head_dim_v"):
         setattr(packed, name, getattr(params, name))
     return bytes(packed)
 
@@ -186,9 +185,7 @@ def _tensor_maps(
             getattr(BwdTmaParams, name).offset,
             _TENSORS.index(name),
             skipped.get(name, 0),
-            TensorMapSpec.of(
-                *plans.map_dims(problem, name, rows), (64, box_rows.get(name, _WARPGROUP_ROWS)), problem.dtype
-            ),
+            TensorMapSpec.of(*plans.map_dims(problem, name, rows), (64, box_rows[name]), problem.dtype),
         )
         for name in _SM90_MAPS
     )

@@ -202,9 +202,9 @@ class BwdTileSm90:
         """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers."""
         panels = -(-self.head_dim // 64)
         stages = self.num_q_stages + self.num_dout_stages
-        tiles = 128 * panels * (2 * self.block_n + stages * self.block_m)
+        tiles = 128 * panels * (3 * self.block_n + stages * self.block_m)  # two of K, one of V
         ds = 2 * self.block_m * self.block_n * self.num_dout_stages
-        barriers = 8 * (3 + 2 * self.num_q_stages + 4 * self.num_dout_stages + 2 * (self.block_n // 64))
+        barriers = 8 * (6 + 2 * self.num_q_stages + 4 * self.num_dout_stages + 2 * (self.block_n // 64))
         small = 4 * self.dq_tile_floats() + 4 * stages * self.block_m + barriers
         return tiles + ds + -(-small // 1024) * 1024
 
@@ -283,8 +283,8 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
 }
 
 BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
-    BwdTileSm90(64, 128, 128, 3, 2, "211 KB"),
-    BwdTileSm90(128, 64, 128, 3, 2, "210 KB"),
+    BwdTileSm90(64, 128, 128, 2, 2, "211 KB"),
+    BwdTileSm90(128, 64, 128, 2, 2, "226 KB"),
 )
 
 
