@@ -134,7 +134,7 @@ class FakePlan:
 class FakeGpu:
     """`launches`: what was launched; `plans`: what was planned. `current`: the device whose context is current.
 
-    `launches_of_plans`: what forward plans say that they launch, unless sm_90 was objected to.
+    `launches_of_plans`: what plans say that they launch, unless sm_90 was objected to.
     """
 
     current: int | None = None
@@ -159,8 +159,27 @@ class FakeGpu:
         self.plans.append(FakePlan(self, problem, 0, launches=launches, family=family, why_not_sm90=why_not_sm90))
         return self.plans[-1]
 
-    def plan_backward(self, problem: AttentionProblem, device: Any, deterministic: bool) -> FakePlan:
-        self.plans.append(FakePlan(self, problem, self.workspace_bytes, deterministic))
+    def plan_backward(
+        self,
+        problem: AttentionProblem,
+        device: Any,
+        deterministic: bool,
+        family: str | None = None,
+        *,
+        why_not_sm90: str = "",
+    ) -> FakePlan:
+        launches = self.launches_of_plans if not why_not_sm90 else ()
+        self.plans.append(
+            FakePlan(
+                self,
+                problem,
+                self.workspace_bytes,
+                deterministic,
+                launches=launches,
+                family=family,
+                why_not_sm90=why_not_sm90,
+            )
+        )
         return self.plans[-1]
 
     @contextmanager

@@ -19,8 +19,17 @@ from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, ForwardPlan, compile_jobs, plan_backward, plan_forward
 from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels.params import BwdParams, FillParams, FwdParams, FwdTmaParams
-from fa2cupy.kernels.tiles import FWD_TILES_SM90, SHARED_MEMORY, FwdTile, FwdTileSm90, forward_tile_sm90
+from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams, FwdParams, FwdTmaParams
+from fa2cupy.kernels.tiles import (
+    BWD_TILES_SM90,
+    FWD_TILES_SM90,
+    SHARED_MEMORY,
+    BwdTile,
+    BwdTileSm90,
+    FwdTile,
+    FwdTileSm90,
+    forward_tile_sm90,
+)
 from fa2cupy.problem import AttentionProblem
 from tests.fake_driver import FakeDriver, FakeMap, fake_driver
 from tests.gpu.cases import Case, problem_of
@@ -34,9 +43,8 @@ B200 = DeviceInfo(1, "B200", (10, 0), 148, SHARED_MEMORY["sm_100"], 126 << 20)
 def backward(
     seqlen_q: int, seqlen_k: int, head_dim: int, heads: tuple[int, int], batch: int = 1, device: DeviceInfo = H200
 ) -> BackwardPlan:
-    return plan_backward(
-        problem_of(Case(seqlen_q, seqlen_k, head_dim, "bfloat16", True, batch, heads), True), device, False
-    )
+    case = Case(seqlen_q, seqlen_k, head_dim, "bfloat16", True, batch, heads)
+    return plan_backward(problem_of(case, True), device, False, family="sm80")
 
 
 def params_of(plan: BackwardPlan) -> BwdParams:
@@ -98,8 +106,8 @@ def test_workspace_of_a_head_dim_of_v_of_its_own() -> None:
     """Parts of dK are as wide as k, those of dV as v; dQ and the statistics do not know v."""
     for head_dim, head_dim_v, padded in ((192, 128, (192, 128)), (192, 72, (192, 128)), (40, 72, (48, 80))):
         case = Case(4096, 4001, head_dim, "bfloat16", True, 1, (32, 1), head_dim_v=head_dim_v)
-        one_block = plan_backward(problem_of(case, True), dataclasses.replace(H200, sm_count=1), False)
-        plan = plan_backward(problem_of(case, True), H200, False)
+        one_block = plan_backward(problem_of(case, True), dataclasses.replace(H200, sm_count=1), False, family="sm80")
+        plan = plan_backward(problem_of(case, True), H200, False, family="sm80")
         rows = -(-4001 // plan.tile.block_n) * plan.tile.block_n * plan.head_splits
         assert plan.tile is one_block.tile and plan.head_splits > one_block.head_splits == 1
         assert plan.workspace_bytes - one_block.workspace_bytes == rows * sum(padded) * 4
@@ -140,10 +148,13 @@ def test_every_pair_of_head_dims_has_a_tile_that_fits(arch: str) -> None:
         plan = plan_backward(problem_of(case, True), device, False)
         for launch in launches + plan.launches:
             assert launch.config.shared_mem_bytes <= SHARED_MEMORY[arch]
-            if launch.arch != "sm_90a":  # where a row's head dims are those of its kernel
+            if launch.arch != "sm_90a":  # where a row's head dims are those of its kernels
                 assert ("FA2_HEAD_DIM_V" in launch.defines) == (head_dim != head_dim_v)
-        for width in plans.padded_head_dims(plan.problem, plan.tile.split):
-            assert width % (16 * plan.tile.split) == 0
+        if isinstance(plan.tile, BwdTile):
+            for width in plans.padded_head_dims(plan.problem, plan.tile.split):
+                assert width % (16 * plan.tile.split) == 0
+        else:
+            assert max(head_dim, head_dim_v) <= plan.tile.head_dim
 
 
 def test_workspace_grows_no_faster_than_the_sequence() -> None:
@@ -184,7 +195,7 @@ def test_turns_are_a_section_apart() -> None:
     """Deterministic: neighbouring key blocks are launched so far apart that the turn has come when it is awaited."""
     for seqlen, causal, section in ((4096, False, 9), (512, False, 64), (4096, True, 9), (16384, True, 3)):
         case = Case(seqlen, seqlen, 128, "bfloat16", causal, 4, (16, 16))
-        plan = plan_backward(problem_of(case, True), H200, True)
+        plan = plan_backward(problem_of(case, True), H200, True, family="sm80")
         # 2 turns of 2 steps, 132 blocks at once, seqlen / 64 steps each; at most what L2 holds, or all heads
         assert section_of(plan) == section, (seqlen, causal)
 
@@ -446,9 +457,12 @@ def test_nothing_to_do_on_sm90() -> None:
 def test_jobs_of_sm90a() -> None:
     jobs = compile_jobs("sm_90a", True)
     own = [job for job in jobs if job.arch == "sm_90a"]
-    assert [job for job in jobs if job.arch != "sm_90a"] == compile_jobs("sm_90", True)
-    assert {job.source for job in own} == {"sm90/flash_fwd.cu"}
-    assert len({job.label for job in own}) == len(own) == 2 * sum(map(len, FWD_TILES_SM90.values()))
+    beside = [job for job in jobs if job.arch != "sm_90a"]  # with the kernels beside the backward
+    assert all(job in beside for job in compile_jobs("sm_90", True))
+    forward, backward = ([job for job in own if job.source == f"sm90/flash_{way}.cu"] for way in ("fwd", "bwd"))
+    assert len({job.label for job in own}) == len(own) == len(forward) + len(backward)
+    assert len(forward) == 2 * sum(map(len, FWD_TILES_SM90.values()))
+    assert len(backward) == 2 * 8 * len(BWD_TILES_SM90)
     assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
     planned = main_launch(plan_forward(problem(head_dim=128, causal=True), H200)).defines
     assert dict(planned) in [dict(job.defines) for job in own]
@@ -466,6 +480,101 @@ def test_jobs_of_a_head_dim_of_v_of_its_own(device: DeviceInfo) -> None:
     for deterministic in (False, True):
         launches += plan_backward(problem_of(wanted, True), device, deterministic).launches
     assert all(launch.defines in compiled for launch in launches)
+
+
+# ---- the backward of sm_90 -------------------------------------------------------------------------------------------
+
+
+def backward_problem(*args: Any, **options: Any) -> AttentionProblem:
+    return problem_of(Case(*args, **options), True)
+
+
+def named(plan: BackwardPlan, name: str) -> plans.KernelLaunch:
+    (launch,) = (each for each in plan.launches if each.name == name)
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "options", "objection"),
+    [
+        ((64, 64), {}, ""),
+        ((8, 8), {}, ""),
+        ((72, 40), {}, ""),
+        ((40, 128), {}, ""),
+        ((128, 128), {}, ""),
+        ((256, 256), {}, "no tile has head dims of 256 and 256"),
+        ((192, 128), {}, "no tile has head dims of 192 and 128"),
+        ((59, 59), {}, "head_dim 59 is not a multiple of 8"),
+        ((64, 59), {}, "head_dim_v 59 is not a multiple of 8"),
+        ((64, 64), {"shift": 3}, "an array starts at an address that is not a multiple of 16 bytes"),
+        ((64, 64), {"pad": 4}, "dout's head stride is 136 bytes, not a multiple of 16 bytes"),
+    ],
+)
+def test_which_backward(head_dims: tuple[int, int], options: dict[str, Any], objection: str) -> None:
+    head_dim, head_dim_v = head_dims
+    wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v, **options)
+    plan = plan_backward(wanted, H200, False)
+    main = named(plan, "flash_bwd")
+    assert plan.why_not_sm90 == objection and plan.family == ("sm80" if objection else "sm90")
+    assert main.source == f"{plan.family}/flash_bwd.cu" and main.arch == ("sm_90" if objection else "sm_90a")
+    assert f"  sm_{plan.family[2:]} kernel" + (f": {objection}" if objection else "") in str(plan).splitlines()
+    if objection:
+        with pytest.raises(InvalidArgument, match=re.escape(objection)):
+            plan_backward(wanted, H200, False, family="sm90")
+    else:
+        assert plan_backward(wanted, H200, False, why_not_sm90="NVRTC is no good").family == "sm80"
+    assert plan_backward(wanted, A100, False).family == "sm80"
+
+
+@pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: str(tile.head_dim))
+def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
+    assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
+    assert tile.block_n == 128 and tile.num_warps == 12 and tile.block_m % 64 == 0
+    assert tile.dq_warps == 8 and tile.dq_tile_floats() == tile.block_m * tile.head_dim
+
+
+def test_launches_of_the_backward_of_sm90() -> None:
+    wanted = backward_problem(350, 300, 96, "float16", True, 2, (8, 2), head_dim_v=72)
+    plan = plan_backward(wanted, H200, False)
+    tile, main = plan.tile, named(plan, "flash_bwd")
+    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 128 and plan.head_splits == 4
+    assert main.config.grid == (3 * 2 * 2 * 4, 1, 1) and main.config.block == (384, 1, 1)
+    assert main.defines["FA2_HEAD_DIM"] == main.defines["FA2_HEAD_DIM_V"] == 128
+    assert [(each.position, each.add_bytes) for each in main.tensor_maps] == [
+        (0, 50 * 8 * 72 * 2),
+        (1, 50 * 8 * 96 * 2),
+        (2, 0),
+        (3, 0),
+    ]
+    assert [each.spec.dims[:2] for each in main.tensor_maps] == [(72, 300), (96, 300), (96, 300), (72, 300)]
+    assert [each.spec.box for each in main.tensor_maps] == [(64, tile.block_m)] * 2 + [(64, tile.block_n)] * 2
+    beside = named(plan, "flash_bwd_preprocess")
+    assert main.pointers == beside.pointers[7:] and beside.arch == "sm_90"
+    params, same = BwdTmaParams.from_buffer_copy(main.params), BwdParams.from_buffer_copy(beside.params)
+    assert ctypes.sizeof(BwdTmaParams) % 64 == 0 and BwdTmaParams.dk.offset == 512
+    for name in ("shape", "dk_strides", "dv_strides"):
+        assert bytes(getattr(params, name)) == bytes(getattr(same, name))
+    assert (params.head_splits, params.head_dim_v, params.softmax_scale) == (4, 72, same.softmax_scale)
+    assert [each.name for each in plan.launches] == [
+        "flash_bwd_preprocess",
+        "flash_bwd",
+        "flash_bwd_postprocess",
+        "flash_bwd_combine",
+        "fill_empty",
+    ]
+    many = plan_backward(backward_problem(4096, 4096, 64, "float16", True, 2, (8, 8)), H200, False)
+    assert named(many, "flash_bwd").config.grid == (132, 1, 1)
+
+
+def test_sections_of_the_backward_of_sm90() -> None:
+    """A third of L2; deterministic causal ones end with their longest blocks, and are longer."""
+    for seqlen, section, turns in ((512, 64, 64), (4096, 8, 36), (16384, 2, 12)):
+        wanted = backward_problem(seqlen, seqlen, 128, "bfloat16", True, 4, (16, 16))
+        sections = [
+            BwdTmaParams.from_buffer_copy(named(plan_backward(wanted, H200, deterministic), "flash_bwd").params)
+            for deterministic in (False, True)
+        ]
+        assert [params.shape.heads_per_section for params in sections] == [section, turns], seqlen
 
 
 # ---- and its launches ------------------------------------------------------------------------------------------------

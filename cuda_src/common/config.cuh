@@ -40,9 +40,6 @@ constexpr int kQStages = FA2_NUM_Q_STAGES;  // buffers of Q
 #ifdef FA2_NUM_KV_STAGES
 constexpr int kKvStages = FA2_NUM_KV_STAGES;  // of K and of V, in the forward
 #endif
-#ifdef FA2_NUM_DOUT_STAGES
-constexpr int kDoutStages = FA2_NUM_DOUT_STAGES;  // of dO and of dS, in the backward
-#endif
 
 // The forward
 #ifdef FA2_SCALE_FIRST
@@ -58,8 +55,10 @@ constexpr int kDqWarps = FA2_DQ_WARPS;    // warps that share a tile of dQ
 constexpr int kDqWarpsM = FA2_DQ_WARPS_M;  // warps along the rows of dQ
 constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and newer
 #endif
-#ifdef FA2_SPLIT
+#ifdef FA2_NUM_STAGES
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
+#endif
+#ifdef FA2_SPLIT
 constexpr int kSplit = FA2_SPLIT;  // warps that share key rows
 #endif
 #ifdef FA2_DETERMINISTIC

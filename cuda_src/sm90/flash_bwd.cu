@@ -3,17 +3,18 @@
 //   P = exp(scale * Q K^T - lse)    dV = P^T dO    dP = dO V^T    dS = P * (dP - D)    dQ = scale * dS K    dK = scale * dS^T Q
 //
 // One thread block per multiprocessor takes tiles, kBlockN keys of one key head, from a fixed list, and runs over the query
-// blocks of all query heads that share them. Its warpgroups form a line, coupled by rings of buffers and by nothing else:
+// blocks of all query heads that share them. Who does what:
 //
-//   copying     one thread: K and V of the tile; Q with lse, and dO with D, of every step
-//   dQ          dQ = dS K, which leaves by bulk reductions into dq_accum
-//   keys (two)  64 keys each: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
+//   copying     one thread: K and V of every tile; Q with lse, and dO with D, of every step
+//   adding      a warp for each key warpgroup: its part of dQ leaves by bulk reductions into dq_accum
+//   keys (two)  warpgroups of 64 keys: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
 //
-// What a key warpgroup does in step m; the other one is not bound to it, and fills the tensor cores' gaps:
+// What a key warpgroup does in step m. The other one is half a step behind; exponentials belong to one at a time:
 //
-//   tensor cores   dP(m)               dV += P^T(m) dO(m)   S(m+1)   dK += dS^T(m) Q(m)   dP(m+1)
-//   other units    P(m) = exp2(S(m))   dS(m), to shared memory                            P(m+1)
+//   tensor cores   dP(m)              dV += P^T dO, dK += dS^T Q   dQ(m-1) = dS(m-1) K   S(m+1)   dP(m+1)
+//   other units    P(m) = exp2(S(m))  dS(m), to shared memory      (the other one's turn)         dQ(m-1) to shared memory
 //
+// The step after a tile's last one is the first of the next tile: nothing stops in between.
 // docs/backward_sm90.md draws the pipeline and says who waits for whom.
 #include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
@@ -34,16 +35,16 @@ static_assert(kDqWarps == 4 * kKeyGroups && kDqWarpsD == kDqColParts && kDqMTile
 
 struct SharedMemory {
   Panels<kBlockN, kHeadDim> k[kKStages], v;
-  Panels<kBlockM, kHeadDim> q[kQStages], dout[kDoutStages];
-  Panels<kBlockM, kBlockN> ds[kDoutStages];  // a panel is one key warpgroup's
+  Panels<kBlockM, kHeadDim> q[kStages], dout[kStages];
+  Panels<kBlockM, kBlockN> ds[kStages];      // a panel is one key warpgroup's
   alignas(1024) float dq[kDqTileFloats];     // in the order of dq_accum.cuh
-  float lse_log2[kQStages][kBlockM], softmax_d[kDoutStages][kBlockM];
+  float lse_log2[kStages][kBlockM], softmax_d[kStages][kBlockM];
   // full: the bytes have landed, or every warp has stored its part. empty: every reader is done with them.
   uint64_t k_full[kKStages], k_empty[kKStages], v_full, v_empty;
-  uint64_t q_full[kQStages], q_empty[kQStages], dout_full[kDoutStages], dout_empty[kDoutStages];
-  uint64_t ds_full[kDoutStages], ds_empty[kDoutStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
+  uint64_t q_full[kStages], dout_full[kStages], q_dout_empty[kStages];
+  uint64_t ds_empty[kStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
 };
-constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
+constexpr int kTurn = 1, kLastDs = kTurn + kKeyGroups;  // named barriers: a key warpgroup's turn; all of dS is stored
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
 using AccS = Accumulator<1, kBlockM / 8>;    // 64 keys x kBlockM queries
@@ -84,7 +85,8 @@ struct Schedule {
   }
   FA2_DEVICE bool more(const BwdTmaParams& params) const {
     const Shape& shape = params.shape;
-    return place() < ceil_div(shape.seqlen_k, kBlockN) * shape.num_heads_k * (kPartialDkv ? params.head_splits : 1) * shape.batch;
+    const int shares = shape.num_heads_k * (kPartialDkv ? params.head_splits : 1);
+    return place() < ceil_div(shape.seqlen_k, kBlockN) * shares * shape.batch;
   }
   FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
     if (!more(params)) return false;
@@ -111,8 +113,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
-  Ring<kQStages> q;
-  Ring<kDoutStages> dout;
+  Ring<kStages> ring;
   Ring<kKStages> k;
   uint32_t v_parity = 0;
   while (schedule.next(params, work)) {
@@ -121,26 +122,25 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
     for (Step step(shape, work); step.left > 0; step.advance(work)) {
       const int first_query = step.m_block * kBlockM;
       const int64_t first_row = step.tile * kBlockM;
-      mbarrier_wait(smem.q_empty[q.stage], q.parity ^ 1);  // released by the key warpgroups after dK += dS^T Q
-      mbarrier_arrive_expect_tx(smem.q_full[q.stage], smem.q[0].kBytes + kStatisticsBytes);
-      load_tile(smem.q[q.stage], params.q, smem.q_full[q.stage], first_query, step.head, work.batch);
-      cp_async_bulk_load(smem.lse_log2[q.stage], params.lse_log2 + first_row, kStatisticsBytes, smem.q_full[q.stage]);
+      const int i = ring.stage;
+      mbarrier_wait(smem.q_dout_empty[i], ring.parity ^ 1);  // released by the key warpgroups after dV and dK
+      mbarrier_arrive_expect_tx(smem.q_full[i], smem.q[0].kBytes + kStatisticsBytes);
+      load_tile(smem.q[i], params.q, smem.q_full[i], first_query, step.head, work.batch);
+      cp_async_bulk_load(smem.lse_log2[i], params.lse_log2 + first_row, kStatisticsBytes, smem.q_full[i]);
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
         load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], first_key, work.head_k, work.batch);
       }
-      mbarrier_wait(smem.dout_empty[dout.stage], dout.parity ^ 1);  // released by the key warpgroups after dV += P^T dO
-      mbarrier_arrive_expect_tx(smem.dout_full[dout.stage], smem.dout[0].kBytes + kStatisticsBytes);
-      load_tile(smem.dout[dout.stage], params.dout, smem.dout_full[dout.stage], first_query, step.head, work.batch);
-      cp_async_bulk_load(smem.softmax_d[dout.stage], params.softmax_d + first_row, kStatisticsBytes, smem.dout_full[dout.stage]);
+      mbarrier_arrive_expect_tx(smem.dout_full[i], smem.dout[0].kBytes + kStatisticsBytes);
+      load_tile(smem.dout[i], params.dout, smem.dout_full[i], first_query, step.head, work.batch);
+      cp_async_bulk_load(smem.softmax_d[i], params.softmax_d + first_row, kStatisticsBytes, smem.dout_full[i]);
       if (first) {
         mbarrier_wait(smem.v_empty, v_parity ^ 1);  // released by the key warpgroups after a tile's last dP
         mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);
         load_tile(smem.v, params.v, smem.v_full, first_key, work.head_k, work.batch);
       }
-      q.advance();
-      dout.advance();
+      ring.advance();
       first = false;
     }
     k.advance();
@@ -168,7 +168,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
       if (lane < 4) {
         if constexpr (kDeterministic) {
-          const int turn = kKeyGroups * my_turn(params.shape, work.n_block, step.m_block);
+          const int turn = kDqWarps * my_turn(params.shape, work.n_block, step.m_block);
           while (ld_acquire(params.dq_turn + step.tile) < turn) continue;  // every key block before this one has added
         }
         cp_reduce_async_bulk_add_f32(params.dq_accum + step.tile * kDqTileFloats + offset, smem.dq + offset, kDqNTiles * 512);
@@ -177,10 +177,9 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       }
       __syncwarp();  // all four parts have been read
       if (lane == 0) mbarrier_arrive(smem.dq_empty[group]);
-      if constexpr (kDeterministic) {
-        cp_async_bulk_wait_group<0>();
-        __syncwarp();  // all four parts have been added
-        if (lane == 0) red_release_add(params.dq_turn + step.tile, 1);
+      if (kDeterministic && lane < 4) {
+        cp_async_bulk_wait_group<0>();  // this lane's part has been added
+        red_release_add(params.dq_turn + step.tile, 1);
       }
     }
   }
@@ -226,7 +225,8 @@ FA2_DEVICE void store_partial(float* gmem, int row, const AccKV& acc) {
 // 16 rows of dK or dV, of this warp, = factor * acc, rounded. `gmem`: the first of them, of which `rows` exist. Four lanes
 // exchange what they have of 4 x 8 columns, so that each writes 16 bytes.
 template <int kNTiles>
-FA2_DEVICE void store_gradient(Element* gmem, int64_t stride, int rows, int cols, const Accumulator<1, kNTiles>& acc, float factor) {
+FA2_DEVICE void store_gradient(Element* gmem, int64_t stride, int rows, int cols, const Accumulator<1, kNTiles>& acc,
+                               float factor) {
   const int lane = lane_id(), col = lane % 4 * 8;
   gmem += accumulator_row() * stride + col;
 #pragma unroll
@@ -256,9 +256,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16;
   const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
   const bool leader = threadIdx.x % 128 == 0;
-  Ring<kQStages> q;            // of the S that comes next
-  Ring<kDoutStages> dout, dq;  // dq: of the dQ that comes next, a step behind
-  Ring<kKStages> k, k_dq;      // likewise
+  Ring<kStages> ring;  // of the S that comes next
+  Ring<kKStages> k;
   uint32_t v_parity = 0, dq_parity = 0;
   AccS acc_s, acc_dp;
   AccKV acc_dk, acc_dv;
@@ -266,28 +265,27 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
 
   auto issue_s = [&](bool first) {  // S^T = K Q^T
     if (first) mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_tiles
-    mbarrier_wait(smem.q_full[q.stage], q.parity);             // Q and lse landed: copy_tiles
+    mbarrier_wait(smem.q_full[ring.stage], ring.parity);       // Q and lse landed: copy_tiles
     wgmma_fence();
-    gemm_ss<kHeadSteps>(acc_s, AlongRows(smem.k[k.stage], group_row), AlongRows(smem.q[q.stage]));
+    gemm_ss<kHeadSteps>(acc_s, AlongRows(smem.k[k.stage], group_row), AlongRows(smem.q[ring.stage]));
     wgmma_commit_group();
   };
   auto issue_dp = [&](bool first) {  // dP^T = V dO^T
-    if (first) mbarrier_wait(smem.v_full, v_parity);            // V landed: copy_tiles
-    mbarrier_wait(smem.dout_full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
+    if (first) mbarrier_wait(smem.v_full, v_parity);         // V landed: copy_tiles
+    mbarrier_wait(smem.dout_full[ring.stage], ring.parity);  // dO and D landed: copy_tiles
     wgmma_fence();
-    gemm_ss<kHeadSteps>(acc_dp, AlongRows(smem.v, group_row), AlongRows(smem.dout[dout.stage]));
+    gemm_ss<kHeadSteps>(acc_dp, AlongRows(smem.v, group_row), AlongRows(smem.dout[ring.stage]));
     wgmma_commit_group();
   };
-  auto issue_dq = [&](AccDq& acc_dq) {  // dQ = dS K
-    mbarrier_wait(smem.ds_full[dq.stage], dq.parity);  // dS of both warpgroups is in shared memory: compute_step
+  // dQ = dS K. Since this dS was stored, both warpgroups have been at kTurn or kLastDs: all of it is there.
+  auto issue_dq = [&](AccDq& acc_dq, int stage, int k_stage) {
     wgmma_fence();
-    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[dq.stage], dq_row), DownRows(smem.k[k_dq.stage], dq_col));
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage], dq_row), DownRows(smem.k[k_stage], dq_col));
     wgmma_commit_group();
   };
-  auto finish_dq = [&](AccDq& acc_dq) {
+  auto finish_dq = [&](AccDq& acc_dq, int stage) {
     pin(acc_dq);
-    if (leader) mbarrier_arrive(smem.ds_empty[dq.stage]);
-    dq.advance();
+    if (leader) mbarrier_arrive(smem.ds_empty[stage]);
     mbarrier_wait(smem.dq_empty[group], dq_parity ^ 1);  // the step before it has been read: add_dq
     dq_parity ^= 1;
     const uint32_t target = smem_address(smem.dq + dq_offset(dq_warp(group, warp_id() % 4), lane_id(), 0, 0, 0));
@@ -344,48 +342,41 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup's dS is done
     if (step.m_block < work.mask_to) {
-      recompute_p<true>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, first_query);
+      recompute_p<true>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, shape, key, first_query);
     } else {
-      recompute_p<false>(acc_s, smem.lse_log2[q.stage], params.scale_softmax_log2, shape, key, first_query);
+      recompute_p<false>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, shape, key, first_query);
     }
     pin(acc_s);
     wgmma_wait_group<0>();  // dP(m)
     pin(acc_dp);
     if (last && leader) mbarrier_arrive(smem.v_empty);
-    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[dout.stage]);
+    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage]);
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
-    mbarrier_wait(smem.ds_empty[dout.stage], dout.parity ^ 1);  // released by both warpgroups after dQ = dS K
-    store_transposed(smem.ds[dout.stage], warp_row, frag_ds);
+    mbarrier_wait(smem.ds_empty[ring.stage], ring.parity ^ 1);  // released by both warpgroups after dQ = dS K
+    store_transposed(smem.ds[ring.stage], warp_row, frag_ds);
     fence_proxy_async();  // this thread's part of dS, before wgmma reads it
-    __syncwarp();         // the warp's part is in shared memory
-    if (lane_id() == 0) mbarrier_arrive(smem.ds_full[dout.stage]);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);
 
     wgmma_fence();
-    gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[dout.stage]), !first);  // dV += P^T dO
-    gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[q.stage]), !first);       // dK += dS^T Q
+    gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[ring.stage]), !first);  // dV += P^T dO
+    gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[ring.stage]), !first);    // dK += dS^T Q
     wgmma_commit_group();
     AccDq acc_dq;
-    if constexpr (kDue) issue_dq(acc_dq);
-    const int q_stage = q.stage, dout_stage = dout.stage;
-    q.advance();
-    dout.advance();
+    const int stage = ring.stage, stage_before = ring.before();
+    if constexpr (kDue) issue_dq(acc_dq, stage_before, first ? k.before() : k.stage);
+    ring.advance();
     if (last) k.advance(), v_parity ^= 1;
     wgmma_wait_group<kDue ? 1 : 0>();  // dV, dK
-    if (leader) {
-      mbarrier_arrive(smem.dout_empty[dout_stage]);
-      mbarrier_arrive(smem.q_empty[q_stage]);
-    }
+    if (leader) mbarrier_arrive(smem.q_dout_empty[stage]);
     if (kDue && first) {      // the next S may wait for this buffer of K, if this tile has no other step
       wgmma_wait_group<0>();  // the last dQ of the tile before
-      if (leader) mbarrier_arrive(smem.k_empty[k_dq.stage]);
-      k_dq.advance();
+      if (leader) mbarrier_arrive(smem.k_empty[last ? k.stage : k.before()]);  // k has been advanced if `last`
     }
     if constexpr (kMore) issue_s(last);
     if constexpr (kDue) {
       wgmma_wait_group<kMore ? 1 : 0>();  // dQ of the step before
-      finish_dq(acc_dq);
+      finish_dq(acc_dq, stage_before);
     }
     if (last) {
       pin(acc_dk);
@@ -411,10 +402,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     while (!is_final()) compute_step(True{}, True{});
     compute_step(True{}, False{});
   }
+  bar_sync(kLastDs, 128 * kKeyGroups);  // all of the last dS is in shared memory
   AccDq acc_dq;
-  issue_dq(acc_dq);
+  issue_dq(acc_dq, ring.before(), k.before());
   wgmma_wait_group<0>();
-  finish_dq(acc_dq);
+  finish_dq(acc_dq, ring.before());
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaParams params) {
@@ -428,18 +420,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       mbarrier_init(smem.k_empty[i], kKeyGroups);
     }
 #pragma unroll
-    for (int i = 0; i < kQStages; ++i) {
+    for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem.q_full[i], 1);
-      mbarrier_init(smem.q_empty[i], kKeyGroups);
-    }
-#pragma unroll
-    for (int i = 0; i < kDoutStages; ++i) {
       mbarrier_init(smem.dout_full[i], 1);
-      mbarrier_init(smem.dout_empty[i], kKeyGroups);
-    }
-#pragma unroll
-    for (int i = 0; i < kDoutStages; ++i) {
-      mbarrier_init(smem.ds_full[i], 4 * kKeyGroups);
+      mbarrier_init(smem.q_dout_empty[i], kKeyGroups);
       mbarrier_init(smem.ds_empty[i], kKeyGroups);
     }
 #pragma unroll

@@ -12,4 +12,5 @@ struct Ring {
   FA2_DEVICE void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  FA2_DEVICE int before() const { return (stage + kStages - 1) % kStages; }
 };

@@ -1,6 +1,7 @@
 // After the backward: dQ = scale * dq_accum, out of the order of dq_accum.cuh into rows, rounded.
 //
-// One thread block per tile of kBlockM query rows, with the warps of flash_bwd.
+// One thread block per tile of kBlockM query rows, with the warps that share it. Heads are taken from the last to the first:
+// those that flash_bwd ended with are still in L2.
 #include "common/dq_accum.cuh"
 #include "common/params.cuh"
 #include "sm80/tile.cuh"
@@ -17,9 +18,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_postprocess(
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const int m_block = blockIdx.x % m_blocks, row_of_tiles = blockIdx.x / m_blocks;
+  const int64_t tile = gridDim.x - 1 - blockIdx.x;
+  const int m_block = tile % m_blocks, row_of_tiles = tile / m_blocks;
   const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
-  const float* dq_tile = params.dq_accum + static_cast<int64_t>(blockIdx.x) * kDqTileFloats;
+  const float* dq_tile = params.dq_accum + tile * kDqTileFloats;
 
   const int warp = warp_id(), lane = lane_id();
 #pragma unroll

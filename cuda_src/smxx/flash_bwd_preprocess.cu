@@ -1,6 +1,7 @@
 // Before the backward: D = rowsum(dO * O) (Dao 2023, algorithm 2, line 4), lse in base 2, and zeros for dQ.
 //
-// One thread block per kBlockM query rows of a head; a row is shared by the lanes that hold its 16-byte chunks.
+// One thread block per kBlockM query rows of a head; a row is shared by the lanes that hold its 16-byte chunks. Heads are taken
+// from the last to the first: what flash_bwd begins with is the last that has been touched, and still in L2.
 #include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
 #include "common/ptx.cuh"
@@ -27,9 +28,9 @@ FA2_DEVICE void load_chunk(float (&x)[8], const Element* row, int col, int cols)
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ BwdParams params) {
   const Shape& shape = params.shape;
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const int m_block = blockIdx.x % m_blocks, row_of_tiles = blockIdx.x / m_blocks;
+  const int64_t tile = gridDim.x - 1 - blockIdx.x;
+  const int m_block = tile % m_blocks, row_of_tiles = tile / m_blocks;
   const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
-  const int64_t tile = blockIdx.x;
 
   const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
   const Element* gmem_out = params.out + batch * os.batch + head * os.head;

@@ -115,9 +115,14 @@ def _launches(
         heads = group // head_splits  # of a thread block
         queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
         shares = problem.batch * problem.num_heads_k * head_splits
-        section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
+        sm90 = isinstance(tile, BwdTileSm90)
+        # The sm_90 kernel's fixed list of tiles is even with short sections too: then they are to stay well inside L2.
+        cache_share, blocks_per_sm = (3, 1.5) if sm90 else (1, plans.BLOCKS_PER_SM)
+        cached = queries_bytes * cache_share
+        section = plans.heads_per_section(device, problem.causal, shares, n_blocks, cached, blocks_per_sm)
         if deterministic:
-            section = _section_of_turns(device, tile, m_blocks * heads, section if problem.causal else shares)
+            most = section if problem.causal and not sm90 else shares
+            section = _section_of_turns(device, tile, m_blocks * heads, most, problem.causal and sm90)
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
@@ -148,7 +153,9 @@ def _launches(
             blocks = min(key_tiles * head_splits, device.sm_count)  # one for each multiprocessor, which takes tiles
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             maps = _tensor_maps(problem, tile, rows, skipped)
-            flash_bwd = KernelLaunch(*_SM90, plans.SM90_ARCH, main, config, _tma_params(params), pointers[_DK : _DV + 1] + workspaces, maps)
+            flash_bwd = KernelLaunch(
+                *_SM90, plans.SM90_ARCH, main, config, _tma_params(params), pointers[_DK : _DV + 1] + workspaces, maps
+            )
         else:
             config = LaunchConfig((key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=shared)
             flash_bwd = KernelLaunch(*_SM80, arch, main, config, bytes(params), pointers)
@@ -171,7 +178,15 @@ def _launches(
 def _tma_params(params: BwdParams) -> bytes:
     """The same for the sm_90 kernel, less its maps and pointers."""
     packed = BwdTmaParams()
-    for name in ("dk_strides", "dv_strides", "shape", "scale_softmax_log2", "softmax_scale", "head_splits", "head_dim_v"):
+    for name in (
+        "dk_strides",
+        "dv_strides",
+        "shape",
+        "scale_softmax_log2",
+        "softmax_scale",
+        "head_splits",
+        "head_dim_v",
+    ):
         setattr(packed, name, getattr(params, name))
     return bytes(packed)
 
@@ -204,15 +219,19 @@ def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
     return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
 
 
-def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: int, most: int) -> int:
+def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: int, most: int, short_first: bool) -> int:
     """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block.
 
     Neighbouring key blocks are launched that many blocks apart, which is to take as long as two turns: then a block
-    finds that its turn has come.
+    finds that its turn has come. short_first: a section ends with its longest blocks, and the next one waits for them;
+    so it is to be long, but a head's blocks still have to meet in L2.
     """
     blocks_at_once = device.sm_count * max(1, 8 // tile.num_warps)
     turn_steps = max(1, tile.block_n // tile.block_m)  # kTurnBlocks of sm80/flash_bwd.cu
-    return min(most, -(-2 * turn_steps * blocks_at_once // steps))
+    heads = -(-2 * turn_steps * blocks_at_once // steps)
+    if short_first:
+        heads = max(heads, min(4 * heads, blocks_at_once // 3))
+    return min(most, heads)
 
 
 def _workspace(
@@ -266,8 +285,7 @@ def _main_defines(
     if isinstance(tile, BwdTileSm90):
         return main | {
             "FA2_ALIGNED": 1,
-            "FA2_NUM_Q_STAGES": tile.num_q_stages,
-            "FA2_NUM_DOUT_STAGES": tile.num_dout_stages,
+            "FA2_NUM_STAGES": tile.num_stages,
             "FA2_PARAMS_BYTES": ctypes.sizeof(BwdTmaParams),
             "FA2_SHARED_BYTES": tile.shared_mem_bytes(),
         }

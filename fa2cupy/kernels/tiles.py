@@ -172,14 +172,13 @@ class BwdTileSm90:
     """A row of the backward table of sm_90.
 
     head_dim: the largest one that this row serves, and the one that its kernel is compiled for. block_m query rows x
-    block_n keys (64 for each warpgroup that computes). num_q_stages: buffers of Q. num_dout_stages: of dO, and of dS.
+    block_n keys (64 for each warpgroup that computes). num_stages: buffers of Q, of dO and of dS.
     """
 
     head_dim: int
     block_m: int
     block_n: int
-    num_q_stages: int
-    num_dout_stages: int
+    num_stages: int
     note: str
     spill_bytes: int = 0
 
@@ -200,12 +199,11 @@ class BwdTileSm90:
 
     def shared_mem_bytes(self) -> int:
         """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers."""
-        panels = -(-self.head_dim // 64)
-        stages = self.num_q_stages + self.num_dout_stages
-        tiles = 128 * panels * (3 * self.block_n + stages * self.block_m)  # two of K, one of V
-        ds = 2 * self.block_m * self.block_n * self.num_dout_stages
-        barriers = 8 * (6 + 2 * self.num_q_stages + 4 * self.num_dout_stages + 2 * (self.block_n // 64))
-        small = 4 * self.dq_tile_floats() + 4 * stages * self.block_m + barriers
+        panels, rows = -(-self.head_dim // 64), self.num_stages * self.block_m
+        tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
+        ds = 2 * rows * self.block_n
+        barriers = 8 * (6 + 4 * self.num_stages + 2 * (self.block_n // 64))
+        small = 4 * self.dq_tile_floats() + 8 * rows + barriers
         return tiles + ds + -(-small // 1024) * 1024
 
     def dq_tile_floats(self) -> int:
@@ -283,8 +281,8 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
 }
 
 BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
-    BwdTileSm90(64, 128, 128, 2, 2, "211 KB"),
-    BwdTileSm90(128, 64, 128, 2, 2, "226 KB"),
+    BwdTileSm90(64, 128, 128, 2, "211 KB"),
+    BwdTileSm90(128, 64, 128, 2, "226 KB"),
 )
 
 

@@ -1,6 +1,8 @@
-"""cuda_src/sm80/flash_bwd.cu with the kernels of smxx beside it, run on the CPU under three schedules."""
+"""cuda_src/{sm80,sm90}/flash_bwd.cu with the kernels of smxx beside them, run on the CPU under three schedules."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 
@@ -15,8 +17,12 @@ USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
 
 
 def run_all(host_cases: list[HostCase]) -> None:
+    """On the case's GPU; and what Hopper's own kernel serves on a B200 as well, so that both see the same shapes."""
     for host_case in host_cases:
         check(host_case, BACKWARD)
+        case = host_case.case
+        if host_case.arch == "sm_90" and case.head_dim % 8 == 0 and max(case.head_dim, case.head_dim_v or 0) <= 128:
+            check(dataclasses.replace(host_case, arch="sm_100"), BACKWARD)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

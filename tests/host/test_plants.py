@@ -36,32 +36,49 @@ FORWARD = {
     "hopper-sections": HostCase(Case(300, 303, 32, "bfloat16", True, 13, (1, 1), seed=12)),
 }
 BACKWARD = {
-    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (2, 1), seed=1)),
-    "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2)),
+    "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (2, 1), seed=1), "sm_100"),
+    "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2), "sm_100"),
     "deterministic": HostCase(Case(150, 400, 64, "bfloat16", False, 1, (2, 1), deterministic=True, seed=3), "sm_86"),
-    "turns": HostCase(Case(150, 300, 64, "bfloat16", True, 1, (2, 1), deterministic=True, seed=15)),  # of four blocks
-    "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=4)),
+    "turns": HostCase(
+        Case(150, 300, 64, "bfloat16", True, 1, (2, 1), deterministic=True, seed=15), "sm_100"
+    ),  # of four blocks
+    "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=4), "sm_100"),
     "one-stage": HostCase(Case(150, 203, 112, "float16", True, 1, (2, 1), seed=5), "sm_86"),
-    "wide": HostCase(Case(100, 130, 224, "bfloat16", True, 1, (2, 1), seed=6)),
+    "wide": HostCase(Case(100, 130, 224, "bfloat16", True, 1, (2, 1), seed=6), "sm_100"),
     "wide-one-stage": HostCase(Case(100, 300, 208, "bfloat16", True, 1, (2, 1), deterministic=True, seed=7), "sm_80"),
-    "unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (2, 2), seed=8)),
-    "dropped": HostCase(Case(90, 20, 64, "bfloat16", True, 2, (2, 2), seed=9)),
-    "sections": HostCase(Case(200, 403, 32, "bfloat16", True, 13, (1, 1), seed=10)),  # of 7 and 6 heads
-    "few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),  # some lse are far below 0
-    "tiny": HostCase(Case(150, 150, 16, "bfloat16", False, 1, (2, 2), seed=11)),
-    "splits": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (8, 2), seed=13)),  # two blocks with two heads each
-    "splits-unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (6, 1), deterministic=True, seed=14)),
-    "own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=16, head_dim_v=72)),
-    "splits-own-v": HostCase(Case(70, 133, 40, "bfloat16", False, 1, (8, 2), seed=17, head_dim_v=72)),
+    "unaligned": HostCase(Case(77, 150, 59, "bfloat16", False, 1, (2, 2), seed=8), "sm_100"),
+    "dropped": HostCase(Case(90, 20, 64, "bfloat16", True, 2, (2, 2), seed=9), "sm_100"),
+    "sections": HostCase(Case(200, 403, 32, "bfloat16", True, 13, (1, 1), seed=10), "sm_100"),  # of 7 and 6 heads
+    "few": HostCase(
+        Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12), "sm_100"
+    ),  # some lse are far below 0
+    "tiny": HostCase(Case(150, 150, 16, "bfloat16", False, 1, (2, 2), seed=11), "sm_100"),
+    "splits": HostCase(
+        Case(150, 203, 64, "bfloat16", True, 1, (8, 2), seed=13), "sm_100"
+    ),  # two blocks with two heads each
+    "splits-unaligned": HostCase(
+        Case(77, 150, 59, "bfloat16", False, 1, (6, 1), deterministic=True, seed=14), "sm_100"
+    ),
+    "own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=16, head_dim_v=72), "sm_100"),
+    "splits-own-v": HostCase(Case(70, 133, 40, "bfloat16", False, 1, (8, 2), seed=17, head_dim_v=72), "sm_100"),
+    # the sm_90 kernel: thread blocks with several tiles, tiles of one step, both shapes of dQ
+    "hopper-causal": HostCase(Case(300, 403, 64, "bfloat16", True, 1, (4, 2), seed=18)),
+    "hopper-full": HostCase(Case(150, 300, 128, "float16", False, 1, (4, 4), seed=19)),
+    "hopper-turns": HostCase(Case(300, 403, 128, "bfloat16", True, 1, (3, 3), deterministic=True, seed=20)),
+    "hopper-turns-full": HostCase(Case(150, 700, 64, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21)),
+    "hopper-short": HostCase(Case(60, 600, 128, "bfloat16", False, 1, (4, 4), seed=22)),
+    "hopper-splits": HostCase(Case(150, 203, 128, "bfloat16", True, 1, (8, 2), seed=23)),
+    "hopper-own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=24, head_dim_v=72)),
+    "hopper-sections": HostCase(Case(300, 403, 32, "bfloat16", True, 13, (1, 1), seed=25)),
+    "hopper-few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),
 }
-
 # What only an unlucky order of blocks shows gets a few more of them.
 SCHEDULES = (*Schedule, *10 * (Schedule.RANDOM,))
 
 _SYNCHRONISATION = re.compile(
     r"\b(__syncthreads\(|__syncwarp\(|cp_async_wait_group<"
     r"|bar_sync\(|bar_arrive\(|fence_mbarrier_init\(|mbarrier_(arrive|arrive_expect_tx|wait|try_wait_parity)\("
-    r"|fence_proxy_async\(|cp_async_bulk_wait_group_read<|wgmma_fence\(|wgmma_wait_group<)"
+    r"|fence_proxy_async\(|cp_async_bulk_wait_group(_read)?<|wgmma_fence\(|wgmma_wait_group<)"
 )
 _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
 
@@ -110,7 +127,7 @@ def test_every_synchronisation_is_needed_and_watched() -> None:
 
 RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
 FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
-FWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/tile.cuh"
+FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 COMBINE, FILL = "smxx/flash_bwd_combine.cu", "smxx/fill_empty.cu"
 
@@ -177,6 +194,66 @@ MUTANTS = [
     ("fwd", "hopper-wide", TILE90, "smem_address(tile.data), tile.kPanelBytes", "smem_address(tile.data), 128 * 128"),
     ("fwd", "hopper-full", TILE90, "chunk ^ lane % 8", "chunk"),
     ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
+    # the sm_90 backward: masks, tiles, rings, turns, rows, columns
+    ("bwd", "hopper-causal", BWD90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
+    ("bwd", "hopper-causal", BWD90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
+    ("bwd", "hopper-causal", BWD90, "step.m_block < work.mask_to", "step.m_block + 1 < work.mask_to"),
+    ("bwd", "hopper-few", BWD90, "step.m_block < work.mask_to", "false"),
+    ("bwd", "hopper-full", BWD90, "* shares * shape.batch;", "* shares * shape.batch - 1;"),
+    ("bwd", "hopper-sections", BWD90, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
+    ("bwd", "hopper-sections", BWD90, "n_blocks - 1 - tile.block : tile.block", "n_blocks - 1 : tile.block"),
+    ("bwd", "hopper-splits", BWD90, "tile += work.begin, ++head", "++head"),
+    ("bwd", "hopper-causal", BWD90, "m_block = work.begin, tile", "m_block = 0, tile"),
+    ("bwd", "hopper-splits", BWD90, "{n_block,     tile.head / head_splits", "{n_block,     tile.head"),
+    ("bwd", "hopper-full", BWD90, "first = step.left == 1;", "first = false;"),
+    ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) k.advance();"),
+    ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) v_parity ^= 1;"),
+    ("bwd", "hopper-full", BWD90, "first ? k.before() : k.stage", "k.stage"),
+    ("bwd", "hopper-full", BWD90, "dq_parity ^= 1;", ""),
+    ("bwd", "hopper-short", BWD90, "last ? k.stage : k.before()", "k.before()"),
+    ("bwd", "hopper-full", BWD90, "    ring.advance();\n    if (last)", "    if (last)"),
+    ("bwd", "hopper-full", BWD90, "ring.parity ^ 1);  // released by both", "ring.parity);  // released by both"),
+    ("bwd", "hopper-full", BWD90, "if (kDue && first)", "if (false)"),
+    (
+        "bwd",
+        "hopper-full",
+        BWD90,
+        "frag_p, DownRows(smem.dout[ring.stage]), !first",
+        "frag_p, DownRows(smem.dout[ring.stage]), true",
+    ),
+    (
+        "bwd",
+        "hopper-full",
+        BWD90,
+        "frag_ds, DownRows(smem.q[ring.stage]), !first",
+        "frag_ds, DownRows(smem.q[ring.stage]), true",
+    ),
+    ("bwd", "hopper-full", BWD90, "kTurn + 1 - group", "kTurn + group"),
+    ("bwd", "hopper-full", BWD90, "warp * kDqColParts + group;", "group * 4 + warp;"),
+    ("bwd", "hopper-causal", BWD90, "kDqColParts == 1 ? group_row : 0", "0"),
+    ("bwd", "hopper-full", BWD90, "DownRows(smem.k[k_stage], dq_col)", "DownRows(smem.k[k_stage], 0)"),
+    (
+        "bwd",
+        "hopper-turns",
+        BWD90,
+        "key_blocks(shape, m_block).end - 1 - n_block",
+        "key_blocks(shape, m_block).end - n_block",
+    ),
+    ("bwd", "hopper-turns-full", BWD90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - kDqWarps"),
+    ("bwd", "hopper-full", BWD90, "accumulator_row() + 8 * h < rows", "accumulator_row() + 8 * h <= rows"),
+    ("bwd", "hopper-own-v", BWD90, "8 * j + col < cols", "8 * j + col <= cols"),
+    ("bwd", "hopper-own-v", BWD90, "params.head_dim_v, acc_dv", "shape.head_dim, acc_dv"),
+    ("bwd", "hopper-full", BWD90, "lane & bit ? x[i] : x[i + bit], bit)", "lane & bit ? x[i + bit] : x[i], bit)"),
+    (
+        "bwd",
+        "hopper-splits",
+        BWD90,
+        "static_cast<int64_t>(work.part) * kBlockN",
+        "static_cast<int64_t>(work.n_block) * kBlockN",
+    ),
+    ("bwd", "hopper-splits", BWD90, "(row + accumulator_row()) * kHeadDim", "accumulator_row() * kHeadDim"),
+    ("bwd", "hopper-full", TILE90, "lane / 16 * 8, chunk = col % 64 / 8", "lane / 16 * 8, chunk = 0"),
+    ("bwd", "hopper-full", TILE90, "col / 64 * tile.kPanelBytes + row * 128", "row * 128"),
     # which of the blocks that share a key head
     ("bwd", "splits", BWD, "head_k = tile.head / head_splits", "head_k = tile.head % shape.num_heads_k"),
     ("bwd", "splits", BWD, "(tile.head + 1) * heads - 1", "(tile.head + 1) * heads - 2"),
