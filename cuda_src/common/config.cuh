@@ -37,6 +37,7 @@ constexpr bool kCausal = FA2_CAUSAL;
 #ifdef FA2_NUM_KV_STAGES
 constexpr int kKvStages = FA2_NUM_KV_STAGES;  // buffers of K and of V (sm_90)
 constexpr int kQStages = FA2_NUM_Q_STAGES;    // buffers of Q
+constexpr bool kTurns = FA2_TURNS;            // warpgroups issue their products in turn
 #endif
 #ifdef FA2_SCALE_FIRST
 constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score

@@ -93,8 +93,8 @@ class FwdTileSm90:
 
     head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
     query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts
-    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q: the longest query
-    sequence that it serves.
+    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. turns: the warpgroups issue their
+    products in turn. max_seqlen_q: the longest query sequence that it serves.
     """
 
     head_dim: int
@@ -102,6 +102,7 @@ class FwdTileSm90:
     block_n: int
     num_q_stages: int
     num_kv_stages: int
+    turns: bool
     note: str
     spill_bytes: int = 0
     max_seqlen_q: int = 2**31
@@ -193,18 +194,23 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
 }
 
 _FWD_SM90 = (
-    FwdTileSm90(96, 128, 128, 2, 2, "193 KB, as 128: panels are 64 columns wide"),
-    FwdTileSm90(128, 128, 128, 2, 2, "193 KB"),
-    FwdTileSm90(192, 128, 128, 1, 2, "209 KB", head_dim_v=128),
-    FwdTileSm90(192, 128, 112, 1, 2, "217 KB; 128 keys need 241 KB"),
-    FwdTileSm90(256, 128, 64, 1, 2, "193 KB"),
+    FwdTileSm90(192, 128, 128, 1, 2, False, "209 KB", head_dim_v=128),
+    FwdTileSm90(192, 128, 112, 1, 2, False, "217 KB; 128 keys need 241 KB"),
+    FwdTileSm90(256, 128, 64, 1, 2, False, "193 KB"),
 )
 # By whether the problem is causal.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
-    False: (FwdTileSm90(64, 192, 128, 2, 2, "113 KB, three warpgroups that compute"), *_FWD_SM90),
+    False: (
+        FwdTileSm90(64, 192, 128, 2, 2, True, "113 KB, three warpgroups that compute"),
+        FwdTileSm90(96, 192, 112, 2, 2, True, "209 KB, three warpgroups that compute; 128 keys spill"),
+        FwdTileSm90(128, 128, 128, 2, 2, False, "193 KB"),
+        *_FWD_SM90,
+    ),
     True: (
-        FwdTileSm90(64, 128, 128, 2, 4, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
-        FwdTileSm90(64, 192, 128, 2, 3, "145 KB, three warpgroups that compute"),
+        FwdTileSm90(64, 128, 128, 2, 4, True, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
+        FwdTileSm90(64, 192, 128, 2, 3, True, "145 KB, three warpgroups that compute"),
+        FwdTileSm90(96, 192, 112, 2, 2, True, "209 KB, three warpgroups that compute; 128 keys spill"),
+        FwdTileSm90(128, 128, 128, 2, 2, True, "193 KB"),
         *_FWD_SM90,
     ),
 }
