@@ -167,7 +167,7 @@ MUTANTS = [
     ("fwd", "hopper-full", FWD90, "slot.parity ^ 1);  // released by every consumer after its S", "slot.parity);"),
     ("fwd", "hopper-full", FWD90, "++stage) load_next(stage)", "++stage) load_next(0)"),
     ("fwd", "hopper-full", FWD90, "load_next(slot.stage);", "load_next(kQStages - 1 - slot.stage);"),
-    ("fwd", "hopper-full", FWD90, "issue_o(!first);\n      pass_turn();\n      first", "issue_o(true);\n pass_turn();\n first"),
+    ("fwd", "hopper-full", FWD90, "!first);\n      pass_turn();\n      first", "true);\n      pass_turn();\n      first"),
     ("fwd", "hopper-full", FWD90, "softmax = Softmax<1>();", ""),
     ("fwd", "hopper-full", FWD90, "softmax.rescale(acc_o, alpha);", ""),
     ("fwd", "hopper-full", FWD90, "+ row + 8 * h < shape.seqlen_q)", "+ row + 8 * h <= shape.seqlen_q)"),
