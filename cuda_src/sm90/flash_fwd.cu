@@ -217,7 +217,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   Schedule schedule;
   Work work, next, after;
   if (!schedule.next(shape, work)) return;
-  bool more = schedule.next(shape, next);
+  bool more = kQStages > 1 && schedule.next(shape, next);
   if (kTurns && group == kConsumers - 1) bar_arrive(1, 256);  // the first turn
   start_tile(work);
   while (true) {
@@ -264,16 +264,19 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       to_fragments(frag_p, acc_s);
     } else {
       issue_o(!first);
-      if (more) more_after = schedule.next(shape, after);
+      if (kQStages == 1) more = schedule.next(shape, next);
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
     finish_tile(work, done, done_stage);
     if (!more) break;
     work = next;
-    next = after;
-    more = more_after;
-    if (kQStages == 1) start_tile(work);
+    if (kQStages > 1) {
+      next = after;
+      more = more_after;
+    } else {
+      start_tile(work);
+    }
   }
 }
 

@@ -56,6 +56,8 @@ constexpr bool kIsBf16<bf16_t> = true;
 #define FA2_D10(t) FA2_D(t##0), FA2_D(t##1), FA2_D(t##2), FA2_D(t##3), FA2_D(t##4), FA2_D(t##5), FA2_D(t##6), FA2_D(t##7), FA2_D(t##8), FA2_D(t##9)
 #define FA2_TEXT32 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T2(3)
 #define FA2_REGS32 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D2(3)
+#define FA2_TEXT40 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3)
+#define FA2_REGS40 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3)
 #define FA2_TEXT48 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T8(4)
 #define FA2_REGS48 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D8(4)
 #define FA2_TEXT56 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T6(5)
@@ -99,6 +101,7 @@ constexpr bool kIsBf16<bf16_t> = true;
   }
 
 FA2_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
+FA2_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
 FA2_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
 FA2_WGMMA(112, 56, 56, 57, 58, 59, 60, 61, 62)
 FA2_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)

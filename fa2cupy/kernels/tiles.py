@@ -201,7 +201,8 @@ FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
         FwdTileSm90(128, 128, 128, 2, 2, False, "193 KB"),
         FwdTileSm90(192, 128, 128, 1, 2, False, "209 KB", head_dim_v=128),
         FwdTileSm90(192, 128, 112, 1, 2, False, "217 KB; 128 keys need 241 KB"),
-        FwdTileSm90(256, 128, 64, 1, 2, False, "193 KB"),
+        FwdTileSm90(256, 128, 64, 1, 2, False, "193 KB; ends closer to the sequence's end", max_seqlen_q=2048),
+        FwdTileSm90(256, 128, 80, 1, 2, False, "225 KB"),
     ),
     True: (
         FwdTileSm90(64, 128, 128, 2, 4, True, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
@@ -210,7 +211,8 @@ FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
         FwdTileSm90(128, 128, 128, 2, 2, True, "193 KB"),
         FwdTileSm90(192, 128, 128, 1, 2, True, "209 KB", head_dim_v=128),
         FwdTileSm90(192, 128, 112, 1, 2, True, "217 KB; 128 keys need 241 KB"),
-        FwdTileSm90(256, 128, 64, 1, 2, True, "193 KB"),
+        FwdTileSm90(256, 128, 64, 1, 2, True, "193 KB; ends closer to the sequence's end", max_seqlen_q=2048),
+        FwdTileSm90(256, 128, 80, 1, 2, True, "225 KB"),
     ),
 }
 
