@@ -307,7 +307,7 @@ def test_objections_from_outside() -> None:
 
 
 def test_a_given_tile_chooses_its_kernel() -> None:
-    row = FwdTileSm90(64, 192, 64, 1, 3, "")
+    row = FwdTileSm90(64, 192, 64, 1, 3, False, "")
     plan = plan_forward(problem(), H200, row)
     assert plan.tile is row and plan.family == "sm90"
     assert main_launch(plan).config.block == (512, 1, 1)
@@ -368,6 +368,7 @@ def test_launch_of_sm90() -> None:
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_NUM_Q_STAGES": tile.num_q_stages,
         "FA2_NUM_KV_STAGES": tile.num_kv_stages,
+        "FA2_TURNS": 1,
         "FA2_CAUSAL": 1,
         "FA2_SCALE_FIRST": 1,
         "FA2_PARAMS_BYTES": 576,
@@ -397,10 +398,26 @@ def test_one_block_of_sm90_for_each_multiprocessor() -> None:
         assert plan.tile.block_m == block_m and main_launch(plan).config.grid == (blocks, 1, 1)
 
 
-def test_sections_of_sm90_fit_a_third_of_the_cache() -> None:
+@pytest.mark.parametrize(
+    ("heads", "tiles_per_head", "section"),
+    [
+        (64, 32, 8),  # 7 heads have a tile and a half for each of 132 multiprocessors, 8 divide 64
+        (512, 4, 64),
+        (16, 128, 2),
+        (13, 32, 13),  # one section: no number from 7 to 13 divides 13 but 13
+        (26, 64, 5),  # 4 to 8 heads would not be even: six sections, as even as can be
+        (4, 16, 4),
+    ],
+)
+def test_even_sections(heads: int, tiles_per_head: int, section: int) -> None:
+    assert plans.heads_per_even_section(H200, True, heads, tiles_per_head) == section
+    assert plans.heads_per_even_section(H200, False, heads, tiles_per_head) == 1
+
+
+def test_sections_of_either_kernel() -> None:
     wanted = problem(4096, 4096, 128, causal=True, heads=(64, 64), batch=1)
-    for family, heads in (("sm80", 13), ("sm90", 4)):  # that 12 and 4 of 64 heads fit
-        small = dataclasses.replace(H200, l2_bytes=12 * 4 * 4096 * 128, sm_count=8)
+    for family, sms, heads in (("sm80", 8, 13), ("sm90", 132, 8)):  # 12 heads fit the cache; 7 fill the GPU
+        small = dataclasses.replace(H200, l2_bytes=12 * 4 * 4096 * 128, sm_count=sms)
         launch = main_launch(plan_forward(wanted, small, family=family))
         params = (FwdTmaParams if family == "sm90" else FwdParams).from_buffer_copy(launch.params)
         assert params.shape.heads_per_section == heads
@@ -567,7 +584,7 @@ def test_launches_of_the_backward_of_sm90() -> None:
 
 
 def test_sections_of_the_backward_of_sm90() -> None:
-    """A third of L2; deterministic causal ones end with their longest blocks, and are longer."""
+    """As even as the forward's; deterministic causal ones end with their longest blocks, and are longer."""
     for seqlen, section, turns in ((512, 64, 64), (4096, 8, 36), (16384, 2, 12)):
         wanted = backward_problem(seqlen, seqlen, 128, "bfloat16", True, 4, (16, 16))
         sections = [

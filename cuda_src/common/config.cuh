@@ -33,15 +33,12 @@ static_assert(kBlockM % 16 == 0 && kBlockN % 16 == 0, "tiles are made of 16 x 16
 constexpr bool kCausal = FA2_CAUSAL;
 #endif
 
-// Rings of buffers (sm_90)
-#ifdef FA2_NUM_Q_STAGES
-constexpr int kQStages = FA2_NUM_Q_STAGES;  // buffers of Q
-#endif
-#ifdef FA2_NUM_KV_STAGES
-constexpr int kKvStages = FA2_NUM_KV_STAGES;  // of K and of V, in the forward
-#endif
-
 // The forward
+#ifdef FA2_NUM_KV_STAGES
+constexpr int kKvStages = FA2_NUM_KV_STAGES;  // buffers of K and of V (sm_90)
+constexpr int kQStages = FA2_NUM_Q_STAGES;    // buffers of Q
+constexpr bool kTurns = FA2_TURNS;            // warpgroups issue their products in turn
+#endif
 #ifdef FA2_SCALE_FIRST
 constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
 #endif

@@ -11,6 +11,13 @@ FA2_DEVICE float ex2(float x) {
   return y;
 }
 
+// -inf, but not before x is there: holds back what depends on it.
+FA2_DEVICE float minus_infinity_after(float x) {
+  float y;
+  asm volatile("min.f32 %0, %1, 0fFF800000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // lg2.approx.ftz.f32: log2(x) (PTX ISA 9.7.3.20)
 FA2_DEVICE float lg2(float x) {
   float y;

@@ -90,12 +90,16 @@ struct Softmax {
   // alpha is what O has to be multiplied by.
   template <int kSTiles>
   FA2_DEVICE void exponentiate(Accumulator<1, kSTiles>& acc_s, float (&alpha)[2], float scale_log2) {
+    // One row after the other: the second one's maximum is found between the exponentials of the first. ptxas would find
+    // both first, so the second one is made to depend on the first.
+    float minus_infinity = -kInfinity;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float m = max[0][h];
+      float m = fmaxf(max[0][h], minus_infinity);
 #pragma unroll
-      for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[0][j][2 * h], acc_s.x[0][j][2 * h + 1]));
+      for (int j = 0; j < kSTiles; ++j) m = fmaxf(fmaxf(m, acc_s.x[0][j][2 * h]), acc_s.x[0][j][2 * h + 1]);
       m = row_max(m);
+      minus_infinity = minus_infinity_after(m);
       const float m_scaled = scaled_max(m, scale_log2);
       alpha[h] = ex2(scaled(max[0][h], scale_log2) - m_scaled);
       max[0][h] = m;

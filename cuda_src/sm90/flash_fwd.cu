@@ -2,9 +2,9 @@
 //
 //   O = softmax(scale * Q K^T) V,   lse = log(sum(exp(scale * Q K^T)))
 //
-// One thread block per multiprocessor takes tiles, kBlockM query rows of one head, from a fixed list. Warpgroup 0 copies K and
-// V (one thread of it) into rings of kKvStages buffers. Each other warpgroup owns 64 query rows of the tile: it fetches its
-// rows of Q, computes, and writes its rows of O; no two warps share a row. Key blocks n run from the last to the first.
+// One thread block per multiprocessor takes tiles, kBlockM query rows of one head, from a fixed list. Warpgroup 0 copies: one
+// of its warps K and V into rings of kKvStages buffers, one for each other warpgroup that one's Q in and its O out. Each other
+// warpgroup computes 64 query rows of the tile; no two warps share a row. Key blocks n run from the last to the first.
 //
 //   tensor cores   S(n) = Q K(n)^T   O += P(n+1) V(n+1)            S(n-1) = Q K(n-1)^T   O += P(n) V(n)   ...
 //   other units                      P(n) = softmax of S(n), O *= alpha                  P(n-1) = ...
@@ -21,7 +21,7 @@ static_assert(sizeof(FwdTmaParams) == kParamsBytes, "kernels/params.py and commo
 
 constexpr int kConsumers = kBlockM / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
-constexpr int kCopyRegisters = kConsumers == 3 ? 32 : 24, kComputeRegisters = kConsumers == 3 ? 160 : 240;
+constexpr int kCopyRegisters = kConsumers == 3 ? 32 : 40, kComputeRegisters = kConsumers == 3 ? 160 : 232;
 static_assert(kNumThreads == 128 * (kConsumers + 1), "one warpgroup for 64 query rows, and one that copies");
 static_assert(kHeadDimV <= kHeadDim, "the buffer of Q holds O");
 static_assert(kConsumers == 2 || kConsumers == 3, "the registers are shared out for two or three");
@@ -32,6 +32,7 @@ struct SharedMemory {
   Panels<kBlockN, kHeadDimV> v[kKvStages];
   // full: the bytes have landed. empty: every consumer is done with them.
   alignas(1024) uint64_t q_full[kConsumers][kQStages];
+  uint64_t o_full[kConsumers][kQStages];
   uint64_t k_full[kKvStages], k_empty[kKvStages], v_full[kKvStages], v_empty[kKvStages];
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
@@ -92,6 +93,31 @@ FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
   }
 }
 
+// The queries of a computing warpgroup into its buffers, and its outputs out of them, one thread.
+FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int group) {
+  const Shape& shape = params.shape;
+  const int group_row = group * 64;
+  Schedule loads, stores;
+  Work work;
+  auto load_next = [&](int stage) {
+    if (!loads.next(shape, work)) return;
+    mbarrier_arrive_expect_tx(smem.q_full[group][stage], smem.q[0].kPanels * 64 * 128);
+    load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage], work.m_block * kBlockM + group_row, work.head,
+                  work.batch);
+  };
+#pragma unroll
+  for (int stage = 0; stage < kQStages; ++stage) load_next(stage);
+  Slot<kQStages> slot;
+  for (; stores.next(shape, work); slot.advance()) {
+    mbarrier_wait(smem.o_full[group][slot.stage], slot.parity);  // O is where Q was: compute
+    store_rows<64, kHeadDimV>(params.out, smem.q[slot.stage], group_row, work.m_block * kBlockM + group_row, work.head,
+                              work.batch);
+    cp_async_bulk_commit_group();
+    cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers
+    load_next(slot.stage);
+  }
+}
+
 // -inf where a query does not see a key. `row` and `col`: of this thread's first element.
 FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
 #pragma unroll
@@ -118,14 +144,6 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   AccO acc_o;
   Fragments<kKeySteps> frag_p;
 
-  // This warpgroup's rows of Q. The buffer may hold an output that is still being stored.
-  auto load_q = [&](const Work& work, int stage) {
-    if (!leader) return;
-    cp_async_bulk_wait_group_read<0>();
-    mbarrier_arrive_expect_tx(smem.q_full[group][stage], smem.q[0].kPanels * 64 * 128);
-    load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage], work.m_block * kBlockM + group_row, work.head,
-                  work.batch);
-  };
   auto issue_s = [&] {  // S = Q K^T
     mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_keys
     wgmma_fence();
@@ -165,37 +183,57 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     softmax.exponentiate(acc_s, alpha, scale_log2);
   };
   auto start_tile = [&](const Work& work) {
-    mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: load_q
+    mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
     issue_s();
     wgmma_wait_group<0>();
     finish_s();
     start_softmax(work);
     to_fragments(frag_p, acc_s);
   };
+  // O = diag(l)^-1 O of a tile, whose Q was at `stage`
+  auto finish_tile = [&](const Work& work, Softmax<1>& done, int stage) {
+    done.finish(acc_o);
+    const int first_query = work.m_block * kBlockM;
+    if (accumulator_col() == 0) {
+      float* lse = params.lse + work.batch * params.lse_strides.batch + work.head * params.lse_strides.head;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (first_query + row + 8 * h < shape.seqlen_q)
+          lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
+    }
+    store_accumulator(smem.q[stage], warp_row, acc_o);
+    fence_proxy_async();  // this thread's part of O, before the copy engine reads it
+    mbarrier_arrive(smem.o_full[group][stage]);
+  };
+
+  // The warpgroups issue their pairs of products in turn: so one's softmax falls on the others' products.
+  auto take_turn = [&] {
+    if constexpr (kTurns) bar_sync(1 + group, 256);
+  };
+  auto pass_turn = [&] {
+    if constexpr (kTurns) bar_arrive(1 + (group + 1) % kConsumers, 256);
+  };
 
   Schedule schedule;
   Work work, next, after;
   if (!schedule.next(shape, work)) return;
-  bool more = schedule.next(shape, next);
-  load_q(work, 0);
+  bool more = kQStages > 1 && schedule.next(shape, next);
+  if (kTurns && group == kConsumers - 1) bar_arrive(1, 256);  // the first turn
   start_tile(work);
   while (true) {
-    bool first = true, q_is_due = kQStages > 1 && more;
-    auto load_next_q = [&] {
-      if (q_is_due) load_q(next, (q.stage + 1) % kQStages);
-      q_is_due = false;
-    };
+    bool first = true;
     auto step = [&](int n, auto masked) {
+      take_turn();
       issue_s();
       issue_o(!first);
-      load_next_q();
+      pass_turn();
       first = false;
       wgmma_wait_group<1>();  // S(n)
       finish_s();
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2);
-      pin(acc_s);             // P(n) belongs beside the product; ptxas still moves it behind the wait, see docs/tuning.md
+      pin(acc_s);             // what can be done of P(n) before the wait is not left for after it
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
       finish_o();
       to_fragments(frag_p, acc_s);
@@ -206,15 +244,16 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     for (; n >= 0; --n) step(n, False{});
 
     // The last product of this tile, and beside it the first scores of the next.
-    load_next_q();
     Softmax<1> done = softmax;
     const int done_stage = q.stage;
     bool more_after = false;
     q.advance();
     if (kQStages > 1 && more) {
-      mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: load_q
+      mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
+      take_turn();
       issue_s();
       issue_o(!first);
+      pass_turn();
       more_after = schedule.next(shape, after);
       wgmma_wait_group<1>();  // S of the next tile
       finish_s();
@@ -225,38 +264,20 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       to_fragments(frag_p, acc_s);
     } else {
       issue_o(!first);
-      if (more) more_after = schedule.next(shape, after);
+      if (kQStages == 1) more = schedule.next(shape, next);
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
-
-    // O = diag(l)^-1 O
-    done.finish(acc_o);
-    const int first_query = work.m_block * kBlockM;
-    if (accumulator_col() == 0) {
-      float* lse = params.lse + work.batch * params.lse_strides.batch + work.head * params.lse_strides.head;
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (first_query + row + 8 * h < shape.seqlen_q)
-          lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
-    }
-    store_accumulator(smem.q[done_stage], warp_row, acc_o);
-    fence_proxy_async();       // this thread's part of O, before the copy engine reads it
-    bar_sync(1 + group, 128);  // everybody's part of this warpgroup's rows is in shared memory
-    if (leader) {
-      store_rows<64, kHeadDimV>(params.out, smem.q[done_stage], group_row, first_query + group_row, work.head, work.batch);
-      cp_async_bulk_commit_group();
-    }
+    finish_tile(work, done, done_stage);
     if (!more) break;
     work = next;
-    next = after;
-    more = more_after;
-    if (kQStages == 1) {
-      load_q(work, q.stage);
+    if (kQStages > 1) {
+      next = after;
+      more = more_after;
+    } else {
       start_tile(work);
     }
   }
-  if (leader) cp_async_bulk_wait_group_read<0>();  // shared memory outlives its readers
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __grid_constant__ FwdTmaParams params) {
@@ -265,7 +286,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __g
 #pragma unroll
     for (int i = 0; i < kConsumers; ++i)
 #pragma unroll
-      for (int j = 0; j < kQStages; ++j) mbarrier_init(smem.q_full[i][j], 1);
+      for (int j = 0; j < kQStages; ++j) {
+        mbarrier_init(smem.q_full[i][j], 1);
+        mbarrier_init(smem.o_full[i][j], 128);
+      }
 #pragma unroll
     for (int i = 0; i < kKvStages; ++i) {
       mbarrier_init(smem.k_full[i], 1);
@@ -280,7 +304,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __g
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     setmaxnreg_dec<kCopyRegisters>();
-    if (threadIdx.x == 0) copy_keys(smem, params);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) copy_keys(smem, params);
+      else if (warp <= kConsumers) copy_rows(smem, params, warp - 1);
+    }
   } else {
     setmaxnreg_inc<kComputeRegisters>();
     compute(smem, params, warpgroup - 1);

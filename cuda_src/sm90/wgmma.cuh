@@ -34,7 +34,7 @@ FA2_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
 }
 
 // wgmma_ss<T, kBDown>(d, a, b, accumulate), wgmma_rs<T, kBDown>(d, a, b, accumulate), for the widths of d that the tile
-// table uses or has been tuned against (80, 144, 176). kBDown: B is stored with the sum running down its rows (V), else along them (K). accumulate = false: D = A B,
+// tables use. kBDown: B is stored with the sum running down its rows (V), else along them (K). accumulate = false: D = A B,
 // whatever was in D.
 //
 // FA2_TEXT and FA2_REGS name the accumulator's registers, ten at a time, in the instruction and among its operands.
@@ -64,10 +64,6 @@ constexpr bool kIsBf16<bf16_t> = true;
 #define FA2_REGS56 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D10(4), FA2_D6(5)
 #define FA2_TEXT64 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T10(5) ", " FA2_T4(6)
 #define FA2_REGS64 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D10(4), FA2_D10(5), FA2_D4(6)
-#define FA2_TEXT72 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T10(5) ", " FA2_T10(6) ", " FA2_T2(7)
-#define FA2_REGS72 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D10(4), FA2_D10(5), FA2_D10(6), FA2_D2(7)
-#define FA2_TEXT88 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T10(5) ", " FA2_T10(6) ", " FA2_T10(7) ", " FA2_T8(8)
-#define FA2_REGS88 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D10(4), FA2_D10(5), FA2_D10(6), FA2_D10(7), FA2_D8(8)
 #define FA2_TEXT96 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T10(5) ", " FA2_T10(6) ", " FA2_T10(7) ", " FA2_T10(8) ", " FA2_T6(9)
 #define FA2_REGS96 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D10(4), FA2_D10(5), FA2_D10(6), FA2_D10(7), FA2_D10(8), FA2_D6(9)
 #define FA2_TEXT128 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T10(5) ", " FA2_T10(6) ", " FA2_T10(7) ", " FA2_T10(8) ", " FA2_T10(9) ", " FA2_T10(10) ", " FA2_T10(11) ", " FA2_T8(12)
@@ -109,7 +105,5 @@ FA2_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
 FA2_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
 FA2_WGMMA(112, 56, 56, 57, 58, 59, 60, 61, 62)
 FA2_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
-FA2_WGMMA(144, 72, 72, 73, 74, 75, 76, 77, 78)
-FA2_WGMMA(176, 88, 88, 89, 90, 91, 92, 93, 94)
 FA2_WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102)
 FA2_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)

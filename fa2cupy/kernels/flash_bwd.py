@@ -116,10 +116,10 @@ def _launches(
         queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
         shares = problem.batch * problem.num_heads_k * head_splits
         sm90 = isinstance(tile, BwdTileSm90)
-        # The sm_90 kernel's fixed list of tiles is even with short sections too: then they are to stay well inside L2.
-        cache_share, blocks_per_sm = (3, 1.5) if sm90 else (1, plans.BLOCKS_PER_SM)
-        cached = queries_bytes * cache_share
-        section = plans.heads_per_section(device, problem.causal, shares, n_blocks, cached, blocks_per_sm)
+        if sm90:
+            section = plans.heads_per_even_section(device, problem.causal, shares, n_blocks)
+        else:
+            section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
         if deterministic:
             most = section if problem.causal and not sm90 else shares
             section = _section_of_turns(device, tile, m_blocks * heads, most, problem.causal and sm90)

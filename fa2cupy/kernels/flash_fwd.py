@@ -98,22 +98,18 @@ def _row_bytes(problem: AttentionProblem) -> dict[str, int]:
 
 
 def _order(
-    problem: AttentionProblem,
-    device: DeviceInfo,
-    rows: int,
-    block_m: int,
-    cache_share: int = 1,
-    blocks_per_sm: float = plans.BLOCKS_PER_SM,
+    problem: AttentionProblem, device: DeviceInfo, rows: int, block_m: int, persistent: bool
 ) -> tuple[int, Shape]:
-    """How many tiles there are, and in which order they are taken (`tile_of` in CUDA): sections whose keys and values
-    fit 1 / cache_share of the L2 cache, with at least so many tiles for each multiprocessor."""
+    """How many tiles there are, and in which order they are taken (`tile_of` in CUDA)."""
     m_blocks = -(-rows // block_m)
     group = problem.num_heads // problem.num_heads_k
     heads_k = problem.batch * problem.num_heads_k
-    keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * cache_share
-    blocks = m_blocks * group
-    section = plans.heads_per_section(device, problem.causal, heads_k, blocks, keys_bytes, blocks_per_sm) * group
-    return m_blocks * problem.num_heads * problem.batch, plans.shape_params(problem, rows, section)
+    if persistent:
+        section = plans.heads_per_even_section(device, problem.causal, heads_k, m_blocks * group)
+    else:
+        keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+        section = plans.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes)
+    return m_blocks * problem.num_heads * problem.batch, plans.shape_params(problem, rows, section * group)
 
 
 def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int) -> KernelLaunch:
@@ -123,7 +119,7 @@ def _launch_sm80(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, e
     params = FwdParams()
     for name in _POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m)
+    tiles, params.shape = _order(problem, device, problem.seqlen_q - empty, tile.block_m, False)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     params.head_dim_v = problem.head_dim_v
     row = _row_bytes(problem)
@@ -145,7 +141,7 @@ def _launch_sm90(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm9
     params = FwdTmaParams()
     for name in _SM90_POINTERS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    tiles, params.shape = _order(problem, device, rows, tile.block_m, cache_share=3, blocks_per_sm=1.5)
+    tiles, params.shape = _order(problem, device, rows, tile.block_m, True)
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     skipped = {name: empty * size for name, size in _row_bytes(problem).items()}
     box_rows = {"q": _WARPGROUP_ROWS, "k": tile.block_n, "v": tile.block_n, "out": _WARPGROUP_ROWS}
@@ -193,6 +189,7 @@ def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_NUM_Q_STAGES": tile.num_q_stages,
         "FA2_NUM_KV_STAGES": tile.num_kv_stages,
+        "FA2_TURNS": int(tile.turns),
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),
         "FA2_PARAMS_BYTES": ctypes.sizeof(FwdTmaParams),

@@ -266,24 +266,27 @@ def why_not_sm90(
     return objection
 
 
-def heads_per_section(
-    device: DeviceInfo,
-    causal: bool,
-    heads: int,
-    blocks_per_head: int,
-    bytes_per_head: int,
-    blocks_per_sm: float = BLOCKS_PER_SM,
-) -> int:
+def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int) -> int:
     """Heads whose blocks are interleaved, so that a causal problem's long blocks start first.
 
-    As many as fit the L2 cache, but at least `blocks_per_sm` blocks for each multiprocessor. All sections are of about
+    As many as fit the L2 cache, but at least `BLOCKS_PER_SM` blocks for each multiprocessor. All sections are of about
     the same size: the last one's long blocks, if few, would leave most of the GPU idle in the end.
     """
     if not causal:
         return 1
     fitting = device.l2_bytes // max(1, bytes_per_head)
-    wanted = max(1, fitting, math.ceil(blocks_per_sm * device.sm_count / blocks_per_head))
+    wanted = max(1, fitting, math.ceil(BLOCKS_PER_SM * device.sm_count / blocks_per_head))
     return -(-heads // max(1, heads // wanted))
+
+
+def heads_per_even_section(device: DeviceInfo, causal: bool, heads: int, tiles_per_head: int) -> int:
+    """The same for a grid whose thread blocks take tiles from a fixed list: as few as give each multiprocessor a tile
+    and a half, and if possible as many in every section, since sections alternate in direction."""
+    if not causal:
+        return 1
+    least = math.ceil(1.5 * device.sm_count / tiles_per_head)
+    even = (n for n in range(least, min(2 * least, heads) + 1) if heads % n == 0)
+    return next(even, -(-heads // max(1, heads // least)))
 
 
 def empty_rows(problem: AttentionProblem) -> int:

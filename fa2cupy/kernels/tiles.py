@@ -97,8 +97,8 @@ class FwdTileSm90:
 
     head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
     query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts
-    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. max_seqlen_q: the longest query
-    sequence that it serves.
+    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. turns: the warpgroups issue their
+    products in turn. max_seqlen_q: the longest query sequence that it serves.
     """
 
     head_dim: int
@@ -106,6 +106,7 @@ class FwdTileSm90:
     block_n: int
     num_q_stages: int
     num_kv_stages: int
+    turns: bool
     note: str
     spill_bytes: int = 0
     max_seqlen_q: int = 2**31
@@ -241,20 +242,26 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     ),
 }
 
-_FWD_SM90 = (
-    FwdTileSm90(96, 128, 128, 2, 2, "193 KB, as 128: panels are 64 columns wide"),
-    FwdTileSm90(128, 128, 128, 2, 2, "193 KB"),
-    FwdTileSm90(192, 128, 128, 1, 2, "209 KB", head_dim_v=128),
-    FwdTileSm90(192, 128, 112, 1, 2, "217 KB; 128 keys need 241 KB"),
-    FwdTileSm90(256, 128, 64, 1, 2, "193 KB"),
-)
-# By whether the problem is causal.
+# By whether the problem is causal. Two warpgroups without a mask find their turns by themselves.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
-    False: (FwdTileSm90(64, 192, 128, 2, 2, "113 KB, three warpgroups that compute"), *_FWD_SM90),
+    False: (
+        FwdTileSm90(64, 192, 128, 2, 2, True, "113 KB, three warpgroups that compute"),
+        FwdTileSm90(96, 192, 112, 2, 2, True, "209 KB, three warpgroups that compute; 128 keys spill"),
+        FwdTileSm90(128, 128, 128, 2, 2, False, "193 KB"),
+        FwdTileSm90(192, 128, 128, 1, 2, False, "209 KB", head_dim_v=128),
+        FwdTileSm90(192, 128, 112, 1, 2, False, "217 KB; 128 keys need 241 KB"),
+        FwdTileSm90(256, 128, 64, 1, 2, False, "193 KB; ends closer to the sequence's end", max_seqlen_q=2048),
+        FwdTileSm90(256, 128, 80, 1, 2, False, "225 KB"),
+    ),
     True: (
-        FwdTileSm90(64, 128, 128, 2, 4, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
-        FwdTileSm90(64, 192, 128, 2, 3, "145 KB, three warpgroups that compute"),
-        *_FWD_SM90,
+        FwdTileSm90(64, 128, 128, 2, 4, True, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
+        FwdTileSm90(64, 192, 128, 2, 3, True, "145 KB, three warpgroups that compute"),
+        FwdTileSm90(96, 192, 112, 2, 2, True, "209 KB, three warpgroups that compute; 128 keys spill"),
+        FwdTileSm90(128, 128, 128, 2, 2, True, "193 KB"),
+        FwdTileSm90(192, 128, 128, 1, 2, True, "209 KB", head_dim_v=128),
+        FwdTileSm90(192, 128, 112, 1, 2, True, "217 KB; 128 keys need 241 KB"),
+        FwdTileSm90(256, 128, 64, 1, 2, True, "193 KB; ends closer to the sequence's end", max_seqlen_q=2048),
+        FwdTileSm90(256, 128, 80, 1, 2, True, "225 KB"),
     ),
 }
 

@@ -13,7 +13,7 @@ from fa2cupy.jit import source as source_module
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import plan_backward, plan_forward
 from fa2cupy.kernels.plan import KernelLaunch, Plan
-from fa2cupy.kernels.tiles import SHARED_MEMORY
+from fa2cupy.kernels.tiles import SHARED_MEMORY, FwdTileSm90
 from fa2cupy.problem import AttentionProblem, Options
 from tests import reference
 from tests.gpu import cases as gpu_cases
@@ -29,14 +29,18 @@ _GUARD_BYTES = 128 << 10  # on both sides: a tile's worth of rows
 
 @dataclass(frozen=True)
 class HostCase:
-    """A case and the GPU that its plan is made for; `flip`: every tensor runs backwards along seqlen and heads."""
+    """A case and the GPU that its plan is made for.
+
+    flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
+    """
 
     case: Case
     arch: str = "sm_90"
     flip: bool = False
+    tile: FwdTileSm90 | None = None
 
     def __str__(self) -> str:
-        return f"{self.case} {self.arch}" + (" flip" if self.flip else "")
+        return f"{self.case} {self.arch}" + (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "")
 
 
 @functools.cache
@@ -146,7 +150,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     refs = {name: tensor.ref() for name, tensor in tensors.items()}
     problem = AttentionProblem.from_refs(refs, gpu_cases.sizes_of(case), case.dtype, options)
     gpu = device(host_case.arch)
-    plan = plan_backward(problem, gpu, case.deterministic) if backward else plan_forward(problem, gpu)
+    plan = plan_backward(problem, gpu, case.deterministic) if backward else plan_forward(problem, gpu, host_case.tile)
     workspace = Tensor((plan.workspace_bytes // 4,), (1,), "float32")
     prepared = Prepared(host_case, backward, tensors, plan, expected, workspace)
     results = prepared.results

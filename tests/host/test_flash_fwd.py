@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from tests.gpu.cases import DTYPES
+from fa2cupy.kernels.tiles import FWD_TILES_SM90
+from tests.gpu.cases import DTYPES, Case
 from tests.host import cases
 from tests.host.kernel_run import HostCase, check
 from tests.reference import HEAD_DIM_PAIRS
@@ -44,6 +45,17 @@ def test_special_cases(host_cases: list[HostCase]) -> None:
 )
 def test_other_tiles(head_dim: int, arch: str, dtype: str) -> None:
     run_all(cases.arch_cases(head_dim, arch, dtype))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_for_long_sequences(causal: bool) -> None:
+    rows = FWD_TILES_SM90[causal]
+    short = {(row.head_dim, row.head_dim_v) for row in rows if row.max_seqlen_q < 1 << 20}
+    for tile in rows:
+        if (tile.head_dim, tile.head_dim_v) in short and tile.max_seqlen_q > 1 << 20:
+            for number, (sq, sk) in enumerate(((203, 421), (300, 300))):
+                case = Case(sq, sk, tile.head_dim, DTYPES[number], causal, 1, (2, 1), seed=number)
+                check(HostCase(case, tile=tile), BACKWARD)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
