@@ -511,6 +511,14 @@ def named(plan: BackwardPlan, name: str) -> plans.KernelLaunch:
     return launch
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_who_waits_for_turns_has_a_thread_block_for_every_tile(causal: bool) -> None:
+    wanted = backward_problem(4096, 4096, 64, "bfloat16", causal, 1, (16, 16))
+    for deterministic, blocks in ((False, 132), (True, 32 * 16)):
+        plan = plan_backward(wanted, H200, deterministic)
+        assert plan.family == "sm90" and named(plan, "flash_bwd").config.grid == (blocks, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("head_dims", "options", "objection"),
     [
