@@ -150,8 +150,8 @@ def _launches(
         main = _main_defines(tile, side, head_dim, head_dim_v, problem.causal, deterministic, partial)
         shared = int(main["FA2_SHARED_BYTES"])
         if isinstance(tile, BwdTileSm90):
-            # One for each multiprocessor, which takes tiles from the list. Deterministic: one for each tile. Who waits for
-            # his turn must know that those before him are running, which is certain of thread blocks that started before.
+            # One for each multiprocessor, which takes tiles from the list. Deterministic, one for each tile: whoever is
+            # waited for must be running, which is certain only of thread blocks that started before.
             tiles = key_tiles * head_splits
             blocks = tiles if deterministic else min(tiles, device.sm_count)
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
