@@ -192,8 +192,8 @@ MUTANTS = [
     ("fwd", "hopper-full", TILE90, "step / 4 * Panels<kRows, kCols>::kPanelBytes", "step / 4 * 8192"),
     ("fwd", "hopper-full", TILE90, "step % 4 * 32", "step % 4 * 16"),
     ("fwd", "hopper-full", TILE90, "step * 16 * 128 / 16", "step * 8 * 128 / 16"),
-    ("fwd", "hopper-wide", TILE90, "smem_address(tile.data), tile.kPanelBytes", "smem_address(tile.data), 128 * 128"),
-    ("fwd", "hopper-full", TILE90, "chunk ^ lane % 8", "chunk"),
+    ("fwd", "hopper-wide", TILE90, "kPanelBytes, tile.kPanelBytes", "kPanelBytes, 128 * 128"),
+    ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes + ((chunk ^ lane % 8)", "k / 4 * tile.kPanelBytes + ((chunk)"),
     ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
     # the sm_90 backward: masks, tiles, rings, turns, rows, columns
     ("bwd", "hopper-causal", BWD90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),

@@ -844,6 +844,12 @@ bool async_land(Block& block) {
   return true;
 }
 
+void async_thread_releases() {
+  if (const size_t left = this_thread().addends.size() + this_thread().stores.size()) {
+    fail("the thread releases a counter while %u of its bulk stores or additions are on their way", count(left));
+  }
+}
+
 void async_thread_ends() {
   write_addends(this_thread());
   if (const size_t left = this_thread().stores.size()) {

@@ -117,6 +117,7 @@ inline void wake(Block& block, int thread) { block.warps[thread / 32].ready |= 1
 void async_start(Block& block);
 bool async_land(Block& block);  // nobody can run: something that somebody waits for comes about, if there is such
 void async_thread_ends();       // nothing of this thread's may be on its way
+void async_thread_releases();   // nor may any addition of its be, which whoever acquires expects to see
 void async_block_ends();
 std::string async_waits(const Block& block, int thread);  // more about what a thread waits for
 

@@ -397,6 +397,7 @@ int poll(const int* word, Site site) {
 }
 
 void release() {
+  if (world.block->async) async_thread_releases();
   world.releases++;
   world.steps_left = 0;  // a good moment for whoever waited for it
   for (auto& block : world.resident) {
