@@ -193,7 +193,13 @@ MUTANTS = [
     ("fwd", "hopper-full", TILE90, "step % 4 * 32", "step % 4 * 16"),
     ("fwd", "hopper-full", TILE90, "step * 16 * 128 / 16", "step * 8 * 128 / 16"),
     ("fwd", "hopper-wide", TILE90, "kPanelBytes, tile.kPanelBytes", "kPanelBytes, 128 * 128"),
-    ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes + ((chunk ^ lane % 8)", "k / 4 * tile.kPanelBytes + ((chunk)"),
+    (
+        "fwd",
+        "hopper-full",
+        TILE90,
+        "k / 4 * tile.kPanelBytes + ((chunk ^ lane % 8)",
+        "k / 4 * tile.kPanelBytes + ((chunk)",
+    ),
     ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
     # the sm_90 backward: masks, tiles, rings, turns, rows, columns
     ("bwd", "hopper-causal", BWD90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
