@@ -18,6 +18,14 @@ def test_forward(cases: list[Case], device: torch.device) -> None:
     check_all(cases, False, device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_for_long_sequences(dtype: str, device: torch.device) -> None:
+    """More queries than the rows of Hopper for short sequences take."""
+    shapes = [(head_dim, causal) for head_dim in (64, 200, 256) for causal in (False, True)]
+    cases = [Case(2151, 2311, head_dim, dtype, causal, 1, (2, 1), seed=head_dim) for head_dim, causal in shapes]
+    check_all(cases, False, device)
+
+
 @pytest.fixture
 def sm80_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FA2CUPY_KERNEL=sm80, for calls that the process has made before too."""
