@@ -39,8 +39,10 @@ struct SharedMemory {
   Panels<kBlockM, kBlockN> ds[kStages];
   uint4 p[kBlockM / 8][128];  // P^T in float32: rounded twice, dS would be too far off
   Loads q_loads, dout_loads;  // with lse_log2, with softmax_d
-  uint64_t p_full, p_empty, ds_full[kStages], ds_empty[kStages];
+  uint64_t ds_full[kStages], ds_empty[kStages];
 };
+constexpr int kPFull = 1, kPEmpty = 2;  // named barriers: of the two warpgroups that hand P over
+constexpr int kAdding = 3;              // of the one that adds to dQ
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
 
@@ -95,7 +97,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
   const int warp_row = warp_id() % 4 * 16;
   const bool leader = threadIdx.x % 128 == 0;
   Ring<kStages> ring;  // of the step
-  uint32_t keys_parity = 0, p_parity = 0;
+  uint32_t keys_parity = 0;
   AccS acc;
   constexpr int kParts = kOtherCols > 192 ? 2 : 1, kPartCols = kOtherCols / kParts;
   Accumulator<1, kPartCols / 8> acc_gradient[kParts];
@@ -113,8 +115,9 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
   auto transform = [&](const Step& step) {
     const float(&statistics)[kBlockM] = loads.statistics[ring.stage];
     if constexpr (kSecond) {
-      mbarrier_wait(smem.p_full, p_parity);  // P is there: the first warpgroup
+      bar_sync(kPFull, 256);  // P is there: the first warpgroup
       differentiate_softmax(acc, smem.p, statistics);
+      bar_arrive(kPEmpty, 256);
     } else {
       const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
       if (step.m_block < work.mask_to) {
@@ -122,17 +125,15 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
       } else {
         recompute_p<false>(acc, statistics, params.scale_softmax_log2, shape, key, first_query);
       }
-      mbarrier_wait(smem.p_empty, p_parity ^ 1);  // P of the step before has been read: the second warpgroup
+      bar_sync(kPEmpty, 256);  // P of the step before has been read: the second warpgroup
 #pragma unroll
       for (int j = 0; j < kBlockM / 8; ++j) {
         const float(&x)[4] = acc.x[0][j];
         st_shared_v4(smem_address(&smem.p[j][threadIdx.x % 128]),
                      uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
       }
+      bar_arrive(kPFull, 256);
     }
-    p_parity ^= 1;
-    __syncwarp();  // the warp has stored or read its part
-    if (lane_id() == 0) mbarrier_arrive(kSecond ? smem.p_empty : smem.p_full);
   };
   auto pin_gradient = [&] {
 #pragma unroll
@@ -190,6 +191,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
     }
   };
 
+  if (kSecond) bar_arrive(kPEmpty, 256);  // there is no step before the first
   while (schedule.next(params, work)) {
     mbarrier_wait(loads.keys_full, keys_parity);  // landed: copy_tiles
     keys_parity ^= 1;
@@ -215,13 +217,10 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
   Schedule schedule;
   Work work;
   Ring<kStages> ring;
-  uint32_t keys_parity = 0;
   Accumulator<1, kDqCols / 8> acc_dq;
   while (schedule.next(params, work)) {
-    mbarrier_wait(smem.q_loads.keys_full, keys_parity);  // K landed: copy_tiles
-    keys_parity ^= 1;
     for (Step step(params.shape, work); step.left > 0; step.advance(work), ring.advance()) {
-      mbarrier_wait(smem.ds_full[ring.stage], ring.parity);  // dS is there: the second warpgroup
+      mbarrier_wait(smem.ds_full[ring.stage], ring.parity);  // dS is there: the second warpgroup; so K is
       float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
 #pragma unroll
       for (int col = 0; col < kHeadDim; col += kDqCols) {
@@ -235,11 +234,11 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
           if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
         }
         if (kDeterministic && col == 0) {
-          if (lane == 0) {
-            const int turn = kDqWarps * my_turn(params.shape, work.n_block, step.m_block);
+          if (leader) {
+            const int turn = my_turn(params.shape, work.n_block, step.m_block);
             while (ld_acquire(params.dq_turn + step.tile) < turn) continue;  // every key block before this one has added
           }
-          __syncwarp();  // it is this block's turn
+          bar_sync(kAdding, 128);  // it is this block's turn
         }
 #pragma unroll
         for (int j = 0; j < kDqCols / 8; ++j) {
@@ -248,8 +247,8 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
         }
       }
       if constexpr (kDeterministic) {
-        __syncwarp();  // the warp has added its part
-        if (lane == 0) red_release_add(params.dq_turn + step.tile, 1);
+        bar_sync(kAdding, 128);  // every warp has added its part
+        if (leader) red_release_add(params.dq_turn + step.tile, 1);
       }
     }
   }
@@ -271,8 +270,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       mbarrier_init(smem.ds_full[i], 4);
       mbarrier_init(smem.ds_empty[i], 1);
     }
-    mbarrier_init(smem.p_full, 4);
-    mbarrier_init(smem.p_empty, 4);
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised

@@ -1,5 +1,5 @@
-"""Plans of the backward: cuda_src/sm90/flash_bwd{,_wide}.cu where the GPU and the arrays allow it, else sm80/flash_bwd.cu; with
-smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
+"""Plans of the backward: cuda_src/sm90/flash_bwd.cu (flash_bwd_wide.cu above head_dim 128) where the GPU and the arrays
+allow it, else sm80/flash_bwd.cu; with smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
 
 from __future__ import annotations
 
@@ -86,8 +86,10 @@ def plan_backward(
     InvalidArgument if sm_90 is impossible. why_not_sm90: what speaks against it beside the problem and the device.
     """
     if tile is None:
-        tile_sm90 = backward_tile_sm90(problem.head_dim, problem.head_dim_v, wide=family == "sm90")
+        tile_sm90 = backward_tile_sm90(problem.head_dim, problem.head_dim_v)
         own = "" if tile_sm90 else f"no tile has head dims of {problem.head_dim} and {problem.head_dim_v}"
+        if tile_sm90 and tile_sm90.wide and family != "sm90":
+            own = f"its kernel for head dims of {problem.head_dim} and {problem.head_dim_v} is new: ask for it by sm90"
         why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS, own) or why_not_sm90
         if why_not_sm90 or tile_sm90 is None:
             tile = backward_tile(device.shared_mem_optin, max(problem.head_dim, problem.head_dim_v))
@@ -156,7 +158,13 @@ def _launches(
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             maps = _tensor_maps(problem, tile, rows, skipped)
             flash_bwd = KernelLaunch(
-                *(_SM90_WIDE if tile.wide else _SM90), plans.SM90_ARCH, main, config, _tma_params(params), pointers[_DK : _DV + 1] + workspaces, maps
+                *(_SM90_WIDE if tile.wide else _SM90),
+                plans.SM90_ARCH,
+                main,
+                config,
+                _tma_params(params),
+                pointers[_DK : _DV + 1] + workspaces,
+                maps,
             )
         else:
             config = LaunchConfig((key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=shared)

@@ -174,8 +174,8 @@ class BwdTileSm90:
     """A row of the backward table of sm_90.
 
     head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
-    query rows x block_n keys. num_stages: buffers of Q, of dO, of dS and of P. Up to head_dim 128, two warpgroups compute
-    64 keys each; above (`wide`), three share 64 keys.
+    query rows x block_n keys. num_stages: buffers of Q, of dO and of dS. Up to head_dim 128, two warpgroups compute 64
+    keys each; above (`wide`), three share 64 keys.
     """
 
     head_dim: int
@@ -214,7 +214,7 @@ class BwdTileSm90:
         if self.wide:
             panels += -(-(self.head_dim_v or self.head_dim) // 64)
             tiles, p = 128 * panels * (self.block_n + rows), 4 * self.block_m * self.block_n
-            small = 8 * rows + 8 * (6 + 6 * self.num_stages)
+            small = 8 * rows + 8 * (4 + 6 * self.num_stages)
             return tiles + ds + p + -(-small // 1024) * 1024
         tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
         barriers = 8 * (6 + 4 * self.num_stages + 2 * (self.block_n // 64))
@@ -305,11 +305,11 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
 )
-# Correct on a CPU, but no GPU has run them yet: only FA2CUPY_KERNEL=sm90 takes them.
+# Right on a CPU, but no GPU has run them yet: only FA2CUPY_KERNEL=sm90 takes them.
 BWD_TILES_SM90_WIDE: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(192, 64, 64, 2, "153 KB", head_dim_v=128),
     BwdTileSm90(192, 64, 64, 2, "177 KB"),
-    BwdTileSm90(256, 64, 64, 2, "226 KB; spills once a tile", 48),
+    BwdTileSm90(256, 64, 64, 2, "226 KB; deterministic, it spills", 16),
 )
 
 
@@ -353,7 +353,7 @@ def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
     return next(tile for tile in BWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
 
 
-def backward_tile_sm90(head_dim: int, head_dim_v: int, wide: bool) -> BwdTileSm90 | None:
-    rows = BWD_TILES_SM90 + BWD_TILES_SM90_WIDE * wide
+def backward_tile_sm90(head_dim: int, head_dim_v: int) -> BwdTileSm90 | None:
+    rows = BWD_TILES_SM90 + BWD_TILES_SM90_WIDE
     fitting = (t for t in rows if head_dim <= t.head_dim and head_dim_v <= (t.head_dim_v or t.head_dim))
     return next(fitting, None)

@@ -76,7 +76,15 @@ BACKWARD = {
     "hopper-wide-turns": HostCase(
         Case(150, 300, 256, "float16", True, 1, (2, 2), deterministic=True, seed=27), family="sm90"
     ),
-    "hopper-wide-own-v": HostCase(Case(150, 203, 192, "bfloat16", True, 1, (8, 2), seed=28, head_dim_v=120), family="sm90"),
+    "hopper-wide-turns-full": HostCase(
+        Case(150, 700, 192, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21), family="sm90"
+    ),
+    "hopper-wide-own-v": HostCase(
+        Case(150, 203, 192, "bfloat16", True, 1, (8, 1), seed=28, head_dim_v=120), family="sm90"
+    ),
+    "hopper-wide-own-full": HostCase(
+        Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72), family="sm90"
+    ),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29), family="sm90"),
 }
 # What only an unlucky order of blocks shows gets a few more of them.
@@ -263,17 +271,34 @@ MUTANTS = [
     ("bwd", "hopper-splits", BWD90, "warp_row) * kHeadDim;", "0) * kHeadDim;"),
     ("bwd", "hopper-full", TILE90, "lane / 16 * 8, chunk = col % 64 / 8", "lane / 16 * 8, chunk = 0"),
     ("bwd", "hopper-full", TILE90, "col / 64 * tile.kPanelBytes + row * 128", "row * 128"),
-    ("bwd", "hopper-wide", WIDE90, "step.m_block < work.mask_to", "false"),
-    ("bwd", "hopper-wide", WIDE90, "frag, DownRows(other_queries[stage], i * kPartCols), !first", "frag, DownRows(other_queries[stage], i * kPartCols), true"),
+    ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < work.mask_to", "false"),
+    (
+        "bwd",
+        "hopper-wide",
+        WIDE90,
+        "frag, DownRows(other_queries[stage], i * kPartCols), !first",
+        "frag, DownRows(other_queries[stage], i * kPartCols), true",
+    ),
     ("bwd", "hopper-wide", WIDE90, "if constexpr (kParts > 1) store(acc_gradient[1], kPartCols);", ""),
     ("bwd", "hopper-wide", WIDE90, "store(acc_gradient[1], kPartCols)", "store(acc_gradient[1], 0)"),
     ("bwd", "hopper-wide", WIDE90, "DownRows(smem.k, col)", "DownRows(smem.k, 0)"),
     ("bwd", "hopper-wide", WIDE90, "lane, 0, col / 8 + j, 0)", "lane, 0, j, 0)"),
-    ("bwd", "hopper-wide", WIDE90, "p_parity ^= 1;", ""),
-    ("bwd", "hopper-wide", WIDE90, "ring.parity ^ 1);  // released by compute_dq", "ring.parity);  // released by compute_dq"),
-    ("bwd", "hopper-wide-turns", WIDE90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - kDqWarps"),
+    (
+        "bwd",
+        "hopper-wide",
+        WIDE90,
+        "ring.parity ^ 1);  // released by compute_dq",
+        "ring.parity);  // released by compute_dq",
+    ),
+    ("bwd", "hopper-wide-turns", WIDE90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - 1"),
     ("bwd", "hopper-wide-own-v", WIDE90, "static_cast<int64_t>(work.part)", "static_cast<int64_t>(work.n_block)"),
-    ("bwd", "hopper-wide-short", WIDE90, "(kSecond ? shape.head_dim : params.head_dim_v) - col", "shape.head_dim + 8 - col"),
+    (
+        "bwd",
+        "hopper-wide-own-full",
+        WIDE90,
+        "(kSecond ? shape.head_dim : params.head_dim_v) - col",
+        "shape.head_dim - col",
+    ),
     # which of the blocks that share a key head
     ("bwd", "splits", BWD, "head_k = tile.head / head_splits", "head_k = tile.head % shape.num_heads_k"),
     ("bwd", "splits", BWD, "(tile.head + 1) * heads - 1", "(tile.head + 1) * heads - 2"),
