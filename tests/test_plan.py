@@ -22,6 +22,7 @@ from fa2cupy.kernels import plan as plans
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams, FwdParams, FwdTmaParams
 from fa2cupy.kernels.tiles import (
     BWD_TILES_SM90,
+    BWD_TILES_SM90_WIDE,
     FWD_TILES_SM90,
     SHARED_MEMORY,
     BwdTile,
@@ -476,10 +477,11 @@ def test_jobs_of_sm90a() -> None:
     own = [job for job in jobs if job.arch == "sm_90a"]
     beside = [job for job in jobs if job.arch != "sm_90a"]  # with the kernels beside the backward
     assert all(job in beside for job in compile_jobs("sm_90", True))
-    forward, backward = ([job for job in own if job.source == f"sm90/flash_{way}.cu"] for way in ("fwd", "bwd"))
-    assert len({job.label for job in own}) == len(own) == len(forward) + len(backward)
+    sources = [[job for job in own if job.source == f"sm90/flash_{name}.cu"] for name in ("fwd", "bwd", "bwd_wide")]
+    forward, backward, wide = sources
+    assert len({job.label for job in own}) == len(own) == sum(map(len, sources))
     assert len(forward) == 2 * sum(map(len, FWD_TILES_SM90.values()))
-    assert len(backward) == 2 * 8 * len(BWD_TILES_SM90)
+    assert len(backward) == 2 * 8 * len(BWD_TILES_SM90) and len(wide) == 2 * 8 * len(BWD_TILES_SM90_WIDE)
     assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
     planned = main_launch(plan_forward(problem(head_dim=128, causal=True), H200)).defines
     assert dict(planned) in [dict(job.defines) for job in own]
@@ -527,8 +529,6 @@ def test_who_waits_for_turns_has_a_thread_block_for_every_tile(causal: bool) -> 
         ((72, 40), {}, ""),
         ((40, 128), {}, ""),
         ((128, 128), {}, ""),
-        ((256, 256), {}, "no tile has head dims of 256 and 256"),
-        ((192, 128), {}, "no tile has head dims of 192 and 128"),
         ((59, 59), {}, "head_dim 59 is not a multiple of 8"),
         ((64, 59), {}, "head_dim_v 59 is not a multiple of 8"),
         ((64, 64), {"shift": 3}, "an array starts at an address that is not a multiple of 16 bytes"),
@@ -549,6 +549,28 @@ def test_which_backward(head_dims: tuple[int, int], options: dict[str, Any], obj
     else:
         assert plan_backward(wanted, H200, False, why_not_sm90="NVRTC is no good").family == "sm80"
     assert plan_backward(wanted, A100, False).family == "sm80"
+
+
+@pytest.mark.parametrize(
+    "head_dims, row", [((256, 256), (256, 0)), ((136, 136), (192, 0)), ((192, 128), (192, 128)), ((40, 160), (192, 0))]
+)
+def test_wide_heads_on_demand(head_dims: tuple[int, int], row: tuple[int, int]) -> None:
+    """The Hopper backward above head_dim 128 is there, but only for FA2CUPY_KERNEL=sm90."""
+    head_dim, head_dim_v = head_dims
+    wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v)
+    assert plan_backward(wanted, H200, False).family == "sm80"
+    plan = plan_backward(wanted, H200, False, family="sm90")
+    tile, main = plan.tile, named(plan, "flash_bwd")
+    assert isinstance(tile, BwdTileSm90) and (tile.head_dim, tile.head_dim_v) == row
+    assert main.source == "sm90/flash_bwd_wide.cu" and main.config.block == (512, 1, 1)
+    assert named(plan, "flash_bwd_preprocess").config.block == (128, 1, 1)
+
+
+@pytest.mark.parametrize("tile", BWD_TILES_SM90_WIDE, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}")
+def test_wide_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
+    assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
+    assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16 and tile.wide
+    assert tile.dq_warps == tile.dq_warps_m == 4 and tile.dq_tile_floats() == 64 * tile.head_dim
 
 
 @pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: str(tile.head_dim))

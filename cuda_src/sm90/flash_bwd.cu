@@ -16,10 +16,9 @@
 //
 // The step after a tile's last one is the first of the next tile: nothing stops in between.
 // docs/backward_sm90.md draws the pipeline and says who waits for whom.
-#include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
+#include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
-#include "sm90/tile.cuh"
 
 static_assert(sizeof(BwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
@@ -47,65 +46,8 @@ struct SharedMemory {
 constexpr int kTurn = 1, kLastDs = kTurn + kKeyGroups;  // named barriers: a key warpgroup's turn; all of dS is stored
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
-using AccS = Accumulator<1, kBlockM / 8>;    // 64 keys x kBlockM queries
 using AccKV = Accumulator<1, kHeadDim / 8>;  // 64 keys x head_dim
 using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
-
-// A tile: key block n_block, and the query heads and blocks that its steps run over.
-struct Work {
-  int n_block, head_k, batch;
-  int first_head, heads;
-  int begin, end, mask_to;  // query blocks, up to the last one; those before mask_to need a mask
-  int part;                 // which part of dK and dV this is (kPartialDkv)
-};
-
-// A step: one block of queries of one query head.
-struct Step {
-  int left;      // steps from this one on
-  int head, m_block;
-  int64_t tile;  // this block among all blocks of queries
-  FA2_DEVICE Step(const Shape& shape, const Work& work)
-      : left(work.heads * (work.end - work.begin)),
-        head(work.first_head),
-        m_block(work.begin),
-        tile(static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM) + m_block) {}
-  FA2_DEVICE void advance(const Work& work) {
-    --left, ++m_block, ++tile;
-    if (m_block == work.end) m_block = work.begin, tile += work.begin, ++head;  // work.end is that of the head, too
-  }
-};
-
-// The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
-// problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks
-// finish at about the same time. Deterministic: always in the order of the turns, see my_turn.
-struct Schedule {
-  int round = 0;
-  FA2_DEVICE int place() const {
-    return round * gridDim.x + (kDeterministic || round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-  }
-  FA2_DEVICE bool more(const BwdTmaParams& params) const {
-    const Shape& shape = params.shape;
-    const int shares = shape.num_heads_k * (kPartialDkv ? params.head_splits : 1);
-    return place() < ceil_div(shape.seqlen_k, kBlockN) * shares * shape.batch;
-  }
-  FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
-    if (!more(params)) return false;
-    const Shape& shape = params.shape;
-    const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
-    const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), rows = shares * shape.batch;
-    const int linear = place();
-    ++round;
-    const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
-    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
-    const bool backwards = kCausal && (kDeterministic || sections_left % 2 == 1);
-    const int n_block = backwards ? n_blocks - 1 - tile.block : tile.block;
-    const BlockRange range = query_blocks(shape, n_block);
-    const int heads = shape.num_heads / shares;
-    work = {n_block,     tile.head / head_splits, tile.batch,    tile.head * heads, heads,
-            range.begin, range.end,               range.mask_to, (tile.batch * shares + tile.head) * n_blocks + n_block};
-    return true;
-  }
-};
 
 // All that the tensor cores read from global memory, one thread.
 FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
@@ -151,12 +93,6 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
 FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 4 + warp : warp * kDqColParts + group; }
 
-// Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
-// the order in which they come to it. Tiles are taken in that order too, so that whoever is waited for is running.
-FA2_DEVICE int my_turn(const Shape& shape, int n_block, int m_block) {
-  return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block;
-}
-
 // Adds a warpgroup's part of every step's dQ to dq_accum: one warp, a lane for each warp of the warpgroup.
 FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group) {
   const int lane = lane_id(), offset = dq_offset(dq_warp(group, lane), 0, 0, 0, 0);
@@ -185,23 +121,6 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
   }
 }
 
-// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
-template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
-                            int first_query) {
-  const int first_col = first_query + accumulator_col();
-  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
-#pragma unroll
-  for (int j = 0; j < kBlockM / 8; ++j) {
-    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
-      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
-    }
-  }
-}
-
 // dS^T = P^T * (dP^T - D), in place of dP^T.
 FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM]) {
 #pragma unroll
@@ -210,44 +129,6 @@ FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const flo
 #pragma unroll
     for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - (e % 2 == 0 ? d.x : d.y));
   }
-}
-
-// Rows of kHeadDim floats = acc: four lanes write 32 bytes of a row, a whole sector.
-FA2_DEVICE void store_partial(float* gmem, int row, const AccKV& acc) {
-  float* target = gmem + (row + accumulator_row()) * kHeadDim + accumulator_col();
-#pragma unroll
-  for (int j = 0; j < kHeadDim / 8; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      *reinterpret_cast<float2*>(target + 8 * h * kHeadDim + 8 * j) = float2{acc.x[0][j][2 * h], acc.x[0][j][2 * h + 1]};
-}
-
-// 16 rows of dK or dV, of this warp, = factor * acc, rounded. `gmem`: the first of them, of which `rows` exist. Four lanes
-// exchange what they have of 4 x 8 columns, so that each writes 16 bytes.
-template <int kNTiles>
-FA2_DEVICE void store_gradient(Element* gmem, int64_t stride, int rows, int cols, const Accumulator<1, kNTiles>& acc,
-                               float factor) {
-  const int lane = lane_id(), col = lane % 4 * 8;
-  gmem += accumulator_row() * stride + col;
-#pragma unroll
-  for (int j = 0; j < kNTiles; j += 4)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t x[4];  // of block j + i, later lane i's
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        x[i] = cvt_pack<Element>(acc.x[0][j + i][2 * h] * factor, acc.x[0][j + i][2 * h + 1] * factor);
-#pragma unroll
-      for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i & bit) continue;
-          const uint32_t other = __shfl_xor_sync(0xffffffffu, lane & bit ? x[i] : x[i + bit], bit);
-          (lane & bit ? x[i] : x[i + bit]) = other;
-        }
-      if (accumulator_row() + 8 * h < rows && 8 * j + col < cols)
-        *reinterpret_cast<uint4*>(gmem + 8 * h * stride + 8 * j) = uint4{x[0], x[1], x[2], x[3]};
-    }
 }
 
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
@@ -322,9 +203,9 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
       for (int j = 0; j < kHeadDim / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc_dk.x[0][j][e] *= params.softmax_scale;
-      const int64_t offset = static_cast<int64_t>(work.part) * kBlockN * kHeadDim;
-      store_partial(params.dk_partial + offset, warp_row, acc_dk);
-      store_partial(params.dv_partial + offset, warp_row, acc_dv);
+      const int64_t offset = (static_cast<int64_t>(work.part) * kBlockN + warp_row) * kHeadDim;
+      store_partial(params.dk_partial + offset, kHeadDim, acc_dk);
+      store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
     } else {
       const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
       const int row = work.n_block * kBlockN + warp_row, rows = shape.seqlen_k - row;

@@ -1,5 +1,5 @@
-"""Plans of the backward: cuda_src/sm90/flash_bwd.cu where the GPU and the arrays allow it, else sm80/flash_bwd.cu; with
-smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
+"""Plans of the backward: cuda_src/sm90/flash_bwd.cu (flash_bwd_wide.cu above head_dim 128) where the GPU and the arrays
+allow it, else sm80/flash_bwd.cu; with smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan, TensorMapArgume
 from fa2cupy.kernels.tiles import (
     BWD_TILES,
     BWD_TILES_SM90,
+    BWD_TILES_SM90_WIDE,
     SHARED_MEMORY,
     BwdTile,
     BwdTileSm90,
@@ -34,6 +35,7 @@ __all__ = ["BackwardPlan", "compile_jobs", "compile_jobs_sm90", "plan_backward"]
 _PRE = ("smxx/flash_bwd_preprocess.cu", "flash_bwd_preprocess")
 _SM80 = ("sm80/flash_bwd.cu", "flash_bwd")
 _SM90 = ("sm90/flash_bwd.cu", "flash_bwd")
+_SM90_WIDE = ("sm90/flash_bwd_wide.cu", "flash_bwd")
 _POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
 _COMBINE = ("smxx/flash_bwd_combine.cu", "flash_bwd_combine")
 _TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
@@ -86,6 +88,8 @@ def plan_backward(
     if tile is None:
         tile_sm90 = backward_tile_sm90(problem.head_dim, problem.head_dim_v)
         own = "" if tile_sm90 else f"no tile has head dims of {problem.head_dim} and {problem.head_dim_v}"
+        if tile_sm90 and tile_sm90.wide and family != "sm90":
+            own = f"its kernel for head dims of {problem.head_dim} and {problem.head_dim_v} is new: ask for it by sm90"
         why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS, own) or why_not_sm90
         if why_not_sm90 or tile_sm90 is None:
             tile = backward_tile(device.shared_mem_optin, max(problem.head_dim, problem.head_dim_v))
@@ -157,7 +161,13 @@ def _launches(
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             maps = _tensor_maps(problem, tile, rows, skipped)
             flash_bwd = KernelLaunch(
-                *_SM90, plans.SM90_ARCH, main, config, _tma_params(params), pointers[_DK : _DV + 1] + workspaces, maps
+                *(_SM90_WIDE if tile.wide else _SM90),
+                plans.SM90_ARCH,
+                main,
+                config,
+                _tma_params(params),
+                pointers[_DK : _DV + 1] + workspaces,
+                maps,
             )
         else:
             config = LaunchConfig((key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=shared)
@@ -213,7 +223,7 @@ def _compiled_head_dims(tile: BwdTile | BwdTileSm90, problem: AttentionProblem) 
     """As `padded_head_dims`; of a row of sm_90 those of the row: copies fill up what smaller ones lack with zeros."""
     if isinstance(tile, BwdTile):
         return plans.padded_head_dims(problem, tile.split)
-    return tile.head_dim, 0 if problem.head_dim_v == problem.head_dim else tile.head_dim
+    return tile.head_dim, 0 if problem.head_dim_v == problem.head_dim else tile.head_dim_v or tile.head_dim
 
 
 def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
@@ -306,7 +316,7 @@ def _jobs(tile: BwdTile | BwdTileSm90, head_dim: int, head_dim_v: int, arch: str
     side, post_bytes = _side_defines(tile, dtype, head_dim, head_dim_v, True, vector_red)
     shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
     label = f"{dtype} {plans.head_dim_label(head_dim, head_dim_v)} {shape}"
-    kernel = _SM90 if isinstance(tile, BwdTileSm90) else _SM80
+    kernel = _SM80 if isinstance(tile, BwdTile) else _SM90_WIDE if tile.wide else _SM90
     jobs = []
     for causal, deterministic, partial in itertools.product((False, True), repeat=3):
         main = _main_defines(tile, side, head_dim, head_dim_v, causal, deterministic, partial)
@@ -327,4 +337,5 @@ def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
 
 def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
     """Every row of the sm_90 kernel's table."""
-    return [job for tile in BWD_TILES_SM90 for job in _jobs(tile, tile.head_dim, 0, plans.SM90_ARCH, dtype)]
+    rows = BWD_TILES_SM90 + BWD_TILES_SM90_WIDE
+    return [job for tile in rows for job in _jobs(tile, tile.head_dim, tile.head_dim_v, plans.SM90_ARCH, dtype)]

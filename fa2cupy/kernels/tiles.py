@@ -18,6 +18,7 @@ from typing import TypeVar
 __all__ = [
     "BWD_TILES",
     "BWD_TILES_SM90",
+    "BWD_TILES_SM90_WIDE",
     "FWD_TILES",
     "FWD_TILES_SM90",
     "SHARED_MEMORY",
@@ -172,8 +173,9 @@ class BwdTile:
 class BwdTileSm90:
     """A row of the backward table of sm_90.
 
-    head_dim: the largest one that this row serves, and the one that its kernel is compiled for. block_m query rows x
-    block_n keys (64 for each warpgroup that computes). num_stages: buffers of Q, of dO and of dS.
+    head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
+    query rows x block_n keys. num_stages: buffers of Q, of dO and of dS. Up to head_dim 128, two warpgroups compute 64
+    keys each; above (`wide`), three share 64 keys.
     """
 
     head_dim: int
@@ -182,27 +184,39 @@ class BwdTileSm90:
     num_stages: int
     note: str
     spill_bytes: int = 0
+    head_dim_v: int = 0
+
+    @property
+    def wide(self) -> bool:
+        """Of sm90/flash_bwd_wide.cu."""
+        return self.head_dim > 128
 
     @property
     def num_warps(self) -> int:
         """With those of the warpgroup that copies."""
-        return 4 * (1 + self.block_n // 64)
+        return 16 if self.wide else 4 * (1 + self.block_n // 64)
 
     @property
     def dq_warps(self) -> int:
         """Warps that share a tile of dQ."""
-        return self.num_warps - 4
+        return 4 if self.wide else self.num_warps - 4
 
     @property
     def dq_warps_m(self) -> int:
-        """Of these, along its rows: a warpgroup computes 64 rows x 64 columns."""
+        """Of these, along its rows: a warpgroup computes 64 rows x 64 columns, or all columns."""
         return self.block_m // 16
 
     def shared_mem_bytes(self) -> int:
-        """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers."""
+        """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers; in
+        sm90/flash_bwd_wide.cu there is P, and no dQ."""
         panels, rows = -(-self.head_dim // 64), self.num_stages * self.block_m
-        tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
         ds = 2 * rows * self.block_n
+        if self.wide:
+            panels += -(-(self.head_dim_v or self.head_dim) // 64)
+            tiles, p = 128 * panels * (self.block_n + rows), 4 * self.block_m * self.block_n
+            small = 8 * rows + 8 * (4 + 6 * self.num_stages)
+            return tiles + ds + p + -(-small // 1024) * 1024
+        tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
         barriers = 8 * (6 + 4 * self.num_stages + 2 * (self.block_n // 64))
         small = 4 * self.dq_tile_floats() + 8 * rows + barriers
         return tiles + ds + -(-small // 1024) * 1024
@@ -291,6 +305,12 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
 )
+# Right on a CPU, but no GPU has run them yet: only FA2CUPY_KERNEL=sm90 takes them.
+BWD_TILES_SM90_WIDE: tuple[BwdTileSm90, ...] = (
+    BwdTileSm90(192, 64, 64, 2, "153 KB", head_dim_v=128),
+    BwdTileSm90(192, 64, 64, 2, "177 KB"),
+    BwdTileSm90(256, 64, 64, 2, "226 KB; deterministic, it spills", 16),
+)
 
 
 _Tile = TypeVar("_Tile", FwdTile, BwdTile)
@@ -334,4 +354,6 @@ def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
 
 
 def backward_tile_sm90(head_dim: int, head_dim_v: int) -> BwdTileSm90 | None:
-    return next((tile for tile in BWD_TILES_SM90 if max(head_dim, head_dim_v) <= tile.head_dim), None)
+    rows = BWD_TILES_SM90 + BWD_TILES_SM90_WIDE
+    fitting = (t for t in rows if head_dim <= t.head_dim and head_dim_v <= (t.head_dim_v or t.head_dim))
+    return next(fitting, None)

@@ -139,6 +139,31 @@ def split_cases() -> list[tuple[HostCase, int]]:
     ]
 
 
+def wide_cases() -> list[HostCase]:
+    """Head dims above 128 on Hopper's own backward: every row of its table, lengths that end in a tile, GQA, turns."""
+    causal = Case(113, 203, 256, "bfloat16", True, 1, (2, 1), seed=3)
+    full = Case(203, 113, 256, "float16", False, 1, (2, 2), seed=4)
+
+    def changed(case: Case, **changes: object) -> HostCase:
+        return HostCase(dataclasses.replace(case, **changes), family="sm90")  # type: ignore[arg-type]
+
+    return [
+        changed(causal),
+        changed(full),
+        changed(causal, seqlen_q=1, seqlen_k=239),
+        changed(causal, seqlen_q=200, seqlen_k=70),  # query rows that see no key
+        changed(full, seqlen_q=64, seqlen_k=64, heads=(1, 1)),
+        changed(full, seqlen_q=77, seqlen_k=150, heads=(8, 1)),
+        changed(causal, head_dim=192, head_dim_v=128, layout="bhsd"),
+        changed(full, head_dim=192, heads=(4, 2), pad=8),
+        changed(causal, head_dim=200, heads=(6, 1), batch=2),
+        changed(full, head_dim=136, head_dim_v=40, deterministic=True),
+        changed(causal, head_dim=40, head_dim_v=160, dtype="float16"),
+        changed(causal, seqlen_q=300, seqlen_k=513, deterministic=True),
+        changed(full, seqlen_q=150, seqlen_k=400, deterministic=True),
+    ]
+
+
 def arch_cases(head_dim: int, arch: str, dtype: str) -> list[HostCase]:
     """The tiles of another class of shared memory; before sm_90, dQ is added one float at a time."""
     return [

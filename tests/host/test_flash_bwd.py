@@ -67,6 +67,12 @@ def test_random_cases(dtype: str) -> None:
     run_all(cases.some_random_cases(20, (59, 64, 128), dtype))
 
 
+@pytest.mark.parametrize("host_case", cases.wide_cases(), ids=str)
+def test_wide_heads_of_sm90(host_case: HostCase) -> None:
+    """The Hopper kernel for head dims above 128, which only FA2CUPY_KERNEL=sm90 takes."""
+    check(host_case, BACKWARD)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", cases.OTHER_HEAD_DIMS)

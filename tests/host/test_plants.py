@@ -71,6 +71,21 @@ BACKWARD = {
     "hopper-own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=24, head_dim_v=72)),
     "hopper-sections": HostCase(Case(300, 403, 32, "bfloat16", True, 13, (1, 1), seed=25)),
     "hopper-few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),
+    # and the one for wide heads: likewise
+    "hopper-wide": HostCase(Case(300, 203, 256, "bfloat16", False, 1, (2, 2), seed=26), family="sm90"),
+    "hopper-wide-turns": HostCase(
+        Case(150, 300, 256, "float16", True, 1, (2, 2), deterministic=True, seed=27), family="sm90"
+    ),
+    "hopper-wide-turns-full": HostCase(
+        Case(150, 700, 192, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21), family="sm90"
+    ),
+    "hopper-wide-own-v": HostCase(
+        Case(150, 203, 192, "bfloat16", True, 1, (8, 1), seed=28, head_dim_v=120), family="sm90"
+    ),
+    "hopper-wide-own-full": HostCase(
+        Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72), family="sm90"
+    ),
+    "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29), family="sm90"),
 }
 # What only an unlucky order of blocks shows gets a few more of them.
 SCHEDULES = (*Schedule, *10 * (Schedule.RANDOM,))
@@ -128,6 +143,7 @@ def test_every_synchronisation_is_needed_and_watched() -> None:
 RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
 FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
 FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
+BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 COMBINE, FILL = "smxx/flash_bwd_combine.cu", "smxx/fill_empty.cu"
 
@@ -202,16 +218,16 @@ MUTANTS = [
     ),
     ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
     # the sm_90 backward: masks, tiles, rings, turns, rows, columns
-    ("bwd", "hopper-causal", BWD90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
-    ("bwd", "hopper-causal", BWD90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
+    ("bwd", "hopper-causal", BOTH90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
+    ("bwd", "hopper-causal", BOTH90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
     ("bwd", "hopper-causal", BWD90, "step.m_block < work.mask_to", "step.m_block + 1 < work.mask_to"),
     ("bwd", "hopper-few", BWD90, "step.m_block < work.mask_to", "false"),
-    ("bwd", "hopper-full", BWD90, "* shares * shape.batch;", "* shares * shape.batch - 1;"),
-    ("bwd", "hopper-sections", BWD90, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
-    ("bwd", "hopper-sections", BWD90, "n_blocks - 1 - tile.block : tile.block", "n_blocks - 1 : tile.block"),
-    ("bwd", "hopper-splits", BWD90, "tile += work.begin, ++head", "++head"),
-    ("bwd", "hopper-causal", BWD90, "m_block = work.begin, tile", "m_block = 0, tile"),
-    ("bwd", "hopper-splits", BWD90, "{n_block,     tile.head / head_splits", "{n_block,     tile.head"),
+    ("bwd", "hopper-full", BOTH90, "* shares * shape.batch;", "* shares * shape.batch - 1;"),
+    ("bwd", "hopper-sections", BOTH90, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
+    ("bwd", "hopper-sections", BOTH90, "n_blocks - 1 - tile.block : tile.block", "n_blocks - 1 : tile.block"),
+    ("bwd", "hopper-splits", BOTH90, "tile += work.begin, ++head", "++head"),
+    ("bwd", "hopper-causal", BOTH90, "m_block = work.begin, tile", "m_block = 0, tile"),
+    ("bwd", "hopper-splits", BOTH90, "{n_block,     tile.head / head_splits", "{n_block,     tile.head"),
     ("bwd", "hopper-full", BWD90, "first = step.left == 1;", "first = false;"),
     ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) k.advance();"),
     ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) v_parity ^= 1;"),
@@ -242,25 +258,53 @@ MUTANTS = [
     (
         "bwd",
         "hopper-turns",
-        BWD90,
+        BOTH90,
         "key_blocks(shape, m_block).end - 1 - n_block",
         "key_blocks(shape, m_block).end - n_block",
     ),
     ("bwd", "hopper-turns-full", BWD90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - kDqWarps"),
-    ("bwd", "hopper-full", BWD90, "accumulator_row() + 8 * h < rows", "accumulator_row() + 8 * h <= rows"),
-    ("bwd", "hopper-own-v", BWD90, "8 * j + col < cols", "8 * j + col <= cols"),
+    ("bwd", "hopper-full", BOTH90, "accumulator_row() + 8 * h < rows", "accumulator_row() + 8 * h <= rows"),
+    ("bwd", "hopper-own-v", BOTH90, "8 * j + col < cols", "8 * j + col <= cols"),
     ("bwd", "hopper-own-v", BWD90, "params.head_dim_v, acc_dv", "shape.head_dim, acc_dv"),
-    ("bwd", "hopper-full", BWD90, "lane & bit ? x[i] : x[i + bit], bit)", "lane & bit ? x[i + bit] : x[i], bit)"),
+    ("bwd", "hopper-full", BOTH90, "lane & bit ? x[i] : x[i + bit], bit)", "lane & bit ? x[i + bit] : x[i], bit)"),
     (
         "bwd",
         "hopper-splits",
         BWD90,
-        "static_cast<int64_t>(work.part) * kBlockN",
-        "static_cast<int64_t>(work.n_block) * kBlockN",
+        "static_cast<int64_t>(work.part) * kBlockN + warp",
+        "static_cast<int64_t>(work.n_block) * kBlockN + warp",
     ),
-    ("bwd", "hopper-splits", BWD90, "(row + accumulator_row()) * kHeadDim", "accumulator_row() * kHeadDim"),
+    ("bwd", "hopper-splits", BWD90, "warp_row) * kHeadDim;", "0) * kHeadDim;"),
     ("bwd", "hopper-full", TILE90, "lane / 16 * 8, chunk = col % 64 / 8", "lane / 16 * 8, chunk = 0"),
     ("bwd", "hopper-full", TILE90, "col / 64 * tile.kPanelBytes + row * 128", "row * 128"),
+    ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < work.mask_to", "false"),
+    (
+        "bwd",
+        "hopper-wide",
+        WIDE90,
+        "frag, DownRows(other_queries[stage], i * kPartCols), !first",
+        "frag, DownRows(other_queries[stage], i * kPartCols), true",
+    ),
+    ("bwd", "hopper-wide", WIDE90, "if constexpr (kParts > 1) store(acc_gradient[1], kPartCols);", ""),
+    ("bwd", "hopper-wide", WIDE90, "store(acc_gradient[1], kPartCols)", "store(acc_gradient[1], 0)"),
+    ("bwd", "hopper-wide", WIDE90, "DownRows(smem.k, col)", "DownRows(smem.k, 0)"),
+    ("bwd", "hopper-wide", WIDE90, "lane, 0, col / 8 + j, 0)", "lane, 0, j, 0)"),
+    (
+        "bwd",
+        "hopper-wide",
+        WIDE90,
+        "ring.parity ^ 1);  // released by compute_dq",
+        "ring.parity);  // released by compute_dq",
+    ),
+    ("bwd", "hopper-wide-turns", WIDE90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - 1"),
+    ("bwd", "hopper-wide-own-v", WIDE90, "static_cast<int64_t>(work.part)", "static_cast<int64_t>(work.n_block)"),
+    (
+        "bwd",
+        "hopper-wide-own-full",
+        WIDE90,
+        "(kSecond ? shape.head_dim : params.head_dim_v) - col",
+        "shape.head_dim - col",
+    ),
     # which of the blocks that share a key head
     ("bwd", "splits", BWD, "head_k = tile.head / head_splits", "head_k = tile.head % shape.num_heads_k"),
     ("bwd", "splits", BWD, "(tile.head + 1) * heads - 1", "(tile.head + 1) * heads - 2"),

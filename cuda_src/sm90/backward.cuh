@@ -1,0 +1,126 @@
+// What the backward's kernels of sm_90 have in common: which tiles a thread block takes and which steps these have, P from
+// its scores, and how dK and dV leave.
+#pragma once
+
+#include "common/block_range.cuh"
+#include "sm90/tile.cuh"
+
+using AccS = Accumulator<1, kBlockM / 8>;  // 64 keys x kBlockM queries
+
+// A tile: key block n_block, and the query heads and blocks that its steps run over.
+struct Work {
+  int n_block, head_k, batch;
+  int first_head, heads;
+  int begin, end, mask_to;  // query blocks, up to the last one; those before mask_to need a mask
+  int part;                 // which part of dK and dV this is (kPartialDkv)
+};
+
+// A step: one block of queries of one query head.
+struct Step {
+  int left;      // steps from this one on
+  int head, m_block;
+  int64_t tile;  // this block among all blocks of queries
+  FA2_DEVICE Step(const Shape& shape, const Work& work)
+      : left(work.heads * (work.end - work.begin)),
+        head(work.first_head),
+        m_block(work.begin),
+        tile(static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM) + m_block) {}
+  FA2_DEVICE void advance(const Work& work) {
+    --left, ++m_block, ++tile;
+    if (m_block == work.end) m_block = work.begin, tile += work.begin, ++head;  // work.end is that of the head, too
+  }
+};
+
+// The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
+// problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks
+// finish at about the same time. Deterministic: always in the order of the turns, see my_turn.
+struct Schedule {
+  int round = 0;
+  FA2_DEVICE int place() const {
+    return round * gridDim.x + (kDeterministic || round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  }
+  FA2_DEVICE bool more(const BwdTmaParams& params) const {
+    const Shape& shape = params.shape;
+    const int shares = shape.num_heads_k * (kPartialDkv ? params.head_splits : 1);
+    return place() < ceil_div(shape.seqlen_k, kBlockN) * shares * shape.batch;
+  }
+  FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
+    if (!more(params)) return false;
+    const Shape& shape = params.shape;
+    const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
+    const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), rows = shares * shape.batch;
+    const int linear = place();
+    ++round;
+    const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
+    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
+    const bool backwards = kCausal && (kDeterministic || sections_left % 2 == 1);
+    const int n_block = backwards ? n_blocks - 1 - tile.block : tile.block;
+    const BlockRange range = query_blocks(shape, n_block);
+    const int heads = shape.num_heads / shares;
+    work = {n_block,     tile.head / head_splits, tile.batch,    tile.head * heads, heads,
+            range.begin, range.end,               range.mask_to, (tile.batch * shares + tile.head) * n_blocks + n_block};
+    return true;
+  }
+};
+
+// Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
+// the order in which they come to it. Tiles are taken in that order too, so that whoever is waited for is running.
+FA2_DEVICE int my_turn(const Shape& shape, int n_block, int m_block) {
+  return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block;
+}
+
+// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
+template <bool kMasked>
+FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
+                            int first_query) {
+  const int first_col = first_query + accumulator_col();
+  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
+      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
+    }
+  }
+}
+
+// 16 rows of `stride` floats, of this warp, = acc: four lanes write 32 bytes of a row, a whole sector.
+template <int kNTiles>
+FA2_DEVICE void store_partial(float* gmem, int stride, const Accumulator<1, kNTiles>& acc) {
+  float* target = gmem + accumulator_row() * stride + accumulator_col();
+#pragma unroll
+  for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<float2*>(target + 8 * h * stride + 8 * j) = float2{acc.x[0][j][2 * h], acc.x[0][j][2 * h + 1]};
+}
+
+// 16 rows of dK or dV, of this warp, = factor * acc, rounded. `gmem`: the first of them, of which `rows` exist. Four lanes
+// exchange what they have of 4 x 8 columns, so that each writes 16 bytes.
+template <int kNTiles>
+FA2_DEVICE void store_gradient(Element* gmem, int64_t stride, int rows, int cols, const Accumulator<1, kNTiles>& acc,
+                               float factor) {
+  const int lane = lane_id(), col = lane % 4 * 8;
+  gmem += accumulator_row() * stride + col;
+#pragma unroll
+  for (int j = 0; j < kNTiles; j += 4)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint32_t x[4];  // of block j + i, later lane i's
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        x[i] = cvt_pack<Element>(acc.x[0][j + i][2 * h] * factor, acc.x[0][j + i][2 * h + 1] * factor);
+#pragma unroll
+      for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & bit) continue;
+          const uint32_t other = __shfl_xor_sync(0xffffffffu, lane & bit ? x[i] : x[i + bit], bit);
+          (lane & bit ? x[i] : x[i + bit]) = other;
+        }
+      if (accumulator_row() + 8 * h < rows && 8 * j + col < cols)
+        *reinterpret_cast<uint4*>(gmem + 8 * h * stride + 8 * j) = uint4{x[0], x[1], x[2], x[3]};
+    }
+}
