@@ -14,7 +14,8 @@
 //   tensor cores   dP(m)              dV += P^T dO, dK += dS^T Q   dQ(m-1) = dS(m-1) K   S(m+1)   dP(m+1)
 //   other units    P(m) = exp2(S(m))  dS(m), to shared memory      (the other one's turn)         dQ(m-1) to shared memory
 //
-// The step after a tile's last one is the first of the next tile: nothing stops in between.
+// The step after a tile's last one is the first of the next tile: nothing stops in between. (Deterministic: there is a
+// thread block for every tile, because whoever waits for a turn must know that the others have started.)
 // docs/backward_sm90.md draws the pipeline and says who waits for whom.
 #include "common/dq_accum.cuh"
 #include "sm90/backward.cuh"
