@@ -15,6 +15,7 @@
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
 #include "common/block_range.cuh"
 #include "common/softmax.cuh"
+#include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
 
 static_assert(sizeof(FwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -39,16 +40,6 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 
 using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
-
-// A place in a ring of buffers, and the parity of its barriers' phase.
-template <int kStages>
-struct Slot {
-  int stage = 0;
-  uint32_t parity = 0;
-  FA2_DEVICE void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // A tile: query block m_block of a head, and its key blocks [0, end), of which those from mask_from on need a mask.
 struct Work {
@@ -79,16 +70,16 @@ FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
-  Slot<kKvStages> slot;
+  Ring<kKvStages> ring;
   while (schedule.next(shape, work)) {
     const int head_k = work.head / (shape.num_heads / shape.num_heads_k);
-    for (int n = work.end - 1; n >= 0; --n, slot.advance()) {
-      mbarrier_wait(smem.k_empty[slot.stage], slot.parity ^ 1);  // released by every consumer after its S
-      mbarrier_arrive_expect_tx(smem.k_full[slot.stage], smem.k[0].kBytes);
-      load_tile(smem.k[slot.stage], params.k, smem.k_full[slot.stage], n * kBlockN, head_k, work.batch);
-      mbarrier_wait(smem.v_empty[slot.stage], slot.parity ^ 1);  // released by every consumer after its O += P V
-      mbarrier_arrive_expect_tx(smem.v_full[slot.stage], smem.v[0].kBytes);
-      load_tile(smem.v[slot.stage], params.v, smem.v_full[slot.stage], n * kBlockN, head_k, work.batch);
+    for (int n = work.end - 1; n >= 0; --n, ring.advance()) {
+      mbarrier_wait(smem.k_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its S
+      mbarrier_arrive_expect_tx(smem.k_full[ring.stage], smem.k[0].kBytes);
+      load_tile(smem.k[ring.stage], params.k, smem.k_full[ring.stage], n * kBlockN, head_k, work.batch);
+      mbarrier_wait(smem.v_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its O += P V
+      mbarrier_arrive_expect_tx(smem.v_full[ring.stage], smem.v[0].kBytes);
+      load_tile(smem.v[ring.stage], params.v, smem.v_full[ring.stage], n * kBlockN, head_k, work.batch);
     }
   }
 }
@@ -107,14 +98,14 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
   };
 #pragma unroll
   for (int stage = 0; stage < kQStages; ++stage) load_next(stage);
-  Slot<kQStages> slot;
-  for (; stores.next(shape, work); slot.advance()) {
-    mbarrier_wait(smem.o_full[group][slot.stage], slot.parity);  // O is where Q was: compute
-    store_rows<64, kHeadDimV>(params.out, smem.q[slot.stage], group_row, work.m_block * kBlockM + group_row, work.head,
+  Ring<kQStages> ring;
+  for (; stores.next(shape, work); ring.advance()) {
+    mbarrier_wait(smem.o_full[group][ring.stage], ring.parity);  // O is where Q was: compute
+    store_rows<64, kHeadDimV>(params.out, smem.q[ring.stage], group_row, work.m_block * kBlockM + group_row, work.head,
                               work.batch);
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers
-    load_next(slot.stage);
+    load_next(ring.stage);
   }
 }
 
@@ -137,8 +128,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
   const bool leader = threadIdx.x % 128 == 0;
   const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
-  Slot<kQStages> q;
-  Slot<kKvStages> k, v;
+  Ring<kQStages> q;
+  Ring<kKvStages> k, v;
   Softmax<1> softmax;
   AccS acc_s;
   AccO acc_o;

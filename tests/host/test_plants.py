@@ -143,6 +143,7 @@ def test_every_synchronisation_is_needed_and_watched() -> None:
 RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
 FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
 FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
+RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 COMBINE, FILL = "smxx/flash_bwd_combine.cu", "smxx/fill_empty.cu"
@@ -196,10 +197,10 @@ MUTANTS = [
     ("fwd", "hopper-sections", FWD90, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
     ("fwd", "hopper-sections", FWD90, "m_blocks - 1 - tile.block : tile.block", "m_blocks - 1 : tile.block"),
     ("fwd", "hopper-causal", FWD90, "work.head / (shape.num_heads / shape.num_heads_k)", "work.head"),
-    ("fwd", "hopper-full", FWD90, "stage = 0, parity ^= 1;", "stage = 0;"),
-    ("fwd", "hopper-full", FWD90, "slot.parity ^ 1);  // released by every consumer after its S", "slot.parity);"),
+    ("fwd", "hopper-full", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
+    ("fwd", "hopper-full", FWD90, "ring.parity ^ 1);  // released by every consumer after its S", "ring.parity);"),
     ("fwd", "hopper-full", FWD90, "++stage) load_next(stage)", "++stage) load_next(0)"),
-    ("fwd", "hopper-sections", FWD90, "load_next(slot.stage);", "load_next(kQStages - 1 - slot.stage);"),
+    ("fwd", "hopper-sections", FWD90, "load_next(ring.stage);", "load_next(kQStages - 1 - ring.stage);"),
     ("fwd", "hopper-full", FWD90, "!first);\n      pass_turn();\n      f", "true);\n      pass_turn();\n      f"),
     ("fwd", "hopper-full", FWD90, "softmax = Softmax<1>();", ""),
     ("fwd", "hopper-full", FWD90, "softmax.rescale(acc_o, alpha);", ""),
@@ -229,6 +230,7 @@ MUTANTS = [
     ("bwd", "hopper-causal", BOTH90, "m_block = work.begin, tile", "m_block = 0, tile"),
     ("bwd", "hopper-splits", BOTH90, "{n_block,     tile.head / head_splits", "{n_block,     tile.head"),
     ("bwd", "hopper-full", BWD90, "first = step.left == 1;", "first = false;"),
+    ("bwd", "hopper-full", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) k.advance();"),
     ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) v_parity ^= 1;"),
     ("bwd", "hopper-full", BWD90, "first ? k.before() : k.stage", "k.stage"),
@@ -278,6 +280,7 @@ MUTANTS = [
     ("bwd", "hopper-full", TILE90, "lane / 16 * 8, chunk = col % 64 / 8", "lane / 16 * 8, chunk = 0"),
     ("bwd", "hopper-full", TILE90, "col / 64 * tile.kPanelBytes + row * 128", "row * 128"),
     ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < work.mask_to", "false"),
+    ("bwd", "hopper-wide", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     (
         "bwd",
         "hopper-wide",
