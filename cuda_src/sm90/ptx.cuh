@@ -36,9 +36,6 @@ FA2_DEVICE void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
 
 // ---- bulk tensor copies (PTX ISA 9.7.9.27) ------------------------------------------------------------------------------
 
-FA2_DEVICE void prefetch_tensormap(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 // smem = the map's box at (d, row, head, batch), zeros outside the tensor; its bytes arrive at the barrier. All of the
 // box's bytes count, those outside too. One thread issues it.
 FA2_DEVICE void cp_async_bulk_tensor_4d_load(void* smem, const TensorMap& map, uint64_t& barrier, int d, int row, int head,
@@ -102,13 +99,6 @@ FA2_DEVICE void setmaxnreg_inc() {
 template <int kRegisters>
 FA2_DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// True in one lane of the warp.
-FA2_DEVICE bool elect_sync() {
-  uint32_t elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-  return elected != 0;
 }
 
 // Stores four 8x8 matrices of 16-bit elements: the inverse of ldmatrix_x4, with the same lanes and registers.

@@ -48,7 +48,6 @@ void start(const InstrumentParams& p, SharedMemory& smem, int empty_arrivals) {
     fence_mbarrier_init();
   }
   __syncthreads();  // everybody knows the barriers
-  if (elect_sync()) prefetch_tensormap(p.a);
 }
 
 template <int kNTiles>

@@ -1,5 +1,5 @@
 // CUDA's built-ins for g++, included before the first line of every kernel (-include): types, variables, barriers and
-// shuffles. PTX is in the twins, common/ptx.cuh and sm80/ptx.cuh. Only what the kernels use is here.
+// shuffles. PTX is in the twins, the ptx.cuh and wgmma.cuh of common, sm80 and sm90. Only what the kernels use is here.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,15 +12,12 @@
 
 #define __global__
 #define __device__
-#define __host__
-#define __forceinline__ inline __attribute__((always_inline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define FA2_DEVICE inline
 
 #define threadIdx (*fa2_host::thread_index)
 #define blockIdx (fa2_host::block_index)
-#define blockDim (fa2_host::block_dim)
 #define gridDim (fa2_host::grid_dim)
 
 // Dynamic shared memory as one struct, see cuda_src/common/config.cuh.
@@ -28,14 +25,11 @@
 
 #define FA2_HOST_VECTORS(T, name)         \
   struct alignas(2 * sizeof(T)) name##2 { \
-    T x, y;                           \
-  };                                    \
+    T x, y;                               \
+  };                                      \
   struct alignas(4 * sizeof(T)) name##4 { \
-    T x, y, z, w;                     \
-  };                                    \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
-  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-FA2_HOST_VECTORS(int, int)
+    T x, y, z, w;                         \
+  };
 FA2_HOST_VECTORS(unsigned, uint)
 FA2_HOST_VECTORS(float, float)
 #undef FA2_HOST_VECTORS
@@ -56,8 +50,6 @@ inline To fa2_host_bits(From from) {
 }
 inline unsigned __float_as_uint(float x) { return fa2_host_bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return fa2_host_bits<float>(x); }
-inline int __float_as_int(float x) { return fa2_host_bits<int>(x); }
-inline float __int_as_float(int x) { return fa2_host_bits<float>(x); }
 
 inline void __syncthreads(FA2_HOST_SITE) { fa2_host::barrier("__syncthreads", 0, 0, {file, line}); }
 
@@ -67,8 +59,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
     fa2_host::collective("__syncwarp", nullptr, [](void* const*) {}, {file, line});
   }
 }
-
-// One block at a time and every store at once: nothing to do, but a place to plant against.
 
 namespace fa2_host {
 struct Shuffle {

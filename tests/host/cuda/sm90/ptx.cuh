@@ -33,7 +33,6 @@ inline void mbarrier_wait(uint64_t& barrier, uint32_t parity, FA2_HOST_SITE) {
   while (!fa2_host::mbarrier_try_wait("mbarrier_wait", &barrier, parity, {file, line})) continue;
 }
 
-inline void prefetch_tensormap(const TensorMap& map, FA2_HOST_SITE) { fa2_host::check_tensor_map(&map, {file, line}); }
 inline void cp_async_bulk_tensor_4d_load(void* smem, const TensorMap& map, uint64_t& barrier, int d, int row, int head,
                                          int batch, FA2_HOST_SITE) {
   fa2_host::bulk_load(smem, &map, &barrier, {d, row, head, batch}, {file, line});
@@ -80,11 +79,6 @@ inline void setmaxnreg_inc(FA2_HOST_SITE) {
 template <int kRegisters>
 inline void setmaxnreg_dec(FA2_HOST_SITE) {
   fa2_host::set_registers("setmaxnreg_dec", kRegisters, false, {file, line});
-}
-
-inline bool elect_sync(FA2_HOST_SITE) {
-  fa2_host::collective("elect_sync", nullptr, [](void* const*) {}, {file, line});
-  return fa2_host::lane() == 0;
 }
 
 namespace fa2_host {
