@@ -52,23 +52,12 @@ _ENOUGH_WAVES = 1.5
 class BackwardPlan(Plan):
     """Pointers: dout, q, k, v, out, lse, dq, dk, dv, workspace.
 
-    head_splits: thread blocks among which the query heads of a key head are shared out. why_not_sm90: why the sm_80
-    kernel was chosen; empty where the sm_90 kernel, or a tile, was.
+    head_splits: thread blocks among which the query heads of a key head are shared out.
     """
 
     tile: BwdTile | BwdTileSm90
     deterministic: bool
     head_splits: int
-    why_not_sm90: str = ""
-
-    @property
-    def family(self) -> str:
-        """'sm80' or 'sm90', as FA2CUPY_KERNEL calls them."""
-        return "sm90" if isinstance(self.tile, BwdTileSm90) else "sm80"
-
-    def _remarks(self) -> tuple[str, ...]:
-        kernel = f"  sm_{self.family[2:]} kernel"
-        return (f"{kernel}: {self.why_not_sm90}" if self.why_not_sm90 else kernel,)
 
 
 def plan_backward(
@@ -87,16 +76,21 @@ def plan_backward(
     """
     if tile is None:
         tile_sm90 = backward_tile_sm90(problem.head_dim, problem.head_dim_v)
-        own = "" if tile_sm90 else f"no tile has head dims of {problem.head_dim} and {problem.head_dim_v}"
+        own = ""
         if tile_sm90 and tile_sm90.wide and family != "sm90":
             own = f"its kernel for head dims of {problem.head_dim} and {problem.head_dim_v} is new: ask for it by sm90"
-        why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS, own) or why_not_sm90
-        if why_not_sm90 or tile_sm90 is None:
-            tile = backward_tile(device.shared_mem_optin, max(problem.head_dim, problem.head_dim_v))
-        else:
-            tile = tile_sm90
+        tile, why_not_sm90 = plans.choose_tile(
+            problem,
+            device,
+            family,
+            backward_tile(device.shared_mem_optin, max(problem.head_dim, problem.head_dim_v)),
+            tile_sm90,
+            _SM90_MAPS,
+            own,
+            why_not_sm90,
+        )
     launches, workspace, head_splits = _launches(problem, device, deterministic, tile)
-    return BackwardPlan(problem, launches, workspace, tile, deterministic, head_splits, why_not_sm90)
+    return BackwardPlan(problem, launches, workspace, tile, why_not_sm90, deterministic, head_splits)
 
 
 def _launches(

@@ -39,22 +39,9 @@ _WARPGROUP_ROWS = 64  # query rows of a warpgroup, which copies its own
 
 @dataclass(frozen=True)
 class ForwardPlan(Plan):
-    """Pointers: q, k, v, out, lse.
-
-    why_not_sm90: why the sm_80 kernel was chosen; empty where the sm_90 kernel, or a tile, was.
-    """
+    """Pointers: q, k, v, out, lse."""
 
     tile: FwdTile | FwdTileSm90
-    why_not_sm90: str = ""
-
-    @property
-    def family(self) -> str:
-        """'sm80' or 'sm90', as FA2CUPY_KERNEL calls them."""
-        return "sm90" if isinstance(self.tile, FwdTileSm90) else "sm80"
-
-    def _remarks(self) -> tuple[str, ...]:
-        kernel = f"  sm_{self.family[2:]} kernel"
-        return (f"{kernel}: {self.why_not_sm90}" if self.why_not_sm90 else kernel,)
 
 
 def plan_forward(
@@ -73,12 +60,16 @@ def plan_forward(
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
     if tile is None:
-        why_not_sm90 = plans.why_not_sm90(problem, device, family, _SM90_MAPS) or why_not_sm90
-        if why_not_sm90:
-            widest, heads = max(problem.head_dim, problem.head_dim_v), problem.batch * problem.num_heads
-            tile = forward_tile(device.shared_mem_optin, device.sm_count, widest, rows, heads)
-        else:
-            tile = forward_tile_sm90(problem.head_dim, problem.head_dim_v, problem.causal, rows)
+        widest, heads = max(problem.head_dim, problem.head_dim_v), problem.batch * problem.num_heads
+        tile, why_not_sm90 = plans.choose_tile(
+            problem,
+            device,
+            family,
+            forward_tile(device.shared_mem_optin, device.sm_count, widest, rows, heads),
+            forward_tile_sm90(problem.head_dim, problem.head_dim_v, problem.causal, rows),
+            _SM90_MAPS,
+            why_not_sm90=why_not_sm90,
+        )
     launches: tuple[KernelLaunch, ...] = ()
     if rows * problem.num_heads * problem.batch:
         launches += (

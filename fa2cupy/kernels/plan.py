@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fa2cupy import env, jit
 from fa2cupy.errors import InvalidArgument
@@ -16,7 +16,7 @@ from fa2cupy.jit.driver import DeviceInfo, Launcher
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.jit.tensor_map import TensorMapSpec
 from fa2cupy.kernels.params import FillParams, Shape, pack_strides
-from fa2cupy.kernels.tiles import padded_head_dim
+from fa2cupy.kernels.tiles import BwdTile, BwdTileSm90, FwdTile, FwdTileSm90, padded_head_dim
 from fa2cupy.problem import AttentionProblem
 
 __all__ = [
@@ -26,16 +26,18 @@ __all__ = [
     "Plan",
     "TensorMapArgument",
     "architecture",
+    "choose_tile",
     "common_defines",
     "fill_empty",
     "head_dim_label",
     "heads_per_section",
     "map_dims",
     "padded_head_dims",
-    "why_not_sm90",
 ]
 
 Launchable = Callable[[tuple[int, ...], int], None]
+_TileSm80 = TypeVar("_TileSm80", FwdTile, BwdTile)
+_TileSm90 = TypeVar("_TileSm90", FwdTileSm90, BwdTileSm90)
 
 SM90_ARCH = "sm_90a"  # of the kernels with wgmma and bulk copies
 
@@ -101,26 +103,34 @@ class KernelLaunch:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a problem is computed: the launches, in stream order, and the workspace that they share."""
+    """How a problem is computed: the launches, in stream order, and the workspace that they share.
+
+    tile: the main kernel's. why_not_sm90: why the sm_80 kernel was chosen; empty where the sm_90 kernel, or a tile,
+    was.
+    """
 
     problem: AttentionProblem
     launches: tuple[KernelLaunch, ...]
     workspace_bytes: int
+    tile: FwdTile | FwdTileSm90 | BwdTile | BwdTileSm90
+    why_not_sm90: str
+
+    @property
+    def family(self) -> str:
+        """'sm80' or 'sm90', as FA2CUPY_KERNEL calls them."""
+        return "sm90" if isinstance(self.tile, (FwdTileSm90, BwdTileSm90)) else "sm80"
 
     def __str__(self) -> str:
+        kernel = f"  sm_{self.family[2:]} kernel"
         lines = [
             f"{type(self).__name__}({self.problem}",
             f"  workspace: {self.workspace_bytes} bytes",
-            *self._remarks(),
+            f"{kernel}: {self.why_not_sm90}" if self.why_not_sm90 else kernel,
         ]
         for launch in self.launches:
             defines = " ".join(f"{key[4:].lower()}={value}" for key, value in launch.defines.items())
             lines.append(f"  {launch.name} {launch.arch} {launch.config} {defines}")
         return "\n".join(lines) + ")"
-
-    def _remarks(self) -> tuple[str, ...]:
-        """Lines of the printed plan that say why it is as it is."""
-        return ()
 
     def bind(self, device_index: int) -> Launchable:
         """Compile and load every kernel on a device; then launching takes only pointers and a stream.
@@ -239,14 +249,31 @@ def map_dims(problem: AttentionProblem, name: str, rows: int) -> tuple[tuple[int
     return (columns, length, heads, p.batch), (row, head, batch)
 
 
-def why_not_sm90(
-    problem: AttentionProblem, device: DeviceInfo, family: str | None, names: Sequence[str], objection: str = ""
-) -> str:
-    """What speaks against a kernel that reaches the arrays `names` by bulk tensor copies, or the empty string.
+def choose_tile(
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    family: str | None,
+    tile_sm80: _TileSm80,
+    tile_sm90: _TileSm90 | None,
+    mapped: Sequence[str],
+    objection: str = "",
+    why_not_sm90: str = "",
+) -> tuple[_TileSm80 | _TileSm90, str]:
+    """The tile to use, and what speaks against the sm_90 kernel's, or the empty string.
 
-    family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None; InvalidArgument if it asks for the impossible. objection: the
-    kernel's own.
+    family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best; InvalidArgument if it asks for the impossible.
+    tile_sm90: None if no tile is large enough. mapped: arrays that the sm_90 kernel reaches by bulk tensor copies.
+    objection: its own. why_not_sm90: what speaks against it beside all that.
     """
+    if tile_sm90 is None:
+        objection = f"no tile has head dims of {problem.head_dim} and {problem.head_dim_v}"
+    why_not_sm90 = _why_not_sm90(problem, device, family, mapped, objection) or why_not_sm90
+    return (tile_sm80 if why_not_sm90 or tile_sm90 is None else tile_sm90), why_not_sm90
+
+
+def _why_not_sm90(
+    problem: AttentionProblem, device: DeviceInfo, family: str | None, mapped: Sequence[str], objection: str
+) -> str:
     if family == "sm80":
         return f"{env.KERNEL.name}=sm80"
     if device.cc != (9, 0):
@@ -257,7 +284,7 @@ def why_not_sm90(
     elif problem.head_dim_v % 8:
         objection = f"head_dim_v {problem.head_dim_v} is not a multiple of 8"
     elif not objection:
-        objections = ((name, tensor_map.objection(*map_dims(problem, name, problem.seqlen_q))) for name in names)
+        objections = ((name, tensor_map.objection(*map_dims(problem, name, problem.seqlen_q))) for name in mapped)
         objection = next((f"{name}'s {why}" for name, why in objections if why), "")
         if not objection and not problem.aligned:  # head dims and strides are
             objection = f"an array starts at an address that is not a multiple of {tensor_map.ALIGNMENT} bytes"
