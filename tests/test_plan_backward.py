@@ -1,0 +1,218 @@
+"""Plans of the backward: which kernel and tile, its launches and workspace, and how query heads are shared out."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import pytest
+
+from fa2cupy.errors import InvalidArgument
+from fa2cupy.kernels import plan_backward
+from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams
+from fa2cupy.kernels.tiles import BWD_TILES_SM90, BWD_TILES_SM90_WIDE, SHARED_MEMORY, BwdTileSm90
+from tests.gpu.cases import Case, problem_of
+from tests.plan_cases import A100, H200, backward, backward_problem, named, params_of
+
+
+@pytest.mark.parametrize(
+    ("seqlen_k", "head_dim", "heads", "batch", "head_splits"),
+    [
+        (4096, 128, (32, 1), 1, 8),  # 32 key blocks: 8 times as many are the first to be a wave and a half
+        (4096, 128, (32, 1), 4, 2),
+        (4096, 128, (32, 1), 8, 1),
+        (4096, 128, (32, 8), 1, 1),  # 256 key blocks
+        (4096, 128, (16, 4), 1, 2),
+        (128, 128, (32, 1), 1, 32),  # all of them are not enough
+        (128 * 198, 128, (4, 1), 1, 1),  # exactly a wave and a half
+        (128 * 197, 128, (4, 1), 1, 2),
+        (4096, 128, (6, 2), 1, 3),  # 64 key blocks, and 3 has no divisor between
+        (4096, 128, (7, 1), 1, 7),
+        (64, 128, (32, 32), 1, 1),  # nothing to share out
+        (4096, 128, (16, 16), 4, 1),
+    ],
+)
+def test_query_heads_are_shared_out_where_key_blocks_are_few(
+    seqlen_k: int, head_dim: int, heads: tuple[int, int], batch: int, head_splits: int
+) -> None:
+    plan = backward(512, seqlen_k, head_dim, heads, batch)
+    assert plan.head_splits == params_of(plan).head_splits == head_splits
+    launches = {launch.name: launch for launch in plan.launches}
+    main = launches["flash_bwd"]
+    key_blocks = -(-seqlen_k // plan.tile.block_n) * heads[1] * batch
+    assert main.config.grid == (key_blocks * head_splits, 1, 1)
+    assert main.defines["FA2_PARTIAL_DKV"] == int(head_splits > 1)
+    assert ("flash_bwd_combine" in launches) == (head_splits > 1)
+    names = [launch.name for launch in plan.launches if launch.name != "fill_empty"]
+    assert names[:3] == ["flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess"]
+
+
+def test_smaller_gpus_need_fewer_blocks() -> None:
+    small = dataclasses.replace(H200, sm_count=20)
+    assert backward(512, 4096, 128, (32, 1), device=small).head_splits == 1
+    assert backward(512, 512, 128, (32, 1), device=small).head_splits == 8
+
+
+def test_workspace_of_partial_gradients() -> None:
+    """Beside the rest, (2, head_splits, batch, num_heads_k, n_blocks * block_n, padded head_dim) floats."""
+    for seqlen_k, head_dim, padded, splits in ((4096, 128, 128, 8), (4001, 128, 128, 8), (4001, 90, 96, 4)):
+        plan = backward(4096, seqlen_k, head_dim, (32, 1))
+        enough = dataclasses.replace(H200, sm_count=1)
+        one_block = backward(4096, seqlen_k, head_dim, (32, 1), device=enough)
+        assert (plan.head_splits, one_block.head_splits) == (splits, 1)
+        rows = -(-seqlen_k // plan.tile.block_n) * plan.tile.block_n
+        assert plan.workspace_bytes - one_block.workspace_bytes == 2 * splits * rows * padded * 4
+    # The same with one head or many: nothing is kept for parts where there are none.
+    assert backward(512, 4096, 128, (32, 32)).workspace_bytes == backward(512, 8192, 128, (32, 32)).workspace_bytes
+
+
+def test_workspace_of_a_head_dim_of_v_of_its_own() -> None:
+    """Parts of dK are as wide as k, those of dV as v; dQ and the statistics do not know v."""
+    for head_dim, head_dim_v, padded in ((192, 128, (192, 128)), (192, 72, (192, 128)), (40, 72, (48, 80))):
+        case = Case(4096, 4001, head_dim, "bfloat16", True, 1, (32, 1), head_dim_v=head_dim_v)
+        one_block = plan_backward(problem_of(case, True), dataclasses.replace(H200, sm_count=1), False, family="sm80")
+        plan = plan_backward(problem_of(case, True), H200, False, family="sm80")
+        rows = -(-4001 // plan.tile.block_n) * plan.tile.block_n * plan.head_splits
+        assert plan.tile is one_block.tile and plan.head_splits > one_block.head_splits == 1
+        assert plan.workspace_bytes - one_block.workspace_bytes == rows * sum(padded) * 4
+        same = dataclasses.replace(case, head_dim_v=None)
+        tile = plan.tile  # the row of the wider of both
+        usual = plan_backward(problem_of(same, True), dataclasses.replace(H200, sm_count=1), False, tile)
+        assert usual.workspace_bytes == one_block.workspace_bytes
+
+
+def test_workspace_grows_no_faster_than_the_sequence() -> None:
+    sizes = [backward(n, n, 128, (32, 1)).workspace_bytes for n in (1024, 2048, 4096, 8192, 16384, 32768)]
+    assert all(longer <= 2.01 * shorter for shorter, longer in itertools.pairwise(sizes))
+
+
+def test_head_dim_of_v_in_the_backward() -> None:
+    plan = plan_backward(
+        problem_of(Case(300, 200, 192, "float16", True, 1, (8, 1), head_dim_v=120), True), H200, deterministic=False
+    )
+    tile, launches = plan.tile, {launch.name: launch for launch in plan.launches}
+    assert plan.head_splits > 1 and tile.head_dim == 192
+    for name in ("flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess", "flash_bwd_combine"):
+        defines = launches[name].defines
+        assert (defines["FA2_HEAD_DIM"], defines["FA2_HEAD_DIM_V"]) == (192, 128)
+        params = BwdParams.from_buffer_copy(launches[name].params)
+        assert (params.shape.head_dim, params.head_dim_v) == (192, 120)
+    tiles = (tile.block_n + tile.num_stages * tile.block_m) * (200 + 136) * 2
+    scores = 2 * tile.block_n * (tile.block_m + 8) * 2 + 2 * tile.num_stages * tile.block_m * 4
+    assert launches["flash_bwd"].config.shared_mem_bytes == tiles + scores
+    assert launches["flash_bwd_combine"].config.grid == (-(-200 * 192 // 8 // (32 * tile.num_warps)), 2, 1)
+    assert FillParams.from_buffer_copy(launches["fill_empty"].params).head_dim == 192  # dq
+    wider = plan_backward(problem_of(Case(300, 0, 64, "float16", False, head_dim_v=80), True), H200, False)
+    assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64]
+    wider = plan_backward(problem_of(Case(0, 300, 64, "float16", False, head_dim_v=80), True), H200, False)
+    assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64, 80]
+
+
+def test_no_keys_or_no_queries_need_no_parts() -> None:
+    for seqlen_q, seqlen_k in ((0, 100), (100, 0)):
+        plan = backward(seqlen_q, seqlen_k, 64, (8, 1))
+        assert plan.head_splits == 1 and plan.workspace_bytes == 0
+        assert {launch.name for launch in plan.launches} == {"fill_empty"}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_who_waits_for_turns_has_a_thread_block_for_every_tile(causal: bool) -> None:
+    wanted = backward_problem(4096, 4096, 64, "bfloat16", causal, 1, (16, 16))
+    for deterministic, blocks in ((False, 132), (True, 32 * 16)):
+        plan = plan_backward(wanted, H200, deterministic)
+        assert plan.family == "sm90" and named(plan, "flash_bwd").config.grid == (blocks, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "options", "objection"),
+    [
+        ((64, 64), {}, ""),
+        ((8, 8), {}, ""),
+        ((72, 40), {}, ""),
+        ((40, 128), {}, ""),
+        ((128, 128), {}, ""),
+        ((59, 59), {}, "head_dim 59 is not a multiple of 8"),
+        ((64, 59), {}, "head_dim_v 59 is not a multiple of 8"),
+        ((64, 64), {"shift": 3}, "an array starts at an address that is not a multiple of 16 bytes"),
+        ((64, 64), {"pad": 4}, "dout's head stride is 136 bytes, not a multiple of 16 bytes"),
+    ],
+)
+def test_which_backward(head_dims: tuple[int, int], options: dict[str, Any], objection: str) -> None:
+    head_dim, head_dim_v = head_dims
+    wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v, **options)
+    plan = plan_backward(wanted, H200, False)
+    main = named(plan, "flash_bwd")
+    assert plan.why_not_sm90 == objection and plan.family == ("sm80" if objection else "sm90")
+    assert main.source == f"{plan.family}/flash_bwd.cu" and main.arch == ("sm_90" if objection else "sm_90a")
+    assert f"  sm_{plan.family[2:]} kernel" + (f": {objection}" if objection else "") in str(plan).splitlines()
+    if objection:
+        with pytest.raises(InvalidArgument, match=re.escape(objection)):
+            plan_backward(wanted, H200, False, family="sm90")
+    else:
+        assert plan_backward(wanted, H200, False, why_not_sm90="NVRTC is no good").family == "sm80"
+    assert plan_backward(wanted, A100, False).family == "sm80"
+
+
+@pytest.mark.parametrize(
+    "head_dims, row", [((256, 256), (256, 0)), ((136, 136), (192, 0)), ((192, 128), (192, 128)), ((40, 160), (192, 0))]
+)
+def test_wide_heads_on_demand(head_dims: tuple[int, int], row: tuple[int, int]) -> None:
+    """The Hopper backward above head_dim 128 is there, but only for FA2CUPY_KERNEL=sm90."""
+    head_dim, head_dim_v = head_dims
+    wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v)
+    assert plan_backward(wanted, H200, False).family == "sm80"
+    plan = plan_backward(wanted, H200, False, family="sm90")
+    tile, main = plan.tile, named(plan, "flash_bwd")
+    assert isinstance(tile, BwdTileSm90) and (tile.head_dim, tile.head_dim_v) == row
+    assert main.source == "sm90/flash_bwd_wide.cu" and main.config.block == (512, 1, 1)
+    assert named(plan, "flash_bwd_preprocess").config.block == (128, 1, 1)
+
+
+@pytest.mark.parametrize("tile", BWD_TILES_SM90_WIDE, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}")
+def test_wide_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
+    assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
+    assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16 and tile.wide
+    assert tile.dq_warps == tile.dq_warps_m == 4 and tile.dq_tile_floats() == 64 * tile.head_dim
+
+
+@pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: str(tile.head_dim))
+def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
+    assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
+    assert tile.block_n == 128 and tile.num_warps == 12 and tile.block_m % 64 == 0
+    assert tile.dq_warps == 8 and tile.dq_tile_floats() == tile.block_m * tile.head_dim
+
+
+def test_launches_of_the_backward_of_sm90() -> None:
+    wanted = backward_problem(350, 300, 96, "float16", True, 2, (8, 2), head_dim_v=72)
+    plan = plan_backward(wanted, H200, False)
+    tile, main = plan.tile, named(plan, "flash_bwd")
+    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 128 and plan.head_splits == 4
+    assert main.config.grid == (3 * 2 * 2 * 4, 1, 1) and main.config.block == (384, 1, 1)
+    assert main.defines["FA2_HEAD_DIM"] == main.defines["FA2_HEAD_DIM_V"] == 128
+    assert [(each.position, each.add_bytes) for each in main.tensor_maps] == [
+        (0, 50 * 8 * 72 * 2),
+        (1, 50 * 8 * 96 * 2),
+        (2, 0),
+        (3, 0),
+    ]
+    assert [each.spec.dims[:2] for each in main.tensor_maps] == [(72, 300), (96, 300), (96, 300), (72, 300)]
+    assert [each.spec.box for each in main.tensor_maps] == [(64, tile.block_m)] * 2 + [(64, tile.block_n)] * 2
+    beside = named(plan, "flash_bwd_preprocess")
+    assert main.pointers == beside.pointers[7:] and beside.arch == "sm_90"
+    params, same = BwdTmaParams.from_buffer_copy(main.params), BwdParams.from_buffer_copy(beside.params)
+    assert ctypes.sizeof(BwdTmaParams) % 64 == 0 and BwdTmaParams.dk.offset == 512
+    for name in ("shape", "dk_strides", "dv_strides"):
+        assert bytes(getattr(params, name)) == bytes(getattr(same, name))
+    assert (params.head_splits, params.head_dim_v, params.softmax_scale) == (4, 72, same.softmax_scale)
+    assert [each.name for each in plan.launches] == [
+        "flash_bwd_preprocess",
+        "flash_bwd",
+        "flash_bwd_postprocess",
+        "flash_bwd_combine",
+        "fill_empty",
+    ]
+    many = plan_backward(backward_problem(4096, 4096, 64, "float16", True, 2, (8, 8)), H200, False)
+    assert named(many, "flash_bwd").config.grid == (132, 1, 1)

@@ -1,0 +1,88 @@
+"""In which order thread blocks take tiles: how many heads are a section, in either direction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fa2cupy.kernels import BackwardPlan, plan_backward, plan_forward
+from fa2cupy.kernels import plan as plans
+from fa2cupy.kernels.params import BwdTmaParams, FwdParams, FwdTmaParams
+from tests.gpu.cases import Case, problem_of
+from tests.plan_cases import H200, backward, backward_problem, main_launch, named, params_of, problem
+
+
+def section_of(plan: BackwardPlan) -> int:
+    return params_of(plan).shape.heads_per_section
+
+
+@pytest.mark.parametrize(
+    ("heads", "blocks_per_head", "heads_in_l2", "section"),
+    [
+        (64, 64, 12, 13),  # five sections: 13, 13, 13, 13, 12
+        (64, 64, 100, 64),
+        (16, 64, 1, 16),  # one head has not even a block for each multiprocessor
+        (16, 256, 1, 4),  # four blocks for each
+        (8, 10000, 0, 1),
+    ],
+)
+def test_sections(heads: int, blocks_per_head: int, heads_in_l2: int, section: int) -> None:
+    bytes_per_head = H200.l2_bytes // heads_in_l2 if heads_in_l2 else 2 * H200.l2_bytes
+    assert plans.heads_per_section(H200, True, heads, blocks_per_head, bytes_per_head) == section
+    assert plans.heads_per_section(H200, False, heads, blocks_per_head, bytes_per_head) == 1
+
+
+def test_sections_count_the_heads_of_a_block() -> None:
+    """With fewer query heads for each block, more of them fit L2."""
+    l2 = dataclasses.replace(H200, l2_bytes=4 * 2048 * 128 * 8, sm_count=4)  # the queries of 4 heads
+    plan = backward(2048, 2048, 128, (64, 16), device=l2)
+    assert plan.head_splits == 1 and section_of(plan) == 1
+    plan = backward(2048, 2048, 128, (16, 16), device=l2)
+    assert plan.head_splits == 1 and section_of(plan) == 4
+
+
+def test_turns_are_a_section_apart() -> None:
+    """Deterministic: neighbouring key blocks are launched so far apart that the turn has come when it is awaited."""
+    for seqlen, causal, section in ((4096, False, 9), (512, False, 64), (4096, True, 9), (16384, True, 3)):
+        case = Case(seqlen, seqlen, 128, "bfloat16", causal, 4, (16, 16))
+        plan = plan_backward(problem_of(case, True), H200, True, family="sm80")
+        # 2 turns of 2 steps, 132 blocks at once, seqlen / 64 steps each; at most what L2 holds, or all heads
+        assert section_of(plan) == section, (seqlen, causal)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tiles_per_head", "section"),
+    [
+        (64, 32, 8),  # 7 heads have a tile and a half for each of 132 multiprocessors, 8 divide 64
+        (512, 4, 64),
+        (16, 128, 2),
+        (13, 32, 13),  # one section: no number from 7 to 13 divides 13 but 13
+        (26, 64, 5),  # 4 to 8 heads would not be even: six sections, as even as can be
+        (4, 16, 4),
+    ],
+)
+def test_even_sections(heads: int, tiles_per_head: int, section: int) -> None:
+    assert plans.heads_per_even_section(H200, True, heads, tiles_per_head) == section
+    assert plans.heads_per_even_section(H200, False, heads, tiles_per_head) == 1
+
+
+def test_sections_of_either_kernel() -> None:
+    wanted = problem(4096, 4096, 128, causal=True, heads=(64, 64), batch=1)
+    for family, sms, heads in (("sm80", 8, 13), ("sm90", 132, 8)):  # 12 heads fit the cache; 7 fill the GPU
+        small = dataclasses.replace(H200, l2_bytes=12 * 4 * 4096 * 128, sm_count=sms)
+        launch = main_launch(plan_forward(wanted, small, family=family))
+        params = (FwdTmaParams if family == "sm90" else FwdParams).from_buffer_copy(launch.params)
+        assert params.shape.heads_per_section == heads
+    assert main_launch(plan_forward(dataclasses.replace(wanted, causal=False), H200)).params != launch.params
+
+
+def test_sections_of_the_backward_of_sm90() -> None:
+    """As even as the forward's; deterministic causal ones end with their longest blocks, and are longer."""
+    for seqlen, section, turns in ((512, 64, 64), (4096, 8, 36), (16384, 2, 12)):
+        wanted = backward_problem(seqlen, seqlen, 128, "bfloat16", True, 4, (16, 16))
+        sections = [
+            BwdTmaParams.from_buffer_copy(named(plan_backward(wanted, H200, deterministic), "flash_bwd").params)
+            for deterministic in (False, True)
+        ]
+        assert [params.shape.heads_per_section for params in sections] == [section, turns], seqlen
