@@ -1,7 +1,8 @@
 """Arrays in, results out: what fa2cupy knows about CuPy, PyTorch, JAX, NumPy and `__dlpack__` producers.
 
 A framework is found by the module name of the array's type and is never imported here: an array of it cannot exist
-before its user has imported it. `Framework` is the interface; JAX's, whose outputs are XLA's, is in `jax_arrays.py`.
+before its user has imported it. `Framework` is the interface, `GpuFramework` the larger one of those whose memory and
+streams we use ourselves; JAX's, whose outputs are XLA's, is in `jax_arrays.py`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,6 +28,7 @@ __all__ = [
     "WORKSPACE_ALIGNMENT",
     "Device",
     "Framework",
+    "GpuFramework",
     "TensorRef",
     "contiguous_strides",
     "describe",
@@ -79,88 +82,52 @@ def describe(array: object) -> str:
     )
 
 
-class Framework:
-    """What one array library does differently. `name` is how an error message calls it.
-
-    On the path of every call are `signature`, `check_call` and the functions that `address`, `allocator` and `stream`
-    return, which are C functions where there are any; the rest serves the first call of a signature.
-    """
+class Framework(ABC):
+    """What one array library does differently. `name` is how an error message calls it."""
 
     name: str
 
+    @abstractmethod
     def check(self, array: Any, argument: str) -> None:
         """Raise for arrays of this library that cannot be used at all."""
 
-    def device(self, array: Any, argument: str) -> Device:
-        raise NotImplementedError
+    @abstractmethod
+    def device(self, array: Any, argument: str) -> Device: ...
 
+    @abstractmethod
     def dtype(self, array: Any) -> str:
         """Name of the dtype, whether attention supports it or not."""
-        raise NotImplementedError
 
     def shape(self, array: Any) -> tuple[int, ...]:
         return tuple(array.shape)
 
-    def byte_strides(self, array: Any) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def byte_strides(self, array: Any) -> tuple[int, ...]: ...
 
-    def itemsize(self, array: Any) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def itemsize(self, array: Any) -> int: ...
 
-    def pointer(self, array: Any, argument: str) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def pointer(self, array: Any, argument: str) -> int: ...
 
     def readonly(self, array: Any) -> bool:
         return False
 
-    def contiguous(self, array: Any) -> Any:
-        """A C-contiguous copy, queued on the current stream."""
-        raise NotImplementedError
-
-    def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
-        """(all of the arrays that a prepared call depends on, as a hashable; their pointers). None gives (None, 0).
-
-        Cheap, and unchecked: may raise anything for arrays that are not of this library.
-        """
-        raise NotImplementedError
-
-    def check_call(self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]) -> None:
+    def check_call(  # noqa: B027 - most have nothing to check
+        self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]
+    ) -> None:
         """Raise for what can differ between two calls of one signature (autograd). `names`: those of `arrays`."""
 
-    def written(self, array: Any) -> None:
+    def written(self, array: Any) -> None:  # noqa: B027 - nor anybody to tell
         """Called for each of the caller's arrays that an operation writes."""
 
-    def is_capturing(self, stream: int, device_index: int) -> bool:
-        """Whether `stream`, the current one of the device, is being captured into a CUDA graph."""
-        raise NotImplementedError
-
-    @property
-    def address(self) -> Callable[[Any], int]:
-        """`pointer`, for an array that was just allocated."""
-        raise NotImplementedError
-
-    # Whether outputs may be allocated inside a capture: torch's allocator has pools for that, CuPy's has not.
-    allocates_in_capture = True
-
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
-        """A function that returns a new C-contiguous array on the device of `like`, which it does not keep."""
-        raise NotImplementedError
-
-    def scratch(self, size: int, like: Any) -> tuple[Callable[[], Any], Callable[[Any], int]]:
-        """What allocates `size` bytes on the device of `like`, as any object with memory; what takes its pointer."""
-        return self.allocator((size,), "uint8", like), self.address
-
-    def stream(self, device_index: int) -> Callable[[int], int]:
-        """A function of the device index that returns the handle of its current stream."""
-        raise NotImplementedError
-
+    @abstractmethod
     def to_numpy(self, array: Any) -> np.ndarray:
         """A NumPy view of an array on the CPU; bfloat16 may come as uint16."""
-        raise NotImplementedError
 
+    @abstractmethod
     def from_numpy(self, array: np.ndarray, dtype: str, like: Any) -> Any:
         """Hand a result computed on the CPU back in kind; a bfloat16 `array` is uint16."""
-        raise NotImplementedError
 
     def extent(self, array: Any) -> Extent:
         return Extent.of(self.shape(array), self.byte_strides(array), self.itemsize(array))
@@ -181,6 +148,49 @@ class Framework:
         """Whether neighbours along the last dimension are neighbours in memory."""
         shape = self.shape(array)
         return 0 in shape or shape[-1] < 2 or self.byte_strides(array)[-1] == self.itemsize(array)
+
+
+class GpuFramework(Framework):
+    """One whose memory and streams we use ourselves: CuPy and PyTorch. (JAX's are XLA's.)
+
+    On the path of every call are `signature`, `check_call` and the functions that `address`, `allocator` and `stream`
+    return, which are C functions where there are any; the rest serves the first call of a signature.
+    """
+
+    # Whether outputs may be allocated inside a capture: torch's allocator has pools for that, CuPy's has not.
+    allocates_in_capture = True
+
+    @abstractmethod
+    def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
+        """(all of the arrays that a prepared call depends on, as a hashable; their pointers). None gives (None, 0).
+
+        Cheap, and unchecked: may raise anything for arrays that are not of this library.
+        """
+
+    @abstractmethod
+    def contiguous(self, array: Any) -> Any:
+        """A C-contiguous copy, queued on the current stream."""
+
+    @abstractmethod
+    def is_capturing(self, stream: int, device_index: int) -> bool:
+        """Whether `stream`, the current one of the device, is being captured into a CUDA graph."""
+
+    @property
+    @abstractmethod
+    def address(self) -> Callable[[Any], int]:
+        """`pointer`, for an array that was just allocated."""
+
+    @abstractmethod
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
+        """A function that returns a new C-contiguous array on the device of `like`, which it does not keep."""
+
+    def scratch(self, size: int, like: Any) -> tuple[Callable[[], Any], Callable[[Any], int]]:
+        """What allocates `size` bytes on the device of `like`, as any object with memory; what takes its pointer."""
+        return self.allocator((size,), "uint8", like), self.address
+
+    @abstractmethod
+    def stream(self, device_index: int) -> Callable[[int], int]:
+        """A function of the device index that returns the handle of its current stream."""
 
 
 class _Numpy(Framework):
@@ -215,7 +225,7 @@ class _Numpy(Framework):
         return array.view(like.dtype) if dtype == "bfloat16" else array
 
 
-class _Cupy(_Numpy):
+class _Cupy(_Numpy, GpuFramework):
     """CuPy arrays: dtypes and strides are NumPy's, memory and streams are CUDA's."""
 
     name = "CuPy"
@@ -275,7 +285,7 @@ class _Cupy(_Numpy):
         raise NotImplementedError("CuPy arrays are never on the CPU")
 
 
-class _Torch(Framework):
+class _Torch(GpuFramework):
     name = "PyTorch"
 
     def check(self, array: Any, argument: str) -> None:

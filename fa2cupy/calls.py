@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, describe, framework_of
+from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, GpuFramework, describe, framework_of
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.overlap import Extent, has_duplicates, shares_memory
 
@@ -85,7 +85,7 @@ class _PreparedCalls:
 
 
 PREPARED = _PreparedCalls(MAX_PREPARED)
-_framework_by_type: dict[type, Framework] = {}  # types that a prepared call exists for
+_framework_by_type: dict[type, GpuFramework] = {}  # types that a prepared call exists for
 
 
 def signature_key(operation: Operation, signature: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -133,7 +133,7 @@ class PreparedCall:
     """
 
     operation: Operation
-    framework: Framework
+    framework: GpuFramework
     device: Device
     launchable: Launchable
     device_index: int

@@ -18,6 +18,7 @@ from fa2cupy.arrays import (
     ITEMSIZE,
     Device,
     Framework,
+    GpuFramework,
     TensorRef,
     contiguous_strides,
     describe,
@@ -80,7 +81,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     from fa2cupy.jit import driver
 
     driver.device_info(device.index)  # no driver, or a GPU that is too old, before anything is copied or allocated
-    if framework.name == "JAX":
+    if not isinstance(framework, GpuFramework):  # JAX: XLA allocates and calls back for the launch
         return _call_jax(operation, framework, arrays, sizes, dtype, options, device)
     with driver.device_guard(device.index):
         arrays = _copy_where_needed(operation, framework, arrays, device)
@@ -163,7 +164,7 @@ def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, Tenso
         check_overlap(blocks, set(given))
 
 
-def _copy_where_needed(operation: Operation, framework: Framework, arrays: Arrays, device: Device) -> Arrays:
+def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Arrays, device: Device) -> Arrays:
     """Copies of the inputs whose last dimension is not contiguous; the other arrays as they are."""
     copies: Arrays = {}
     for name in operation.inputs:
@@ -181,7 +182,7 @@ def _copy_where_needed(operation: Operation, framework: Framework, arrays: Array
 
 def _prepare(
     operation: Operation,
-    framework: Framework,
+    framework: GpuFramework,
     arrays: Arrays,
     sizes: Sizes,
     dtype: str,
