@@ -128,18 +128,21 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** p
   pthread_mutex_unlock(&mutex);
   return fake_launch_status;
 }
-/* Refuses what the CUDA driver API's documentation forbids, as far as maps of 16-bit elements of rank 4 go. */
+/* Refuses what the CUDA driver API's documentation forbids, as far as our maps go: rank 4, 16-bit elements with 128-byte swizzle or
+   float32 without. */
 CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
                                 const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int oob_fill) {
   if (fake_encode_status) return fake_encode_status;
   if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank != 4) return 1;
-  if ((data_type != 6 && data_type != 9) || interleave != 0 || swizzle != 3 || l2_promotion != 3 || oob_fill != 0) return 1;
+  if (data_type != 6 && data_type != 7 && data_type != 9) return 1;
+  const uint32_t item = data_type == 7 ? 4 : 2;
+  if (interleave != 0 || swizzle != (item == 2 ? 3 : 0) || l2_promotion != 3 || oob_fill != 0) return 1;
   for (uint32_t i = 0; i < rank; ++i) {
     if (dims[i] < 1 || dims[i] > (1ull << 32) || box[i] < 1 || box[i] > 256 || element_strides[i] != 1) return 1;
     if (i + 1 < rank && (strides[i] % 16 || strides[i] >= (1ull << 40))) return 1;
   }
-  if (box[0] * 2 % 16 || box[0] * 2 > 128) return 1;
+  if (box[0] * item % 16 || (swizzle && box[0] * item > 128)) return 1;
   Map encoded = {.address = (uint64_t)(uintptr_t)address, .data_type = data_type, .swizzle = swizzle, .l2_promotion = l2_promotion};
   memcpy(encoded.dims, dims, sizeof encoded.dims);
   memcpy(encoded.strides, strides, sizeof encoded.strides);

@@ -197,13 +197,20 @@ def test_launches_of_the_backward_of_sm90() -> None:
         (1, 50 * 8 * 96 * 2),
         (2, 0),
         (3, 0),
+        (9, 0),
+        (9, 2 * 8 * 5 * 64 * 4),
     ]
-    assert [each.spec.dims[:2] for each in main.tensor_maps] == [(72, 300), (96, 300), (96, 300), (72, 300)]
-    assert [each.spec.box for each in main.tensor_maps] == [(64, tile.block_m)] * 2 + [(64, tile.block_n)] * 2
+    dims = [(72, 300), (96, 300), (96, 300), (72, 300)] + [(64, 2 * 8 * 5)] * 2
+    assert [each.spec.dims[:2] for each in main.tensor_maps] == dims
+    boxes = [(64, tile.block_m)] * 2 + [(64, tile.block_n)] * 2 + [(tile.block_m, 1)] * 2
+    assert [each.spec.box for each in main.tensor_maps] == boxes
+    assert [each.spec.dtype for each in main.tensor_maps] == ["float16"] * 4 + ["float32"] * 2
+    assert [each.offset for each in main.tensor_maps] == [128 * number for number in range(6)]
     beside = named(plan, "flash_bwd_preprocess")
-    assert main.pointers == beside.pointers[7:] and beside.arch == "sm_90"
+    assert beside.pointers[9:11] == tuple((each.position, each.add_bytes) for each in main.tensor_maps[4:])
+    assert main.pointers == beside.pointers[7:9] + beside.pointers[11:] and beside.arch == "sm_90"
     params, same = BwdTmaParams.from_buffer_copy(main.params), BwdParams.from_buffer_copy(beside.params)
-    assert ctypes.sizeof(BwdTmaParams) % 64 == 0 and BwdTmaParams.dk.offset == 512
+    assert ctypes.sizeof(BwdTmaParams) % 64 == 0 and BwdTmaParams.dk.offset == 768
     for name in ("shape", "dk_strides", "dv_strides"):
         assert bytes(getattr(params, name)) == bytes(getattr(same, name))
     assert (params.head_splits, params.head_dim_v, params.softmax_scale) == (4, 72, same.softmax_scale)

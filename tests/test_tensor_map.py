@@ -41,6 +41,10 @@ def test_everything_arrives(fake: FakeDriver) -> None:
     half = TensorMapSpec.of(DIMS, STRIDES, (64, 80), "float16")
     found = FakeMap.from_buffer_copy(encode(half, POINTER))
     assert (found.data_type, tuple(found.box)) == (6, (64, 80, 1, 1))
+    floats = TensorMapSpec.of((128, 100, 1, 1), (128, 0, 0), (128, 1), "float32")
+    found = FakeMap.from_buffer_copy(encode(floats, POINTER))
+    assert (found.data_type, found.swizzle, tuple(found.box)) == (7, 0, (128, 1, 1, 1))
+    assert tuple(found.strides) == (512, 512, 512)
 
 
 def test_strides_of_size_1_are_replaced(fake: FakeDriver) -> None:

@@ -73,13 +73,11 @@ struct BwdParams {
 };
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
-// rows, with 128-byte swizzle.
+// rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
 struct BwdTmaParams {
-  TensorMap dout, q, k, v;
+  TensorMap dout, q, k, v, lse_log2, softmax_d;
   Element* dk;
   Element* dv;
-  const float* lse_log2;
-  const float* softmax_d;
   float* dq_accum;
   int* dq_turn;
   float* dk_partial;

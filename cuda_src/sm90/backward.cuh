@@ -1,5 +1,5 @@
-// What the backward's kernels of sm_90 have in common: which tiles a thread block takes and which steps these have, P from
-// its scores, and how dK and dV leave.
+// What the backward's kernels of sm_90 have in common: which tiles a thread block takes and which steps these have, how lse
+// and D arrive, P from its scores, and how dK and dV leave.
 #pragma once
 
 #include "common/block_range.cuh"
@@ -30,6 +30,13 @@ struct Step {
     if (m_block == work.end) m_block = work.begin, tile += work.begin, ++head;  // work.end is that of the head, too
   }
 };
+
+// lse_log2 or softmax_d of a step. One thread; the barrier expects kStatisticsBytes. A tensor copy, though the floats lie in a
+// row: compute-sanitizer's racecheck misreads plain bulk copies.
+constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(float);
+FA2_DEVICE void load_statistics(float (&statistics)[kBlockM], const TensorMap& map, uint64_t& barrier, const Step& step) {
+  cp_async_bulk_tensor_4d_load(statistics, map, barrier, 0, static_cast<int>(step.tile), 0, 0);
+}
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
 // problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks

@@ -38,7 +38,7 @@ struct SharedMemory {
   Panels<kBlockM, kHeadDim> q[kStages], dout[kStages];
   Panels<kBlockM, kBlockN> ds[kStages];      // a panel is one key warpgroup's
   alignas(1024) float dq[kDqTileFloats];     // in the order of dq_accum.cuh
-  float lse_log2[kStages][kBlockM], softmax_d[kStages][kBlockM];
+  alignas(128) float lse_log2[kStages][kBlockM], softmax_d[kStages][kBlockM];
   // full: the bytes have landed, or every warp has stored its part. empty: every reader is done with them.
   uint64_t k_full[kKStages], k_empty[kKStages], v_full, v_empty;
   uint64_t q_full[kStages], dout_full[kStages], q_dout_empty[kStages];
@@ -52,7 +52,6 @@ using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
 
 // All that the tensor cores read from global memory, one thread.
 FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
-  constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(float);
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
@@ -64,12 +63,11 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
     bool first = true;
     for (Step step(shape, work); step.left > 0; step.advance(work)) {
       const int first_query = step.m_block * kBlockM;
-      const int64_t first_row = step.tile * kBlockM;
       const int i = ring.stage;
       mbarrier_wait(smem.q_dout_empty[i], ring.parity ^ 1);  // released by the key warpgroups after dV and dK
       mbarrier_arrive_expect_tx(smem.q_full[i], smem.q[0].kBytes + kStatisticsBytes);
       load_tile(smem.q[i], params.q, smem.q_full[i], first_query, step.head, work.batch);
-      cp_async_bulk_load(smem.lse_log2[i], params.lse_log2 + first_row, kStatisticsBytes, smem.q_full[i]);
+      load_statistics(smem.lse_log2[i], params.lse_log2, smem.q_full[i], step);
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
@@ -77,7 +75,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
       }
       mbarrier_arrive_expect_tx(smem.dout_full[i], smem.dout[0].kBytes + kStatisticsBytes);
       load_tile(smem.dout[i], params.dout, smem.dout_full[i], first_query, step.head, work.batch);
-      cp_async_bulk_load(smem.softmax_d[i], params.softmax_d + first_row, kStatisticsBytes, smem.dout_full[i]);
+      load_statistics(smem.softmax_d[i], params.softmax_d, smem.dout_full[i], step);
       if (first) {
         mbarrier_wait(smem.v_empty, v_parity ^ 1);  // released by the key warpgroups after a tile's last dP
         mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);

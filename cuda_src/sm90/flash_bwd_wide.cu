@@ -27,7 +27,7 @@ static_assert(kHeadDim % kDqCols == 0, "whole pieces of dQ");
 
 // Rows that copies bring, and what goes with them: keys, queries (or their gradient), and a float for each of these.
 struct Loads {
-  float statistics[kStages][kBlockM];
+  alignas(128) float statistics[kStages][kBlockM];
   // full: the bytes have landed. empty: every reader is done with them.
   uint64_t keys_full, keys_empty, full[kStages], empty[kStages];
 };
@@ -49,8 +49,8 @@ static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 102
 // K and Q with lse, or V and dO with D: one thread.
 template <int kCols>
 FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads& loads, Panels<kBlockN, kCols>& keys, const TensorMap& keys_map,
-                           Panels<kBlockM, kCols> (&queries)[kStages], const TensorMap& queries_map, const float* statistics) {
-  constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(float);
+                           Panels<kBlockM, kCols> (&queries)[kStages], const TensorMap& queries_map,
+                           const TensorMap& statistics_map) {
   Schedule schedule;
   Work work;
   Ring<kStages> ring;
@@ -64,8 +64,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads& loads, Panels<kBlo
       mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by both who compute
       mbarrier_arrive_expect_tx(loads.full[ring.stage], queries[0].kBytes + kStatisticsBytes);
       load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head, work.batch);
-      cp_async_bulk_load(loads.statistics[ring.stage], statistics + step.tile * kBlockM, kStatisticsBytes,
-                         loads.full[ring.stage]);
+      load_statistics(loads.statistics[ring.stage], statistics_map, loads.full[ring.stage], step);
     }
   }
 }

@@ -53,14 +53,8 @@ FA2_DEVICE void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* 
       : "memory");
 }
 
-// ---- bulk copies of bytes in a row (PTX ISA 9.7.9.25): addresses and sizes are multiples of 16 ------------------------------
+// ---- bulk additions of bytes in a row (PTX ISA 9.7.9.25): addresses and sizes are multiples of 16 ---------------------------
 
-// smem = gmem; the bytes arrive at the barrier. One thread issues it.
-FA2_DEVICE void cp_async_bulk_load(void* smem, const void* gmem, uint32_t bytes, uint64_t& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(smem_address(smem)), "l"(gmem), "r"(bytes), "r"(smem_address(&barrier))
-               : "memory");
-}
 // gmem += smem, float by float, each addition relaxed and atomic. One thread issues it and commits.
 FA2_DEVICE void cp_reduce_async_bulk_add_f32(float* gmem, const float* smem, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"

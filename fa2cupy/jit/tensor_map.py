@@ -19,27 +19,28 @@ ALIGNMENT = 16  # bytes: of an array's first element, and of all strides
 # A driver needs 1-2 us to encode a map, and a map depends on its array's address: one entry each (about 0.5 KB).
 MAX_ENCODED = 1024
 
-_ITEMSIZE = 2
 _BUFFER_ALIGNMENT = 128  # the driver wants 64, cuda.h of CUDA 13 says 128
 _MAX_DIM, _STRIDE_END = 2**32, 2**40
 
-# CUtensorMapDataType, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill
-_DATA_TYPE = {"float16": 6, "bfloat16": 9}
+# CUtensorMapSwizzle, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapFloatOOBfill
+_SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
 _INTERLEAVE_NONE = 0
-_SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
 _OOB_FILL_ZEROS = 0
+
+# CUtensorMapDataType, swizzle, bytes of an element
+_DTYPES = {"float16": (6, _SWIZZLE_128B, 2), "bfloat16": (9, _SWIZZLE_128B, 2), "float32": (7, _SWIZZLE_NONE, 4)}
 
 _DIMENSIONS = ("row", "head", "batch")  # those that have a stride
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMapSpec:
-    """All of a map but the address: an array of 16-bit elements, and the box that one copy moves.
+    """All of a map but the address: an array, and the box that one copy moves.
 
     dims: (columns, rows, heads, batch). strides_bytes: between neighbouring (rows, heads, batches); columns are
-    contiguous. box: (columns, rows), of one head. Shared memory has rows of 128 bytes, swizzled; what lies outside the
-    array reads as zeros and is not written.
+    contiguous. box: (columns, rows), of one head. Shared memory has rows of 128 bytes, swizzled, or for float32 the box
+    as it is; what lies outside the array reads as zeros and is not written.
     """
 
     dims: tuple[int, int, int, int]
@@ -59,15 +60,16 @@ class TensorMapSpec:
     def of(cls, dims: Sequence[int], strides: Sequence[int], box: tuple[int, int], dtype: str) -> TensorMapSpec:
         """With strides in elements. Those of dimensions of size 1 mean nothing, but the driver looks at them too."""
         columns, rows, heads, batch = dims
-        legal = -(-columns * _ITEMSIZE // ALIGNMENT) * ALIGNMENT
+        *_, itemsize = _DTYPES[dtype]
+        legal = -(-columns * itemsize // ALIGNMENT) * ALIGNMENT
         row, head, group = (
-            stride * _ITEMSIZE if n > 1 else legal for n, stride in zip((rows, heads, batch), strides, strict=True)
+            stride * itemsize if n > 1 else legal for n, stride in zip((rows, heads, batch), strides, strict=True)
         )
         return cls((columns, rows, heads, batch), (row, head, group), box, dtype)
 
 
 def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
-    """What of an array a map cannot express ("row stride is negative"), or the empty string.
+    """What of an array of 16-bit elements a map cannot express ("row stride is negative"), or the empty string.
 
     dims and strides (elements) as for `TensorMapSpec.of`. That the array starts at a multiple of ALIGNMENT is the
     caller's to see to.
@@ -76,7 +78,7 @@ def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
         if n > _MAX_DIM:
             return f"{what} count of {n} is above 2**32"
     for what, n, stride in zip(_DIMENSIONS, dims[1:], strides, strict=True):
-        size = stride * _ITEMSIZE
+        size = 2 * stride
         if n < 2:
             continue
         if size % ALIGNMENT:
@@ -96,12 +98,13 @@ def encode(spec: TensorMapSpec, pointer: int) -> bytes:
     """
     buffer = ctypes.create_string_buffer(SIZE + _BUFFER_ALIGNMENT)
     address = -(-ctypes.addressof(buffer) // _BUFFER_ALIGNMENT) * _BUFFER_ALIGNMENT
+    data_type, swizzle, _ = _DTYPES[spec.dtype]
     rank = len(spec.dims)
     try:
         driver.call(
             "cuTensorMapEncodeTiled",
             c_void_p(address),
-            c_uint32(_DATA_TYPE[spec.dtype]),
+            c_uint32(data_type),
             c_uint32(rank),
             c_void_p(pointer),
             (c_uint64 * rank)(*spec.dims),
@@ -109,7 +112,7 @@ def encode(spec: TensorMapSpec, pointer: int) -> bytes:
             (c_uint32 * rank)(*spec.box, 1, 1),
             (c_uint32 * rank)(1, 1, 1, 1),
             c_uint32(_INTERLEAVE_NONE),
-            c_uint32(_SWIZZLE_128B),
+            c_uint32(swizzle),
             c_uint32(_L2_PROMOTION_256B),
             c_uint32(_OOB_FILL_ZEROS),
         )

@@ -40,8 +40,12 @@ _POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
 _COMBINE = ("smxx/flash_bwd_combine.cu", "flash_bwd_combine")
 _TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 _DQ, _DK, _DV, _WORKSPACE = 6, 7, 8, 9  # positions among the call's pointers
-# Arrays that the sm_90 kernel reaches by bulk copies; it has pointers to dk, dv and the workspace.
-_SM90_MAPS = tuple(name for name, kind, *_ in BwdTmaParams._fields_ if kind is TensorMap)
+# What the sm_90 kernel reaches by bulk copies: the first two parts of the workspace, and arrays of the caller. It has
+# pointers to dk, dv and the rest of the workspace.
+_SM90_STATISTICS = ("lse_log2", "softmax_d")
+_SM90_MAPS = tuple(
+    name for name, kind, *_ in BwdTmaParams._fields_ if kind is TensorMap and name not in _SM90_STATISTICS
+)
 
 # Thread blocks per multiprocessor that are enough: a wave and a half. With fewer, the query heads of a key head are
 # shared out among several blocks, which costs each of them a float32 part of dK and dV, and a kernel that sums these.
@@ -153,14 +157,14 @@ def _launches(
             tiles = key_tiles * head_splits
             blocks = tiles if deterministic else min(tiles, device.sm_count)
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
-            maps = _tensor_maps(problem, tile, rows, skipped)
+            maps = _tensor_maps(problem, tile, rows, skipped) + _statistics_maps(tile, query_tiles, offsets)
             flash_bwd = KernelLaunch(
                 *(_SM90_WIDE if tile.wide else _SM90),
                 plans.SM90_ARCH,
                 main,
                 config,
                 _tma_params(params),
-                pointers[_DK : _DV + 1] + workspaces,
+                pointers[_DK : _DV + 1] + workspaces[len(_SM90_STATISTICS) :],
                 maps,
             )
         else:
@@ -210,6 +214,15 @@ def _tensor_maps(
             TensorMapSpec.of(*plans.map_dims(problem, name, rows), (64, box_rows[name]), problem.dtype),
         )
         for name in _SM90_MAPS
+    )
+
+
+def _statistics_maps(tile: BwdTileSm90, query_tiles: int, offsets: tuple[int, ...]) -> tuple[TensorMapArgument, ...]:
+    """Of `_SM90_STATISTICS`, at the start of the workspace: a row for each block of queries."""
+    spec = TensorMapSpec.of((tile.block_m, query_tiles, 1, 1), (tile.block_m, 0, 0), (tile.block_m, 1), "float32")
+    return tuple(
+        TensorMapArgument(getattr(BwdTmaParams, name).offset, _WORKSPACE, offset, spec)
+        for name, offset in zip(_SM90_STATISTICS, offsets[:2], strict=True)
     )
 
 

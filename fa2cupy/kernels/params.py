@@ -83,16 +83,15 @@ class BwdTmaParams(ctypes.Structure):
     """As FwdTmaParams."""
 
     _fields_ = (
-        *((name, TensorMap) for name in ("dout", "q", "k", "v")),
-        *((name, c_uint64) for name in ("dk", "dv")),
-        *((name, c_uint64) for name in ("lse_log2", "softmax_d", "dq_accum", "dq_turn", "dk_partial", "dv_partial")),
+        *((name, TensorMap) for name in ("dout", "q", "k", "v", "lse_log2", "softmax_d")),
+        *((name, c_uint64) for name in ("dk", "dv", "dq_accum", "dq_turn", "dk_partial", "dv_partial")),
         *((f"{name}_strides", Strides3) for name in ("dk", "dv")),
         ("shape", Shape),
         ("scale_softmax_log2", c_float),
         ("softmax_scale", c_float),
         ("head_splits", c_int32),
         ("head_dim_v", c_int32),
-        ("_to_a_multiple_of_64", c_int32 * 9),
+        ("_to_a_multiple_of_64", c_int32 * 13),
     )
 
 

@@ -182,7 +182,8 @@ class _Bound:
 class _BoundWithMaps(_Bound):
     """A KernelLaunch whose struct has tensor maps. Those of arrays that the thread's last call had too are still there.
 
-    Most calls have new outputs at most; a map that is needed again is found in the cache of `tensor_map.encode`.
+    Most calls have new outputs at most, and the allocator gives them the same workspace again; a map that is needed
+    again is found in the cache of `tensor_map.encode`.
     """
 
     def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:

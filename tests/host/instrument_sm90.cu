@@ -213,6 +213,18 @@ void store(const InstrumentParams& p, SharedMemory& smem) {
   }
 }
 
+// out = a box of n floats: no swizzle, and an address of 128 bytes is enough.
+void floats(const InstrumentParams& p, SharedMemory& smem) {
+  start(p, smem, 1);
+  float* to = reinterpret_cast<float*>(smem.b) + (p.flaw == kUnaligned ? 16 : 32);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(smem.full[0], p.n * sizeof(float));
+    cp_async_bulk_tensor_4d_load(to, p.a, smem.full[0], 0, p.row, p.head, p.batch);
+  }
+  mbarrier_wait(smem.full[0], 0);  // for the floats
+  for (int i = threadIdx.x; i < p.n; i += 128) p.out[i] = to[i];
+}
+
 template <int kN>
 void of_width(const InstrumentParams& p, SharedMemory& smem) {
   if (p.which == 0) return along_rows<kN>(p, smem);
@@ -233,6 +245,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) instrument(const __grid_con
     case 3: return ring(p, smem);
     case 4: return store(p, smem);
     case 5: return registers(p);
+    case 6: return floats(p, smem);
   }
   switch (p.n) {
     case 64: return of_width<64>(p, smem);

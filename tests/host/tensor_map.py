@@ -18,11 +18,14 @@ from typing import Any
 
 BYTES = 128
 _MAGIC = 0x3270614D726F7354
-_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2}
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def pack(pointer: int, dims: Sequence[int], strides_bytes: Sequence[int], box: Sequence[int], dtype: str) -> bytes:
-    """The words of a map of four dimensions, columns first, with 128-byte swizzle; ValueError as the driver would."""
+    """The words of a map of four dimensions, columns first; ValueError as the driver would.
+
+    Of 16-bit elements with 128-byte swizzle, of float32 without.
+    """
     box = (*box, *(1,) * (4 - len(box)))
     item = _ELEMENT_BYTES[dtype]
     if len(dims) != 4 or not all(1 <= n <= 1 << 32 for n in dims):
@@ -31,8 +34,10 @@ def pack(pointer: int, dims: Sequence[int], strides_bytes: Sequence[int], box: S
         raise ValueError(f"three strides are needed, multiples of 16 below 2^40, not {strides_bytes}")
     if pointer % 16:
         raise ValueError(f"{pointer:#x} is not 16-byte aligned")
-    if box[0] * item != 128 or not 1 <= box[1] <= 256 or tuple(box[2:]) != (1, 1):
-        raise ValueError(f"a box is 128 bytes by 1 to 256 rows of one head, not {box}")
+    if not 1 <= box[1] <= 256 or tuple(box[2:]) != (1, 1):
+        raise ValueError(f"a box has 1 to 256 rows of one head, not {box}")
+    if (box[0] * item != 128) if item == 2 else (box[0] % 4 or not 4 <= box[0] <= 256):
+        raise ValueError(f"a row of a box has 128 bytes, or 4 to 256 floats in fours, not {box[0]} of {item} bytes")
     return struct.pack("<16Q", pointer, *dims, *strides_bytes, box[0], box[1], item, _MAGIC, 0, 0, 0, 0)
 
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = "instrument_sm90.cu"
 WIDTHS = (64, 96, 128, 192, 256)
 SHARED_BYTES = 4 * 64 * 128 + 4 * 256 * 128 + 1024
-ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS = range(6)
+ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS, FLOATS = range(7)
 
 
 class Params(ctypes.Structure):
@@ -131,6 +131,17 @@ def stored(
     return c_bits, expected
 
 
+def floats(columns: int = 96, row: int = 0, **options: object) -> tuple[np.ndarray, np.ndarray]:
+    """A box of two rows of 96 floats from five rows of `columns`, and what it should hold."""
+    x = integers(5, 96)
+    words = tensor_map.pack(x.ctypes.data, (columns, 5, 1, 1), (x.strides[0],) * 3, (96, 2), "float32")
+    expected, moved = np.zeros((2, 96), np.float32), x[row : row + 2, :columns]
+    expected[: len(moved), :columns] = moved
+    out = np.full((2, 96), np.nan, np.float32)
+    launch(FLOATS, (words,), out, n=out.size, at=(row, 0, 0), **options)  # type: ignore[arg-type]
+    return out, expected
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Right
 
@@ -167,6 +178,13 @@ def test_loads_fill_up_with_zeros(at: tuple[int, int, int]) -> None:
     out = np.full((64, 64), np.nan, np.float32)
     launch(ALONG, (as_map(a_bits, 64, 107), as_map(b_bits, 64)), out, n=64, at=at)
     np.testing.assert_array_equal(out, filled[0] @ filled[1].T)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("columns, row", [(96, 0), (96, 3), (96, 4), (90, 1), (3, 4)])
+def test_floats_are_not_swizzled(columns: int, row: int, schedule: Schedule) -> None:
+    out, expected = floats(columns, row, schedule=schedule)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("schedule", Schedule)
@@ -305,6 +323,11 @@ def test_flaws_of_a_store(options: dict[str, object], message: str) -> None:
     assert re.search(message, seen), seen
 
 
+def test_flaws_of_floats() -> None:
+    assert "offset 32832 of shared memory is not 128-byte aligned" in failures(floats, flaw="kUnaligned")
+    assert WRONG in failures(floats, plant=line_of("for the floats"))
+
+
 def test_registers_are_given_before_they_are_taken() -> None:
     launch(REGISTERS, (), threads=384)
     with pytest.raises(HostRunError, match=r"deadlock .* wait at setmaxnreg_inc"):
@@ -327,6 +350,14 @@ def test_a_map_is_checked(changes: dict[str, object]) -> None:
     assert len(tensor_map.pack(**good, dtype="float16")) == tensor_map.BYTES  # type: ignore[arg-type]
     with pytest.raises(ValueError):
         tensor_map.pack(**{**good, **changes}, dtype="float16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("columns", [2, 6, 260])
+def test_a_map_of_floats_is_checked(columns: int) -> None:
+    dims, strides = (columns, 8, 1, 1), (2048, 2048, 2048)
+    assert len(tensor_map.pack(4096, dims, strides, (128, 1), "float32")) == tensor_map.BYTES
+    with pytest.raises(ValueError):
+        tensor_map.pack(4096, dims, strides, (columns, 1), "float32")
 
 
 def test_no_false_alarm_under_sanitizers() -> None:

@@ -229,6 +229,8 @@ MUTANTS = [
     ("bwd", "hopper-splits", BOTH90, "tile += work.begin, ++head", "++head"),
     ("bwd", "hopper-causal", BOTH90, "m_block = work.begin, tile", "m_block = 0, tile"),
     ("bwd", "hopper-splits", BOTH90, "{n_block,     tile.head / head_splits", "{n_block,     tile.head"),
+    ("bwd", "hopper-full", BOTH90, "static_cast<int>(step.tile), 0, 0)", "step.m_block, 0, 0)"),
+    ("bwd", "hopper-full", BWD90, "params.softmax_d, smem.dout_full", "params.lse_log2, smem.dout_full"),
     ("bwd", "hopper-full", BWD90, "first = step.left == 1;", "first = false;"),
     ("bwd", "hopper-full", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     ("bwd", "hopper-full", BWD90, "if (last) k.advance(), v_parity ^= 1;", "if (last) k.advance();"),
@@ -279,6 +281,8 @@ MUTANTS = [
     ("bwd", "hopper-splits", BWD90, "warp_row) * kHeadDim;", "0) * kHeadDim;"),
     ("bwd", "hopper-full", TILE90, "lane / 16 * 8, chunk = col % 64 / 8", "lane / 16 * 8, chunk = 0"),
     ("bwd", "hopper-full", TILE90, "col / 64 * tile.kPanelBytes + row * 128", "row * 128"),
+    ("bwd", "hopper-wide", WIDE90, "params.dout, params.softmax_d", "params.dout, params.lse_log2"),
+    ("bwd", "hopper-wide", WIDE90, "alignas(128) float statistics", "float statistics"),
     ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < work.mask_to", "false"),
     ("bwd", "hopper-wide", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     (

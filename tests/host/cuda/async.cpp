@@ -43,14 +43,16 @@ struct MBarrier {
 struct Map {
   char* base;
   int64_t dims[4], strides[3];  // dims as in Coordinates; bytes between rows, heads, batches
-  uint32_t rows;                // of the box, of 128 bytes each
+  uint32_t rows, row_bytes;     // of the box
+  int item;                     // bytes of an element
+  bool swizzled;                // rows of 128 bytes; else one after the other, as they are
+  uint32_t bytes() const { return rows * row_bytes; }
 };
 
-// Of a box, or of `bytes` in a row: then `global` is where from.
+// Of a box.
 struct Load {
   Map map;
   Coordinates at;
-  const char* global;
   uint32_t offset, bytes;
   MBarrier* barrier;
   Site site;
@@ -302,14 +304,17 @@ Map read_map(const void* words, Site site) {
   if (reinterpret_cast<uintptr_t>(words) % 64) wrong = "it is not 64-byte aligned";
   else if (w[11] != kMapMagic) wrong = "it was not made by tests/host/tensor_map.py";
   else if (w[0] % 16) wrong = "its pointer is not 16-byte aligned";
-  else if (w[8] != 64 || w[10] != 2) wrong = "its box is not 64 columns of 2 bytes wide";
+  else if (w[10] != 2 && w[10] != 4) wrong = "its elements have not 2 or 4 bytes";
+  else if (w[10] == 2 && w[8] != 64) wrong = "its box is not 64 columns of 2 bytes wide";
+  else if (w[10] == 4 && (w[8] < 4 || w[8] > 256 || w[8] % 4)) wrong = "its box has not 4 to 256 columns of 4 bytes";
   else if (w[9] < 1 || w[9] > 256) wrong = "its box has not 1 to 256 rows";
   for (int i = 0; i < 4 && !wrong; i++) {
     if (w[1 + i] < 1 || w[1 + i] > 1ull << 32) wrong = "a dimension is not from 1 to 2^32";
     if (i < 3 && (w[5 + i] % 16 || w[5 + i] >> 40)) wrong = "a stride is not a multiple of 16 below 2^40";
   }
   if (wrong) fail("%s:%d: no tensor map: %s", short_name(site.file), site.line, wrong);
-  Map map{reinterpret_cast<char*>(w[0]), {}, {}, static_cast<uint32_t>(w[9])};
+  Map map{reinterpret_cast<char*>(w[0]), {}, {}, static_cast<uint32_t>(w[9]), static_cast<uint32_t>(w[8] * w[10]),
+          static_cast<int>(w[10]), w[10] == 2};
   for (int i = 0; i < 4; i++) map.dims[i] = static_cast<int64_t>(w[1 + i]);
   for (int i = 0; i < 3; i++) map.strides[i] = static_cast<int64_t>(w[5 + i]);
   return map;
@@ -317,13 +322,14 @@ Map read_map(const void* words, Site site) {
 
 uint32_t place_of_box(const Map& map, const void* shared, const char* name, Site site) {
   const uint32_t offset = offset_of(shared), size = world.launch->shared_mem_bytes;
-  if (offset % kAtom) {
-    fail("%s (%s:%d): offset %u of shared memory is not 1024-byte aligned", name, short_name(site.file), site.line,
-         offset);
+  const uint32_t alignment = map.swizzled ? kAtom : 128;
+  if (offset % alignment) {
+    fail("%s (%s:%d): offset %u of shared memory is not %u-byte aligned", name, short_name(site.file), site.line, offset,
+         alignment);
   }
-  if (map.rows * 128 > size - offset) {
+  if (map.bytes() > size - offset) {
     fail("%s (%s:%d): %u bytes at offset %u of %u bytes of shared memory", name, short_name(site.file), site.line,
-         map.rows * 128, offset, size);
+         map.bytes(), offset, size);
   }
   return offset;
 }
@@ -333,33 +339,33 @@ uint32_t end_atom(uint32_t offset, uint32_t bytes) { return (offset + bytes + kA
 // Calls `each(shared, global, bytes)` for pieces of the box of at most 16 bytes; `global` is null outside the tensor.
 template <class Each>
 void walk_box(const Map& map, Coordinates at, uint32_t offset, Each each) {
+  const int item = map.item, items = 16 / item;
   const bool there = at.head >= 0 && at.head < map.dims[2] && at.batch >= 0 && at.batch < map.dims[3];
   for (uint32_t r = 0; r < map.rows; r++) {
     const int64_t row = int64_t{at.row} + r;
-    for (int c = 0; c < 8; c++) {
-      char* shared = world.block->shared + swizzled(offset + r * 128 + c * 16);
-      const int64_t column = int64_t{at.d} + 8 * c;
-      const int64_t first = std::clamp<int64_t>(-column, 0, 8);
-      const int64_t end = std::clamp<int64_t>(map.dims[0] - column, first, 8);
+    for (uint32_t c = 0; c < map.row_bytes / 16; c++) {
+      const uint32_t place = offset + r * map.row_bytes + c * 16;
+      char* shared = world.block->shared + (map.swizzled ? swizzled(place) : place);
+      const int64_t column = int64_t{at.d} + items * c;
+      const int64_t first = std::clamp<int64_t>(-column, 0, items);
+      const int64_t end = std::clamp<int64_t>(map.dims[0] - column, first, items);
       if (!there || row < 0 || row >= map.dims[1] || first == end) {
         each(shared, nullptr, 16);
         continue;
       }
       char* global = map.base + row * map.strides[0] + at.head * map.strides[1] + at.batch * map.strides[2];
-      if (first) each(shared, nullptr, static_cast<int>(2 * first));
-      each(shared + 2 * first, global + 2 * (column + first), static_cast<int>(2 * (end - first)));
-      if (end < 8) each(shared + 2 * end, nullptr, static_cast<int>(16 - 2 * end));
+      if (first) each(shared, nullptr, static_cast<int>(item * first));
+      each(shared + item * first, global + item * (column + first), static_cast<int>(item * (end - first)));
+      if (end < items) each(shared + item * end, nullptr, static_cast<int>(16 - item * end));
     }
   }
 }
 
 void land(const Load& load) {
-  if (load.global) {
-    memcpy(world.block->shared + load.offset, load.global, load.bytes);
-  } else {
-    walk_box(load.map, load.at, load.offset, [](char* shared, const char* global, int bytes) {
-      global ? memcpy(shared, global, bytes) : memset(shared, 0, bytes);
-    });
+  walk_box(load.map, load.at, load.offset, [](char* shared, const char* global, int bytes) {
+    global ? memcpy(shared, global, bytes) : memset(shared, 0, bytes);
+  });
+  if (load.map.swizzled) {
     for (uint32_t i = load.offset / kAtom; i < end_atom(load.offset, load.bytes); i++) state().atoms[i].writers--;
   }
   load.barrier->bytes -= load.bytes;
@@ -438,9 +444,9 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
   constexpr const char* kName = "the bulk load";
   Async& async = state();
   const Map map = read_map(words, site);
-  const uint32_t offset = place_of_box(map, shared, kName, site), bytes = map.rows * 128;
+  const uint32_t offset = place_of_box(map, shared, kName, site), bytes = map.bytes();
   MBarrier& barrier = claim(address, bytes, site);
-  for (uint32_t i = offset / kAtom; i < end_atom(offset, bytes); i++) {
+  for (uint32_t i = offset / kAtom; map.swizzled && i < end_atom(offset, bytes); i++) {
     Atom& atom = async.atoms[i];
     if (atom.writers || atom.readers) {
       const Site other = atom.writers ? atom.writer : atom.reader;
@@ -451,18 +457,12 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
     atom.writer = site;
   }
   check_fenced(offset, bytes, kName, site);
-  start(Load{map, at, nullptr, offset, bytes, &barrier, site});
+  start(Load{map, at, offset, bytes, &barrier, site});
 }
 
 void bulk_store(const void* words, const void* shared, Coordinates at, Site site) {
   const Map map = read_map(words, site);
-  start(Store{map, at, nullptr, place_of_box(map, shared, "the bulk store", site), map.rows * 128, false, site});
-}
-
-void bulk_load_bytes(void* shared, const void* global, uint32_t bytes, const void* address, Site site) {
-  const uint32_t offset = place_of_bytes(shared, global, bytes, "the bulk load", site);
-  MBarrier& barrier = claim(address, bytes, site);
-  start(Load{{}, {}, static_cast<const char*>(global), offset, bytes, &barrier, site});
+  start(Store{map, at, nullptr, place_of_box(map, shared, "the bulk store", site), map.bytes(), false, site});
 }
 
 void bulk_add(float* global, const float* shared, uint32_t bytes, Site site) {

@@ -13,8 +13,8 @@
 // Whatever is on its way is poison: the destination of a load, the accumulators of a wgmma.
 //
 // What is checked besides: mbarriers are initialised, fenced, intact, and get the arrivals and bytes that they expect
-// (bytes before the copy that brings them is issued); a load does not write where a wgmma, a store or another load is at
-// work; wgmma and stores do not read what a load is still filling, nor what was stored without fence_proxy_async (by
+// (bytes before the copy that brings them is issued); a load of panels (those of a swizzled map) does not write where a
+// wgmma, a store or another load is at work; wgmma and stores do not read what a load is still filling, nor what was stored without fence_proxy_async (by
 // st_shared and stmatrix_x4: plain pointers are not watched); the warps of a warpgroup issue the same wgmmas, each group
 // after a wgmma_fence of its own; nothing is left on its way when a thread, or the block, ends.
 #pragma once
@@ -35,7 +35,6 @@ void check_tensor_map(const void* map, Site site);
 void bulk_load(void* shared, const void* map, const void* barrier, Coordinates at, Site site);
 void bulk_store(const void* map, const void* shared, Coordinates at, Site site);
 // Bytes in a row.
-void bulk_load_bytes(void* shared, const void* global, uint32_t bytes, const void* barrier, Site site);
 void bulk_add(float* global, const float* shared, uint32_t bytes, Site site);
 void bulk_commit_group();
 // written: global memory too.
