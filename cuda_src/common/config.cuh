@@ -52,6 +52,10 @@ constexpr int kDqWarps = FA2_DQ_WARPS;    // warps that share a tile of dQ
 constexpr int kDqWarpsM = FA2_DQ_WARPS_M;  // warps along the rows of dQ
 constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and newer
 #endif
+#ifdef FA2_DQ_PARTS
+constexpr int kDqParts = FA2_DQ_PARTS;   // parts of a tile of dQ with turns of their own
+constexpr bool kClearDq = FA2_CLEAR_DQ;  // its sum begins with zeros, not with whoever comes first
+#endif
 #ifdef FA2_NUM_STAGES
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
 #endif

@@ -62,7 +62,7 @@ struct BwdParams {
   float* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
   float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
-  int* dq_turn;      // (batch, num_heads, m_blocks): how many key blocks have added their dQ (deterministic only)
+  int* dq_turn;      // (batch, num_heads, m_blocks, kDqParts), from 0: whose turn it is to add to dQ
   float* dk_partial;  // (batch, num_heads_k, head_splits, n_blocks * kBlockN, kHeadDim), scaled (head_splits > 1 only)
   float* dv_partial;  // likewise with kHeadDimV columns, and nothing to scale
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;

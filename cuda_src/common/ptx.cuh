@@ -96,3 +96,9 @@ FA2_DEVICE int ld_acquire(const int* address) {
 FA2_DEVICE void red_release_add(int* address, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+// atom.acquire.gpu.global.add.s32: the counter's value before
+FA2_DEVICE int atom_acquire_add(int* address, int value) {
+  int before;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}

@@ -12,6 +12,7 @@ struct Work {
   int n_block, head_k, batch;
   int first_head, heads;
   int begin, end, mask_to;  // query blocks, up to the last one; those before mask_to need a mask
+  int start;                // the query block of a head's first step; the last one is followed by the first
   int part;                 // which part of dK and dV this is (kPartialDkv)
 };
 
@@ -23,11 +24,12 @@ struct Step {
   FA2_DEVICE Step(const Shape& shape, const Work& work)
       : left(work.heads * (work.end - work.begin)),
         head(work.first_head),
-        m_block(work.begin),
+        m_block(work.start),
         tile(static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM) + m_block) {}
   FA2_DEVICE void advance(const Work& work) {
     --left, ++m_block, ++tile;
-    if (m_block == work.end) m_block = work.begin, tile += work.begin, ++head;  // work.end is that of the head, too
+    if (m_block == work.end) m_block = work.begin, tile -= work.end - work.begin;
+    if (m_block == work.start) ++head, tile += work.end;  // work.end is that of the head, too
   }
 };
 
@@ -37,6 +39,10 @@ constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(float);
 FA2_DEVICE void load_statistics(float (&statistics)[kBlockM], const TensorMap& map, uint64_t& barrier, const Step& step) {
   cp_async_bulk_tensor_4d_load(statistics, map, barrier, 0, static_cast<int>(step.tile), 0, 0);
 }
+
+// Without a mask all key blocks of a head begin with the same query block, and add to the same dQ at a time. Staggered, each
+// begins with another one (causal ones do so by themselves).
+constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !kPartialDkv;
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
 // problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks
@@ -64,8 +70,17 @@ struct Schedule {
     const int n_block = backwards ? n_blocks - 1 - tile.block : tile.block;
     const BlockRange range = query_blocks(shape, n_block);
     const int heads = shape.num_heads / shares;
-    work = {n_block,     tile.head / head_splits, tile.batch,    tile.head * heads, heads,
-            range.begin, range.end,               range.mask_to, (tile.batch * shares + tile.head) * n_blocks + n_block};
+    const int start = kStagger ? n_block * ceil_div(range.end, n_blocks) % range.end : range.begin;
+    work = {n_block,
+            tile.head / head_splits,
+            tile.batch,
+            tile.head * heads,
+            heads,
+            range.begin,
+            range.end,
+            range.mask_to,
+            start,
+            (tile.batch * shares + tile.head) * n_blocks + n_block};
     return true;
   }
 };
@@ -75,6 +90,27 @@ struct Schedule {
 FA2_DEVICE int my_turn(const Shape& shape, int n_block, int m_block) {
   return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block;
 }
+
+// dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
+// for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.
+// Deterministic: it counts those who are done. Of each warpgroup that adds one thread calls these.
+constexpr int kWritten = 1 << 30;
+
+// Waits for this key block's turn; whether it is the first.
+FA2_DEVICE bool take_turn(int* counter, const Shape& shape, int n_block, int m_block) {
+  if constexpr (kDeterministic) {
+    const int turn = my_turn(shape, n_block, m_block);
+    while (ld_acquire(counter) < turn) continue;  // every key block before this one has added
+    return !kClearDq && turn == 0;
+  }
+  if (kClearDq) return false;
+  int seen = atom_acquire_add(counter, 1);
+  if (seen == 0) return true;
+  while (seen < kWritten) seen = ld_acquire(counter);  // the first one has written
+  return false;
+}
+// What was written or added is in global memory. Not deterministic: of the first one only.
+FA2_DEVICE void end_turn(int* counter) { red_release_add(counter, kDeterministic ? 1 : kWritten); }
 
 // P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
 template <bool kMasked>

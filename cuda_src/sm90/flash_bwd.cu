@@ -42,9 +42,9 @@ struct SharedMemory {
   // full: the bytes have landed, or every warp has stored its part. empty: every reader is done with them.
   uint64_t k_full[kKStages], k_empty[kKStages], v_full, v_empty;
   uint64_t q_full[kStages], dout_full[kStages], q_dout_empty[kStages];
-  uint64_t ds_empty[kStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
+  uint64_t ds_full[kStages], ds_empty[kStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
 };
-constexpr int kTurn = 1, kLastDs = kTurn + kKeyGroups;  // named barriers: a key warpgroup's turn; all of dS is stored
+constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
 using AccKV = Accumulator<1, kHeadDim / 8>;  // 64 keys x head_dim
@@ -100,21 +100,28 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+      int* turns = params.dq_turn + step.tile * kDqParts + group;
       mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
+      int first = 0;
+      if (lane == 0) first = take_turn(turns, params.shape, work.n_block, step.m_block);
+      first = __shfl_sync(0xffffffffu, first, 0);
+      float* sum = params.dq_accum + step.tile * kDqTileFloats + offset;
+      constexpr uint32_t kBytes = kDqNTiles * 512;
       if (lane < 4) {
-        if constexpr (kDeterministic) {
-          const int turn = kDqWarps * my_turn(params.shape, work.n_block, step.m_block);
-          while (ld_acquire(params.dq_turn + step.tile) < turn) continue;  // every key block before this one has added
+        if (first) {
+          cp_async_bulk_store(sum, smem.dq + offset, kBytes);
+        } else {
+          cp_reduce_async_bulk_add_f32(sum, smem.dq + offset, kBytes);
         }
-        cp_reduce_async_bulk_add_f32(params.dq_accum + step.tile * kDqTileFloats + offset, smem.dq + offset, kDqNTiles * 512);
         cp_async_bulk_commit_group();
         cp_async_bulk_wait_group_read<0>();
       }
       __syncwarp();  // all four parts have been read
       if (lane == 0) mbarrier_arrive(smem.dq_empty[group]);
-      if (kDeterministic && lane < 4) {
-        cp_async_bulk_wait_group<0>();  // this lane's part has been added
-        red_release_add(params.dq_turn + step.tile, 1);
+      if (kDeterministic || first) {
+        cp_async_bulk_wait_group<0>();
+        __syncwarp();  // all four parts are in global memory
+        if (lane == 0) end_turn(turns);
       }
     }
   }
@@ -137,6 +144,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
   const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
   const bool leader = threadIdx.x % 128 == 0;
   Ring<kStages> ring;  // of the S that comes next
+  Ring<kStages> ds;    // of the dQ that comes next, a step behind
   Ring<kKStages> k;
   uint32_t v_parity = 0, dq_parity = 0;
   AccS acc_s, acc_dp;
@@ -157,15 +165,16 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     gemm_ss<kHeadSteps>(acc_dp, AlongRows(smem.v, group_row), AlongRows(smem.dout[ring.stage]));
     wgmma_commit_group();
   };
-  // dQ = dS K. Since this dS was stored, both warpgroups have been at kTurn or kLastDs: all of it is there.
-  auto issue_dq = [&](AccDq& acc_dq, int stage, int k_stage) {
+  auto issue_dq = [&](AccDq& acc_dq, int k_stage) {  // dQ = dS K
+    mbarrier_wait(smem.ds_full[ds.stage], ds.parity);  // dS of both warpgroups is there: compute_step
     wgmma_fence();
-    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage], dq_row), DownRows(smem.k[k_stage], dq_col));
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[ds.stage], dq_row), DownRows(smem.k[k_stage], dq_col));
     wgmma_commit_group();
   };
-  auto finish_dq = [&](AccDq& acc_dq, int stage) {
+  auto finish_dq = [&](AccDq& acc_dq) {
     pin(acc_dq);
-    if (leader) mbarrier_arrive(smem.ds_empty[stage]);
+    if (leader) mbarrier_arrive(smem.ds_empty[ds.stage]);
+    ds.advance();
     mbarrier_wait(smem.dq_empty[group], dq_parity ^ 1);  // the step before it has been read: add_dq
     dq_parity ^= 1;
     const uint32_t target = smem_address(smem.dq + dq_offset(dq_warp(group, warp_id() % 4), lane_id(), 0, 0, 0));
@@ -220,7 +229,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     constexpr bool kDue = decltype(due)::value, kMore = decltype(more)::value;
     const bool last = step.left == 1;  // of its tile
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
-    bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup's dS is done
+    bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
     if (step.m_block < work.mask_to) {
       recompute_p<true>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, shape, key, first_query);
     } else {
@@ -233,18 +242,20 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage]);
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
+    bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);
     mbarrier_wait(smem.ds_empty[ring.stage], ring.parity ^ 1);  // released by both warpgroups after dQ = dS K
     store_transposed(smem.ds[ring.stage], warp_row, frag_ds);
     fence_proxy_async();  // this thread's part of dS, before wgmma reads it
-    bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);
+    __syncwarp();         // the warp's part is in shared memory
+    if (lane_id() == 0) mbarrier_arrive(smem.ds_full[ring.stage]);
 
     wgmma_fence();
     gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[ring.stage]), !first);  // dV += P^T dO
     gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[ring.stage]), !first);    // dK += dS^T Q
     wgmma_commit_group();
     AccDq acc_dq;
-    const int stage = ring.stage, stage_before = ring.before();
-    if constexpr (kDue) issue_dq(acc_dq, stage_before, first ? k.before() : k.stage);
+    const int stage = ring.stage;
+    if constexpr (kDue) issue_dq(acc_dq, first ? k.before() : k.stage);
     ring.advance();
     if (last) k.advance(), v_parity ^= 1;
     wgmma_wait_group<kDue ? 1 : 0>();  // dV, dK
@@ -256,7 +267,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     if constexpr (kMore) issue_s(last);
     if constexpr (kDue) {
       wgmma_wait_group<kMore ? 1 : 0>();  // dQ of the step before
-      finish_dq(acc_dq, stage_before);
+      finish_dq(acc_dq);
     }
     if (last) {
       pin(acc_dk);
@@ -282,11 +293,10 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     while (!is_final()) compute_step(True{}, True{});
     compute_step(True{}, False{});
   }
-  bar_sync(kLastDs, 128 * kKeyGroups);  // all of the last dS is in shared memory
   AccDq acc_dq;
-  issue_dq(acc_dq, ring.before(), k.before());
+  issue_dq(acc_dq, k.before());
   wgmma_wait_group<0>();
-  finish_dq(acc_dq, ring.before());
+  finish_dq(acc_dq);
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaParams params) {
@@ -304,6 +314,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       mbarrier_init(smem.q_full[i], 1);
       mbarrier_init(smem.dout_full[i], 1);
       mbarrier_init(smem.q_dout_empty[i], kKeyGroups);
+      mbarrier_init(smem.ds_full[i], 4 * kKeyGroups);
       mbarrier_init(smem.ds_empty[i], kKeyGroups);
     }
 #pragma unroll

@@ -9,7 +9,7 @@
 //   dQ       dQ = dS K, added to dq_accum from registers
 //
 // Rings of buffers couple them, and nothing else: where one waits or computes exponentials, the others' products run. The
-// first two compute S or dP of the next step under dV or dK of this one, and P or dS under the rest of these.
+// first two issue S or dP of the next step with dV or dK of this one.
 #include "common/dq_accum.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
@@ -143,10 +143,6 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
     pin(acc);
     if (!kMore && leader) mbarrier_arrive(loads.keys_empty);  // the last S or dP of the tile is there
     transform(step);
-    pin(acc);
-    wgmma_wait_group<0>();  // dV or dK of the step before
-    pin_gradient();
-    if (!first && leader) mbarrier_arrive(other_loads.empty[ring.before()]);
     to_fragments(frag, acc);
     if constexpr (kSecond) {
       mbarrier_wait(smem.ds_empty[ring.stage], ring.parity ^ 1);  // released by compute_dq
@@ -158,16 +154,19 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
     const int stage = ring.stage;
     const uint32_t parity = ring.parity;
     ring.advance();
-    if constexpr (kMore) issue();
     mbarrier_wait(other_loads.full[stage], parity);  // landed: copy_tiles
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kParts; ++i)  // dV += P^T dO, dK += dS^T Q
       gemm_rs<kQuerySteps>(acc_gradient[i], frag, DownRows(other_queries[stage], i * kPartCols), !first);
     wgmma_commit_group();
-    wgmma_wait_group<kMore ? 1 : 0>();  // S or dP of the next step; or dV, dK
-    if (leader) mbarrier_arrive(loads.empty[stage]);
-    if (!kMore && leader) mbarrier_arrive(other_loads.empty[stage]);
+    if constexpr (kMore) issue();
+    wgmma_wait_group<0>();  // dV or dK; S or dP of the next step
+    pin_gradient();
+    if (leader) {
+      mbarrier_arrive(loads.empty[stage]);
+      mbarrier_arrive(other_loads.empty[stage]);
+    }
   };
 
   // Columns [col, col + kPartCols) of dV or dK. A loop over the parts would put them into local memory.
@@ -203,7 +202,6 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
       first = false;
     }
     compute_step(step, first, False{});
-    pin_gradient();
     store(acc_gradient[0], 0);
     if constexpr (kParts > 1) store(acc_gradient[1], kPartCols);
   }

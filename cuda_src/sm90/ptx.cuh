@@ -55,6 +55,12 @@ FA2_DEVICE void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* 
 
 // ---- bulk additions of bytes in a row (PTX ISA 9.7.9.25): addresses and sizes are multiples of 16 ---------------------------
 
+// gmem = smem. One thread issues it and commits.
+FA2_DEVICE void cp_async_bulk_store(void* gmem, const void* smem, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+               ::"l"(gmem), "r"(smem_address(smem)), "r"(bytes)
+               : "memory");
+}
 // gmem += smem, float by float, each addition relaxed and atomic. One thread issues it and commits.
 FA2_DEVICE void cp_reduce_async_bulk_add_f32(float* gmem, const float* smem, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"

@@ -1,4 +1,4 @@
-// Before the backward: D = rowsum(dO * O) (Dao 2023, algorithm 2, line 4), lse in base 2, and zeros for dQ.
+// Before the backward: D = rowsum(dO * O) (Dao 2023, algorithm 2, line 4), lse in base 2, and zeros for dQ or its turns.
 //
 // One thread block per kBlockM query rows of a head; a row is shared by the lanes that hold its 16-byte chunks. Heads are taken
 // from the last to the first: what flash_bwd begins with is the last that has been touched, and still in L2.
@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const float* gmem_lse = params.lse + batch * ls.batch + head * ls.head;
 
   const int col = threadIdx.x % kLanesPerRow * 8;
+#pragma unroll
   for (int i = threadIdx.x / kLanesPerRow; i < ceil_div(kBlockM, kRowsPerPass) * kRowsPerPass; i += kRowsPerPass) {
     const int row = m_block * kBlockM + i;
     const bool inside = i < kBlockM && row < shape.seqlen_q;
@@ -60,7 +61,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
     }
   }
 
-  float4* dq = reinterpret_cast<float4*>(params.dq_accum + tile * kDqTileFloats);
-  for (int i = threadIdx.x; i < kDqTileFloats / 4; i += kNumThreads) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
-  if (threadIdx.x == 0) params.dq_turn[tile] = 0;
+  if constexpr (kClearDq) {
+    float4* dq = reinterpret_cast<float4*>(params.dq_accum + tile * kDqTileFloats);
+    for (int i = threadIdx.x; i < kDqTileFloats / 4; i += kNumThreads) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+  }
+  if (threadIdx.x < kDqParts) params.dq_turn[tile * kDqParts + threadIdx.x] = 0;
 }

@@ -18,7 +18,6 @@ from fa2cupy.kernels.plan import CompileJob, KernelLaunch, Plan, TensorMapArgume
 from fa2cupy.kernels.tiles import (
     BWD_TILES,
     BWD_TILES_SM90,
-    BWD_TILES_SM90_WIDE,
     SHARED_MEMORY,
     BwdTile,
     BwdTileSm90,
@@ -51,6 +50,10 @@ _SM90_MAPS = tuple(
 # shared out among several blocks, which costs each of them a float32 part of dK and dV, and a kernel that sums these.
 _ENOUGH_WAVES = 1.5
 
+_PRE_WARPS = 8
+# Key blocks that add to a dQ, on average, up to which it pays that the first of them writes and nobody clears the sum.
+_FEW_ADDERS = 16
+
 
 @dataclass(frozen=True)
 class BackwardPlan(Plan):
@@ -79,18 +82,13 @@ def plan_backward(
     InvalidArgument if sm_90 is impossible. why_not_sm90: what speaks against it beside the problem and the device.
     """
     if tile is None:
-        tile_sm90 = backward_tile_sm90(problem.head_dim, problem.head_dim_v)
-        own = ""
-        if tile_sm90 and tile_sm90.wide and family != "sm90":
-            own = f"its kernel for head dims of {problem.head_dim} and {problem.head_dim_v} is new: ask for it by sm90"
         tile, why_not_sm90 = plans.choose_tile(
             problem,
             device,
             family,
             backward_tile(device.shared_mem_optin, max(problem.head_dim, problem.head_dim_v)),
-            tile_sm90,
+            backward_tile_sm90(problem.head_dim, problem.head_dim_v),
             _SM90_MAPS,
-            own,
             why_not_sm90,
         )
     launches, workspace, head_splits = _launches(problem, device, deterministic, tile)
@@ -143,13 +141,19 @@ def _launches(
         side, post_bytes = _side_defines(
             tile, problem.dtype, head_dim, head_dim_v, problem.aligned, device.cc >= (9, 0)
         )
-        threads = 32 * tile.dq_warps
+        adding = _adding_defines(tile, _is_cleared(tile, problem.causal, n_blocks, deterministic))
 
-        def beside(kernel: tuple[str, str], blocks: tuple[int, int, int], shared_mem_bytes: int = 0) -> KernelLaunch:
+        def beside(
+            kernel: tuple[str, str],
+            defines: dict[str, int | str],
+            blocks: tuple[int, int, int],
+            shared_mem_bytes: int = 0,
+        ) -> KernelLaunch:
+            threads = 32 * int(defines["FA2_NUM_WARPS"])
             config = LaunchConfig(blocks, (threads, 1, 1), shared_mem_bytes=shared_mem_bytes)
-            return KernelLaunch(*kernel, arch, side, config, bytes(params), pointers)
+            return KernelLaunch(*kernel, arch, defines, config, bytes(params), pointers)
 
-        main = _main_defines(tile, side, head_dim, head_dim_v, problem.causal, deterministic, partial)
+        main = _main_defines(tile, side | adding, head_dim, head_dim_v, problem.causal, deterministic, partial)
         shared = int(main["FA2_SHARED_BYTES"])
         if isinstance(tile, BwdTileSm90):
             # One for each multiprocessor, which takes tiles from the list. Deterministic, one for each tile: whoever is
@@ -168,17 +172,17 @@ def _launches(
                 maps,
             )
         else:
-            config = LaunchConfig((key_tiles * head_splits, 1, 1), (threads, 1, 1), shared_mem_bytes=shared)
+            config = LaunchConfig((key_tiles * head_splits, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             flash_bwd = KernelLaunch(*_SM80, arch, main, config, bytes(params), pointers)
         launches = (
-            beside(_PRE, (query_tiles, 1, 1)),
+            beside(_PRE, side | adding | {"FA2_NUM_WARPS": _PRE_WARPS}, (query_tiles, 1, 1)),
             flash_bwd,
-            beside(_POST, (query_tiles, 1, 1), post_bytes),
+            beside(_POST, side, (query_tiles, 1, 1), post_bytes),
         )
         if partial:
             chunks = problem.batch * problem.num_heads_k * problem.seqlen_k
             chunks *= -(-max(problem.head_dim, problem.head_dim_v) // 8)
-            launches += (beside(_COMBINE, (-(-chunks // threads), 2, 1)),)
+            launches += (beside(_COMBINE, side, (-(-chunks // (32 * tile.dq_warps)), 2, 1)),)
     launches += plans.fill_empty(problem, arch, "dq", _DQ, empty, problem.num_heads)
     if not rows:  # no query sees any key
         for name, position in (("dk", _DK), ("dv", _DV)):
@@ -260,12 +264,25 @@ def _workspace(
     """Byte offsets of lse_log2, softmax_d, dq_accum, dq_turn, dk_partial and dv_partial, and the size of all."""
     rows = query_tiles * tile.block_m * 4
     dq_floats = tile.dq_tile_floats() if isinstance(tile, BwdTileSm90) else tile.dq_tile_floats(head_dim)
+    turns = query_tiles * tile.dq_parts * 4
     dk, dv = (partial_tiles * tile.block_n * width * 4 for width in (head_dim, head_dim_v or head_dim))
     offsets, end = [], 0
-    for size in (rows, rows, query_tiles * dq_floats * 4, query_tiles * 4, dk, dv):
+    for size in (rows, rows, query_tiles * dq_floats * 4, turns, dk, dv):
         offsets.append(end)
         end += -(-size // 256) * 256
     return tuple(offsets), end
+
+
+def _is_cleared(tile: BwdTile | BwdTileSm90, causal: bool, n_blocks: int, deterministic: bool) -> bool:
+    """Whether sums of dQ begin with zeros; else the first key block writes, and all others wait for it."""
+    if isinstance(tile, BwdTile) or tile.wide:
+        return True
+    return not deterministic and ((n_blocks + 1) / 2 if causal else n_blocks) > _FEW_ADDERS
+
+
+def _adding_defines(tile: BwdTile | BwdTileSm90, clear: bool) -> dict[str, int | str]:
+    """Of those who begin sums of dQ."""
+    return {"FA2_DQ_PARTS": tile.dq_parts, "FA2_CLEAR_DQ": int(clear)}
 
 
 def _side_defines(
@@ -325,12 +342,23 @@ def _jobs(tile: BwdTile | BwdTileSm90, head_dim: int, head_dim_v: int, arch: str
     label = f"{dtype} {plans.head_dim_label(head_dim, head_dim_v)} {shape}"
     kernel = _SM80 if isinstance(tile, BwdTile) else _SM90_WIDE if tile.wide else _SM90
     jobs = []
-    for causal, deterministic, partial in itertools.product((False, True), repeat=3):
-        main = _main_defines(tile, side, head_dim, head_dim_v, causal, deterministic, partial)
+    sums = sorted(
+        {
+            (_is_cleared(tile, False, n, deterministic), deterministic)
+            for n in (1, 99)
+            for deterministic in (False, True)
+        }
+    )
+    for (clear, deterministic), causal, partial in itertools.product(sums, (False, True), (False, True)):
+        adding = _adding_defines(tile, clear)
+        main = _main_defines(tile, side | adding, head_dim, head_dim_v, causal, deterministic, partial)
         kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
+        kind += " from zeros" * clear
         shared = int(main["FA2_SHARED_BYTES"])
         jobs.append(CompileJob(*kernel, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
-    jobs.append(CompileJob(*_PRE, base, side, f"backward preprocess {label}", 0, 0))
+    for clear in sorted({clear for clear, _ in sums}):
+        pre = side | _adding_defines(tile, clear) | {"FA2_NUM_WARPS": _PRE_WARPS}
+        jobs.append(CompileJob(*_PRE, base, pre, f"backward preprocess {label}" + " of zeros" * clear, 0, 0))
     jobs.append(CompileJob(*_COMBINE, base, side, f"backward combine {label}", 0, 0))
     jobs.append(CompileJob(*_POST, base, side, f"backward postprocess {label}", post_bytes, 0))
     return jobs
@@ -344,5 +372,6 @@ def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
 
 def compile_jobs_sm90(dtype: str) -> list[CompileJob]:
     """Every row of the sm_90 kernel's table."""
-    rows = BWD_TILES_SM90 + BWD_TILES_SM90_WIDE
-    return [job for tile in rows for job in _jobs(tile, tile.head_dim, tile.head_dim_v, plans.SM90_ARCH, dtype)]
+    return [
+        job for tile in BWD_TILES_SM90 for job in _jobs(tile, tile.head_dim, tile.head_dim_v, plans.SM90_ARCH, dtype)
+    ]

@@ -68,7 +68,7 @@ def plan_forward(
             forward_tile(device.shared_mem_optin, device.sm_count, widest, rows, heads),
             forward_tile_sm90(problem.head_dim, problem.head_dim_v, problem.causal, rows),
             _SM90_MAPS,
-            why_not_sm90=why_not_sm90,
+            why_not_sm90,
         )
     launches: tuple[KernelLaunch, ...] = ()
     if rows * problem.num_heads * problem.batch:

@@ -255,28 +255,24 @@ def choose_tile(
     device: DeviceInfo,
     family: str | None,
     tile_sm80: _TileSm80,
-    tile_sm90: _TileSm90 | None,
+    tile_sm90: _TileSm90,
     mapped: Sequence[str],
-    objection: str = "",
-    why_not_sm90: str = "",
+    why_not_sm90: str,
 ) -> tuple[_TileSm80 | _TileSm90, str]:
     """The tile to use, and what speaks against the sm_90 kernel's, or the empty string.
 
     family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best; InvalidArgument if it asks for the impossible.
-    tile_sm90: None if no tile is large enough. mapped: arrays that the sm_90 kernel reaches by bulk tensor copies.
-    objection: its own. why_not_sm90: what speaks against it beside all that.
+    mapped: arrays that the sm_90 kernel reaches by bulk tensor copies. why_not_sm90: what speaks against it beside all
+    that.
     """
-    if tile_sm90 is None:
-        objection = f"no tile has head dims of {problem.head_dim} and {problem.head_dim_v}"
-    why_not_sm90 = _why_not_sm90(problem, device, family, mapped, objection) or why_not_sm90
-    return (tile_sm80 if why_not_sm90 or tile_sm90 is None else tile_sm90), why_not_sm90
+    why_not_sm90 = _why_not_sm90(problem, device, family, mapped) or why_not_sm90
+    return (tile_sm80 if why_not_sm90 else tile_sm90), why_not_sm90
 
 
-def _why_not_sm90(
-    problem: AttentionProblem, device: DeviceInfo, family: str | None, mapped: Sequence[str], objection: str
-) -> str:
+def _why_not_sm90(problem: AttentionProblem, device: DeviceInfo, family: str | None, mapped: Sequence[str]) -> str:
     if family == "sm80":
         return f"{env.KERNEL.name}=sm80"
+    objection = ""
     if device.cc != (9, 0):
         named = f" ({device.name})" if device.name else ""
         objection = f"device {device.index}{named} has compute capability {device.cc[0]}.{device.cc[1]}, not 9.0"
@@ -284,7 +280,7 @@ def _why_not_sm90(
         objection = f"head_dim {problem.head_dim} is not a multiple of 8"
     elif problem.head_dim_v % 8:
         objection = f"head_dim_v {problem.head_dim_v} is not a multiple of 8"
-    elif not objection:
+    else:
         objections = ((name, tensor_map.objection(*map_dims(problem, name, problem.seqlen_q))) for name in mapped)
         objection = next((f"{name}'s {why}" for name, why in objections if why), "")
         if not objection and not problem.aligned:  # head dims and strides are

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 __all__ = [
     "BWD_TILES",
     "BWD_TILES_SM90",
-    "BWD_TILES_SM90_WIDE",
     "FWD_TILES",
     "FWD_TILES_SM90",
     "SHARED_MEMORY",
@@ -143,6 +142,8 @@ class BwdTile:
     note: str
     spill_bytes: int = 0
 
+    dq_parts: ClassVar[int] = 1  # all of them add in one turn
+
     @property
     def dq_warps(self) -> int:
         """Warps that share a tile of dQ."""
@@ -217,13 +218,18 @@ class BwdTileSm90:
             small = 8 * rows + 8 * (4 + 6 * self.num_stages)
             return tiles + ds + p + -(-small // 1024) * 1024
         tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
-        barriers = 8 * (6 + 4 * self.num_stages + 2 * (self.block_n // 64))
+        barriers = 8 * (6 + 5 * self.num_stages + 2 * self.dq_parts)
         small = 4 * self.dq_tile_floats() + 8 * rows + barriers
         return tiles + ds + -(-small // 1024) * 1024
 
     def dq_tile_floats(self) -> int:
         """kDqTileFloats of common/dq_accum.cuh."""
         return self.block_m * self.head_dim
+
+    @property
+    def dq_parts(self) -> int:
+        """Warpgroups that add to a tile of dQ one by one."""
+        return 1 if self.wide else self.block_n // 64
 
 
 _FWD_LARGE = (
@@ -304,9 +310,6 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
 BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
-)
-# Right on a CPU, but no GPU has run them yet: only FA2CUPY_KERNEL=sm90 takes them.
-BWD_TILES_SM90_WIDE: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(192, 64, 64, 2, "153 KB", head_dim_v=128),
     BwdTileSm90(192, 64, 64, 2, "177 KB"),
     BwdTileSm90(256, 64, 64, 2, "226 KB; deterministic, it spills", 16),
@@ -353,7 +356,6 @@ def backward_tile(shared_mem_optin: int, head_dim: int) -> BwdTile:
     return next(tile for tile in BWD_TILES[shared_memory_class(shared_mem_optin)] if head_dim <= tile.head_dim)
 
 
-def backward_tile_sm90(head_dim: int, head_dim_v: int) -> BwdTileSm90 | None:
-    rows = BWD_TILES_SM90 + BWD_TILES_SM90_WIDE
-    fitting = (t for t in rows if head_dim <= t.head_dim and head_dim_v <= (t.head_dim_v or t.head_dim))
-    return next(fitting, None)
+def backward_tile_sm90(head_dim: int, head_dim_v: int) -> BwdTileSm90:
+    rows = (tile for tile in BWD_TILES_SM90 if head_dim <= tile.head_dim)
+    return next(tile for tile in rows if head_dim_v <= (tile.head_dim_v or tile.head_dim))

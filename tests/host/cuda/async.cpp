@@ -62,15 +62,17 @@ struct Load {
 struct Store {
   Map map;
   Coordinates at;
-  float* sum;
+  float* row;  // a copy of bytes in a row, or null
+  bool adds;
   uint32_t offset, bytes;
   bool has_read;
   Site site;
 };
 
-// An addition whose source has been read.
+// A copy of bytes in a row, or an addition, whose source has been read.
 struct Addend {
-  float* sum;
+  float* row;
+  bool adds;
   std::vector<float> values;
 };
 
@@ -374,7 +376,7 @@ void land(const Load& load) {
 
 void write_addends(Thread& thread) {
   for (const Addend& addend : thread.addends) {
-    for (size_t i = 0; i < addend.values.size(); i++) addend.sum[i] += addend.values[i];
+    for (size_t i = 0; i < addend.values.size(); i++) addend.row[i] = addend.values[i] + (addend.adds ? addend.row[i] : 0);
   }
   thread.addends.clear();
 }
@@ -382,8 +384,8 @@ void write_addends(Thread& thread) {
 void read_source(Store& store) {
   if (store.has_read) return;
   check_fenced(store.offset, store.bytes, "the bulk store", store.site);
-  if (store.sum) {
-    Addend addend{store.sum, std::vector<float>(store.bytes / sizeof(float))};
+  if (store.row) {
+    Addend addend{store.row, store.adds, std::vector<float>(store.bytes / sizeof(float))};
     memcpy(addend.values.data(), world.block->shared + store.offset, store.bytes);
     this_thread().addends.push_back(addend);
   } else {
@@ -462,11 +464,16 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
 
 void bulk_store(const void* words, const void* shared, Coordinates at, Site site) {
   const Map map = read_map(words, site);
-  start(Store{map, at, nullptr, place_of_box(map, shared, "the bulk store", site), map.bytes(), false, site});
+  start(Store{map, at, nullptr, false, place_of_box(map, shared, "the bulk store", site), map.bytes(), false, site});
 }
 
 void bulk_add(float* global, const float* shared, uint32_t bytes, Site site) {
-  start(Store{{}, {}, global, place_of_bytes(shared, global, bytes, "the bulk addition", site), bytes, false, site});
+  start(Store{{}, {}, global, true, place_of_bytes(shared, global, bytes, "the bulk addition", site), bytes, false, site});
+}
+
+void bulk_store_bytes(void* global, const void* shared, uint32_t bytes, Site site) {
+  const uint32_t offset = place_of_bytes(shared, global, bytes, "the bulk store", site);
+  start(Store{{}, {}, static_cast<float*>(global), false, offset, bytes, false, site});
 }
 
 void bulk_commit_group() { this_thread().groups.push_back(this_thread().stores.size()); }

@@ -35,6 +35,7 @@ void check_tensor_map(const void* map, Site site);
 void bulk_load(void* shared, const void* map, const void* barrier, Coordinates at, Site site);
 void bulk_store(const void* map, const void* shared, Coordinates at, Site site);
 // Bytes in a row.
+void bulk_store_bytes(void* global, const void* shared, uint32_t bytes, Site site);
 void bulk_add(float* global, const float* shared, uint32_t bytes, Site site);
 void bulk_commit_group();
 // written: global memory too.

@@ -86,3 +86,8 @@ inline void red_release_add(int* address, int value) {
   *address += value;
   fa2_host::release();
 }
+inline int atom_acquire_add(int* address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
+}

@@ -41,6 +41,9 @@ inline void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* smem
                                           FA2_HOST_SITE) {
   fa2_host::bulk_store(&map, smem, {d, row, head, batch}, {file, line});
 }
+inline void cp_async_bulk_store(void* gmem, const void* smem, uint32_t bytes, FA2_HOST_SITE) {
+  fa2_host::bulk_store_bytes(gmem, smem, bytes, {file, line});
+}
 inline void cp_reduce_async_bulk_add_f32(float* gmem, const float* smem, uint32_t bytes, FA2_HOST_SITE) {
   fa2_host::bulk_add(gmem, smem, bytes, {file, line});
 }
