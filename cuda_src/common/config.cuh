@@ -37,6 +37,7 @@ constexpr bool kCausal = FA2_CAUSAL;
 #ifdef FA2_NUM_KV_STAGES
 constexpr int kKvStages = FA2_NUM_KV_STAGES;  // buffers of K and of V (sm_90)
 constexpr int kQStages = FA2_NUM_Q_STAGES;    // buffers of Q
+constexpr bool kOwnO = FA2_OWN_O;             // O has a buffer of its own, that of one warpgroup
 constexpr bool kTurns = FA2_TURNS;            // warpgroups issue their products in turn
 #endif
 #ifdef FA2_SCALE_FIRST

@@ -10,7 +10,9 @@
 //   other units                      P(n) = softmax of S(n), O *= alpha                  P(n-1) = ...
 //
 // The step from one tile to the next is such a step too: the first scores of the next tile are computed beside the last
-// product of this one, if there is room for two tiles of Q (kQStages = 2). O leaves through the buffer of its own Q.
+// product of this one, if there is room for two tiles of Q (kQStages > 1). O leaves through the buffer of its own Q. Where
+// there is room for one tile of Q only, but for half a one of O (kOwnO), the warpgroups' O leave through that one by one, and
+// Q's buffer is filled again after the tile's last scores.
 //
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
 #include "common/block_range.cuh"
@@ -27,16 +29,36 @@ static_assert(kNumThreads == 128 * (kConsumers + 1), "one warpgroup for 64 query
 static_assert(kHeadDimV <= kHeadDim, "the buffer of Q holds O");
 static_assert(kConsumers == 2 || kConsumers == 3, "the registers are shared out for two or three");
 
-struct SharedMemory {
-  Panels<kBlockM, kHeadDim> q[kQStages];  // later the output on its way to global memory
+constexpr bool kAhead = kQStages > 1 || kOwnO;  // a tile's first scores are computed beside the last product of the one before
+
+template <bool kOwn>
+struct OwnO {
+  Panels<64, kHeadDimV> o;  // of one warpgroup
+};
+template <>
+struct OwnO<false> {};
+
+struct SharedMemory : OwnO<kOwnO> {
+  Panels<kBlockM, kHeadDim> q[kQStages];  // later, unless kOwnO, the output on its way to global memory
   Panels<kBlockN, kHeadDim> k[kKvStages];
   Panels<kBlockN, kHeadDimV> v[kKvStages];
   // full: the bytes have landed. empty: every consumer is done with them.
   alignas(1024) uint64_t q_full[kConsumers][kQStages];
-  uint64_t o_full[kConsumers][kQStages];
+  uint64_t q_empty[kConsumers][kQStages], o_full[kConsumers][kQStages], o_empty[kConsumers];
   uint64_t k_full[kKvStages], k_empty[kKvStages], v_full[kKvStages], v_empty[kKvStages];
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
+
+// Where a warpgroup's O is on its way to global memory, and the first of its rows there.
+template <typename Smem>
+FA2_DEVICE auto& o_buffer(Smem& smem, int stage) {
+  if constexpr (kOwnO) {
+    return smem.o;
+  } else {
+    return smem.q[stage];
+  }
+}
+FA2_DEVICE int o_row(int group) { return kOwnO ? 0 : group * 64; }
 
 using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
@@ -89,8 +111,8 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
   const Shape& shape = params.shape;
   const int group_row = group * 64;
   Schedule loads, stores;
-  Work work;
   auto load_next = [&](int stage) {
+    Work work;
     if (!loads.next(shape, work)) return;
     mbarrier_arrive_expect_tx(smem.q_full[group][stage], smem.q[0].kPanels * 64 * 128);
     load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage], work.m_block * kBlockM + group_row, work.head,
@@ -99,13 +121,22 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
 #pragma unroll
   for (int stage = 0; stage < kQStages; ++stage) load_next(stage);
   Ring<kQStages> ring;
+  Work work;
   for (; stores.next(shape, work); ring.advance()) {
-    mbarrier_wait(smem.o_full[group][ring.stage], ring.parity);  // O is where Q was: compute
-    store_rows<64, kHeadDimV>(params.out, smem.q[ring.stage], group_row, work.m_block * kBlockM + group_row, work.head,
+    if constexpr (kOwnO) {
+      mbarrier_wait(smem.q_empty[group][ring.stage], ring.parity);  // released by compute after a tile's last S
+      load_next(ring.stage);
+    }
+    mbarrier_wait(smem.o_full[group][ring.stage], ring.parity);  // O is there: compute
+    store_rows<64, kHeadDimV>(params.out, o_buffer(smem, ring.stage), o_row(group), work.m_block * kBlockM + group_row, work.head,
                               work.batch);
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers
-    load_next(ring.stage);
+    if constexpr (kOwnO) {
+      mbarrier_arrive(smem.o_empty[group]);
+    } else {
+      load_next(ring.stage);
+    }
   }
 }
 
@@ -130,6 +161,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
   Ring<kQStages> q;
   Ring<kKvStages> k, v;
+  uint32_t o_parity = 0;
   Softmax<1> softmax;
   AccS acc_s;
   AccO acc_o;
@@ -163,6 +195,9 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     if (leader) mbarrier_arrive(smem.v_empty[v.stage]);
     v.advance();
   };
+  auto release_q = [&] {  // after a tile's last S
+    if (kOwnO && leader) mbarrier_arrive(smem.q_empty[group][q.stage]);
+  };
   auto mask = [&](const Work& work, int n) {
     mask_scores(acc_s, shape, work.m_block * kBlockM + row, n * kBlockN + accumulator_col());
   };
@@ -178,6 +213,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     issue_s();
     wgmma_wait_group<0>();
     finish_s();
+    if (work.end == 1) release_q();
     start_softmax(work);
     to_fragments(frag_p, acc_s);
   };
@@ -192,7 +228,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
         if (first_query + row + 8 * h < shape.seqlen_q)
           lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
     }
-    store_accumulator(smem.q[stage], warp_row, acc_o);
+    if constexpr (kOwnO) {  // the warpgroups take turns
+      mbarrier_wait(smem.o_empty[(group + kConsumers - 1) % kConsumers], group == 0 ? o_parity ^ 1 : o_parity);
+      o_parity ^= 1;
+    }
+    store_accumulator(o_buffer(smem, stage), o_row(group) + warp_id() % 4 * 16, acc_o);
     fence_proxy_async();  // this thread's part of O, before the copy engine reads it
     mbarrier_arrive(smem.o_full[group][stage]);
   };
@@ -208,7 +248,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   Schedule schedule;
   Work work, next, after;
   if (!schedule.next(shape, work)) return;
-  bool more = kQStages > 1 && schedule.next(shape, next);
+  bool more = kAhead && schedule.next(shape, next);
   if (kTurns && group == kConsumers - 1) bar_arrive(1, 256);  // the first turn
   start_tile(work);
   while (true) {
@@ -221,6 +261,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       first = false;
       wgmma_wait_group<1>();  // S(n)
       finish_s();
+      if (n == 0) release_q();
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2);
@@ -239,7 +280,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     const int done_stage = q.stage;
     bool more_after = false;
     q.advance();
-    if (kQStages > 1 && more) {
+    if (kAhead && more) {
       mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
       take_turn();
       issue_s();
@@ -248,6 +289,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       more_after = schedule.next(shape, after);
       wgmma_wait_group<1>();  // S of the next tile
       finish_s();
+      if (next.end == 1) release_q();
       start_softmax(next);
       pin(acc_s);
       wgmma_wait_group<0>();  // the last O += P V
@@ -255,14 +297,14 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       to_fragments(frag_p, acc_s);
     } else {
       issue_o(!first);
-      if (kQStages == 1) more = schedule.next(shape, next);
+      if (!kAhead) more = schedule.next(shape, next);
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
     finish_tile(work, done, done_stage);
     if (!more) break;
     work = next;
-    if (kQStages > 1) {
+    if (kAhead) {
       next = after;
       more = more_after;
     } else {
@@ -279,8 +321,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __g
 #pragma unroll
       for (int j = 0; j < kQStages; ++j) {
         mbarrier_init(smem.q_full[i][j], 1);
+        mbarrier_init(smem.q_empty[i][j], 1);
         mbarrier_init(smem.o_full[i][j], 128);
       }
+#pragma unroll
+    for (int i = 0; i < kConsumers; ++i) mbarrier_init(smem.o_empty[i], 1);
 #pragma unroll
     for (int i = 0; i < kKvStages; ++i) {
       mbarrier_init(smem.k_full[i], 1);

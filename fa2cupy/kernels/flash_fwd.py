@@ -180,6 +180,7 @@ def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_NUM_Q_STAGES": tile.num_q_stages,
         "FA2_NUM_KV_STAGES": tile.num_kv_stages,
+        "FA2_OWN_O": int(tile.own_o),
         "FA2_TURNS": int(tile.turns),
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),

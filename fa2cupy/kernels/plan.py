@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from fa2cupy import env, jit
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import tensor_map
@@ -43,6 +45,8 @@ SM90_ARCH = "sm_90a"  # of the kernels with wgmma and bulk copies
 
 BLOCKS_PER_SM = 4  # thread blocks for each multiprocessor that a section of a causal problem is to have
 _FILL_THREADS = 256
+_SHORT_SECTION = 16  # tiles
+_ROUNDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,12 +309,37 @@ def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_h
 
 def heads_per_even_section(device: DeviceInfo, causal: bool, heads: int, tiles_per_head: int) -> int:
     """The same for a grid whose thread blocks take tiles from a fixed list: as few as give each multiprocessor a tile
-    and a half, and if possible as many in every section, since sections alternate in direction."""
+    and a half, and if possible as many in every section, since sections alternate in direction.
+
+    Of short sequences as few as have `_SHORT_SECTION` tiles, if that shares them out as well: then the tiles that need
+    a head's keys run at the same time, and memory is read evenly.
+    """
     if not causal:
         return 1
     least = math.ceil(1.5 * device.sm_count / tiles_per_head)
     even = (n for n in range(least, min(2 * least, heads) + 1) if heads % n == 0)
-    return next(even, -(-heads // max(1, heads // least)))
+    usual = next(even, -(-heads // max(1, heads // least)))
+    if tiles_per_head > _SHORT_SECTION:
+        return usual
+    enough = _largest_share(device, heads, tiles_per_head, usual) + 0.005
+    fewer = (n for n in range(-(-_SHORT_SECTION // tiles_per_head), usual) if heads % n == 0)
+    return next((n for n in fewer if _largest_share(device, heads, tiles_per_head, n) <= enough), usual)
+
+
+def _largest_share(device: DeviceInfo, heads: int, tiles_per_head: int, section: int) -> float:
+    """Of the work of the thread blocks the largest, relative to the mean.
+
+    `Schedule` in sm90/flash_fwd.cu shares it out. A tile's work is taken to grow by one from tile to tile of a head. Enough rounds are looked at to tell.
+    """
+    tiles, blocks = heads * tiles_per_head, min(device.sm_count, heads * tiles_per_head)
+    linear = np.arange(min(tiles, _ROUNDS * blocks))
+    rounds, place = np.divmod(linear, blocks)
+    block = np.where(rounds % 2 == 0, place, blocks - 1 - place)
+    sections = linear // (section * tiles_per_head)
+    long_first = ((heads - 1) // section - sections) % 2 == 0
+    index = linear % (section * tiles_per_head) // np.minimum(section, heads - sections * section)
+    work = np.bincount(block, np.where(long_first, tiles_per_head - index, index + 1))
+    return float(work.max() / work.mean())
 
 
 def empty_rows(problem: AttentionProblem) -> int:

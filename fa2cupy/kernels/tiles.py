@@ -96,9 +96,10 @@ class FwdTileSm90:
     """A row of the forward table of sm_90.
 
     head_dim and head_dim_v: the largest ones that this row serves, and those that its kernel is compiled for. block_m
-    query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q; with 2, a tile starts
-    beside the end of the one before. num_kv_stages: buffers of K, and as many of V. turns: the warpgroups issue their
-    products in turn. max_seqlen_q: the longest query sequence that it serves.
+    query rows (64 for each warpgroup that computes) x block_n keys. num_q_stages: buffers of Q, and of O; with 2, or
+    with own_o, a tile starts beside the end of the one before; with 3, O of short tiles leaves in time. num_kv_stages:
+    buffers of K, and as many of V. turns: the warpgroups issue their products in turn. max_seqlen_q: the longest query
+    sequence that it serves. own_o: O leaves through a buffer of its own, of 64 rows.
     """
 
     head_dim: int
@@ -111,6 +112,7 @@ class FwdTileSm90:
     spill_bytes: int = 0
     max_seqlen_q: int = 2**31
     head_dim_v: int = 0
+    own_o: bool = False
 
     @property
     def num_warps(self) -> int:
@@ -121,7 +123,8 @@ class FwdTileSm90:
         """Of `SharedMemory` in sm90/flash_fwd.cu: panels of 64 columns, and the barriers."""
         panels, panels_v = -(-self.head_dim // 64), -(-(self.head_dim_v or self.head_dim) // 64)
         q_rows, k_rows = self.num_q_stages * self.block_m, self.num_kv_stages * self.block_n
-        return 128 * (panels * (q_rows + k_rows) + panels_v * k_rows) + 1024
+        o_rows = 64 * self.own_o
+        return 128 * (panels * (q_rows + k_rows) + panels_v * (k_rows + o_rows)) + 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,23 +268,25 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
 # By whether the problem is causal. Two warpgroups without a mask find their turns by themselves.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
     False: (
-        FwdTileSm90(64, 192, 128, 2, 2, True, "113 KB, three warpgroups that compute"),
+        FwdTileSm90(64, 128, 128, 3, 4, True, "177 KB; ends closer to the sequence's end", max_seqlen_q=1024),
+        FwdTileSm90(64, 192, 128, 3, 3, True, "169 KB, three warpgroups that compute"),
         FwdTileSm90(96, 192, 112, 2, 2, True, "209 KB, three warpgroups that compute; 128 keys spill"),
         FwdTileSm90(128, 128, 128, 2, 2, False, "193 KB"),
         FwdTileSm90(192, 128, 128, 1, 2, False, "209 KB", head_dim_v=128),
         FwdTileSm90(192, 128, 112, 1, 2, False, "217 KB; 128 keys need 241 KB"),
-        FwdTileSm90(256, 128, 64, 1, 2, False, "193 KB; ends closer to the sequence's end", max_seqlen_q=2048),
+        FwdTileSm90(256, 128, 64, 1, 2, True, "225 KB; short tiles do not wait for O", max_seqlen_q=2048, own_o=True),
         FwdTileSm90(256, 128, 80, 1, 2, False, "225 KB"),
     ),
     True: (
-        FwdTileSm90(64, 128, 128, 2, 4, True, "161 KB; fewer masked scores than with 192 rows", max_seqlen_q=2048),
-        FwdTileSm90(64, 192, 128, 2, 3, True, "145 KB, three warpgroups that compute"),
+        FwdTileSm90(64, 128, 128, 3, 4, True, "177 KB; fewer masked scores than with 192 rows", max_seqlen_q=1024),
+        FwdTileSm90(64, 192, 128, 3, 3, True, "169 KB, three warpgroups that compute"),
         FwdTileSm90(96, 192, 112, 2, 2, True, "209 KB, three warpgroups that compute; 128 keys spill"),
+        FwdTileSm90(128, 128, 128, 3, 2, True, "225 KB; O of short tiles leaves in time", max_seqlen_q=1024),
         FwdTileSm90(128, 128, 128, 2, 2, True, "193 KB"),
         FwdTileSm90(192, 128, 128, 1, 2, True, "209 KB", head_dim_v=128),
         FwdTileSm90(192, 128, 112, 1, 2, True, "217 KB; 128 keys need 241 KB"),
-        FwdTileSm90(256, 128, 64, 1, 2, True, "193 KB; ends closer to the sequence's end", max_seqlen_q=2048),
-        FwdTileSm90(256, 128, 80, 1, 2, True, "225 KB"),
+        FwdTileSm90(256, 128, 64, 1, 2, True, "225 KB; short tiles do not wait for O", max_seqlen_q=2048, own_o=True),
+        FwdTileSm90(256, 128, 64, 1, 2, False, "225 KB; without turns, against 80 keys", own_o=True),
     ),
 }
 
