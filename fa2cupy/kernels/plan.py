@@ -329,7 +329,8 @@ def heads_per_even_section(device: DeviceInfo, causal: bool, heads: int, tiles_p
 def _largest_share(device: DeviceInfo, heads: int, tiles_per_head: int, section: int) -> float:
     """Of the work of the thread blocks the largest, relative to the mean.
 
-    `Schedule` in sm90/flash_fwd.cu shares it out. A tile's work is taken to grow by one from tile to tile of a head. Enough rounds are looked at to tell.
+    `Schedule` in sm90/flash_fwd.cu shares it out. A tile's work is taken to grow by one from tile to tile of a head.
+    Enough rounds are looked at to tell.
     """
     tiles, blocks = heads * tiles_per_head, min(device.sm_count, heads * tiles_per_head)
     linear = np.arange(min(tiles, _ROUNDS * blocks))
