@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from fa2cupy.errors import InvalidArgument
-from fa2cupy.kernels import plan_backward
+from fa2cupy.jit.driver import DeviceInfo
+from fa2cupy.kernels import BackwardPlan, plan_backward
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams
-from fa2cupy.kernels.tiles import BWD_TILES_SM90, BWD_TILES_SM90_WIDE, SHARED_MEMORY, BwdTileSm90
+from fa2cupy.kernels.tiles import BWD_TILES_SM90, SHARED_MEMORY, BwdTileSm90
 from tests.gpu.cases import Case, problem_of
 from tests.plan_cases import A100, H200, backward, backward_problem, named, params_of
 
@@ -90,9 +91,8 @@ def test_workspace_grows_no_faster_than_the_sequence() -> None:
 
 
 def test_head_dim_of_v_in_the_backward() -> None:
-    plan = plan_backward(
-        problem_of(Case(300, 200, 192, "float16", True, 1, (8, 1), head_dim_v=120), True), H200, deterministic=False
-    )
+    wanted = problem_of(Case(300, 200, 192, "float16", True, 1, (8, 1), head_dim_v=120), True)
+    plan = plan_backward(wanted, H200, deterministic=False, family="sm80")
     tile, launches = plan.tile, {launch.name: launch for launch in plan.launches}
     assert plan.head_splits > 1 and tile.head_dim == 192
     for name in ("flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess", "flash_bwd_combine"):
@@ -159,30 +159,78 @@ def test_which_backward(head_dims: tuple[int, int], options: dict[str, Any], obj
 @pytest.mark.parametrize(
     "head_dims, row", [((256, 256), (256, 0)), ((136, 136), (192, 0)), ((192, 128), (192, 128)), ((40, 160), (192, 0))]
 )
-def test_wide_heads_on_demand(head_dims: tuple[int, int], row: tuple[int, int]) -> None:
-    """The Hopper backward above head_dim 128 is there, but only for FA2CUPY_KERNEL=sm90."""
+def test_wide_heads_of_sm90(head_dims: tuple[int, int], row: tuple[int, int]) -> None:
     head_dim, head_dim_v = head_dims
     wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v)
-    assert plan_backward(wanted, H200, False).family == "sm80"
-    plan = plan_backward(wanted, H200, False, family="sm90")
+    plan = plan_backward(wanted, H200, False)
     tile, main = plan.tile, named(plan, "flash_bwd")
     assert isinstance(tile, BwdTileSm90) and (tile.head_dim, tile.head_dim_v) == row
     assert main.source == "sm90/flash_bwd_wide.cu" and main.config.block == (512, 1, 1)
-    assert named(plan, "flash_bwd_preprocess").config.block == (128, 1, 1)
+    params = BwdTmaParams.from_buffer_copy(main.params)
+    assert (params.shape.head_dim, params.head_dim_v) == head_dims
+    assert named(plan, "flash_bwd_preprocess").config.block == (256, 1, 1)
+    assert named(plan, "flash_bwd_postprocess").config.block == (128, 1, 1)
+    assert plan_backward(wanted, H200, False, family="sm80").family == "sm80"
 
 
-@pytest.mark.parametrize("tile", BWD_TILES_SM90_WIDE, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}")
-def test_wide_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
-    assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
-    assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16 and tile.wide
-    assert tile.dq_warps == tile.dq_warps_m == 4 and tile.dq_tile_floats() == 64 * tile.head_dim
-
-
-@pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: str(tile.head_dim))
+@pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}")
 def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
     assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
-    assert tile.block_n == 128 and tile.num_warps == 12 and tile.block_m % 64 == 0
-    assert tile.dq_warps == 8 and tile.dq_tile_floats() == tile.block_m * tile.head_dim
+    assert tile.block_m % 64 == 0 and tile.dq_tile_floats() == tile.block_m * tile.head_dim
+    assert tile.wide == (tile.head_dim > 128)
+    if tile.wide:
+        assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16
+        assert tile.dq_warps == tile.dq_warps_m == 4 and tile.dq_parts == 1
+    else:
+        assert tile.block_n == 128 and tile.num_warps == 12
+        assert tile.dq_warps == 8 and tile.dq_parts == 2
+
+
+def clearing(plan: BackwardPlan) -> int:
+    """FA2_CLEAR_DQ, on which who prepares the sums of dQ and who adds to them agree."""
+    main, before = named(plan, "flash_bwd").defines, named(plan, "flash_bwd_preprocess").defines
+    assert all(main[name] == before[name] for name in ("FA2_CLEAR_DQ", "FA2_DQ_PARTS"))
+    return int(main["FA2_CLEAR_DQ"])
+
+
+@pytest.mark.parametrize(
+    ("seqlen_k", "causal", "deterministic", "cleared"),
+    [
+        (16 * 128, False, False, 0),
+        (16 * 128 + 1, False, False, 1),
+        (31 * 128, True, False, 0),  # 16 key blocks on average
+        (31 * 128 + 1, True, False, 1),
+        (99 * 128, False, True, 0),
+        (99 * 128, True, True, 0),
+    ],
+)
+def test_who_begins_a_sum_of_dq(seqlen_k: int, causal: bool, deterministic: bool, cleared: int) -> None:
+    """The first of a few key blocks, or of many that add in turn; else zeros."""
+    for head_dim in (64, 128):
+        wanted = backward_problem(seqlen_k, seqlen_k, head_dim, "bfloat16", causal)
+        assert clearing(plan_backward(wanted, H200, deterministic)) == cleared
+
+
+@pytest.mark.parametrize(("head_dim", "device"), [(192, H200), (256, H200), (64, A100), (59, H200)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_who_always_adds_to_zeros(head_dim: int, device: DeviceInfo, deterministic: bool) -> None:
+    """Wide heads, and the sm_80 kernel: all of their warps add in one turn."""
+    plan = plan_backward(backward_problem(300, 300, head_dim, "bfloat16", False), device, deterministic)
+    assert clearing(plan) == 1 and named(plan, "flash_bwd").defines["FA2_DQ_PARTS"] == 1
+
+
+def test_workspace_of_turns() -> None:
+    """A counter for each part of a block of dQ, after the sums."""
+    plan = plan_backward(backward_problem(4096, 4096, 128, "bfloat16", False, 2, (8, 8)), H200, False)
+    blocks = 2 * 8 * 4096 // 64
+    statistics, dq = blocks * 64 * 4, blocks * 64 * 128 * 4
+    assert plan.workspace_bytes == 2 * statistics + dq + blocks * 2 * 4
+    assert [pointer for pointer in named(plan, "flash_bwd_preprocess").pointers if pointer[0] == 9][:4] == [
+        (9, 0),
+        (9, statistics),
+        (9, 2 * statistics),
+        (9, 2 * statistics + dq),
+    ]
 
 
 def test_launches_of_the_backward_of_sm90() -> None:

@@ -6,13 +6,13 @@
 // blocks of all query heads that share them. Who does what:
 //
 //   copying     one thread: K and V of every tile; Q with lse, and dO with D, of every step
-//   adding      a warp for each key warpgroup: its part of dQ leaves by bulk reductions into dq_accum
+//   adding      a warp for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first: write)
 //   keys (two)  warpgroups of 64 keys: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
 //
-// What a key warpgroup does in step m. The other one is half a step behind; exponentials belong to one at a time:
+// What a key warpgroup does in step m. The other one is half a step behind; exponentials and dS belong to one at a time:
 //
-//   tensor cores   dP(m)              dV += P^T dO, dK += dS^T Q   dQ(m-1) = dS(m-1) K   S(m+1)   dP(m+1)
-//   other units    P(m) = exp2(S(m))  dS(m), to shared memory      (the other one's turn)         dQ(m-1) to shared memory
+//   tensor cores   dP(m)                     dV += P^T dO, dK += dS^T Q   dQ(m-1) = dS(m-1) K   S(m+1)   dP(m+1)
+//   other units    P(m) = exp2(S(m)), dS(m)  dS(m) to shared memory    (the other one's turn)   dQ(m-1) to shared memory
 //
 // The step after a tile's last one is the first of the next tile: nothing stops in between. (Deterministic: there is a
 // thread block for every tile, because whoever waits for a turn must know that the others have started.)

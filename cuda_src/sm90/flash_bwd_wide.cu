@@ -192,7 +192,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
   if (kSecond) bar_arrive(kPEmpty, 256);  // there is no step before the first
   while (schedule.next(params, work)) {
     mbarrier_wait(loads.keys_full, keys_parity);  // landed: copy_tiles
-    keys_parity ^= 1;
+    if (!kDeterministic) keys_parity ^= 1;        // else this was the only tile, and a register is worth having
     Step step(shape, work);
     issue();
     wgmma_wait_group<0>();  // S or dP of the first step
@@ -231,10 +231,7 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
           if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
         }
         if (kDeterministic && col == 0) {
-          if (leader) {
-            const int turn = my_turn(params.shape, work.n_block, step.m_block);
-            while (ld_acquire(params.dq_turn + step.tile) < turn) continue;  // every key block before this one has added
-          }
+          if (leader) take_turn(params.dq_turn + step.tile, params.shape, work.n_block, step.m_block);
           bar_sync(kAdding, 128);  // it is this block's turn
         }
 #pragma unroll
@@ -245,7 +242,7 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
       }
       if constexpr (kDeterministic) {
         bar_sync(kAdding, 128);  // every warp has added its part
-        if (leader) red_release_add(params.dq_turn + step.tile, 1);
+        if (leader) end_turn(params.dq_turn + step.tile);
       }
     }
   }

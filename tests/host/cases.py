@@ -132,10 +132,39 @@ def split_cases() -> list[tuple[HostCase, int]]:
         (changed(full, "sm_86", head_dim=128, heads=(4, 1)), 2),
         (changed(full, "sm_86", head_dim=256, seqlen_k=70, heads=(4, 1)), 2),
         (changed(full, head_dim=256, heads=(4, 1), expanded=True), 2),
-        (changed(causal, head_dim=192, seqlen_k=150, dtype="float16"), 4),
-        (changed(causal, head_dim=192, head_dim_v=128, seqlen_k=150, deterministic=True), 4),
+        (changed(causal, "sm_100", head_dim=192, seqlen_k=150, dtype="float16"), 4),
+        (changed(causal, "sm_100", head_dim=192, head_dim_v=128, seqlen_k=150, deterministic=True), 4),
+        (changed(causal, head_dim=192, head_dim_v=128, seqlen_k=150, deterministic=True), 2),
         (changed(full, "sm_86", head_dim=64, head_dim_v=160, seqlen_k=70, heads=(4, 1)), 2),
         (changed(full, head_dim=59, head_dim_v=100), 3),
+    ]
+
+
+def adder_cases() -> list[tuple[HostCase, bool]]:
+    """Many key blocks add to a dQ on Hopper, in an order of their own; whether to zeros."""
+    full = Case(150, 300, 128, "bfloat16", False, 1, (4, 2), seed=5)
+    long = dataclasses.replace(full, seqlen_q=140, seqlen_k=2300, heads=(1, 1))
+
+    def changed(case: Case, **changes: object) -> HostCase:
+        return HostCase(dataclasses.replace(case, **changes))  # type: ignore[arg-type]
+
+    return [
+        # staggered: more query blocks than key blocks, fewer, as many, and a single one
+        (changed(full, seqlen_q=330, seqlen_k=430), False),
+        (changed(full, seqlen_q=330, seqlen_k=430, head_dim=96, head_dim_v=72, dtype="float16", pad=8), False),
+        (changed(full, seqlen_k=900, heads=(2, 1), batch=2), False),
+        (changed(full, seqlen_q=256, seqlen_k=512, layout="bhsd"), False),
+        (changed(full, seqlen_q=40, seqlen_k=512), False),
+        # in turn
+        (changed(full, seqlen_q=330, seqlen_k=430, deterministic=True), False),
+        (changed(full, seqlen_q=330, seqlen_k=430, deterministic=True, causal=True), False),
+        (changed(full, head_dim=64, seqlen_k=900, heads=(2, 1), deterministic=True), False),
+        # more than 16 of them on average
+        (changed(long), True),
+        (changed(long, dtype="float16", head_dim=64, heads=(2, 1)), True),
+        (changed(long, seqlen_k=4000, causal=True), True),
+        (changed(long, seqlen_k=4000, causal=True, dtype="float16", head_dim=64, heads=(2, 2)), True),
+        (changed(long, deterministic=True), False),
     ]
 
 
@@ -145,7 +174,7 @@ def wide_cases() -> list[HostCase]:
     full = Case(203, 113, 256, "float16", False, 1, (2, 2), seed=4)
 
     def changed(case: Case, **changes: object) -> HostCase:
-        return HostCase(dataclasses.replace(case, **changes), family="sm90")  # type: ignore[arg-type]
+        return HostCase(dataclasses.replace(case, **changes))  # type: ignore[arg-type]
 
     return [
         changed(causal),

@@ -6,6 +6,7 @@
 struct InstrumentParams {
   TensorMap a, b, c;
   float* out;
+  int* counter;
   int which, n, flaw;
   int row, head, batch;  // where a box starts
 };
@@ -29,6 +30,9 @@ enum Flaw {
   kOverwritten,
   kWrongLeading,
   kNoMap,
+  kNeverFirst,
+  kAlwaysFirst,
+  kUnwaitedFirst,
 };
 
 struct SharedMemory {
@@ -225,6 +229,28 @@ void floats(const InstrumentParams& p, SharedMemory& smem) {
   for (int i = threadIdx.x; i < p.n; i += 128) p.out[i] = to[i];
 }
 
+// out = the sum over blocks of n floats, block + index: who comes first writes, all others wait for that and add.
+void sum(const InstrumentParams& p, SharedMemory& smem) {
+  constexpr int kWritten = 1 << 30;
+  float* floats = reinterpret_cast<float*>(smem.a) + (p.flaw == kUnaligned ? 2 : 0);
+  for (int i = threadIdx.x; i < p.n; i += 32) {
+    st_shared_b32(smem_address(floats + i), __float_as_uint(static_cast<float>(blockIdx.x + i)));
+  }
+  fence_proxy_async();  // what this lane stored of the sum
+  __syncwarp();  // the sum's floats are there
+  if (threadIdx.x) return;
+  const int seen = atom_acquire_add(p.counter, 1), bytes = 4 * p.n - (p.flaw == kFewBytes ? 8 : 0);
+  if (p.flaw == kAlwaysFirst || (seen == 0 && p.flaw != kNeverFirst)) {
+    cp_async_bulk_store(p.out, floats, bytes);
+  } else {
+    while (seen && p.flaw != kUnwaitedFirst && ld_acquire(p.counter) < kWritten) continue;
+    cp_reduce_async_bulk_add_f32(p.out, floats, bytes);
+  }
+  cp_async_bulk_commit_group();
+  cp_async_bulk_wait_group<0>();  // they are in global memory
+  if (seen == 0) red_release_add(p.counter, kWritten);
+}
+
 template <int kN>
 void of_width(const InstrumentParams& p, SharedMemory& smem) {
   if (p.which == 0) return along_rows<kN>(p, smem);
@@ -246,6 +272,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) instrument(const __grid_con
     case 4: return store(p, smem);
     case 5: return registers(p);
     case 6: return floats(p, smem);
+    case 7: return sum(p, smem);
   }
   switch (p.n) {
     case 64: return of_width<64>(p, smem);

@@ -32,18 +32,16 @@ class HostCase:
     """A case and the GPU that its plan is made for.
 
     flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
-    family: of the backward, as FA2CUPY_KERNEL would say.
     """
 
     case: Case
     arch: str = "sm_90"
     flip: bool = False
     tile: FwdTileSm90 | None = None
-    family: str | None = None
 
     def __str__(self) -> str:
         own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "")
-        return f"{self.case} {self.arch}" + own + (f" {self.family}" if self.family else "")
+        return f"{self.case} {self.arch}" + own
 
 
 @functools.cache
@@ -153,11 +151,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     refs = {name: tensor.ref() for name, tensor in tensors.items()}
     problem = AttentionProblem.from_refs(refs, gpu_cases.sizes_of(case), case.dtype, options)
     gpu = device(host_case.arch)
-    plan = (
-        plan_backward(problem, gpu, case.deterministic, family=host_case.family)
-        if backward
-        else plan_forward(problem, gpu, host_case.tile)
-    )
+    plan = plan_backward(problem, gpu, case.deterministic) if backward else plan_forward(problem, gpu, host_case.tile)
     workspace = Tensor((plan.workspace_bytes // 4,), (1,), "float32")
     prepared = Prepared(host_case, backward, tensors, plan, expected, workspace)
     results = prepared.results

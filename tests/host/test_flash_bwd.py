@@ -21,7 +21,7 @@ def run_all(host_cases: list[HostCase]) -> None:
     for host_case in host_cases:
         check(host_case, BACKWARD)
         case = host_case.case
-        if host_case.arch == "sm_90" and case.head_dim % 8 == 0 and max(case.head_dim, case.head_dim_v or 0) <= 128:
+        if host_case.arch == "sm_90" and case.head_dim % 8 == 0:
             check(dataclasses.replace(host_case, arch="sm_100"), BACKWARD)
 
 
@@ -67,9 +67,18 @@ def test_random_cases(dtype: str) -> None:
     run_all(cases.some_random_cases(20, (59, 64, 128), dtype))
 
 
+@pytest.mark.parametrize("host_case, cleared", [pytest.param(*pair, id=str(pair[0])) for pair in cases.adder_cases()])
+def test_who_adds_to_dq(host_case: HostCase, cleared: bool) -> None:
+    (defines,) = (each.defines for each in prepare(host_case, BACKWARD).plan.launches if each.name == "flash_bwd")
+    assert defines["FA2_CLEAR_DQ"] == cleared and not defines["FA2_PARTIAL_DKV"]
+    check(host_case, BACKWARD)
+
+
 @pytest.mark.parametrize("host_case", cases.wide_cases(), ids=str)
 def test_wide_heads_of_sm90(host_case: HostCase) -> None:
-    """The Hopper kernel for head dims above 128, which only FA2CUPY_KERNEL=sm90 takes."""
+    """The Hopper kernel for head dims above 128."""
+    (source,) = (each.source for each in prepare(host_case, BACKWARD).plan.launches if each.name == "flash_bwd")
+    assert source == "sm90/flash_bwd_wide.cu"
     check(host_case, BACKWARD)
 
 

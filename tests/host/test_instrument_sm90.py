@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = "instrument_sm90.cu"
 WIDTHS = (64, 96, 128, 192, 256)
 SHARED_BYTES = 4 * 64 * 128 + 4 * 256 * 128 + 1024
-ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS, FLOATS = range(7)
+ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS, FLOATS, SUM = range(8)
 
 
 class Params(ctypes.Structure):
@@ -28,8 +28,9 @@ class Params(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_ubyte * tensor_map.BYTES) for name in "abc"),
         ("out", ctypes.c_void_p),
+        ("counter", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("which", "n", "flaw", "row", "head", "batch")),
-        ("padding", ctypes.c_ubyte * 32),
+        ("padding", ctypes.c_ubyte * 24),
     )
 
 
@@ -78,17 +79,20 @@ def launch(
     flaw: str = "kNone",
     at: tuple[int, int, int] = (0, 0, 0),
     threads: int = 128,
+    blocks: int = 1,
+    counter: np.ndarray | None = None,
     schedule: Schedule = Schedule.LOWEST_FIRST,
     plant: str | None = None,
     seed: int = 1,
 ) -> list[run.Site]:
     params = Params(out=out.ctypes.data if out is not None else None, which=which, n=n, flaw=Flaw[flaw])
     params.row, params.head, params.batch = at
+    params.counter = counter.ctypes.data if counter is not None else None
     for name, words in zip("abc", maps, strict=False):
         setattr(params, name, (ctypes.c_ubyte * tensor_map.BYTES)(*words))
     defines = {"FA2_HEAD_DIM": 64, "FA2_ALIGNED": 1, "FA2_BF16": 1, "FA2_PARAMS_BYTES": ctypes.sizeof(Params)}
     library = build.library(SOURCE, "instrument", defines, directory=HERE)
-    config = LaunchConfig((1, 1, 1), (threads, 1, 1), (1, 1, 1), SHARED_BYTES)
+    config = LaunchConfig((blocks, 1, 1), (threads, 1, 1), (1, 1, 1), SHARED_BYTES)
     return run.launch(library, config, bytes(params), schedule, plant=plant, seed=seed)
 
 
@@ -142,6 +146,16 @@ def floats(columns: int = 96, row: int = 0, **options: object) -> tuple[np.ndarr
     return out, expected
 
 
+def summed(blocks: int = 7, **options: object) -> tuple[np.ndarray, np.ndarray]:
+    """What as many blocks make of floats that nobody has set."""
+    buffer = np.full(44, np.nan, np.float32)
+    start = -buffer.ctypes.data % 16 // 4
+    out, counter = buffer[start : start + 40], np.zeros(1, np.int32)
+    launch(SUM, (), out, n=out.size, threads=32, blocks=blocks, counter=counter, **options)  # type: ignore[arg-type]
+    assert counter[0] == (1 << 30) + blocks
+    return out, (np.arange(40) * blocks + blocks * (blocks - 1) // 2).astype(np.float32)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Right
 
@@ -184,6 +198,14 @@ def test_loads_fill_up_with_zeros(at: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("columns, row", [(96, 0), (96, 3), (96, 4), (90, 1), (3, 4)])
 def test_floats_are_not_swizzled(columns: int, row: int, schedule: Schedule) -> None:
     out, expected = floats(columns, row, schedule=schedule)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+def test_the_first_block_writes_and_the_others_add(blocks: int, schedule: Schedule, seed: int) -> None:
+    out, expected = summed(blocks, schedule=schedule, seed=seed + 1)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -320,6 +342,26 @@ def test_flaws_of_a_store(options: dict[str, object], message: str) -> None:
     if isinstance(plant := options.get("plant"), str):
         options = {**options, "plant": line_of(plant)}
     seen = failures(stored, **options)
+    assert re.search(message, seen), seen
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"flaw": "kNeverFirst"}, WRONG),
+        ({"flaw": "kAlwaysFirst"}, WRONG),
+        ({"flaw": "kUnwaitedFirst"}, WRONG),
+        ({"flaw": "kFewBytes"}, "the bulk store .* 152 bytes .* all have to be multiples of 16"),
+        ({"flaw": "kUnaligned"}, "the bulk store .* between offset 8 and .* all have to be multiples of 16"),
+        ({"plant": "what this lane stored of the sum"}, "which thread .* has stored without fence_proxy_async"),
+        ({"plant": "the sum's floats are there"}, "which thread .* has stored without fence_proxy_async|wrong result"),
+        ({"plant": "they are in global memory"}, "releases a counter while 1 of its bulk stores or additions"),
+    ],
+)
+def test_flaws_of_a_sum(options: dict[str, str], message: str) -> None:
+    if "plant" in options:
+        options = {"plant": line_of(options["plant"])}
+    seen = failures(summed, **options)
     assert re.search(message, seen), seen
 
 

@@ -70,22 +70,16 @@ BACKWARD = {
     "hopper-splits": HostCase(Case(150, 203, 128, "bfloat16", True, 1, (8, 2), seed=23)),
     "hopper-own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=24, head_dim_v=72)),
     "hopper-sections": HostCase(Case(300, 403, 32, "bfloat16", True, 13, (1, 1), seed=25)),
+    "hopper-staggered": HostCase(Case(150, 430, 128, "float16", False, 1, (4, 2), seed=31)),
+    "hopper-many": HostCase(Case(60, 2200, 64, "bfloat16", False, 1, (1, 1), seed=32)),  # added to zeros
     "hopper-few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),
     # and the one for wide heads: likewise
-    "hopper-wide": HostCase(Case(300, 203, 256, "bfloat16", False, 1, (2, 2), seed=26), family="sm90"),
-    "hopper-wide-turns": HostCase(
-        Case(150, 300, 256, "float16", True, 1, (2, 2), deterministic=True, seed=27), family="sm90"
-    ),
-    "hopper-wide-turns-full": HostCase(
-        Case(150, 700, 192, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21), family="sm90"
-    ),
-    "hopper-wide-own-v": HostCase(
-        Case(150, 203, 192, "bfloat16", True, 1, (8, 1), seed=28, head_dim_v=120), family="sm90"
-    ),
-    "hopper-wide-own-full": HostCase(
-        Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72), family="sm90"
-    ),
-    "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29), family="sm90"),
+    "hopper-wide": HostCase(Case(300, 203, 256, "bfloat16", False, 1, (2, 2), seed=26)),
+    "hopper-wide-turns": HostCase(Case(150, 300, 256, "float16", True, 1, (2, 2), deterministic=True, seed=27)),
+    "hopper-wide-turns-full": HostCase(Case(150, 700, 192, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21)),
+    "hopper-wide-own-v": HostCase(Case(150, 203, 192, "bfloat16", True, 1, (8, 1), seed=28, head_dim_v=120)),
+    "hopper-wide-own-full": HostCase(Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72)),
+    "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
 }
 # What only an unlucky order of blocks shows gets a few more of them.
 SCHEDULES = (*Schedule, *10 * (Schedule.RANDOM,))
@@ -226,9 +220,9 @@ MUTANTS = [
     ("bwd", "hopper-full", BOTH90, "* shares * shape.batch;", "* shares * shape.batch - 1;"),
     ("bwd", "hopper-sections", BOTH90, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
     ("bwd", "hopper-sections", BOTH90, "n_blocks - 1 - tile.block : tile.block", "n_blocks - 1 : tile.block"),
-    ("bwd", "hopper-splits", BOTH90, "tile += work.begin, ++head", "++head"),
+    ("bwd", "hopper-splits", BOTH90, "++head, tile += work.end;", "++head;"),
     ("bwd", "hopper-causal", BOTH90, "m_block = work.begin, tile", "m_block = 0, tile"),
-    ("bwd", "hopper-splits", BOTH90, "{n_block,     tile.head / head_splits", "{n_block,     tile.head"),
+    ("bwd", "hopper-splits", BOTH90, "tile.head / head_splits,", "tile.head,"),
     ("bwd", "hopper-full", BOTH90, "static_cast<int>(step.tile), 0, 0)", "step.m_block, 0, 0)"),
     ("bwd", "hopper-full", BWD90, "params.softmax_d, smem.dout_full", "params.lse_log2, smem.dout_full"),
     ("bwd", "hopper-full", BWD90, "first = step.left == 1;", "first = false;"),
@@ -266,7 +260,46 @@ MUTANTS = [
         "key_blocks(shape, m_block).end - 1 - n_block",
         "key_blocks(shape, m_block).end - n_block",
     ),
-    ("bwd", "hopper-turns-full", BWD90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - kDqWarps"),
+    (
+        "bwd",
+        "hopper-full",
+        BWD90,
+        "mbarrier_init(smem.ds_full[i], 4 * kKeyGroups)",
+        "mbarrier_init(smem.ds_full[i], 4)",
+    ),
+    ("bwd", "hopper-full", BWD90, "ds_full[ds.stage], ds.parity)", "ds_full[ds.stage], ds.parity ^ 1)"),
+    ("bwd", "hopper-full", BWD90, "    ds.advance();\n", ""),
+    # where a head begins
+    ("bwd", "hopper-staggered", BOTH90, "ceil_div(range.end, n_blocks) % range.end", "ceil_div(range.end, n_blocks)"),
+    ("bwd", "hopper-staggered", BOTH90, "m_block(work.start)", "m_block(work.begin)"),
+    ("bwd", "hopper-staggered", BOTH90, ", tile -= work.end - work.begin;", ";"),
+    ("bwd", "hopper-staggered", BOTH90, "if (m_block == work.start) ++head", "if (m_block == work.begin) ++head"),
+    # who begins a sum of dQ, and who waits for that
+    ("bwd", "hopper-full", BOTH90, "while (seen < kWritten) seen = ld_acquire(counter);", ""),
+    ("bwd", "hopper-full", BOTH90, "while (seen < kWritten)", "while (seen < 1)"),
+    ("bwd", "hopper-full", BOTH90, "if (seen == 0) return true;", ""),
+    ("bwd", "hopper-full", BOTH90, "kDeterministic ? 1 : kWritten", "1"),
+    (
+        "bwd",
+        "hopper-full",
+        BWD90,
+        "if (first) {\n          cp_async_bulk_store",
+        "if (0) {\n          cp_async_bulk_store",
+    ),
+    (
+        "bwd",
+        "hopper-full",
+        BWD90,
+        "if (first) {\n          cp_async_bulk_store",
+        "if (1) {\n          cp_async_bulk_store",
+    ),
+    ("bwd", "hopper-full", BWD90, "if (lane == 0) end_turn(turns);", ""),
+    ("bwd", "hopper-full", BWD90, "step.tile * kDqParts + group", "step.tile * kDqParts"),
+    ("bwd", "hopper-full", PRE, "if (threadIdx.x < kDqParts)", "if (threadIdx.x == 0)"),
+    ("bwd", "hopper-many", PRE, "if constexpr (kClearDq)", "if constexpr (false)"),
+    ("bwd", "hopper-turns", BOTH90, "!kClearDq && turn == 0", "false"),
+    ("bwd", "hopper-turns", BWD90, "if (kDeterministic || first)", "if (first)"),
+    ("bwd", "hopper-turns-full", BOTH90, "ld_acquire(counter) < turn", "ld_acquire(counter) < turn - 1"),
     ("bwd", "hopper-full", BOTH90, "accumulator_row() + 8 * h < rows", "accumulator_row() + 8 * h <= rows"),
     ("bwd", "hopper-own-v", BOTH90, "8 * j + col < cols", "8 * j + col <= cols"),
     ("bwd", "hopper-own-v", BWD90, "params.head_dim_v, acc_dv", "shape.head_dim, acc_dv"),
@@ -303,7 +336,8 @@ MUTANTS = [
         "ring.parity ^ 1);  // released by compute_dq",
         "ring.parity);  // released by compute_dq",
     ),
-    ("bwd", "hopper-wide-turns", WIDE90, "dq_turn + step.tile) < turn", "dq_turn + step.tile) < turn - 1"),
+    ("bwd", "hopper-wide", WIDE90, "if (!kDeterministic) keys_parity", "if (false) keys_parity"),
+    ("bwd", "hopper-wide-turns", BOTH90, "ld_acquire(counter) < turn", "ld_acquire(counter) < turn - 1"),
     ("bwd", "hopper-wide-own-v", WIDE90, "static_cast<int64_t>(work.part)", "static_cast<int64_t>(work.n_block)"),
     (
         "bwd",

@@ -58,19 +58,19 @@ struct Load {
   Site site;
 };
 
-// Of a box, or an addition of `bytes` in a row: then `sum` is where to.
+// Of a box, or of `bytes` in a row, copied or added: then `row` is where to.
 struct Store {
   Map map;
   Coordinates at;
-  float* row;  // a copy of bytes in a row, or null
+  float* row;
   bool adds;
   uint32_t offset, bytes;
   bool has_read;
   Site site;
 };
 
-// A copy of bytes in a row, or an addition, whose source has been read.
-struct Addend {
+// Of a row: what such a copy or addition has read, and not written yet.
+struct Piece {
   float* row;
   bool adds;
   std::vector<float> values;
@@ -78,7 +78,7 @@ struct Addend {
 
 struct Thread {
   std::vector<Store> stores;   // in flight, oldest first
-  std::vector<Addend> addends;  // not in global memory yet
+  std::vector<Piece> pieces;   // oldest first
   std::vector<size_t> groups;  // ends of the committed groups in `stores`
   std::vector<std::pair<uint32_t, uint32_t>> stored;  // (offset, bytes) since the last fence_proxy_async
 };
@@ -246,6 +246,7 @@ void complete_phase(MBarrier& barrier) {
   barrier.pending = barrier.arrivals;
   barrier.unseen = static_cast<int>(barrier.waiters.size());
   for (int thread : barrier.waiters) wake(*world.block, thread);
+  if (!barrier.waiters.empty()) world.block->steps_left = 0;  // a good moment for them
   barrier.waiters.clear();
 }
 
@@ -374,20 +375,22 @@ void land(const Load& load) {
   complete_phase(*load.barrier);
 }
 
-void write_addends(Thread& thread) {
-  for (const Addend& addend : thread.addends) {
-    for (size_t i = 0; i < addend.values.size(); i++) addend.row[i] = addend.values[i] + (addend.adds ? addend.row[i] : 0);
+void write_pieces(Thread& thread) {
+  for (const Piece& piece : thread.pieces) {
+    for (size_t i = 0; i < piece.values.size(); i++) {
+      piece.row[i] = piece.adds ? piece.row[i] + piece.values[i] : piece.values[i];
+    }
   }
-  thread.addends.clear();
+  thread.pieces.clear();
 }
 
 void read_source(Store& store) {
   if (store.has_read) return;
   check_fenced(store.offset, store.bytes, "the bulk store", store.site);
   if (store.row) {
-    Addend addend{store.row, store.adds, std::vector<float>(store.bytes / sizeof(float))};
-    memcpy(addend.values.data(), world.block->shared + store.offset, store.bytes);
-    this_thread().addends.push_back(addend);
+    Piece piece{store.row, store.adds, std::vector<float>(store.bytes / sizeof(float))};
+    memcpy(piece.values.data(), world.block->shared + store.offset, store.bytes);
+    this_thread().pieces.push_back(piece);
   } else {
     walk_box(store.map, store.at, store.offset, [](const char* shared, char* global, int bytes) {
       if (global) memcpy(global, shared, bytes);
@@ -439,8 +442,6 @@ uint32_t place_of_bytes(const void* shared, const void* global, uint32_t bytes, 
 }
 
 }  // namespace
-
-void check_tensor_map(const void* map, Site site) { read_map(map, site); }
 
 void bulk_load(void* shared, const void* words, const void* address, Coordinates at, Site site) {
   constexpr const char* kName = "the bulk load";
@@ -495,7 +496,7 @@ void bulk_wait_group(int pending, bool written, Site site) {
     self.groups.erase(self.groups.begin(), self.groups.begin() + ending);
     for (size_t& group : self.groups) group -= end;
   }
-  if (written || coin(false, true)) write_addends(self);
+  if (written || coin(false, true)) write_pieces(self);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -852,13 +853,13 @@ bool async_land(Block& block) {
 }
 
 void async_thread_releases() {
-  if (const size_t left = this_thread().addends.size() + this_thread().stores.size()) {
+  if (const size_t left = this_thread().pieces.size() + this_thread().stores.size()) {
     fail("the thread releases a counter while %u of its bulk stores or additions are on their way", count(left));
   }
 }
 
 void async_thread_ends() {
-  write_addends(this_thread());
+  write_pieces(this_thread());
   if (const size_t left = this_thread().stores.size()) {
     fail("the thread ends with %u bulk stores that it never waited for", count(left));
   }

@@ -3,9 +3,10 @@
 // A bulk load lands at once or as late as it can: when no thread of the block can run and one of them waits for its
 // barrier. wgmma reads its operands, and a bulk store its source, at once or at the wait for it, which then lasts until
 // no other thread of the block can run. The schedule chooses:
-// What a bulk addition has read is in global memory at the next wait of its thread that is for that, at the latest.
+// What a bulk store or addition of bytes in a row has read is in global memory at the next wait of its thread that is for
+// that, at the latest.
 //
-//                  bulk loads land       wgmma reads           bulk stores read      additions are written
+//                  bulk loads land       wgmma reads           bulk stores read      rows are written
 //   kLowestFirst   late                  when it is issued     late                  late
 //   kHighestFirst  at once               at its wait           at once               at the next wait of any kind
 //   kRandom        a coin for each       a coin for the block  a coin for each       a coin at each wait
@@ -31,7 +32,6 @@ bool mbarrier_try_wait(const char* name, const void* barrier, uint32_t parity, S
 struct Coordinates {
   int d, row, head, batch;
 };
-void check_tensor_map(const void* map, Site site);
 void bulk_load(void* shared, const void* map, const void* barrier, Coordinates at, Site site);
 void bulk_store(const void* map, const void* shared, Coordinates at, Site site);
 // Bytes in a row.

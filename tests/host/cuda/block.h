@@ -36,7 +36,7 @@ struct Fiber {
   std::vector<Copy> copies;         // in flight, oldest first
   std::vector<size_t> groups;       // ends of the committed groups in `copies`
   const int* polled = nullptr;      // the last word read by poll()
-  uint64_t polled_at = 0;           // number of releases at that time
+  uint64_t polled_at = 0;           // world.changes at that time
   const char* waits_for = nullptr;  // what it sleeps on, for messages
   Site site{};
   int barrier = 0;                  // the named barrier that it waits at
@@ -92,7 +92,7 @@ struct World {
   Block* block = nullptr;
   int fiber = -1;
   int steps_left = 0;  // until another block may run, under kRandom
-  uint64_t releases = 0;
+  uint64_t changes = 0;  // of words that are polled
   uint64_t random = 1;
   bool failed = false;
   std::vector<SyncSite> sync_sites;

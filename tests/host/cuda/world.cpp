@@ -385,20 +385,24 @@ void copy_async_wait(int groups_left) {
 
 int poll(const int* word, Site site) {
   Fiber& self = world.current();
-  if (self.polled == word && self.polled_at == world.releases) {
+  if (self.polled == word && self.polled_at == world.changes) {
     Warp& warp = this_warp();
     warp.ready &= ~this_lane();
     warp.polling |= this_lane();
     sleep("a word that no other thread changes", site);
   }
   self.polled = word;
-  self.polled_at = world.releases;
+  self.polled_at = world.changes;
   return *word;
 }
 
 void release() {
   if (world.block->async) async_thread_releases();
-  world.releases++;
+  word_changed();
+}
+
+void word_changed() {
+  world.changes++;
   world.steps_left = 0;  // a good moment for whoever waited for it
   for (auto& block : world.resident) {
     for (Warp& warp : block->warps) {

@@ -71,9 +71,10 @@ void copy_async_wait(int groups_left);
 extern bool uses_async_proxy;
 void mark_stored(const char* shared, uint32_t bytes, int lane = -1);  // by this thread, or one of its warp
 
-// A thread that reads the same word twice without a release in between goes to sleep until there is one.
+// A thread that reads the same word twice without a change in between goes to sleep until there is one.
 int poll(const int* word, Site site);
-void release();
+void release();       // a change, and what the thread has started before it is done
+void word_changed();  // by whoever does not release
 
 constexpr uint32_t kSharedBase = 1024;  // addresses start here, as on GPUs that reserve the first KiB
 char* shared_memory(size_t bytes_needed);

@@ -89,5 +89,6 @@ inline void red_release_add(int* address, int value) {
 inline int atom_acquire_add(int* address, int value) {
   const int before = *address;
   *address += value;
+  fa2_host::word_changed();
   return before;
 }
