@@ -46,7 +46,7 @@ constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !k
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
 // problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks
-// finish at about the same time. Deterministic: always in the order of the turns, see my_turn.
+// finish at about the same time. Deterministic: always in the order of the turns, see take_turn.
 struct Schedule {
   int round = 0;
   FA2_DEVICE int place() const {
@@ -66,7 +66,7 @@ struct Schedule {
     ++round;
     const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
     const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
-    const bool backwards = kCausal && (kDeterministic || sections_left % 2 == 1);
+    const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
     const int n_block = backwards ? n_blocks - 1 - tile.block : tile.block;
     const BlockRange range = query_blocks(shape, n_block);
     const int heads = shape.num_heads / shares;
@@ -85,23 +85,17 @@ struct Schedule {
   }
 };
 
-// Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
-// the order in which they come to it. Tiles are taken in that order too, so that whoever is waited for is running.
-FA2_DEVICE int my_turn(const Shape& shape, int n_block, int m_block) {
-  return kCausal ? key_blocks(shape, m_block).end - 1 - n_block : n_block;
-}
-
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.
-// Deterministic: it counts those who are done. Of each warpgroup that adds one thread calls these.
+// Deterministic: key blocks add in ascending order, which is the order in which their tiles are taken, so that whoever is
+// waited for is running; the counter counts those who are done. Of each warpgroup that adds one thread calls these.
 constexpr int kWritten = 1 << 30;
 
 // Waits for this key block's turn; whether it is the first.
-FA2_DEVICE bool take_turn(int* counter, const Shape& shape, int n_block, int m_block) {
+FA2_DEVICE bool take_turn(int* counter, int n_block) {
   if constexpr (kDeterministic) {
-    const int turn = my_turn(shape, n_block, m_block);
-    while (ld_acquire(counter) < turn) continue;  // every key block before this one has added
-    return !kClearDq && turn == 0;
+    while (ld_acquire(counter) < n_block) continue;  // every key block before this one has added
+    return !kClearDq && n_block == 0;
   }
   if (kClearDq) return false;
   int seen = atom_acquire_add(counter, 1);

@@ -103,7 +103,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       int* turns = params.dq_turn + step.tile * kDqParts + group;
       mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
       int first = 0;
-      if (lane == 0) first = take_turn(turns, params.shape, work.n_block, step.m_block);
+      if (lane == 0) first = take_turn(turns, work.n_block);
       first = __shfl_sync(0xffffffffu, first, 0);
       float* sum = params.dq_accum + step.tile * kDqTileFloats + offset;
       constexpr uint32_t kBytes = kDqNTiles * 512;

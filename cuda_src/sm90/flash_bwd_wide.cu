@@ -40,9 +40,9 @@ struct SharedMemory {
   uint4 p[kBlockM / 8][128];  // P^T in float32: rounded twice, dS would be too far off
   Loads q_loads, dout_loads;  // with lse_log2, with softmax_d
   uint64_t ds_full[kStages], ds_empty[kStages];
+  uint64_t dq_turn, dq_added;  // deterministic
 };
 constexpr int kPFull = 1, kPEmpty = 2;  // named barriers: of the two warpgroups that hand P over
-constexpr int kAdding = 3;              // of the one that adds to dQ
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
 
@@ -214,6 +214,7 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
   Schedule schedule;
   Work work;
   Ring<kStages> ring;
+  uint32_t dq_parity = 0;
   Accumulator<1, kDqCols / 8> acc_dq;
   while (schedule.next(params, work)) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), ring.advance()) {
@@ -231,8 +232,8 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
           if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
         }
         if (kDeterministic && col == 0) {
-          if (leader) take_turn(params.dq_turn + step.tile, params.shape, work.n_block, step.m_block);
-          bar_sync(kAdding, 128);  // it is this block's turn
+          mbarrier_wait(smem.dq_turn, dq_parity);  // it is this block's turn: pass_turns
+          dq_parity ^= 1;
         }
 #pragma unroll
         for (int j = 0; j < kDqCols / 8; ++j) {
@@ -241,9 +242,24 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
         }
       }
       if constexpr (kDeterministic) {
-        bar_sync(kAdding, 128);  // every warp has added its part
-        if (leader) end_turn(params.dq_turn + step.tile);
+        __syncwarp();  // the warp has added its part
+        if (lane == 0) mbarrier_arrive(smem.dq_added);
       }
+    }
+  }
+}
+
+// Deterministic: waits for this block's turn at dQ of every step, and ends it: one thread.
+FA2_DEVICE void pass_turns(SharedMemory& smem, const BwdTmaParams& params) {
+  Schedule schedule;
+  Work work;
+  uint32_t parity = 0;
+  while (schedule.next(params, work)) {
+    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+      take_turn(params.dq_turn + step.tile, work.n_block);
+      mbarrier_arrive(smem.dq_turn);
+      mbarrier_wait(smem.dq_added, parity);  // every warp has added its part: compute_dq
+      end_turn(params.dq_turn + step.tile);
     }
   }
 }
@@ -264,6 +280,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       mbarrier_init(smem.ds_full[i], 4);
       mbarrier_init(smem.ds_empty[i], 1);
     }
+    mbarrier_init(smem.dq_turn, 1);
+    mbarrier_init(smem.dq_added, 4);
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised
@@ -276,6 +294,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       copy_tiles(params, smem.q_loads, smem.k, params.k, smem.q, params.q, params.lse_log2);
     } else if (lane_id() == 0 && warp == 1) {
       copy_tiles(params, smem.dout_loads, smem.v, params.v, smem.dout, params.dout, params.softmax_d);
+    } else if (kDeterministic && lane_id() == 0 && warp == 2) {
+      pass_turns(smem, params);
     }
   } else if (warpgroup == 3) {
     setmaxnreg_dec<kDqRegisters>();

@@ -122,7 +122,7 @@ def _launches(
             section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
         if deterministic:
             most = section if problem.causal and not sm90 else shares
-            section = _section_of_turns(device, tile, m_blocks * heads, most, problem.causal and sm90)
+            section = _section_of_turns(device, tile, m_blocks * heads, most, problem.causal)
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
@@ -243,19 +243,18 @@ def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
     return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
 
 
-def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: int, most: int, short_first: bool) -> int:
+def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: int, most: int, causal: bool) -> int:
     """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block.
 
     Neighbouring key blocks are launched that many blocks apart, which is to take as long as two turns: then a block
-    finds that its turn has come. short_first: a section ends with its longest blocks, and the next one waits for them;
-    so it is to be long, but a head's blocks still have to meet in L2.
+    finds that its turn has come. A causal block of sm_90 has its first turn before the one before it has come so far;
+    twice to five times as many heads were best (docs/tuning.md).
     """
     blocks_at_once = device.sm_count * max(1, 8 // tile.num_warps)
     turn_steps = max(1, tile.block_n // tile.block_m)  # kTurnBlocks of sm80/flash_bwd.cu
-    heads = -(-2 * turn_steps * blocks_at_once // steps)
-    if short_first:
-        heads = max(heads, min(4 * heads, blocks_at_once // 3))
-    return min(most, heads)
+    if causal and isinstance(tile, BwdTileSm90):
+        return min(most, math.ceil(blocks_at_once * math.sqrt(2 / steps)))
+    return min(most, -(-2 * turn_steps * blocks_at_once // steps))
 
 
 def _workspace(

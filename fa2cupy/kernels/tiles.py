@@ -218,7 +218,7 @@ class BwdTileSm90:
         if self.wide:
             panels += -(-(self.head_dim_v or self.head_dim) // 64)
             tiles, p = 128 * panels * (self.block_n + rows), 4 * self.block_m * self.block_n
-            small = 8 * rows + 8 * (4 + 6 * self.num_stages)
+            small = 8 * rows + 8 * (6 + 6 * self.num_stages)
             return tiles + ds + p + -(-small // 1024) * 1024
         tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
         barriers = 8 * (6 + 5 * self.num_stages + 2 * self.dq_parts)
