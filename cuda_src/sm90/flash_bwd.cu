@@ -6,7 +6,7 @@
 // blocks of all query heads that share them. Who does what:
 //
 //   copying     one thread: K and V of every tile; Q with lse, and dO with D, of every step
-//   adding      a warp for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first: write)
+//   adding      a thread for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first: write)
 //   keys (two)  warpgroups of 64 keys: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
 //
 // What a key warpgroup does in step m. The other one is half a step behind; exponentials and dS belong to one at a time:
@@ -92,36 +92,33 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
 FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 4 + warp : warp * kDqColParts + group; }
 
-// Adds a warpgroup's part of every step's dQ to dq_accum: one warp, a lane for each warp of the warpgroup.
+// Adds a warpgroup's part of every step's dQ to dq_accum, the parts of its four warps one by one: one thread.
 FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group) {
-  const int lane = lane_id(), offset = dq_offset(dq_warp(group, lane), 0, 0, 0, 0);
+  constexpr uint32_t kBytes = kDqNTiles * 512;  // of a warp
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
       int* turns = params.dq_turn + step.tile * kDqParts + group;
+      float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
       mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
-      int first = 0;
-      if (lane == 0) first = take_turn(turns, work.n_block);
-      first = __shfl_sync(0xffffffffu, first, 0);
-      float* sum = params.dq_accum + step.tile * kDqTileFloats + offset;
-      constexpr uint32_t kBytes = kDqNTiles * 512;
-      if (lane < 4) {
+      const bool first = take_turn(turns, work.n_block);
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) {
+        const int offset = dq_offset(dq_warp(group, warp), 0, 0, 0, 0);
         if (first) {
-          cp_async_bulk_store(sum, smem.dq + offset, kBytes);
+          cp_async_bulk_store(dq_tile + offset, smem.dq + offset, kBytes);
         } else {
-          cp_reduce_async_bulk_add_f32(sum, smem.dq + offset, kBytes);
+          cp_reduce_async_bulk_add_f32(dq_tile + offset, smem.dq + offset, kBytes);
         }
-        cp_async_bulk_commit_group();
-        cp_async_bulk_wait_group_read<0>();
       }
-      __syncwarp();  // all four parts have been read
-      if (lane == 0) mbarrier_arrive(smem.dq_empty[group]);
+      cp_async_bulk_commit_group();
+      cp_async_bulk_wait_group_read<0>();
+      mbarrier_arrive(smem.dq_empty[group]);
       if (kDeterministic || first) {
-        cp_async_bulk_wait_group<0>();
-        __syncwarp();  // all four parts are in global memory
-        if (lane == 0) end_turn(turns);
+        cp_async_bulk_wait_group<0>();  // this part is in global memory
+        end_turn(turns);
       }
     }
   }
@@ -333,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
     if (warp == 0) {
       if (lane_id() == 0) copy_tiles(smem, params);
     } else if (warp <= kKeyGroups) {
-      add_dq(smem, params, warp - 1);
+      if (lane_id() == 0) add_dq(smem, params, warp - 1);
     }
   } else {
     setmaxnreg_inc<kComputeRegisters>();

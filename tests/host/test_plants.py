@@ -255,13 +255,6 @@ MUTANTS = [
     ("bwd", "hopper-full", BWD90, "DownRows(smem.k[k_stage], dq_col)", "DownRows(smem.k[k_stage], 0)"),
     (
         "bwd",
-        "hopper-turns",
-        BOTH90,
-        "key_blocks(shape, m_block).end - 1 - n_block",
-        "key_blocks(shape, m_block).end - n_block",
-    ),
-    (
-        "bwd",
         "hopper-full",
         BWD90,
         "mbarrier_init(smem.ds_full[i], 4 * kKeyGroups)",
@@ -293,7 +286,7 @@ MUTANTS = [
         "if (first) {\n          cp_async_bulk_store",
         "if (1) {\n          cp_async_bulk_store",
     ),
-    ("bwd", "hopper-full", BWD90, "if (lane == 0) end_turn(turns);", ""),
+    ("bwd", "hopper-full", BWD90, "        end_turn(turns);\n", ""),
     ("bwd", "hopper-full", BWD90, "step.tile * kDqParts + group", "step.tile * kDqParts"),
     ("bwd", "hopper-full", PRE, "if (threadIdx.x < kDqParts)", "if (threadIdx.x == 0)"),
     ("bwd", "hopper-many", PRE, "if constexpr (kClearDq)", "if constexpr (false)"),
