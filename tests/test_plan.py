@@ -18,10 +18,10 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import compile_jobs, plan_backward, plan_forward
 from fa2cupy.kernels import plan as plans
 from fa2cupy.kernels.params import FwdTmaParams
-from fa2cupy.kernels.tiles import BWD_TILES_SM90, BWD_TILES_SM90_WIDE, FWD_TILES_SM90, SHARED_MEMORY, BwdTile
+from fa2cupy.kernels.tiles import BWD_TILES_SM90, FWD_TILES_SM90, SHARED_MEMORY, BwdTile
 from tests.fake_driver import FakeDriver, FakeMap, fake_driver
 from tests.gpu.cases import Case, problem_of
-from tests.plan_cases import A100, B200, H200, main_launch, problem
+from tests.plan_cases import A100, B200, H200, backward_problem, main_launch, problem
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
@@ -51,10 +51,18 @@ def test_jobs_of_sm90a() -> None:
     forward, backward, wide = sources
     assert len({job.label for job in own}) == len(own) == sum(map(len, sources))
     assert len(forward) == 2 * sum(map(len, FWD_TILES_SM90.values()))
-    assert len(backward) == 2 * 8 * len(BWD_TILES_SM90) and len(wide) == 2 * 8 * len(BWD_TILES_SM90_WIDE)
+    rows_of_wide = sum(
+        tile.wide for tile in BWD_TILES_SM90
+    )  # always from zeros; the others, if not deterministic, or not
+    assert len(backward) == 2 * 12 * (len(BWD_TILES_SM90) - rows_of_wide) and len(wide) == 2 * 8 * rows_of_wide
     assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
-    planned = main_launch(plan_forward(problem(head_dim=128, causal=True), H200)).defines
-    assert dict(planned) in [dict(job.defines) for job in own]
+    compiled = [(job.name, job.arch, dict(job.defines)) for job in jobs]
+    launches = (main_launch(plan_forward(problem(head_dim=128, causal=True), H200)),)
+    for head_dim, length, causal, heads in itertools.product((64, 256), (300, 5000), (False, True), ((1, 1), (8, 1))):
+        wanted = backward_problem(length, length, head_dim, "float16", causal, 1, heads)
+        for deterministic in (False, True):
+            launches += plan_backward(wanted, H200, deterministic).launches
+    assert all((launch.name, launch.arch, dict(launch.defines)) in compiled for launch in launches)
 
 
 @pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
