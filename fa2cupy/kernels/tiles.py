@@ -271,7 +271,7 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     ),
 }
 
-# By whether the problem is causal. Two warpgroups without a mask find their turns by themselves.
+# By whether the problem is causal. With long tiles and no mask, two warpgroups find their turns by themselves.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
     False: (
         FwdTileSm90(64, 128, 128, 3, 4, True, "177 KB; ends closer to the sequence's end", max_seqlen_q=1024),
