@@ -137,8 +137,24 @@ def test_rows_of_sm90(causal: bool) -> None:
         assert row.num_warps == 4 + row.block_m // 16
         panels, panels_v = -(-row.head_dim // 64), -(-(row.head_dim_v or row.head_dim) // 64)
         q_rows, k_rows = row.num_q_stages * row.block_m, row.num_kv_stages * row.block_n
-        tiles = 64 * 2 * (panels * q_rows + (panels + panels_v) * k_rows)
+        tiles = 64 * 2 * (panels * q_rows + (panels + panels_v) * k_rows + panels_v * 64 * row.own_o)
         assert row.shared_mem_bytes() == tiles + 1024 <= SHARED_MEMORY["sm_90"]
+        assert row.note.startswith(f"{row.shared_mem_bytes() // 1024} KB")
+        assert row.num_q_stages == 1 or not row.own_o
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_short_sequences(causal: bool) -> None:
+    """As many queries as a row serves, and one more."""
+    for head_dim, seqlen_q, kept, expected in (
+        (64, 1024, (128, 128, 3, False), (192, 128, 3, False)),
+        (128, 1024, (128, 128, 2 + causal, False), (128, 128, 2, False)),
+        (256, 2048, (128, 64, 1, True), (128, 64 if causal else 80, 1, causal)),
+    ):
+        for seqlen, wanted in ((seqlen_q, kept), (seqlen_q + 1, expected)):
+            row = forward_tile_sm90(head_dim, head_dim, causal, seqlen)
+            assert (row.block_m, row.block_n, row.num_q_stages, row.own_o) == wanted, (head_dim, seqlen)
+        assert not row.short
 
 
 def test_launch_of_sm90() -> None:
@@ -155,6 +171,7 @@ def test_launch_of_sm90() -> None:
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_NUM_Q_STAGES": tile.num_q_stages,
         "FA2_NUM_KV_STAGES": tile.num_kv_stages,
+        "FA2_OWN_O": 0,
         "FA2_TURNS": 1,
         "FA2_CAUSAL": 1,
         "FA2_SCALE_FIRST": 1,
@@ -178,8 +195,9 @@ def test_one_block_of_sm90_for_each_multiprocessor() -> None:
     for seqlen, causal, block_m, blocks in (
         (1024, True, 128, 64),
         (4096, True, 192, 132),
-        (2048, True, 128, 128),
-        (1024, False, 192, 48),
+        (2048, True, 192, 88),
+        (1024, False, 128, 64),
+        (1025, False, 192, 48),
     ):
         plan = plan_forward(problem(seqlen, seqlen, causal=causal), H200)
         assert plan.tile.block_m == block_m and main_launch(plan).config.grid == (blocks, 1, 1)

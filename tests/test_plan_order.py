@@ -55,16 +55,66 @@ def test_turns_are_a_section_apart() -> None:
     ("heads", "tiles_per_head", "section"),
     [
         (64, 32, 8),  # 7 heads have a tile and a half for each of 132 multiprocessors, 8 divide 64
-        (512, 4, 64),
         (16, 128, 2),
         (13, 32, 13),  # one section: no number from 7 to 13 divides 13 but 13
         (26, 64, 5),  # 4 to 8 heads would not be even: six sections, as even as can be
-        (4, 16, 4),
+        (64, 17, 16),
+        # up to 16 tiles per head: sections of 16 tiles, if they are shared out as evenly
+        (64, 16, 1),
+        (128, 8, 2),
+        (256, 8, 2),
+        (256, 4, 4),
+        (512, 4, 4),
+        (1024, 4, 4),
+        (4, 16, 1),  # one tile for each thread block, whatever the order
+        (256, 11, 32),  # 2 to 16 heads share worse
+        (64, 4, 64),
+        (16, 16, 16),
+        (17, 4, 17),  # no number from 4 to 16 divides 17
     ],
 )
 def test_even_sections(heads: int, tiles_per_head: int, section: int) -> None:
     assert plans.heads_per_even_section(H200, True, heads, tiles_per_head) == section
     assert plans.heads_per_even_section(H200, False, heads, tiles_per_head) == 1
+
+
+def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) -> float:
+    """Tile by tile as `Schedule` of sm90/flash_fwd.cu and `tile_of` of common/block_range.cuh have them."""
+    tiles, work = heads * tiles_per_head, [0] * blocks
+    for block in range(blocks):
+        for rounds in range(64):  # enough to tell
+            place = block if rounds % 2 == 0 else blocks - 1 - block
+            linear = rounds * blocks + place
+            if linear >= tiles:
+                break
+            number = linear // (section * tiles_per_head)
+            first = number * section
+            index = (linear - first * tiles_per_head) // min(section, heads - first)
+            sections_left = (heads - 1) // section - number
+            m_block = tiles_per_head - 1 - index if sections_left % 2 == 0 else index
+            work[block] += m_block + 1
+    return max(work) / (sum(work) / blocks)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tiles_per_head", "section"),
+    [
+        (256, 4, 4),
+        (256, 11, 2),
+        (256, 11, 32),
+        (64, 16, 1),
+        (26, 7, 5),
+        (13, 16, 13),
+        (4, 16, 1),
+        (3, 1, 2),
+        (140, 1, 7),
+        (2500, 4, 4),
+    ],
+)
+def test_largest_share(heads: int, tiles_per_head: int, section: int) -> None:
+    blocks = min(H200.sm_count, heads * tiles_per_head)
+    expected = largest_share(blocks, heads, tiles_per_head, section)
+    assert plans._largest_share(H200, heads, tiles_per_head, section) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sections_of_either_kernel() -> None:

@@ -31,15 +31,23 @@ static_assert(kConsumers == 2 || kConsumers == 3, "the registers are shared out 
 
 constexpr bool kAhead = kQStages > 1 || kOwnO;  // a tile's first scores are computed beside the last product of the one before
 
+// Q, and what O of a warpgroup leaves through, with its first row there: the buffer and the rows of its own Q,
 template <bool kOwn>
-struct OwnO {
-  Panels<64, kHeadDimV> o;  // of one warpgroup
+struct RowBuffers {
+  Panels<kBlockM, kHeadDim> q[kQStages];
+  FA2_DEVICE auto& o(int stage) { return q[stage]; }
+  static FA2_DEVICE int o_row(int group) { return group * 64; }
 };
+// or the buffer that the warpgroups use one by one.
 template <>
-struct OwnO<false> {};
+struct RowBuffers<true> {
+  Panels<64, kHeadDimV> own_o;
+  Panels<kBlockM, kHeadDim> q[kQStages];
+  FA2_DEVICE auto& o(int) { return own_o; }
+  static FA2_DEVICE int o_row(int) { return 0; }
+};
 
-struct SharedMemory : OwnO<kOwnO> {
-  Panels<kBlockM, kHeadDim> q[kQStages];  // later, unless kOwnO, the output on its way to global memory
+struct SharedMemory : RowBuffers<kOwnO> {
   Panels<kBlockN, kHeadDim> k[kKvStages];
   Panels<kBlockN, kHeadDimV> v[kKvStages];
   // full: the bytes have landed. empty: every consumer is done with them.
@@ -48,17 +56,6 @@ struct SharedMemory : OwnO<kOwnO> {
   uint64_t k_full[kKvStages], k_empty[kKvStages], v_full[kKvStages], v_empty[kKvStages];
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
-
-// Where a warpgroup's O is on its way to global memory, and the first of its rows there.
-template <typename Smem>
-FA2_DEVICE auto& o_buffer(Smem& smem, int stage) {
-  if constexpr (kOwnO) {
-    return smem.o;
-  } else {
-    return smem.q[stage];
-  }
-}
-FA2_DEVICE int o_row(int group) { return kOwnO ? 0 : group * 64; }
 
 using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
@@ -128,7 +125,7 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
       load_next(ring.stage);
     }
     mbarrier_wait(smem.o_full[group][ring.stage], ring.parity);  // O is there: compute
-    store_rows<64, kHeadDimV>(params.out, o_buffer(smem, ring.stage), o_row(group), work.m_block * kBlockM + group_row, work.head,
+    store_rows<64, kHeadDimV>(params.out, smem.o(ring.stage), smem.o_row(group), work.m_block * kBlockM + group_row, work.head,
                               work.batch);
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers
@@ -232,7 +229,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       mbarrier_wait(smem.o_empty[(group + kConsumers - 1) % kConsumers], group == 0 ? o_parity ^ 1 : o_parity);
       o_parity ^= 1;
     }
-    store_accumulator(o_buffer(smem, stage), o_row(group) + warp_id() % 4 * 16, acc_o);
+    store_accumulator(smem.o(stage), smem.o_row(group) + warp_id() % 4 * 16, acc_o);
     fence_proxy_async();  // this thread's part of O, before the copy engine reads it
     mbarrier_arrive(smem.o_full[group][stage]);
   };

@@ -192,6 +192,8 @@ def _defines_sm90(tile: FwdTileSm90, dtype: str, causal: bool, scale_first: bool
 def _label(tile: FwdTile | FwdTileSm90, dtype: str, head_dim: int, head_dim_v: int, causal: bool) -> str:
     kind = "causal" if causal else "full"
     shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    if isinstance(tile, FwdTileSm90) and tile.short:
+        shape += f" up to {tile.max_seqlen_q} queries"
     return f"forward {dtype} {plans.head_dim_label(head_dim, head_dim_v)} {kind} {shape}"
 
 

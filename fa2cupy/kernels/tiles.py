@@ -48,6 +48,7 @@ SHARED_MEMORY = {
     "sm_121": 101376,
 }
 _CLASSES = (232448, 166912, 101376)
+_ANY_LENGTH = 2**31
 # head_dim and head_dim_v of models in use, where they differ: multi-head latent attention.
 _HEAD_DIM_PAIRS = ((192, 128),)
 
@@ -110,9 +111,14 @@ class FwdTileSm90:
     turns: bool
     note: str
     spill_bytes: int = 0
-    max_seqlen_q: int = 2**31
+    max_seqlen_q: int = _ANY_LENGTH
     head_dim_v: int = 0
     own_o: bool = False
+
+    @property
+    def short(self) -> bool:
+        """A row for short sequences; another serves the longer ones."""
+        return self.max_seqlen_q < _ANY_LENGTH
 
     @property
     def num_warps(self) -> int:
@@ -265,7 +271,7 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     ),
 }
 
-# By whether the problem is causal. Two warpgroups without a mask find their turns by themselves.
+# By whether the problem is causal. With long tiles and no mask, two warpgroups find their turns by themselves.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
     False: (
         FwdTileSm90(64, 128, 128, 3, 4, True, "177 KB; ends closer to the sequence's end", max_seqlen_q=1024),

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fa2cupy.kernels.tiles import FWD_TILES_SM90
+from fa2cupy.kernels.tiles import FWD_TILES_SM90, FwdTileSm90
 from tests.gpu.cases import DTYPES, Case
 from tests.host import cases
 from tests.host.kernel_run import HostCase, check
@@ -47,15 +47,32 @@ def test_other_tiles(head_dim: int, arch: str, dtype: str) -> None:
     run_all(cases.arch_cases(head_dim, arch, dtype))
 
 
+@pytest.mark.parametrize(
+    ("causal", "tile"),
+    [
+        pytest.param(causal, tile, id=f"{'causal' if causal else 'full'}-{number}-{tile.head_dim}")
+        for causal, rows in FWD_TILES_SM90.items()
+        for number, tile in enumerate(rows)
+    ],
+)
+def test_rows_of_hopper(causal: bool, tile: FwdTileSm90) -> None:
+    """Each thread block has four tiles, more than any row has buffers of Q: of one block of keys, of two, of more."""
+    m, n = tile.block_m, tile.block_n
+    usual = Case(m // 2 + 1, n - 3, tile.head_dim, "bfloat16", causal, 2, (8, 2), head_dim_v=tile.head_dim_v or None)
+    for case in (
+        usual,
+        dataclasses.replace(usual, seqlen_q=m + 9, seqlen_k=m + 9, batch=1, heads=(8, 8), dtype="float16", seed=1),
+        dataclasses.replace(usual, seqlen_q=m + 77, seqlen_k=m + 2 * n + 3, batch=1, heads=(8, 1), seed=2),
+    ):
+        check(HostCase(case, tile=tile), BACKWARD)
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_rows_for_long_sequences(causal: bool) -> None:
-    rows = FWD_TILES_SM90[causal]
-    short = {(row.head_dim, row.head_dim_v) for row in rows if row.max_seqlen_q < 1 << 20}
-    for tile in rows:
-        if (tile.head_dim, tile.head_dim_v) in short and tile.max_seqlen_q > 1 << 20:
-            for number, (sq, sk) in enumerate(((203, 421), (300, 300))):
-                case = Case(sq, sk, tile.head_dim, DTYPES[number], causal, 1, (2, 1), seed=number)
-                check(HostCase(case, tile=tile), BACKWARD)
+def test_own_o_of_three_warpgroups(causal: bool) -> None:
+    """No row has that, but the kernel does; causal, some tiles of a head meet one block of keys and others more."""
+    tile = FwdTileSm90(64, 192, 192, 1, 2, True, "", own_o=True)
+    for seqlen_q, seqlen_k in ((401, 401), (77, 150)):
+        check(HostCase(Case(seqlen_q, seqlen_k, 64, "float16", causal, 1, (8, 2), seed=seqlen_k), tile=tile), BACKWARD)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
