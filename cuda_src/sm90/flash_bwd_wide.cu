@@ -241,10 +241,7 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
           red_add_v4_f32(dq_tile + dq_offset(warp, lane, 0, col / 8 + j, 0), x[0], x[1], x[2], x[3]);
         }
       }
-      if constexpr (kDeterministic) {
-        __syncwarp();  // the warp has added its part
-        if (lane == 0) mbarrier_arrive(smem.dq_added);
-      }
+      if constexpr (kDeterministic) mbarrier_arrive(smem.dq_added);  // this thread has added its part
     }
   }
 }
@@ -258,7 +255,7 @@ FA2_DEVICE void pass_turns(SharedMemory& smem, const BwdTmaParams& params) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
       take_turn(params.dq_turn + step.tile, work.n_block);
       mbarrier_arrive(smem.dq_turn);
-      mbarrier_wait(smem.dq_added, parity);  // every warp has added its part: compute_dq
+      mbarrier_wait(smem.dq_added, parity);  // every thread has added its part: compute_dq
       end_turn(params.dq_turn + step.tile);
     }
   }
@@ -281,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       mbarrier_init(smem.ds_empty[i], 1);
     }
     mbarrier_init(smem.dq_turn, 1);
-    mbarrier_init(smem.dq_added, 4);
+    mbarrier_init(smem.dq_added, 128);
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised
