@@ -282,7 +282,7 @@ class _Cupy(_Numpy, GpuFramework):
         return lambda index: get_current_stream(index).ptr
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        raise NotImplementedError("CuPy arrays are never on the CPU")
+        raise TypeError("CuPy arrays are never on the CPU")
 
 
 class _Torch(GpuFramework):

@@ -115,7 +115,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       }
       cp_async_bulk_commit_group();
       cp_async_bulk_wait_group_read<0>();
-      mbarrier_arrive(smem.dq_empty[group]);
+      mbarrier_arrive(smem.dq_empty[group]);  // shared memory has been read
       if (kDeterministic || first) {
         cp_async_bulk_wait_group<0>();  // this part is in global memory
         end_turn(turns);
@@ -239,7 +239,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage]);
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
-    bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);
+    bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn
     mbarrier_wait(smem.ds_empty[ring.stage], ring.parity ^ 1);  // released by both warpgroups after dQ = dS K
     store_transposed(smem.ds[ring.stage], warp_row, frag_ds);
     fence_proxy_async();  // this thread's part of dS, before wgmma reads it

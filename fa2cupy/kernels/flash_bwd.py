@@ -116,10 +116,10 @@ def _launches(
         queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
         shares = problem.batch * problem.num_heads_k * head_splits
         sm90 = isinstance(tile, BwdTileSm90)
-        if sm90:
-            section = plans.heads_per_even_section(device, problem.causal, shares, n_blocks)
-        else:
+        if not sm90:
             section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
+        elif not deterministic:
+            section = plans.heads_per_even_section(device, problem.causal, shares, n_blocks)
         if deterministic:
             most = section if problem.causal and not sm90 else shares
             section = _section_of_turns(device, tile, m_blocks * heads, most, problem.causal)
@@ -247,8 +247,8 @@ def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: in
     """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block.
 
     Neighbouring key blocks are launched that many blocks apart, which is to take as long as two turns: then a block
-    finds that its turn has come. A causal block of sm_90 has its first turn before the one before it has come so far;
-    twice to five times as many heads were best (docs/tuning.md).
+    finds that its turn has come. A causal block of sm_90 comes to its first turn before the block in front of it does;
+    up to five times as many heads were best (docs/tuning.md).
     """
     blocks_at_once = device.sm_count * max(1, 8 // tile.num_warps)
     turn_steps = max(1, tile.block_n // tile.block_m)  # kTurnBlocks of sm80/flash_bwd.cu
