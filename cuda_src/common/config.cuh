@@ -51,6 +51,7 @@ constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q
 #ifdef FA2_DQ_WARPS_M
 constexpr int kDqWarps = FA2_DQ_WARPS;    // warps that share a tile of dQ
 constexpr int kDqWarpsM = FA2_DQ_WARPS_M;  // warps along the rows of dQ
+constexpr int kDqUnit = FA2_DQ_UNIT;      // columns of dQ that no two warps share
 constexpr bool kVectorRed = FA2_VECTOR_RED;  // red.global.add.v4.f32: sm_90 and newer
 #endif
 #ifdef FA2_DQ_PARTS

@@ -7,12 +7,12 @@
 
 constexpr int kDqWarpsD = kDqWarps / kDqWarpsM;       // warps along its columns
 constexpr int kDqMTiles = kBlockM / 16 / kDqWarpsM;    // blocks of 16 rows of a warp
-constexpr int kDqNTiles = 2 * ceil_div(kHeadDim / 16, kDqWarpsD);  // blocks of 8 columns of a warp, at most
+constexpr int kDqNTiles = kDqUnit / 8 * ceil_div(ceil_div(kHeadDim, kDqUnit), kDqWarpsD);  // blocks of 8 columns of a warp, at most
 static_assert(kDqWarpsM * kDqWarpsD == kDqWarps && kDqWarpsM * kDqMTiles * 16 == kBlockM, "dQ is shared out evenly");
 
 constexpr int kDqTileFloats = kDqWarps * kDqMTiles * kDqNTiles * 128;
 
-// Rows and columns of a warp's part. Where 16-wide column blocks cannot be shared out evenly, the last warps have fewer.
+// Rows and columns of a warp's part. Where blocks of kDqUnit columns cannot be shared out evenly, the last warps have fewer.
 FA2_DEVICE int dq_row(int warp) { return warp / kDqWarpsD * kDqMTiles * 16; }
 FA2_DEVICE int dq_col(int warp) { return warp % kDqWarpsD * kDqNTiles * 8; }
 

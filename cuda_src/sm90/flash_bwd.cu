@@ -29,8 +29,8 @@ constexpr int kKStages = 2;  // the next tile's first S is computed before this 
 constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
 static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
 
-// A warpgroup's part of dQ: 64 rows and 64 columns.
-constexpr int kDqCols = 64, kDqColParts = kHeadDim / kDqCols;
+// A warpgroup's part of dQ: 64 rows and 64 columns. Of the last columns fewer may leave.
+constexpr int kDqCols = 64, kDqColParts = ceil_div(kHeadDim, kDqCols);
 static_assert(kDqWarps == 4 * kKeyGroups && kDqWarpsD == kDqColParts && kDqMTiles == 1, "one part for each warpgroup");
 
 struct SharedMemory {
@@ -92,9 +92,12 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
 FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 4 + warp : warp * kDqColParts + group; }
 
+// Columns of a warpgroup's part of dQ that leave.
+FA2_DEVICE int dq_cols(int group) { return kDqColParts > 1 && group == 1 ? kHeadDim - kDqCols : kDqCols; }
+
 // Adds a warpgroup's part of every step's dQ to dq_accum, the parts of its four warps one by one: one thread.
 FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group) {
-  constexpr uint32_t kBytes = kDqNTiles * 512;  // of a warp
+  const uint32_t bytes = dq_cols(group) * 64;  // of a warp
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -108,9 +111,9 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       for (int warp = 0; warp < 4; ++warp) {
         const int offset = dq_offset(dq_warp(group, warp), 0, 0, 0, 0);
         if (first) {
-          cp_async_bulk_store(dq_tile + offset, smem.dq + offset, kBytes);
+          cp_async_bulk_store(dq_tile + offset, smem.dq + offset, bytes);
         } else {
-          cp_reduce_async_bulk_add_f32(dq_tile + offset, smem.dq + offset, kBytes);
+          cp_reduce_async_bulk_add_f32(dq_tile + offset, smem.dq + offset, bytes);
         }
       }
       cp_async_bulk_commit_group();
@@ -177,6 +180,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     const uint32_t target = smem_address(smem.dq + dq_offset(dq_warp(group, warp_id() % 4), lane_id(), 0, 0, 0));
 #pragma unroll
     for (int j = 0; j < kDqCols / 8; ++j) {
+      if (8 * j == kHeadDim % kDqCols && 8 * j >= dq_cols(group)) break;
       const float(&x)[4] = acc_dq.x[0][j];
       st_shared_v4(target + j * 512,
                    uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});

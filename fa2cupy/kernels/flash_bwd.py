@@ -296,6 +296,7 @@ def _side_defines(
         "FA2_NUM_WARPS": tile.dq_warps,
         "FA2_DQ_WARPS": tile.dq_warps,
         "FA2_DQ_WARPS_M": tile.dq_warps_m,
+        "FA2_DQ_UNIT": tile.dq_unit,
         "FA2_VECTOR_RED": int(vector_red),
         "FA2_CAUSAL": 0,
         "FA2_PARAMS_BYTES": ctypes.sizeof(BwdParams),

@@ -152,6 +152,7 @@ class BwdTile:
     spill_bytes: int = 0
 
     dq_parts: ClassVar[int] = 1  # all of them add in one turn
+    dq_unit: ClassVar[int] = 16  # columns of dQ that no two warps share
 
     @property
     def dq_warps(self) -> int:
@@ -196,6 +197,8 @@ class BwdTileSm90:
     spill_bytes: int = 0
     head_dim_v: int = 0
 
+    dq_unit: ClassVar[int] = 64  # a panel
+
     @property
     def wide(self) -> bool:
         """Of sm90/flash_bwd_wide.cu."""
@@ -233,7 +236,7 @@ class BwdTileSm90:
 
     def dq_tile_floats(self) -> int:
         """kDqTileFloats of common/dq_accum.cuh."""
-        return self.block_m * self.head_dim
+        return self.block_m * -(-self.head_dim // self.dq_unit) * self.dq_unit
 
     @property
     def dq_parts(self) -> int:
@@ -320,6 +323,7 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
 
 BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
+    BwdTileSm90(96, 64, 128, 2, "226 KB: a panel and a half take two"),
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
     BwdTileSm90(192, 64, 64, 2, "153 KB", head_dim_v=128),
     BwdTileSm90(192, 64, 64, 2, "177 KB"),
