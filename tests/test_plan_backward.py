@@ -13,8 +13,9 @@ import pytest
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, plan_backward
+from fa2cupy.kernels.flash_bwd import _section_of_turns_sm90
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams
-from fa2cupy.kernels.tiles import BWD_TILES_SM90, SHARED_MEMORY, BwdTileSm90
+from fa2cupy.kernels.tiles import BWD_TILES_SM90, SHARED_MEMORY, BwdTileSm90, backward_tile_sm90
 from tests.gpu.cases import Case, problem_of
 from tests.plan_cases import A100, H200, backward, backward_problem, named, params_of
 
@@ -176,7 +177,7 @@ def test_wide_heads_of_sm90(head_dims: tuple[int, int], row: tuple[int, int]) ->
 @pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}")
 def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
     assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
-    assert tile.block_m % 64 == 0 and tile.dq_tile_floats() == tile.block_m * tile.head_dim
+    assert tile.block_m % 64 == 0 and tile.dq_tile_floats() == tile.block_m * -(-tile.head_dim // 64) * 64
     assert tile.wide == (tile.head_dim > 128)
     if tile.wide:
         assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16
@@ -206,17 +207,40 @@ def clearing(plan: BackwardPlan) -> int:
 )
 def test_who_begins_a_sum_of_dq(seqlen_k: int, causal: bool, deterministic: bool, cleared: int) -> None:
     """The first of a few key blocks, or of many that add in turn; else zeros."""
-    for head_dim in (64, 128):
+    for head_dim in (64, 96, 128):
         wanted = backward_problem(seqlen_k, seqlen_k, head_dim, "bfloat16", causal)
         assert clearing(plan_backward(wanted, H200, deterministic)) == cleared
 
 
-@pytest.mark.parametrize(("head_dim", "device"), [(192, H200), (256, H200), (64, A100), (59, H200)])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_who_always_adds_to_zeros(head_dim: int, device: DeviceInfo, deterministic: bool) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "device", "deterministic", "cleared"),
+    [
+        (192, H200, False, 1),
+        (192, H200, True, 0),
+        (256, H200, False, 1),
+        (256, H200, True, 0),
+        (64, A100, False, 1),
+        (64, A100, True, 1),
+        (59, H200, True, 1),
+    ],
+)
+def test_who_begins_a_sum_of_one_part(head_dim: int, device: DeviceInfo, deterministic: bool, cleared: int) -> None:
     """Wide heads, and the sm_80 kernel: all of their warps add in one turn."""
     plan = plan_backward(backward_problem(300, 300, head_dim, "bfloat16", False), device, deterministic)
-    assert clearing(plan) == 1 and named(plan, "flash_bwd").defines["FA2_DQ_PARTS"] == 1
+    assert clearing(plan) == cleared and named(plan, "flash_bwd").defines["FA2_DQ_PARTS"] == 1
+
+
+def test_sections_of_turns() -> None:
+    """Of one size if the heads can be shared out so, else a few more than are needed; never more than there are."""
+    narrow, wide = backward_tile_sm90(128, 128), backward_tile_sm90(256, 256)
+
+    def sections(tile: BwdTileSm90, heads: int, steps: int) -> list[int]:
+        return [_section_of_turns_sm90(H200, tile, steps, heads, causal) for causal in (False, True)]
+
+    assert sections(narrow, 512, 8) == [16, 64] and sections(narrow, 16, 256) == [2, 16]
+    assert sections(wide, 256, 8) == [16, 32] and sections(wide, 32, 64) == [4, 8]
+    assert sections(wide, 509, 8) == [12, 26]
+    assert sections(narrow, 3, 1) == [3, 3]
 
 
 def test_workspace_of_turns() -> None:
@@ -237,9 +261,9 @@ def test_launches_of_the_backward_of_sm90() -> None:
     wanted = backward_problem(350, 300, 96, "float16", True, 2, (8, 2), head_dim_v=72)
     plan = plan_backward(wanted, H200, False)
     tile, main = plan.tile, named(plan, "flash_bwd")
-    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 128 and plan.head_splits == 4
+    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 96 and plan.head_splits == 4
     assert main.config.grid == (3 * 2 * 2 * 4, 1, 1) and main.config.block == (384, 1, 1)
-    assert main.defines["FA2_HEAD_DIM"] == main.defines["FA2_HEAD_DIM_V"] == 128
+    assert main.defines["FA2_HEAD_DIM"] == main.defines["FA2_HEAD_DIM_V"] == 96
     assert [(each.position, each.add_bytes) for each in main.tensor_maps] == [
         (0, 50 * 8 * 72 * 2),
         (1, 50 * 8 * 96 * 2),

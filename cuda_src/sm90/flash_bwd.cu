@@ -43,12 +43,15 @@ struct SharedMemory {
   uint64_t k_full[kKStages], k_empty[kKStages], v_full, v_empty;
   uint64_t q_full[kStages], dout_full[kStages], q_dout_empty[kStages];
   uint64_t ds_full[kStages], ds_empty[kStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
+  uint64_t dq_turn[kKeyGroups];  // deterministic
 };
 constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
 using AccKV = Accumulator<1, kHeadDim / 8>;  // 64 keys x head_dim
 using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
+// dV is issued before dS is stored, dK before dS is announced, if there are registers for that.
+constexpr bool kDvFirst = kBlockM == 64, kDsFirst = !kDvFirst && kPartialDkv;
 
 // All that the tensor cores read from global memory, one thread.
 FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
@@ -106,7 +109,13 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       int* turns = params.dq_turn + step.tile * kDqParts + group;
       float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
       mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
-      const bool first = take_turn(turns, work.n_block);
+      bool first;
+      if constexpr (kDeterministic) {
+        mbarrier_wait(smem.dq_turn[group], parity);  // it is this block's turn: announce_turns
+        first = writes_dq(work);
+      } else {
+        first = comes_first(turns);
+      }
 #pragma unroll
       for (int warp = 0; warp < 4; ++warp) {
         const int offset = dq_offset(dq_warp(group, warp), 0, 0, 0, 0);
@@ -122,6 +131,24 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       if (kDeterministic || first) {
         cp_async_bulk_wait_group<0>();  // this part is in global memory
         end_turn(turns);
+      }
+    }
+  }
+}
+
+// Deterministic: tells add_dq when the turns of this block have come. One thread, so that a turn is awaited while the addition
+// before it is still on its way.
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
+  Schedule schedule;
+  Work work;
+  uint32_t parity = 0;
+  while (schedule.next(params, work)) {
+    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+#pragma unroll
+      for (int group = 0; group < kKeyGroups; ++group) {
+        wait_for_turn(params.dq_turn + step.tile * kDqParts + group, work.n_block);
+        mbarrier_wait(smem.dq_empty[group], parity ^ 1);  // the turn before has been taken: add_dq
+        mbarrier_arrive(smem.dq_turn[group]);
       }
     }
   }
@@ -204,6 +231,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
       step.advance(work);
     }
   };
+  auto issue_dv = [&] {  // dV += P^T dO
+    wgmma_fence();
+    gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[ring.stage]), !first);
+    wgmma_commit_group();
+  };
   auto is_final = [&] { return step.left == 1 && !schedule.more(params); };
 
   auto store_dkv = [&] {
@@ -244,16 +276,21 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn
+    auto announce_ds = [&] {
+      fence_proxy_async();  // this thread's part of dS, before wgmma reads it
+      __syncwarp();         // the warp's part is in shared memory
+      if (lane_id() == 0) mbarrier_arrive(smem.ds_full[ring.stage]);
+    };
+    // dV runs while dS is stored, dK while it becomes visible.
+    if constexpr (kDvFirst) issue_dv();
     mbarrier_wait(smem.ds_empty[ring.stage], ring.parity ^ 1);  // released by both warpgroups after dQ = dS K
     store_transposed(smem.ds[ring.stage], warp_row, frag_ds);
-    fence_proxy_async();  // this thread's part of dS, before wgmma reads it
-    __syncwarp();         // the warp's part is in shared memory
-    if (lane_id() == 0) mbarrier_arrive(smem.ds_full[ring.stage]);
-
+    if constexpr (kDsFirst) announce_ds();
+    if constexpr (!kDvFirst) issue_dv();
     wgmma_fence();
-    gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[ring.stage]), !first);  // dV += P^T dO
-    gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[ring.stage]), !first);    // dK += dS^T Q
+    gemm_rs<kQuerySteps>(acc_dk, frag_ds, DownRows(smem.q[ring.stage]), !first);  // dK += dS^T Q
     wgmma_commit_group();
+    if constexpr (!kDsFirst) announce_ds();
     AccDq acc_dq;
     const int stage = ring.stage;
     if constexpr (kDue) issue_dq(acc_dq, first ? k.before() : k.stage);
@@ -322,6 +359,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
     for (int i = 0; i < kKeyGroups; ++i) {
       mbarrier_init(smem.dq_full[i], 4);
       mbarrier_init(smem.dq_empty[i], 1);
+      mbarrier_init(smem.dq_turn[i], 1);
     }
     fence_mbarrier_init();
   }
@@ -335,6 +373,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       if (lane_id() == 0) copy_tiles(smem, params);
     } else if (warp <= kKeyGroups) {
       if (lane_id() == 0) add_dq(smem, params, warp - 1);
+    } else if (kDeterministic) {
+      if (lane_id() == 0) announce_turns(smem, params);
     }
   } else {
     setmaxnreg_inc<kComputeRegisters>();

@@ -3,10 +3,10 @@
 // dK and dV of 64 keys x 256 columns take 128 registers each, of every thread of a warpgroup. So a tile has 64 keys, and
 // what one warpgroup did for its own keys there, three do for the same keys here, one product after the other:
 //
-//   copying  two threads: K of every tile and Q with lse of every step; V, and dO with D
+//   copying  two threads: K of every tile and Q with lse of every step; V, and dO with D. A third one adds dQ
 //   scores   S^T = K Q^T, P^T, dV += P^T dO. P^T goes to the next one through shared memory, register by register
 //   softmax  dP^T = V dO^T, dS^T = P^T * (dP^T - D), dK += dS^T Q. dS goes to the next one through shared memory, for wgmma
-//   dQ       dQ = dS K, added to dq_accum from registers
+//   dQ       dQ = dS K. It leaves for dq_accum through shared memory if there is room (kDqShared), else from registers
 //
 // Rings of buffers couple them, and nothing else: where one waits or computes exponentials, the others' products run. The
 // first two issue S or dP of the next step with dV or dK of this one.
@@ -22,8 +22,9 @@ constexpr int kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 constexpr int kCopyRegisters = 24, kComputeRegisters = 208, kDqRegisters = 72;
 static_assert(kCopyRegisters + 2 * kComputeRegisters + kDqRegisters <= 512, "the registers of 128 threads");
 
-constexpr int kDqCols = 64;  // dQ is computed so many columns at a time: what its registers hold
+constexpr int kDqCols = 64, kDqPieces = kHeadDim / kDqCols;  // dQ is computed so many columns at a time: what its registers hold
 static_assert(kHeadDim % kDqCols == 0, "whole pieces of dQ");
+constexpr bool kDqShared = kHeadDim <= 192;  // bulk copies add dQ
 
 // Rows that copies bring, and what goes with them: keys, queries (or their gradient), and a float for each of these.
 struct Loads {
@@ -40,7 +41,9 @@ struct SharedMemory {
   uint4 p[kBlockM / 8][128];  // P^T in float32: rounded twice, dS would be too far off
   Loads q_loads, dout_loads;  // with lse_log2, with softmax_d
   uint64_t ds_full[kStages], ds_empty[kStages];
-  uint64_t dq_turn, dq_added;  // deterministic
+  alignas(128) float dq[kDqShared ? kDqTileFloats : 1];  // in the order of dq_accum.cuh
+  uint64_t dq_full[kDqPieces], dq_empty[kDqPieces];
+  uint64_t dq_turn, dq_added, dq_seen;  // deterministic, the last two not kDqShared
 };
 constexpr int kPFull = 1, kPEmpty = 2;  // named barriers: of the two warpgroups that hand P over
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
@@ -207,19 +210,18 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
   }
 }
 
-// One warpgroup: dQ of every step, added to dq_accum.
+// One warpgroup: dQ of every step.
 FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
   const int warp = warp_id() % 4, lane = lane_id();
   const bool leader = threadIdx.x % 128 == 0;
   Schedule schedule;
   Work work;
   Ring<kStages> ring;
-  uint32_t dq_parity = 0;
+  uint32_t parity = 0;
   Accumulator<1, kDqCols / 8> acc_dq;
   while (schedule.next(params, work)) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), ring.advance()) {
       mbarrier_wait(smem.ds_full[ring.stage], ring.parity);  // dS is there: the second warpgroup; so K is
-      float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
 #pragma unroll
       for (int col = 0; col < kHeadDim; col += kDqCols) {
         wgmma_fence();
@@ -231,32 +233,86 @@ FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
           mbarrier_arrive(smem.ds_empty[ring.stage]);
           if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
         }
-        if (kDeterministic && col == 0) {
-          mbarrier_wait(smem.dq_turn, dq_parity);  // it is this block's turn: pass_turns
-          dq_parity ^= 1;
-        }
+        if constexpr (kDqShared) {
+          const int piece = col / kDqCols;
+          mbarrier_wait(smem.dq_empty[piece], parity ^ 1);  // the step before has been read: add_dq
 #pragma unroll
-        for (int j = 0; j < kDqCols / 8; ++j) {
-          const float(&x)[4] = acc_dq.x[0][j];
-          red_add_v4_f32(dq_tile + dq_offset(warp, lane, 0, col / 8 + j, 0), x[0], x[1], x[2], x[3]);
+          for (int j = 0; j < kDqCols / 8; ++j) {
+            const float(&x)[4] = acc_dq.x[0][j];
+            st_shared_v4(smem_address(smem.dq + dq_offset(warp, lane, 0, col / 8 + j, 0)),
+                         uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+          }
+          fence_proxy_async();  // this thread's part of dQ, before the copy engine reads it
+          __syncwarp();         // the warp's part is in shared memory
+          if (lane == 0) mbarrier_arrive(smem.dq_full[piece]);
+        } else {
+          float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
+          if (kDeterministic && col == 0) mbarrier_wait(smem.dq_turn, parity);  // it is this block's turn: announce_turns
+#pragma unroll
+          for (int j = 0; j < kDqCols / 8; ++j) {
+            const float(&x)[4] = acc_dq.x[0][j];
+            float* target = dq_tile + dq_offset(warp, lane, 0, col / 8 + j, 0);
+            if (writes_dq(work)) {
+              *reinterpret_cast<float4*>(target) = float4{x[0], x[1], x[2], x[3]};
+            } else {
+              red_add_v4_f32(target, x[0], x[1], x[2], x[3]);
+            }
+          }
         }
       }
-      if constexpr (kDeterministic) mbarrier_arrive(smem.dq_added);  // this thread has added its part
+      if constexpr (!kDqShared && kDeterministic) mbarrier_arrive(smem.dq_added);  // this thread has added its part
+      if constexpr (kDqShared || kDeterministic) parity ^= 1;
     }
   }
 }
 
-// Deterministic: waits for this block's turn at dQ of every step, and ends it: one thread.
-FA2_DEVICE void pass_turns(SharedMemory& smem, const BwdTmaParams& params) {
+// Adds dQ of every step to dq_accum, piece by piece, or waits for compute_dq to have done so, and ends the turn. One thread.
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
-      take_turn(params.dq_turn + step.tile, work.n_block);
+      if constexpr (kDqShared) {
+        float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
+#pragma unroll
+        for (int piece = 0; piece < kDqPieces; ++piece) {
+          mbarrier_wait(smem.dq_full[piece], parity);  // dQ is in shared memory: compute_dq
+          if (kDeterministic && piece == 0) mbarrier_wait(smem.dq_turn, parity);  // it is this block's turn: announce_turns
+#pragma unroll
+          for (int warp = 0; warp < 4; ++warp) {
+            const int offset = dq_offset(warp, 0, 0, piece * kDqCols / 8, 0);
+            if (writes_dq(work)) {
+              cp_async_bulk_store(dq_tile + offset, smem.dq + offset, kDqCols * 64);
+            } else {
+              cp_reduce_async_bulk_add_f32(dq_tile + offset, smem.dq + offset, kDqCols * 64);
+            }
+          }
+          cp_async_bulk_commit_group();
+          cp_async_bulk_wait_group_read<0>();
+          mbarrier_arrive(smem.dq_empty[piece]);  // shared memory has been read
+        }
+        if constexpr (kDeterministic) cp_async_bulk_wait_group<0>();  // dQ is in global memory
+      } else {
+        mbarrier_wait(smem.dq_added, parity);  // every thread has added its part: compute_dq
+        mbarrier_arrive(smem.dq_seen);
+      }
+      if constexpr (kDeterministic) end_turn(params.dq_turn + step.tile);
+    }
+  }
+}
+
+// Deterministic: tells those who add when this block's turns have come. One thread, so that a turn is awaited while the
+// addition before it is still on its way.
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
+  Schedule schedule;
+  Work work;
+  uint32_t parity = 0;
+  while (schedule.next(params, work)) {
+    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+      wait_for_turn(params.dq_turn + step.tile, work.n_block);
+      mbarrier_wait(kDqShared ? smem.dq_empty[0] : smem.dq_seen, parity ^ 1);  // the turn before has been taken: add_dq
       mbarrier_arrive(smem.dq_turn);
-      mbarrier_wait(smem.dq_added, parity);  // every thread has added its part: compute_dq
-      end_turn(params.dq_turn + step.tile);
     }
   }
 }
@@ -277,8 +333,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       mbarrier_init(smem.ds_full[i], 4);
       mbarrier_init(smem.ds_empty[i], 1);
     }
+#pragma unroll
+    for (int i = 0; i < kDqPieces; ++i) {
+      mbarrier_init(smem.dq_full[i], 4);
+      mbarrier_init(smem.dq_empty[i], 1);
+    }
     mbarrier_init(smem.dq_turn, 1);
     mbarrier_init(smem.dq_added, 128);
+    mbarrier_init(smem.dq_seen, 1);
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised
@@ -291,8 +353,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
       copy_tiles(params, smem.q_loads, smem.k, params.k, smem.q, params.q, params.lse_log2);
     } else if (lane_id() == 0 && warp == 1) {
       copy_tiles(params, smem.dout_loads, smem.v, params.v, smem.dout, params.dout, params.softmax_d);
-    } else if (kDeterministic && lane_id() == 0 && warp == 2) {
-      pass_turns(smem, params);
+    } else if ((kDqShared || kDeterministic) && lane_id() == 0 && warp == 2) {
+      add_dq(smem, params);
+    } else if (kDeterministic && lane_id() == 0 && warp == 3) {
+      announce_turns(smem, params);
     }
   } else if (warpgroup == 3) {
     setmaxnreg_dec<kDqRegisters>();

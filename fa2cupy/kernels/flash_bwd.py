@@ -115,14 +115,15 @@ def _launches(
         heads = group // head_splits  # of a thread block
         queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
         shares = problem.batch * problem.num_heads_k * head_splits
-        sm90 = isinstance(tile, BwdTileSm90)
-        if not sm90:
+        steps = m_blocks * heads
+        if isinstance(tile, BwdTile):
             section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
-        elif not deterministic:
+            if deterministic:
+                section = _section_of_turns(device, tile, steps, section if problem.causal else shares)
+        elif deterministic:
+            section = _section_of_turns_sm90(device, tile, steps, shares, problem.causal)
+        else:
             section = plans.heads_per_even_section(device, problem.causal, shares, n_blocks)
-        if deterministic:
-            most = section if problem.causal and not sm90 else shares
-            section = _section_of_turns(device, tile, m_blocks * heads, most, problem.causal)
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
@@ -243,18 +244,29 @@ def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
     return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
 
 
-def _section_of_turns(device: DeviceInfo, tile: BwdTile | BwdTileSm90, steps: int, most: int, causal: bool) -> int:
+def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) -> int:
     """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block.
 
     Neighbouring key blocks are launched that many blocks apart, which is to take as long as two turns: then a block
-    finds that its turn has come. A causal block of sm_90 comes to its first turn before the block in front of it does;
-    up to five times as many heads were best (docs/tuning.md).
+    finds that its turn has come.
     """
     blocks_at_once = device.sm_count * max(1, 8 // tile.num_warps)
     turn_steps = max(1, tile.block_n // tile.block_m)  # kTurnBlocks of sm80/flash_bwd.cu
-    if causal and isinstance(tile, BwdTileSm90):
-        return min(most, math.ceil(blocks_at_once * math.sqrt(2 / steps)))
     return min(most, -(-2 * turn_steps * blocks_at_once // steps))
+
+
+def _section_of_turns_sm90(device: DeviceInfo, tile: BwdTileSm90, steps: int, heads: int, causal: bool) -> int:
+    """The same for sm_90, where turns cost less. A causal block comes to its first turn before the block in front of it
+    does, so that more heads are best. All sections are of one size if possible. Measured: docs/tuning.md."""
+    if not causal:
+        share = 0.18 / math.sqrt(steps)
+    elif not tile.wide:
+        share = 1 / math.sqrt(steps)
+    else:
+        share = 0.55 / min(16, max(4, steps / 4))
+    least = device.sm_count * share
+    even = (n for n in range(math.ceil(least), math.ceil(2 * least) + 1) if heads % n == 0)
+    return next(even, min(heads, math.ceil(1.4 * least)))
 
 
 def _workspace(
@@ -274,9 +286,9 @@ def _workspace(
 
 def _is_cleared(tile: BwdTile | BwdTileSm90, causal: bool, n_blocks: int, deterministic: bool) -> bool:
     """Whether sums of dQ begin with zeros; else the first key block writes, and all others wait for it."""
-    if isinstance(tile, BwdTile) or tile.wide:
+    if isinstance(tile, BwdTile):
         return True
-    return not deterministic and ((n_blocks + 1) / 2 if causal else n_blocks) > _FEW_ADDERS
+    return not deterministic and (tile.wide or ((n_blocks + 1) / 2 if causal else n_blocks) > _FEW_ADDERS)
 
 
 def _adding_defines(tile: BwdTile | BwdTileSm90, clear: bool) -> dict[str, int | str]:

@@ -221,16 +221,17 @@ class BwdTileSm90:
 
     def shared_mem_bytes(self) -> int:
         """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers; in
-        sm90/flash_bwd_wide.cu there is P, and no dQ."""
+        sm90/flash_bwd_wide.cu there is P, and no dQ above head_dim 192."""
         panels, rows = -(-self.head_dim // 64), self.num_stages * self.block_m
         ds = 2 * rows * self.block_n
         if self.wide:
             panels += -(-(self.head_dim_v or self.head_dim) // 64)
             tiles, p = 128 * panels * (self.block_n + rows), 4 * self.block_m * self.block_n
-            small = 8 * rows + 8 * (6 + 6 * self.num_stages)
-            return tiles + ds + p + -(-small // 1024) * 1024
+            dq = 4 * self.dq_tile_floats() * (self.head_dim <= 192)
+            small = 8 * rows + 8 * (6 + 6 * self.num_stages + 2 * self.head_dim // 64 + 1) + 128
+            return tiles + ds + p + dq + -(-small // 1024) * 1024
         tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
-        barriers = 8 * (6 + 5 * self.num_stages + 2 * self.dq_parts)
+        barriers = 8 * (6 + 5 * self.num_stages + 3 * self.dq_parts)
         small = 4 * self.dq_tile_floats() + 8 * rows + barriers
         return tiles + ds + -(-small // 1024) * 1024
 
@@ -325,8 +326,8 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
     BwdTileSm90(96, 64, 128, 2, "226 KB: a panel and a half take two"),
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
-    BwdTileSm90(192, 64, 64, 2, "153 KB", head_dim_v=128),
-    BwdTileSm90(192, 64, 64, 2, "177 KB"),
+    BwdTileSm90(192, 64, 64, 2, "202 KB", head_dim_v=128),
+    BwdTileSm90(192, 64, 64, 2, "226 KB"),
     BwdTileSm90(256, 64, 64, 2, "226 KB"),
 )
 

@@ -71,8 +71,11 @@ BACKWARD = {
     "hopper-splits": HostCase(Case(150, 203, 128, "bfloat16", True, 1, (8, 2), seed=23)),
     "hopper-own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=24, head_dim_v=72)),
     "hopper-sections": HostCase(Case(300, 403, 32, "bfloat16", True, 13, (1, 1), seed=25)),
-    "hopper-staggered": HostCase(Case(150, 430, 128, "float16", False, 1, (4, 2), seed=31)),
+    "hopper-staggered": HostCase(Case(150, 600, 128, "float16", False, 1, (4, 2), seed=31)),
     "hopper-many": HostCase(Case(60, 2200, 64, "bfloat16", False, 1, (1, 1), seed=32)),  # added to zeros
+    "hopper-narrow-panel": HostCase(
+        Case(90, 203, 88, "float16", False, 2, (2, 1), seed=33)
+    ),  # dQ in a panel and a half
     "hopper-few": HostCase(Case(77, 3, 64, "bfloat16", False, 1, (2, 2), scale=30.0, seed=12)),
     # and the one for wide heads: likewise
     "hopper-wide": HostCase(Case(300, 203, 256, "bfloat16", False, 1, (2, 2), seed=26)),
@@ -314,10 +317,13 @@ MUTANTS = [
         "if (1) {\n          cp_async_bulk_store",
     ),
     ("bwd", "hopper-full", BWD90, "        end_turn(turns);\n", ""),
-    ("bwd", "hopper-full", BWD90, "step.tile * kDqParts + group", "step.tile * kDqParts"),
+    ("bwd", "hopper-full", BWD90, "step.tile * kDqParts + group;", "step.tile * kDqParts;"),
+    ("bwd", "hopper-turns", BWD90, "step.tile * kDqParts + group, work", "step.tile * kDqParts, work"),
     ("bwd", "hopper-full", PRE, "if (threadIdx.x < kDqParts)", "if (threadIdx.x == 0)"),
     ("bwd", "hopper-many", PRE, "if constexpr (kClearDq)", "if constexpr (false)"),
-    ("bwd", "hopper-turns", BOTH90, "!kClearDq && n_block == 0", "false"),
+    ("bwd", "hopper-turns", BOTH90, "!kClearDq && work.n_block == 0", "false"),
+    ("bwd", "hopper-wide-turns", BOTH90, "!kClearDq && work.n_block == 0", "false"),
+    ("bwd", "hopper-wide-turns-full", BOTH90, "!kClearDq && work.n_block == 0", "false"),
     ("bwd", "hopper-turns", BWD90, "if (kDeterministic || first)", "if (first)"),
     ("bwd", "hopper-turns-full", BOTH90, "ld_acquire(counter) < n_block", "ld_acquire(counter) < n_block - 1"),
     ("bwd", "hopper-full", BOTH90, "accumulator_row() + 8 * h < rows", "accumulator_row() + 8 * h <= rows"),
@@ -348,7 +354,29 @@ MUTANTS = [
     ("bwd", "hopper-wide", WIDE90, "if constexpr (kParts > 1) store(acc_gradient[1], kPartCols);", ""),
     ("bwd", "hopper-wide", WIDE90, "store(acc_gradient[1], kPartCols)", "store(acc_gradient[1], 0)"),
     ("bwd", "hopper-wide", WIDE90, "DownRows(smem.k, col)", "DownRows(smem.k, 0)"),
-    ("bwd", "hopper-wide", WIDE90, "lane, 0, col / 8 + j, 0)", "lane, 0, j, 0)"),
+    (
+        "bwd",
+        "hopper-wide",
+        WIDE90,
+        "dq_tile + dq_offset(warp, lane, 0, col / 8 + j, 0)",
+        "dq_tile + dq_offset(warp, lane, 0, j, 0)",
+    ),
+    (
+        "bwd",
+        "hopper-wide-short",
+        WIDE90,
+        "smem.dq + dq_offset(warp, lane, 0, col / 8 + j, 0)",
+        "smem.dq + dq_offset(warp, lane, 0, j, 0)",
+    ),
+    ("bwd", "hopper-wide-short", WIDE90, "0, piece * kDqCols / 8, 0)", "0, 0, 0)"),
+    (
+        "bwd",
+        "hopper-wide-short",
+        WIDE90,
+        "add_f32(dq_tile + offset, smem.dq + offset, kDqCols * 64)",
+        "add_f32(dq_tile + offset, smem.dq + offset, kDqCols * 32)",
+    ),
+    ("bwd", "hopper-narrow-panel", BWD90, "kHeadDim - kDqCols : kDqCols", "kHeadDim - kDqCols - 16 : kDqCols"),
     (
         "bwd",
         "hopper-wide",
