@@ -6,7 +6,8 @@
 // blocks of all query heads that share them. Who does what:
 //
 //   copying     one thread: K and V of every tile; Q with lse, and dO with D, of every step
-//   adding      a thread for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first: write)
+//   adding      a thread for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first: write).
+//               Deterministic: one more waits for this block's turns
 //   keys (two)  warpgroups of 64 keys: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
 //
 // What a key warpgroup does in step m. The other one is half a step behind; exponentials and dS belong to one at a time:

@@ -3,7 +3,8 @@
 // dK and dV of 64 keys x 256 columns take 128 registers each, of every thread of a warpgroup. So a tile has 64 keys, and
 // what one warpgroup did for its own keys there, three do for the same keys here, one product after the other:
 //
-//   copying  two threads: K of every tile and Q with lse of every step; V, and dO with D. A third one adds dQ
+//   copying  two threads: K of every tile and Q with lse of every step; V, and dO with D. A third one adds dQ, or ends turns;
+//            deterministic: a fourth waits for them
 //   scores   S^T = K Q^T, P^T, dV += P^T dO. P^T goes to the next one through shared memory, register by register
 //   softmax  dP^T = V dO^T, dS^T = P^T * (dP^T - D), dK += dS^T Q. dS goes to the next one through shared memory, for wgmma
 //   dQ       dQ = dS K. It leaves for dq_accum through shared memory if there is room (kDqShared), else from registers
