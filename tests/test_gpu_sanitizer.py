@@ -35,5 +35,7 @@ def test_any_report_fails(
     monkeypatch.setattr(sanitizer.shutil, "which", lambda name: str(tool))
     monkeypatch.setattr(sanitizer.subprocess, "run", lambda *_, **__: None)  # the cases without a tool
     assert sanitizer.main([]) == (0 if outcome == "clean" else 1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(sanitizer.TOOLS)]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "all: " + ", ".join(f"{name} {outcome}" for name in sanitizer.TOOLS)
+    lines = [line for line in printed if line.startswith(sanitizer.TOOLS)]
     assert [line.partition(" (")[0] for line in lines] == [f"{name}: {outcome}" for name in sanitizer.TOOLS]

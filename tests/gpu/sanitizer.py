@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not clean:
             lines = output.splitlines()
             print("\n".join([*lines[:60], "...", *lines[-20:]] if len(lines) > 80 else lines), flush=True)
+    print("all: " + ", ".join(f"{tool} {text}" for tool, text in outcome.items()), flush=True)
     if args.record:
         current = record.read(args.record)
         if current.get("digest") != record.digest():

@@ -92,7 +92,7 @@ def test_other_head_dims(head_dim: int, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
 def test_all_tiles(head_dim: int, arch: str, dtype: str) -> None:
     run_all(cases.arch_cases(head_dim, arch, dtype))
 
