@@ -7,7 +7,8 @@
 
 constexpr int kDqWarpsD = kDqWarps / kDqWarpsM;       // warps along its columns
 constexpr int kDqMTiles = kBlockM / 16 / kDqWarpsM;    // blocks of 16 rows of a warp
-constexpr int kDqNTiles = kDqUnit / 8 * ceil_div(ceil_div(kHeadDim, kDqUnit), kDqWarpsD);  // blocks of 8 columns of a warp, at most
+// Blocks of 8 columns of a warp, at most.
+constexpr int kDqNTiles = kDqUnit / 8 * ceil_div(ceil_div(kHeadDim, kDqUnit), kDqWarpsD);
 static_assert(kDqWarpsM * kDqWarpsD == kDqWarps && kDqWarpsM * kDqMTiles * 16 == kBlockM, "dQ is shared out evenly");
 
 constexpr int kDqTileFloats = kDqWarps * kDqMTiles * kDqNTiles * 128;

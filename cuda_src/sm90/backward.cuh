@@ -41,8 +41,8 @@ FA2_DEVICE void load_statistics(float (&statistics)[kBlockM], const TensorMap& m
 }
 
 // Without a mask all key blocks of a head begin with the same query block, and add to the same dQ at a time. Staggered, each
-// pair of them begins with another one (causal ones do so by themselves). A pair's thread blocks, neighbours that read the same
-// queries at the same time, are faster by 3 to 5% than each on its own.
+// pair of them begins with another one (causal ones do so by themselves). The two thread blocks of a pair read the same queries
+// at the same time, and are faster by 3 to 5% than each on its own.
 constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !kPartialDkv;
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
@@ -89,16 +89,16 @@ struct Schedule {
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.
 // Deterministic: key blocks add in ascending order, which is the order in which their tiles are taken, so that whoever is
-// waited for is running; the counter counts those who are done. Of each warpgroup that adds one thread calls these.
+// waited for is running; the counter counts those who are done. Of each warpgroup that adds one thread waits here.
 constexpr int kWritten = 1 << 30;
 
 // Deterministic: waits for this key block's turn.
 FA2_DEVICE void wait_for_turn(const int* counter, int n_block) {
   while (ld_acquire(counter) < n_block) continue;  // every key block before this one has added
 }
-// Whether it is the first turn, and nobody has cleared the sum.
+// Deterministic: whether it is the first turn, and nobody has cleared the sum.
 FA2_DEVICE bool writes_dq(const Work& work) { return kDeterministic && !kClearDq && work.n_block == 0; }
-// Otherwise: whether this key block comes first. If not, the first one has written.
+// Not deterministic: whether this key block comes first. If not, the first one has written.
 FA2_DEVICE bool comes_first(int* counter) {
   if (kClearDq) return false;
   int seen = atom_acquire_add(counter, 1);

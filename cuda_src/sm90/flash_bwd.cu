@@ -6,8 +6,8 @@
 // blocks of all query heads that share them. Who does what:
 //
 //   copying     one thread: K and V of every tile; Q with lse, and dO with D, of every step
-//   adding      a thread for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first: write).
-//               Deterministic: one more waits for this block's turns
+//   adding      a thread for each key warpgroup: its part of dQ leaves for dq_accum by bulk copies, which add (the first:
+//               write). Deterministic: one more waits for this block's turns
 //   keys (two)  warpgroups of 64 keys: S^T = K Q^T, P^T, dP^T = V dO^T and dS^T stay in registers, as A operands of dV and dK
 //
 // What a key warpgroup does in step m. The other one is half a step behind; exponentials and dS belong to one at a time:
@@ -51,7 +51,8 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 
 using AccKV = Accumulator<1, kHeadDim / 8>;  // 64 keys x head_dim
 using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
-// dV is issued before dS is stored, dK before dS is announced, if there are registers for that.
+// dV is issued before dS is stored, dK before dS is announced. With 128 queries there are no registers for the first; with
+// partial dK and dV, too, for neither.
 constexpr bool kDvFirst = kBlockM == 64, kDsFirst = !kDvFirst && kPartialDkv;
 
 // All that the tensor cores read from global memory, one thread.
@@ -96,7 +97,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
 FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 4 + warp : warp * kDqColParts + group; }
 
-// Columns of a warpgroup's part of dQ that leave.
+// Columns of a warpgroup's part of dQ that leave; the others, past kHeadDim, are zero.
 FA2_DEVICE int dq_cols(int group) { return kDqColParts > 1 && group == 1 ? kHeadDim - kDqCols : kDqCols; }
 
 // Adds a warpgroup's part of every step's dQ to dq_accum, the parts of its four warps one by one: one thread.

@@ -23,9 +23,10 @@ constexpr int kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 constexpr int kCopyRegisters = 24, kComputeRegisters = 208, kDqRegisters = 72;
 static_assert(kCopyRegisters + 2 * kComputeRegisters + kDqRegisters <= 512, "the registers of 128 threads");
 
-constexpr int kDqCols = 64, kDqPieces = kHeadDim / kDqCols;  // dQ is computed so many columns at a time: what its registers hold
+// dQ is computed so many columns at a time: what its registers hold.
+constexpr int kDqCols = 64, kDqPieces = kHeadDim / kDqCols;
 static_assert(kHeadDim % kDqCols == 0, "whole pieces of dQ");
-constexpr bool kDqShared = kHeadDim <= 192;  // bulk copies add dQ
+constexpr bool kDqShared = kHeadDim <= 192;  // there is room for dQ in shared memory, from where bulk copies add it
 
 // Rows that copies bring, and what goes with them: keys, queries (or their gradient), and a float for each of these.
 struct Loads {

@@ -228,6 +228,7 @@ class BwdTileSm90:
             panels += -(-(self.head_dim_v or self.head_dim) // 64)
             tiles, p = 128 * panels * (self.block_n + rows), 4 * self.block_m * self.block_n
             dq = 4 * self.dq_tile_floats() * (self.head_dim <= 192)
+            # statistics, barriers, and what aligns dQ behind them
             small = 8 * rows + 8 * (6 + 6 * self.num_stages + 2 * self.head_dim // 64 + 1) + 128
             return tiles + ds + p + dq + -(-small // 1024) * 1024
         tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
@@ -322,6 +323,8 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     ),
 }
 
+# 128 keys, two warpgroups' worth of dK and dV, up to head_dim 128: 128 queries where registers and shared memory allow,
+# else 64. Above, dK and dV of 64 keys fill two warpgroups.
 BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
     BwdTileSm90(96, 64, 128, 2, "226 KB: a panel and a half take two"),
