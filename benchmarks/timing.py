@@ -3,7 +3,8 @@
 A burst is a GPU-side delay, a start event, n calls, an end event: while the delay runs the host queues all n calls, so
 that the GPU then works through them without gaps. A burst whose delay had already run out when its last call was queued
 would charge the host's time, so it is thrown away and that call's delay is doubled. The contestants take turns burst by
-burst, and the order rotates, so that clocks and temperature treat all of them alike.
+burst. The clock of a burst follows the power that the burst before it took, so everybody comes after everybody else
+equally often.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["Clock", "Timing", "TorchClock", "take_turns"]
+__all__ = ["Clock", "Timing", "TorchClock", "order_of_round", "take_turns"]
 
 MIN_CALLS, MAX_CALLS = 5, 25
 FIRST_DELAY_MS = 5.0
@@ -57,6 +58,18 @@ class TorchClock:
         return float(start.elapsed_time(end)) / calls, in_time
 
 
+def order_of_round(turn: int, count: int) -> list[int]:
+    """Who comes when, of `count` contestants.
+
+    In `count` rounds (twice as many if that is odd) everybody has every place, and comes right after everybody else,
+    equally often. E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments,
+    1949.
+    """
+    zigzag = [place // 2 if place % 2 == 0 else count - 1 - place // 2 for place in range(count)]
+    order = [(index + turn) % count for index in zigzag]
+    return order[::-1] if count % 2 and turn % 2 else order
+
+
 @dataclass(slots=True)
 class Timing:
     """Bursts of one contestant: milliseconds per call of each, calls per burst, bursts thrown away."""
@@ -93,8 +106,8 @@ def take_turns(
     names = list(contestants)
     turn = 0
     while any(len(t.bursts) < bursts for t in timings.values()):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for index in order_of_round(turn, len(names)):
+            name = names[index]
             timing = timings[name]
             if len(timing.bursts) >= bursts:
                 continue

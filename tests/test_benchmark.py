@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,12 +139,23 @@ class FakeClock:
         return self.gpu_ms[name] * drift, self.host_ms[name] * calls < delay_ms
 
 
-def test_libraries_take_turns_in_rotating_order() -> None:
+@pytest.mark.parametrize("count", range(1, 9))
+def test_everybody_comes_after_everybody_else_equally_often(count: int) -> None:
+    rounds = [timing.order_of_round(turn, count) for turn in range(count * (1 + count % 2))]
+    assert all(sorted(order) == list(range(count)) for order in rounds)
+    places = Counter(place for order in rounds for place in enumerate(order))
+    neighbours = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    each = len(rounds) // count
+    assert places == dict.fromkeys(itertools.product(range(count), repeat=2), each)
+    assert neighbours == dict.fromkeys(itertools.permutations(range(count), 2), each)
+
+
+def test_libraries_take_turns_burst_by_burst() -> None:
     clock = FakeClock({"a": 1.0, "b": 2.0, "c": 30.0}, {"a": 0.01, "b": 0.01, "c": 0.01})
     timings = timing.take_turns(clock.contestants(), clock, bursts=8)
     assert all(len(t.bursts) == 8 and t.thrown_away == 0 for t in timings.values())
     turns = [name for name, _, _ in clock.log[3:]]  # after one burst each that chooses the length
-    assert turns[:9] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert turns[:9] == ["a", "c", "b", "c", "a", "b", "c", "b", "a"]
     assert (timings["a"].calls, timings["b"].calls, timings["c"].calls) == (20, 10, 5)
     assert 1.0 < timings["a"].ms < 1.1 and 30 < timings["c"].ms < 33
 
