@@ -181,9 +181,10 @@ def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
     assert tile.wide == (tile.head_dim > 128)
     if tile.wide:
         assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16
-        assert tile.dq_warps == tile.dq_warps_m == 4 and tile.dq_parts == 1
+        assert tile.dq_warps == tile.dq_warps_m == 4 and tile.cluster == 2
+        assert tile.dq_parts == (2 if tile.head_dim == 256 else 3)  # a shared piece for each block; one that is not
     else:
-        assert tile.block_n == 128 and tile.num_warps == 12
+        assert tile.block_n == 128 and tile.num_warps == 12 and tile.cluster == 1
         assert tile.dq_warps == 8 and tile.dq_parts == 2
 
 
@@ -224,10 +225,26 @@ def test_who_begins_a_sum_of_dq(seqlen_k: int, causal: bool, deterministic: bool
         (59, H200, True, 1),
     ],
 )
-def test_who_begins_a_sum_of_one_part(head_dim: int, device: DeviceInfo, deterministic: bool, cleared: int) -> None:
-    """Wide heads, and the sm_80 kernel: all of their warps add in one turn."""
+def test_who_begins_a_sum(head_dim: int, device: DeviceInfo, deterministic: bool, cleared: int) -> None:
+    """Wide heads, and the sm_80 kernel."""
     plan = plan_backward(backward_problem(300, 300, head_dim, "bfloat16", False), device, deterministic)
-    assert clearing(plan) == cleared and named(plan, "flash_bwd").defines["FA2_DQ_PARTS"] == 1
+    assert clearing(plan) == cleared
+    assert named(plan, "flash_bwd").defines["FA2_DQ_PARTS"] == plan.tile.dq_parts
+
+
+@pytest.mark.parametrize(("head_dim", "block_n", "cluster"), [(128, 128, 1), (192, 64, 2), (256, 64, 2)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_clusters(head_dim: int, block_n: int, cluster: int, deterministic: bool) -> None:
+    """Whole clusters, one for each two multiprocessors; deterministic: for each two key blocks."""
+    long, short = (
+        plan_backward(backward_problem(4096, keys, head_dim, "bfloat16", False, 1, (16, 16)), H200, deterministic)
+        for keys in (4000, 70)
+    )
+    main = named(long, "flash_bwd")
+    assert (main.defines["FA2_CLUSTER"], main.defines["FA2_BLOCK_N"]) == (cluster, block_n)
+    assert main.config.grid == (32 * 16 * cluster if deterministic else 132, 1, 1)
+    assert named(short, "flash_bwd").config.grid == (16 * cluster, 1, 1)
+    assert named(short, "flash_bwd_preprocess").defines["FA2_BLOCK_N"] == 128
 
 
 def test_sections_of_turns() -> None:
@@ -235,11 +252,11 @@ def test_sections_of_turns() -> None:
     narrow, wide = backward_tile_sm90(128, 128), backward_tile_sm90(256, 256)
 
     def sections(tile: BwdTileSm90, heads: int, steps: int) -> list[int]:
-        return [_section_of_turns_sm90(H200, tile, steps, heads, causal) for causal in (False, True)]
+        return [_section_of_turns_sm90(132 // tile.cluster, tile, steps, heads, causal) for causal in (False, True)]
 
     assert sections(narrow, 512, 8) == [16, 64] and sections(narrow, 16, 256) == [2, 16]
-    assert sections(wide, 256, 8) == [16, 32] and sections(wide, 32, 64) == [4, 8]
-    assert sections(wide, 509, 8) == [12, 26]
+    assert sections(wide, 256, 8) == [8, 32] and sections(wide, 32, 64) == [2, 8]
+    assert sections(wide, 509, 8) == [6, 26]
     assert sections(narrow, 3, 1) == [3, 3]
 
 

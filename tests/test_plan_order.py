@@ -74,8 +74,8 @@ def test_turns_are_a_section_apart() -> None:
     ],
 )
 def test_even_sections(heads: int, tiles_per_head: int, section: int) -> None:
-    assert plans.heads_per_even_section(H200, True, heads, tiles_per_head) == section
-    assert plans.heads_per_even_section(H200, False, heads, tiles_per_head) == 1
+    assert plans.heads_per_even_section(H200.sm_count, True, heads, tiles_per_head) == section
+    assert plans.heads_per_even_section(H200.sm_count, False, heads, tiles_per_head) == 1
 
 
 def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) -> float:
@@ -114,7 +114,7 @@ def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) ->
 def test_largest_share(heads: int, tiles_per_head: int, section: int) -> None:
     blocks = min(H200.sm_count, heads * tiles_per_head)
     expected = largest_share(blocks, heads, tiles_per_head, section)
-    assert plans._largest_share(H200, heads, tiles_per_head, section) == pytest.approx(expected, rel=1e-12)
+    assert plans._largest_share(H200.sm_count, heads, tiles_per_head, section) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sections_of_either_kernel() -> None:

@@ -61,6 +61,9 @@ constexpr bool kClearDq = FA2_CLEAR_DQ;  // its sum begins with zeros, not with 
 #ifdef FA2_NUM_STAGES
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
 #endif
+#ifdef FA2_CLUSTER
+constexpr int kCluster = FA2_CLUSTER;  // thread blocks that take neighbouring key blocks together (sm_90)
+#endif
 #ifdef FA2_SPLIT
 constexpr int kSplit = FA2_SPLIT;  // warps that share key rows
 #endif

@@ -55,6 +55,13 @@ FA2_DEVICE float to_float(half_t x) {
 }
 FA2_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
+// %clock: cycles of the multiprocessor
+FA2_DEVICE uint32_t read_clock() {
+  uint32_t cycles;
+  asm volatile("mov.u32 %0, %clock;" : "=r"(cycles));
+  return cycles;
+}
+
 // The 32-bit address of something in shared memory, as ld.shared, ldmatrix and cp.async take it.
 FA2_DEVICE uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -33,6 +33,8 @@ struct Step {
   }
 };
 
+FA2_DEVICE int cluster_rank() { return kCluster > 1 ? blockIdx.x % kCluster : 0; }
+
 // lse_log2 or softmax_d of a step. One thread; the barrier expects kStatisticsBytes. A tensor copy, though the floats lie in a
 // row: compute-sanitizer's racecheck misreads plain bulk copies.
 constexpr uint32_t kStatisticsBytes = kBlockM * sizeof(float);
@@ -51,25 +53,27 @@ constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !k
 struct Schedule {
   int round = 0;
   FA2_DEVICE int place() const {
-    return round * gridDim.x + (kDeterministic || round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
+    return round * clusters + (kDeterministic || round % 2 == 0 ? cluster : clusters - 1 - cluster);
   }
   FA2_DEVICE bool more(const BwdTmaParams& params) const {
     const Shape& shape = params.shape;
     const int shares = shape.num_heads_k * (kPartialDkv ? params.head_splits : 1);
-    return place() < ceil_div(shape.seqlen_k, kBlockN) * shares * shape.batch;
+    return place() < ceil_div(shape.seqlen_k, kCluster * kBlockN) * shares * shape.batch;
   }
   FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
     if (!more(params)) return false;
     const Shape& shape = params.shape;
     const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
-    const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), rows = shares * shape.batch;
+    const int n_blocks = ceil_div(shape.seqlen_k, kCluster * kBlockN), rows = shares * shape.batch;
     const int linear = place();
     ++round;
     const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
     const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
     const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
-    const int n_block = backwards ? n_blocks - 1 - tile.block : tile.block;
-    const BlockRange range = query_blocks(shape, n_block);
+    const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
+    const int n_block = first_block + cluster_rank();
+    const BlockRange range = query_blocks(shape, first_block);  // of all of the cluster: its first key block has most
     const int heads = shape.num_heads / shares;
     const int start = kStagger ? n_block / 2 * 2 * ceil_div(range.end, n_blocks) % range.end : range.begin;
     work = {n_block,
@@ -79,9 +83,9 @@ struct Schedule {
             heads,
             range.begin,
             range.end,
-            range.mask_to,
+            kCluster > 1 ? query_blocks(shape, n_block).mask_to : range.mask_to,
             start,
-            (tile.batch * shares + tile.head) * n_blocks + n_block};
+            (tile.batch * shares + tile.head) * kCluster * n_blocks + n_block};
     return true;
   }
 };
@@ -97,7 +101,7 @@ FA2_DEVICE void wait_for_turn(const int* counter, int n_block) {
   while (ld_acquire(counter) < n_block) continue;  // every key block before this one has added
 }
 // Deterministic: whether it is the first turn, and nobody has cleared the sum.
-FA2_DEVICE bool writes_dq(const Work& work) { return kDeterministic && !kClearDq && work.n_block == 0; }
+FA2_DEVICE bool writes_dq(int turn) { return kDeterministic && !kClearDq && turn == 0; }
 // Not deterministic: whether this key block comes first. If not, the first one has written.
 FA2_DEVICE bool comes_first(int* counter) {
   if (kClearDq) return false;

@@ -114,7 +114,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       bool first;
       if constexpr (kDeterministic) {
         mbarrier_wait(smem.dq_turn[group], parity);  // it is this block's turn: announce_turns
-        first = writes_dq(work);
+        first = writes_dq(work.n_block);
       } else {
         first = comes_first(turns);
       }

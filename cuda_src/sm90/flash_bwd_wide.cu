@@ -1,177 +1,334 @@
 // FlashAttention backward with wgmma and TMA: sm_90a, head_dim above 128. The algorithm is that of flash_bwd.cu.
 //
 // dK and dV of 64 keys x 256 columns take 128 registers each, of every thread of a warpgroup. So a tile has 64 keys, and
-// what one warpgroup did for its own keys there, three do for the same keys here, one product after the other:
+// the warpgroups share its products, not its keys:
 //
 //   copying  two threads: K of every tile and Q with lse of every step; V, and dO with D. A third one adds dQ, or ends turns;
 //            deterministic: a fourth waits for them
-//   scores   S^T = K Q^T, P^T, dV += P^T dO. P^T goes to the next one through shared memory, register by register
-//   softmax  dP^T = V dO^T, dS^T = P^T * (dP^T - D), dK += dS^T Q. dS goes to the next one through shared memory, for wgmma
-//   dQ       dQ = dS K. It leaves for dq_accum through shared memory if there is room (kDqShared), else from registers
+//   scores   S = Q K^T, P; dP = dO V^T, dS = P * (dP - D). P and dS go to the others through shared memory
+//   values   dV += P^T dO, and a piece of dQ = dS K
+//   keys     dK += dS^T Q, and another piece. dQ leaves for dq_accum through shared memory if there is room (kDqShared), else
+//            from registers
 //
-// Rings of buffers couple them, and nothing else: where one waits or computes exponentials, the others' products run. The
-// first two issue S or dP of the next step with dV or dK of this one.
+// Rings of buffers couple them, and nothing else: while the scores' warpgroup computes exponentials, the others' products run.
+//
+// What a tile of 64 keys adds to dQ in L2 would be the limit. So two thread blocks, a cluster, take neighbouring tiles, and
+// the same queries at the same time: each sends its dS to the other, and sums other columns of dQ over the keys of both.
 #include "common/dq_accum.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
 static_assert(sizeof(BwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 static_assert(kBlockN == 64 && kNumThreads == 512, "a warpgroup for each of the four");
-static_assert(kDqWarps == 4 && kDqWarpsD == 1 && kDqMTiles == 1, "one warpgroup adds to dQ, a warp 16 rows");
+static_assert(kDqWarps == 4 && kDqWarpsD == 1 && kDqMTiles == 1, "a warpgroup adds all rows of a piece of dQ, a warp 16");
 
 constexpr int kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
-constexpr int kCopyRegisters = 24, kComputeRegisters = 208, kDqRegisters = 72;
-static_assert(kCopyRegisters + 2 * kComputeRegisters + kDqRegisters <= 512, "the registers of 128 threads");
+constexpr int kCopyRegisters = kHeadDim > 192 ? 24 : 32, kScoreRegisters = kHeadDim > 192 ? 104 : 112;
+constexpr int kSumRegisters = kHeadDim > 192 ? 192 : 184;
+static_assert(kCopyRegisters + kScoreRegisters + 2 * kSumRegisters <= 512, "the registers of 128 threads");
 
-// dQ is computed so many columns at a time: what its registers hold.
-constexpr int kDqCols = 64, kDqPieces = kHeadDim / kDqCols;
-static_assert(kHeadDim % kDqCols == 0, "whole pieces of dQ");
-constexpr bool kDqShared = kHeadDim <= 192;  // there is room for dQ in shared memory, from where bulk copies add it
+// A piece of dQ: as many columns as registers hold. Block `rank` of the cluster sums piece `rank`, with the warpgroup that sums
+// dV. The other warpgroup has piece 2 + `rank`, or where there are three, each block's the last one, over its own keys.
+constexpr int kDqCols = 64;
+static_assert(kCluster == 2 && (kHeadDim == 3 * kDqCols || kHeadDim == 4 * kDqCols), "a piece for each of two warpgroups");
+constexpr bool kSecondShared = kHeadDim == 4 * kDqCols;
+constexpr int kPeerPanels = 1 + kSecondShared;  // of the other block's K
+constexpr int kTurns = kDqParts - 1;            // of a block in a step: at shared pieces, and at one that is not
+constexpr bool kDqShared = kHeadDim <= 192;     // there is room for dQ in shared memory, from where bulk copies add it
+// Else the additions of a warp are so many clocks apart: a burst of them holds up all that goes through the load-store unit.
+constexpr uint32_t kRedClocks = 48;
 
-// Rows that copies bring, and what goes with them: keys, queries (or their gradient), and a float for each of these.
+// Buffers of blocks of Q and of dO, in parts of up to 192 columns, and of P. The first part of dO is free again early.
+constexpr int kParts = kHeadDim > 192 ? 2 : 1, kPartsV = kHeadDimV > 192 ? 2 : 1;
+constexpr int kQBuffers = kStages * kParts, kDoutBuffers = kStages * kPartsV - (kPartsV > 1);
+constexpr int kPBuffers = kParts > 1 ? 1 : 2;
+
+// What says that copies have brought keys and blocks of queries (or of their gradients), and a float for each query.
+template <int kBuffers>
 struct Loads {
-  alignas(128) float statistics[kStages][kBlockM];
+  alignas(128) float statistics[kBuffers][kBlockM];
   // full: the bytes have landed. empty: every reader is done with them.
-  uint64_t keys_full, keys_empty, full[kStages], empty[kStages];
+  uint64_t keys_full, keys_empty, full[kBuffers], empty[kBuffers];
 };
 struct SharedMemory {
   Panels<kBlockN, kHeadDim> k;
   Panels<kBlockN, kHeadDimV> v;
-  Panels<kBlockM, kHeadDim> q[kStages];
-  Panels<kBlockM, kHeadDimV> dout[kStages];
-  Panels<kBlockM, kBlockN> ds[kStages];
-  uint4 p[kBlockM / 8][128];  // P^T in float32: rounded twice, dS would be too far off
-  Loads q_loads, dout_loads;  // with lse_log2, with softmax_d
-  uint64_t ds_full[kStages], ds_empty[kStages];
-  alignas(128) float dq[kDqShared ? kDqTileFloats : 1];  // in the order of dq_accum.cuh
-  uint64_t dq_full[kDqPieces], dq_empty[kDqPieces];
-  uint64_t dq_turn, dq_added, dq_seen;  // deterministic, the last two not kDqShared
+  Panels<kBlockM, kHeadDim / kParts> q[kQBuffers];
+  Panels<kBlockM, kHeadDimV / kPartsV> dout[kDoutBuffers];
+  Panels<kBlockM, kBlockN> p[kPBuffers], ds[2];
+  Panels<kBlockM, kBlockN> ds_peer;               // the other block's dS
+  Panels<kBlockN, kPeerPanels * kDqCols> k_peer;  // and its K, the columns of this block's shared pieces
+  Loads<kQBuffers> q_loads;                       // with lse_log2
+  Loads<kDoutBuffers> dout_loads;                 // with softmax_d
+  uint64_t p_full[kPBuffers], p_empty[kPBuffers], ds_full[2], ds_empty[2];
+  uint64_t ds_peer_full, ds_peer_empty;  // the other block's dS has landed here; it is done with this one's
+  alignas(128) float dq[kDqShared ? 2 : 1][kDqShared ? kBlockM * kDqCols : 4];  // a piece of each warpgroup
+  uint64_t dq_full[2], dq_empty[2];
+  uint64_t dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
 };
-constexpr int kPFull = 1, kPEmpty = 2;  // named barriers: of the two warpgroups that hand P over
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
 
-// K and Q with lse, or V and dO with D: one thread.
-template <int kCols>
-FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads& loads, Panels<kBlockN, kCols>& keys, const TensorMap& keys_map,
-                           Panels<kBlockM, kCols> (&queries)[kStages], const TensorMap& queries_map,
-                           const TensorMap& statistics_map) {
+// The piece of the warpgroup that sums dV, or of that which sums dK (kSecond).
+template <bool kSecond>
+FA2_DEVICE int piece_of_dq() {
+  return kSecond ? 2 + kSecondShared * cluster_rank() : cluster_rank();
+}
+
+// Deterministic: pairs of key blocks take turns at a block's shared pieces (turn 0), and key blocks at the last piece (turn 1).
+FA2_DEVICE int* turn_counter(const BwdTmaParams& params, const Step& step, int turn) {
+  return params.dq_turn + step.tile * kDqParts + (turn == 0 ? cluster_rank() : kCluster);
+}
+FA2_DEVICE int turn_number(const Work& work, int turn) { return turn == 0 ? work.n_block / kCluster : work.n_block; }
+
+// Of the barriers of K and V, while the tile that the schedule has just given is worked on.
+FA2_DEVICE uint32_t keys_parity(const Schedule& schedule) { return (schedule.round + 1) % 2; }
+
+// K and Q with lse, or V and dO with D: one thread. k_peer: the other block's columns of K, or null.
+template <int kCols, int kPartCols, int kBuffers>
+FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
+                           const TensorMap& keys_map, Panels<kBlockM, kPartCols> (&queries)[kBuffers],
+                           const TensorMap& queries_map, const TensorMap& statistics_map,
+                           Panels<kBlockN, kPeerPanels * kDqCols>* k_peer) {
   Schedule schedule;
   Work work;
-  Ring<kStages> ring;
-  uint32_t keys_parity = 0;
+  Ring<kBuffers> ring;
   while (schedule.next(params, work)) {
-    mbarrier_wait(loads.keys_empty, keys_parity ^ 1);  // released by compute, and K by compute_dq too
-    keys_parity ^= 1;
-    mbarrier_arrive_expect_tx(loads.keys_full, keys.kBytes);
+    mbarrier_wait(loads.keys_empty, keys_parity(schedule) ^ 1);  // released by compute_scores, and K by both sum_gradient
+    mbarrier_arrive_expect_tx(loads.keys_full, keys.kBytes + (k_peer ? k_peer->kBytes : 0));
     load_tile(keys, keys_map, loads.keys_full, work.n_block * kBlockN, work.head_k, work.batch);
-    for (Step step(params.shape, work); step.left > 0; step.advance(work), ring.advance()) {
-      mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by both who compute
-      mbarrier_arrive_expect_tx(loads.full[ring.stage], queries[0].kBytes + kStatisticsBytes);
-      load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head, work.batch);
-      load_statistics(loads.statistics[ring.stage], statistics_map, loads.full[ring.stage], step);
+    if (k_peer) {
+#pragma unroll
+      for (int i = 0; i < kPeerPanels; ++i)
+        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, (2 * i + cluster_rank()) * kDqCols,
+                                     (work.n_block ^ 1) * kBlockN, work.head_k, work.batch);
+    }
+    for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
+#pragma unroll 1  // for want of registers
+      for (int col = 0; col < kCols; col += kPartCols, ring.advance()) {
+        mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by compute_scores and sum_gradient
+        mbarrier_arrive_expect_tx(loads.full[ring.stage], queries[0].kBytes + (col == 0 ? kStatisticsBytes : 0));
+        load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head, work.batch,
+                  col);
+        if (col == 0) load_statistics(loads.statistics[ring.stage], statistics_map, loads.full[ring.stage], step);
+      }
     }
   }
 }
 
-// dS^T = P^T * (dP^T - D), in place of dP^T; P^T from shared memory. Reads run four blocks ahead of the arithmetic, no more:
-// there are no registers for all of P.
-FA2_DEVICE void differentiate_softmax(AccS& acc, const uint4 (&p)[kBlockM / 8][128], const float (&softmax_d)[kBlockM]) {
+// P = exp2(scale_log2 * S - lse_log2), of the rows that are 8 * h below this thread's first one.
+FA2_DEVICE void recompute_p(AccS& acc, int h, float lse_log2, float scale_log2) {
 #pragma unroll
-  for (int j = 0; j < kBlockM / 8; ++j) {
-    uint32_t ready = 0;  // always: the bits of -inf, and what makes 0 of them
-    if (j >= 4) ready = __float_as_uint(minus_infinity_after(acc.x[0][j - 4][3])) + 0x00800000;
-    const uint4 bits = ld_shared_v4(smem_address(&p[j][threadIdx.x % 128]) + ready);
-    const float2 d = *reinterpret_cast<const float2*>(softmax_d + 8 * j + accumulator_col() + ready);
-    float(&x)[4] = acc.x[0][j];
-    x[0] = __uint_as_float(bits.x) * (x[0] - d.x);
-    x[1] = __uint_as_float(bits.y) * (x[1] - d.y);
-    x[2] = __uint_as_float(bits.z) * (x[2] - d.x);
-    x[3] = __uint_as_float(bits.w) * (x[3] - d.y);
-  }
+  for (int j = 0; j < kBlockN / 8; ++j)
+#pragma unroll
+    for (int e = 2 * h; e < 2 * h + 2; ++e) acc.x[0][j][e] = ex2(fmaf(acc.x[0][j][e], scale_log2, -lse_log2));
 }
 
-// One warpgroup: S, P and dV of all tiles, or (kSecond) dP, dS and dK. `acc` is S or dP, then P or dS; `loads`: of its
-// operands keys and queries. The sum runs over other_queries, dO for P and Q for dS, which other_loads bring.
-template <bool kSecond, int kCols, int kOtherCols>
-FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& loads, const Panels<kBlockN, kCols>& keys,
-                        const Panels<kBlockM, kCols> (&queries)[kStages], Loads& other_loads,
-                        const Panels<kBlockM, kOtherCols> (&other_queries)[kStages]) {
+// P = 0 where a query does not see a key, of the same rows. `end`: the first key that is not seen, from this thread's first on.
+FA2_DEVICE void mask_p(AccS& acc, int h, int end) {
+#pragma unroll
+  for (int j = 0; j < kBlockN / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (8 * j + e >= end) acc.x[0][j][2 * h + e] = 0.f;
+}
+
+// dS = P * (dP - D), in place of dP.
+FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[2]) {
+#pragma unroll
+  for (int j = 0; j < kBlockN / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - softmax_d[e / 2]);
+}
+
+// One warpgroup: P and dS of every step, a warp 16 queries.
+FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
   const Shape& shape = params.shape;
-  const int warp_row = warp_id() % 4 * 16;
-  const bool leader = threadIdx.x % 128 == 0;
-  Ring<kStages> ring;  // of the step
-  uint32_t keys_parity = 0;
-  AccS acc;
-  constexpr int kParts = kOtherCols > 192 ? 2 : 1, kPartCols = kOtherCols / kParts;
-  Accumulator<1, kPartCols / 8> acc_gradient[kParts];
-  Fragments<kQuerySteps> frag;
+  const int warp_row = warp_id() % 4 * 16, row = warp_row + accumulator_row(), peer = cluster_rank() ^ 1;
+  const bool leader = lane_id() == 0;
+  Ring<2> ring;  // of the step; where there is but one buffer, its parity is ring.stage
+  Ring<kQBuffers> q;
+  Ring<kDoutBuffers> dout;
+  int q_stage = 0;  // of this step's Q, when q is that of the next
+  AccS acc_s, acc_dp;
   Schedule schedule;
   Work work = {};
 
-  auto issue = [&] {  // S^T = K Q^T, dP^T = V dO^T
-    mbarrier_wait(loads.full[ring.stage], ring.parity);  // landed: copy_tiles
+  // S = Q K^T, dP = dO V^T, each in two halves: a warpgroup gets about eight products ahead of the tensor cores, and could do
+  // nothing else while it issues more.
+  auto issue_s = [&](auto second) {
+    constexpr int kHalf = (kHeadDim + 64) / 128 * 64, kCol = decltype(second)::value ? kHalf : 0;
+    constexpr int kCols = kCol ? kHeadDim - kCol : kHalf;
+    if (kCol == 0 || kParts > 1) mbarrier_wait(smem.q_loads.full[q.stage], q.parity);  // Q and lse landed: copy_tiles
     wgmma_fence();
-    gemm_ss<kCols / 16>(acc, AlongRows(keys), AlongRows(queries[ring.stage]));
-    wgmma_commit_group();
+    gemm_ss<kCols / 16>(acc_s, AlongRows(smem.q[q.stage], 0, kParts > 1 ? 0 : kCol), AlongRows(smem.k, 0, kCol), kCol > 0);
+    if (kCol > 0 || kParts > 1) q.advance();
+    if (kCol > 0) wgmma_commit_group();
   };
-  // P or dS, from S or dP. P goes to the second warpgroup at once.
-  auto transform = [&](const Step& step) {
-    const float(&statistics)[kBlockM] = loads.statistics[ring.stage];
-    if constexpr (kSecond) {
-      bar_sync(kPFull, 256);  // P is there: the first warpgroup
-      differentiate_softmax(acc, smem.p, statistics);
-      bar_arrive(kPEmpty, 256);
-    } else {
-      const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
-      if (step.m_block < work.mask_to) {
-        recompute_p<true>(acc, statistics, params.scale_softmax_log2, shape, key, first_query);
-      } else {
-        recompute_p<false>(acc, statistics, params.scale_softmax_log2, shape, key, first_query);
-      }
-      bar_sync(kPEmpty, 256);  // P of the step before has been read: the second warpgroup
+  auto issue_dp = [&](auto second) {
+    constexpr int kHalf = (kHeadDimV + 64) / 128 * 64, kCol = decltype(second)::value ? kHalf : 0;
+    constexpr int kCols = kCol ? kHeadDimV - kCol : kHalf;
+    if (kCol == 0 || kPartsV > 1) mbarrier_wait(smem.dout_loads.full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
+    wgmma_fence();
+    gemm_ss<kCols / 16>(acc_dp, AlongRows(smem.dout[dout.stage], 0, kPartsV > 1 ? 0 : kCol), AlongRows(smem.v, 0, kCol),
+                        kCol > 0);
+    if (kCol > 0 || kPartsV > 1) dout.advance();
+    if (kCol > 0) wgmma_commit_group();
+  };
+  auto announce = [&](uint64_t& full) {
+    fence_proxy_async();  // this thread's part of P or dS, before wgmma and the copy engine read it
+    __syncwarp();         // the warp's part is in shared memory
+    if (leader) mbarrier_arrive(full);
+  };
+  auto compute_step = [&](const Step& step, auto more) {
+    constexpr bool kMore = decltype(more)::value;  // a step of this tile after this one
+    const int stage = ring.stage, p_stage = kPBuffers > 1 ? stage : 0;
+    const uint32_t parity = ring.parity, p_parity = kPBuffers > 1 ? parity : stage;
+    const int query = step.m_block * kBlockM + row, key = work.n_block * kBlockN + accumulator_col();
+    auto half_of_p = [&](int h) {
+      recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
+      if (step.m_block < work.mask_to) mask_p(acc_s, h, key_end(shape, query + 8 * h) - key);
+      pin(acc_s);
+    };
+    issue_dp(False{});
+    half_of_p(0);
+    issue_dp(True{});
+    half_of_p(1);
+    mbarrier_wait(smem.p_empty[p_stage], p_parity ^ 1);  // released by sum_gradient
+    store_accumulator(smem.p[p_stage], warp_row, acc_s);
+    const int dout_stage = (dout.stage + kDoutBuffers - kPartsV) % kDoutBuffers;  // of this step's dO
+    const float* statistics = smem.dout_loads.statistics[dout_stage];
+    const float softmax_d[2] = {statistics[row], statistics[row + 8]};
+    wgmma_wait_group<0>();  // dP
+    pin(acc_dp);
+    differentiate_softmax(acc_dp, acc_s, softmax_d);
+    announce(smem.p_full[p_stage]);
+    const int q_next = q.stage;
+    if constexpr (kMore) issue_s(False{});
+    mbarrier_wait(smem.ds_empty[stage], parity ^ 1);  // released by sum_gradient, both of them
+    mbarrier_wait(smem.ds_peer_empty, stage ^ 1);     // released by sum_gradient of the other block: so its ds_peer is free
+    store_accumulator(smem.ds[stage], warp_row, acc_dp);
+    if constexpr (kMore) issue_s(True{});
+    announce(smem.ds_full[stage]);
+    if (leader) {
+      cp_async_bulk_cluster(smem.ds_peer.data[0][warp_row], smem.ds_peer_full, peer, smem.ds[stage].data[0][warp_row],
+                            smem.ds_peer.kBytes / 4);
 #pragma unroll
-      for (int j = 0; j < kBlockM / 8; ++j) {
-        const float(&x)[4] = acc.x[0][j];
-        st_shared_v4(smem_address(&smem.p[j][threadIdx.x % 128]),
+      for (int i = 0; i < kParts; ++i) mbarrier_arrive(smem.q_loads.empty[(q_stage + i) % kQBuffers]);
+#pragma unroll
+      for (int i = 0; i < kPartsV; ++i) mbarrier_arrive(smem.dout_loads.empty[(dout_stage + i) % kDoutBuffers]);
+      if (!kMore) {
+        mbarrier_arrive(smem.q_loads.keys_empty);
+        mbarrier_arrive(smem.dout_loads.keys_empty);
+      }
+    }
+    q_stage = q_next;
+    ring.advance();
+    if constexpr (kMore) wgmma_wait_group<0>();  // S of the next step
+  };
+
+  while (schedule.next(params, work)) {
+    Step step(shape, work);
+    mbarrier_wait(smem.q_loads.keys_full, keys_parity(schedule));  // K landed: copy_tiles
+    issue_s(False{});
+    issue_s(True{});
+    wgmma_wait_group<0>();  // S of the first step
+    mbarrier_wait(smem.dout_loads.keys_full, keys_parity(schedule));  // V landed: copy_tiles
+    for (; step.left > 1; step.advance(work)) compute_step(step, True{});
+    compute_step(step, False{});
+  }
+}
+
+// One warpgroup: dV += P^T dO, or (kSecond) dK += dS^T Q, of every tile, and a piece of dQ = dS K of every step. `left` is P or
+// dS, which left_full announces, and `queries`, which `loads` bring, are dO or Q.
+template <bool kSecond, int kPartCols, int kBuffers, int kLeftBuffers>
+FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loads<kBuffers>& loads,
+                             const Panels<kBlockM, kPartCols> (&queries)[kBuffers],
+                             const Panels<kBlockM, kBlockN> (&left)[kLeftBuffers], uint64_t (&left_full)[kLeftBuffers]) {
+  constexpr int kCols = kSecond ? kHeadDim : kHeadDimV, kGradients = kCols / kPartCols;
+  const int warp = warp_id() % 4, lane = lane_id(), warp_row = warp * 16, peer = cluster_rank() ^ 1;
+  constexpr bool kShared = !kSecond || kSecondShared;  // the piece of dQ
+  const int piece = piece_of_dq<kSecond>();
+  const bool leader = threadIdx.x % 128 == 0;
+  Ring<kBuffers> rows;  // of queries
+  Ring<2> ring;         // of the step; where there is but one buffer, its parity is ring.stage
+  Accumulator<1, kPartCols / 8> acc_gradient[kGradients];
+  Accumulator<1, kDqCols / 8> acc_dq;
+  Schedule schedule;
+  Work work = {};
+
+  // Adds the piece of a step to dq_accum, or puts it into shared memory, from where add_dq adds it.
+  auto add_piece = [&](const Step& step) {
+    if constexpr (kDqShared) {
+      mbarrier_wait(smem.dq_empty[kSecond], ring.stage ^ 1);  // the step before has been read: add_dq
+#pragma unroll
+      for (int j = 0; j < kDqCols / 8; ++j) {
+        const float(&x)[4] = acc_dq.x[0][j];
+        st_shared_v4(smem_address(&smem.dq[kSecond][(warp * kDqCols / 8 + j) * 128 + lane * 4]),
                      uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
       }
-      bar_arrive(kPFull, 256);
-    }
-  };
-  auto pin_gradient = [&] {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) pin(acc_gradient[i]);
-  };
-  auto compute_step = [&](const Step& step, bool first, auto more) {
-    constexpr bool kMore = decltype(more)::value;  // a step of this tile after this one
-    pin(acc);
-    if (!kMore && leader) mbarrier_arrive(loads.keys_empty);  // the last S or dP of the tile is there
-    transform(step);
-    to_fragments(frag, acc);
-    if constexpr (kSecond) {
-      mbarrier_wait(smem.ds_empty[ring.stage], ring.parity ^ 1);  // released by compute_dq
-      store_transposed(smem.ds[ring.stage], warp_row, frag);
-      fence_proxy_async();  // this thread's part of dS, before wgmma reads it
+      fence_proxy_async();  // this thread's part of dQ, before the copy engine reads it
       __syncwarp();         // the warp's part is in shared memory
-      if (lane_id() == 0) mbarrier_arrive(smem.ds_full[ring.stage]);
-    }
-    const int stage = ring.stage;
-    const uint32_t parity = ring.parity;
-    ring.advance();
-    mbarrier_wait(other_loads.full[stage], parity);  // landed: copy_tiles
-    wgmma_fence();
+      if (lane == 0) mbarrier_arrive(smem.dq_full[kSecond]);
+    } else {
+      if (kDeterministic) mbarrier_wait(smem.dq_turn[0], ring.stage);  // it is this block's turn: announce_turns
+      float* target = params.dq_accum + step.tile * kDqTileFloats + dq_offset(warp, lane, 0, piece * kDqCols / 8, 0);
+      const bool writes = writes_dq(turn_number(work, 0));
+      uint32_t last = read_clock() - kRedClocks;
 #pragma unroll
-    for (int i = 0; i < kParts; ++i)  // dV += P^T dO, dK += dS^T Q
-      gemm_rs<kQuerySteps>(acc_gradient[i], frag, DownRows(other_queries[stage], i * kPartCols), !first);
-    wgmma_commit_group();
-    if constexpr (kMore) issue();
-    wgmma_wait_group<0>();  // dV or dK; S or dP of the next step
-    pin_gradient();
-    if (leader) {
-      mbarrier_arrive(loads.empty[stage]);
-      mbarrier_arrive(other_loads.empty[stage]);
+      for (int j = 0; j < kDqCols / 8; ++j, target += 128) {
+        const float(&x)[4] = acc_dq.x[0][j];
+        while (read_clock() - last < kRedClocks) continue;
+        last = read_clock();
+        if (writes) {
+          *reinterpret_cast<float4*>(target) = float4{x[0], x[1], x[2], x[3]};
+        } else {
+          red_add_v4_f32(target, x[0], x[1], x[2], x[3]);
+        }
+      }
+      if (kDeterministic) mbarrier_arrive(smem.dq_added);  // this thread has added its part
     }
+  };
+  auto compute_step = [&](const Step& step, bool first) {
+    const int stage = ring.stage, rows_stage = rows.stage, left_stage = kLeftBuffers > 1 ? stage : 0;
+    mbarrier_wait(left_full[left_stage], kLeftBuffers > 1 ? ring.parity : stage);  // P or dS is there: compute_scores
+#pragma unroll
+    for (int i = 0; i < kGradients; ++i, rows.advance()) {
+      mbarrier_wait(loads.full[rows.stage], rows.parity);  // dO or Q landed: copy_tiles
+      wgmma_fence();
+      gemm_ss<kQuerySteps>(acc_gradient[i], DownRows(left[left_stage]), DownRows(queries[rows.stage]), !first);
+      wgmma_commit_group();
+    }
+    if constexpr (kGradients > 1) {
+      wgmma_wait_group<1>();  // dV or dK, the first columns: a buffer to be filled soon
+      pin(acc_gradient[0]);
+      if (leader) mbarrier_arrive(loads.empty[rows_stage]);
+    }
+    if constexpr (!kSecond) mbarrier_wait(smem.ds_full[stage], ring.parity);  // dS is there: compute_scores; so K is
+    wgmma_fence();
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage]), DownRows(smem.k, piece * kDqCols));
+    if constexpr (kShared) {
+      mbarrier_wait(smem.ds_peer_full, stage);  // the other block's dS landed: compute_scores there
+      wgmma_fence();
+      gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds_peer), DownRows(smem.k_peer, kSecond * kDqCols), true);
+    }
+    wgmma_commit_group();
+    wgmma_wait_group<1>();  // dV or dK, the last columns
+    pin(acc_gradient[kGradients - 1]);
+    if (leader) {
+      mbarrier_arrive(loads.empty[(rows_stage + kGradients - 1) % kBuffers]);
+      if (!kSecond) mbarrier_arrive(smem.p_empty[left_stage]);
+    }
+    wgmma_wait_group<0>();  // dQ
+    pin(acc_dq);
+    if (leader) {
+      mbarrier_arrive(smem.ds_empty[stage]);
+      if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
+      if (!kSecond) mbarrier_arrive_expect_tx(smem.ds_peer_full, smem.ds_peer.kBytes);
+      if (kShared) mbarrier_arrive_cluster(smem.ds_peer_empty, peer);
+    }
+    add_piece(step);
+    ring.advance();
   };
 
   // Columns [col, col + kPartCols) of dV or dK. A loop over the parts would put them into local memory.
@@ -184,91 +341,28 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, Loads& l
         for (int e = 0; e < 4; ++e) part.x[0][j][e] *= factor;
       float* partial = kSecond ? params.dk_partial : params.dv_partial;
       const int64_t row = static_cast<int64_t>(work.part) * kBlockN + warp_row;
-      store_partial(partial + row * kOtherCols + col, kOtherCols, part);
+      store_partial(partial + row * kCols + col, kCols, part);
     } else {
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
       const int row = work.n_block * kBlockN + warp_row;
       Element* target = (kSecond ? params.dk : params.dv) + work.batch * strides.batch + work.head_k * strides.head;
-      store_gradient(target + row * strides.row + col, strides.row, shape.seqlen_k - row,
-                     (kSecond ? shape.head_dim : params.head_dim_v) - col, part, factor);
+      store_gradient(target + row * strides.row + col, strides.row, params.shape.seqlen_k - row,
+                     (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };
 
-  if (kSecond) bar_arrive(kPEmpty, 256);  // there is no step before the first
   while (schedule.next(params, work)) {
-    mbarrier_wait(loads.keys_full, keys_parity);  // landed: copy_tiles
-    if (!kDeterministic) keys_parity ^= 1;        // else this was the only tile, and a register is worth having
-    Step step(shape, work);
-    issue();
-    wgmma_wait_group<0>();  // S or dP of the first step
     bool first = true;
-    for (; step.left > 1; step.advance(work)) {
-      compute_step(step, first, True{});
+    for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
+      compute_step(step, first);
       first = false;
     }
-    compute_step(step, first, False{});
     store(acc_gradient[0], 0);
-    if constexpr (kParts > 1) store(acc_gradient[1], kPartCols);
+    if constexpr (kGradients > 1) store(acc_gradient[1], kPartCols);
   }
 }
 
-// One warpgroup: dQ of every step.
-FA2_DEVICE void compute_dq(SharedMemory& smem, const BwdTmaParams& params) {
-  const int warp = warp_id() % 4, lane = lane_id();
-  const bool leader = threadIdx.x % 128 == 0;
-  Schedule schedule;
-  Work work;
-  Ring<kStages> ring;
-  uint32_t parity = 0;
-  Accumulator<1, kDqCols / 8> acc_dq;
-  while (schedule.next(params, work)) {
-    for (Step step(params.shape, work); step.left > 0; step.advance(work), ring.advance()) {
-      mbarrier_wait(smem.ds_full[ring.stage], ring.parity);  // dS is there: the second warpgroup; so K is
-#pragma unroll
-      for (int col = 0; col < kHeadDim; col += kDqCols) {
-        wgmma_fence();
-        gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[ring.stage]), DownRows(smem.k, col));
-        wgmma_commit_group();
-        wgmma_wait_group<0>();
-        pin(acc_dq);
-        if (col + kDqCols == kHeadDim && leader) {
-          mbarrier_arrive(smem.ds_empty[ring.stage]);
-          if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
-        }
-        if constexpr (kDqShared) {
-          const int piece = col / kDqCols;
-          mbarrier_wait(smem.dq_empty[piece], parity ^ 1);  // the step before has been read: add_dq
-#pragma unroll
-          for (int j = 0; j < kDqCols / 8; ++j) {
-            const float(&x)[4] = acc_dq.x[0][j];
-            st_shared_v4(smem_address(smem.dq + dq_offset(warp, lane, 0, col / 8 + j, 0)),
-                         uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
-          }
-          fence_proxy_async();  // this thread's part of dQ, before the copy engine reads it
-          __syncwarp();         // the warp's part is in shared memory
-          if (lane == 0) mbarrier_arrive(smem.dq_full[piece]);
-        } else {
-          float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
-          if (kDeterministic && col == 0) mbarrier_wait(smem.dq_turn, parity);  // it is this block's turn: announce_turns
-#pragma unroll
-          for (int j = 0; j < kDqCols / 8; ++j) {
-            const float(&x)[4] = acc_dq.x[0][j];
-            float* target = dq_tile + dq_offset(warp, lane, 0, col / 8 + j, 0);
-            if (writes_dq(work)) {
-              *reinterpret_cast<float4*>(target) = float4{x[0], x[1], x[2], x[3]};
-            } else {
-              red_add_v4_f32(target, x[0], x[1], x[2], x[3]);
-            }
-          }
-        }
-      }
-      if constexpr (!kDqShared && kDeterministic) mbarrier_arrive(smem.dq_added);  // this thread has added its part
-      if constexpr (kDqShared || kDeterministic) parity ^= 1;
-    }
-  }
-}
-
-// Adds dQ of every step to dq_accum, piece by piece, or waits for compute_dq to have done so, and ends the turn. One thread.
+// Adds dQ of every step to dq_accum, piece by piece, or waits for sum_gradient to have done so, and ends the turns. One thread.
 FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
   Schedule schedule;
   Work work;
@@ -278,28 +372,33 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
       if constexpr (kDqShared) {
         float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
 #pragma unroll
-        for (int piece = 0; piece < kDqPieces; ++piece) {
-          mbarrier_wait(smem.dq_full[piece], parity);  // dQ is in shared memory: compute_dq
-          if (kDeterministic && piece == 0) mbarrier_wait(smem.dq_turn, parity);  // it is this block's turn: announce_turns
+        for (int turn = 0; turn < 2; ++turn) {
+          const int piece = turn == 0 ? piece_of_dq<false>() : piece_of_dq<true>();
+          mbarrier_wait(smem.dq_full[turn], parity);                      // dQ is in shared memory: sum_gradient
+          if (kDeterministic) mbarrier_wait(smem.dq_turn[turn], parity);  // it is this block's turn: announce_turns
 #pragma unroll
           for (int warp = 0; warp < 4; ++warp) {
-            const int offset = dq_offset(warp, 0, 0, piece * kDqCols / 8, 0);
-            if (writes_dq(work)) {
-              cp_async_bulk_store(dq_tile + offset, smem.dq + offset, kDqCols * 64);
+            float* target = dq_tile + dq_offset(warp, 0, 0, piece * kDqCols / 8, 0);
+            const float* source = smem.dq[turn] + warp * 16 * kDqCols;
+            if (writes_dq(turn_number(work, turn))) {
+              cp_async_bulk_store(target, source, kDqCols * 64);
             } else {
-              cp_reduce_async_bulk_add_f32(dq_tile + offset, smem.dq + offset, kDqCols * 64);
+              cp_reduce_async_bulk_add_f32(target, source, kDqCols * 64);
             }
           }
           cp_async_bulk_commit_group();
           cp_async_bulk_wait_group_read<0>();
-          mbarrier_arrive(smem.dq_empty[piece]);  // shared memory has been read
+          mbarrier_arrive(smem.dq_empty[turn]);  // shared memory has been read
+          if constexpr (kDeterministic) {
+            cp_async_bulk_wait_group<0>();  // dQ is in global memory
+            end_turn(turn_counter(params, step, turn));
+          }
         }
-        if constexpr (kDeterministic) cp_async_bulk_wait_group<0>();  // dQ is in global memory
       } else {
-        mbarrier_wait(smem.dq_added, parity);  // every thread has added its part: compute_dq
+        mbarrier_wait(smem.dq_added, parity);  // every thread has added its part: sum_gradient
         mbarrier_arrive(smem.dq_seen);
+        end_turn(turn_counter(params, step, 0));
       }
-      if constexpr (kDeterministic) end_turn(params.dq_turn + step.tile);
     }
   }
 }
@@ -312,63 +411,79 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
-      wait_for_turn(params.dq_turn + step.tile, work.n_block);
-      mbarrier_wait(kDqShared ? smem.dq_empty[0] : smem.dq_seen, parity ^ 1);  // the turn before has been taken: add_dq
-      mbarrier_arrive(smem.dq_turn);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        wait_for_turn(turn_counter(params, step, turn), turn_number(work, turn));
+        mbarrier_wait(kDqShared ? smem.dq_empty[turn] : smem.dq_seen, parity ^ 1);  // the turn before has been taken: add_dq
+        mbarrier_arrive(smem.dq_turn[turn]);
+      }
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaParams params) {
+template <int kBuffers>
+FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
+  mbarrier_init(loads.keys_full, 1);
+  mbarrier_init(loads.keys_empty, readers_of_keys);
+#pragma unroll
+  for (int i = 0; i < kBuffers; ++i) {
+    mbarrier_init(loads.full[i], 1);
+    mbarrier_init(loads.empty[i], 5);  // each warp of compute_scores, one of sum_gradient
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kNumThreads, 1)
+    flash_bwd(const __grid_constant__ BwdTmaParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
-    mbarrier_init(smem.q_loads.keys_full, 1);
-    mbarrier_init(smem.q_loads.keys_empty, 2);
-    mbarrier_init(smem.dout_loads.keys_full, 1);
-    mbarrier_init(smem.dout_loads.keys_empty, 1);
+    init_loads(smem.q_loads, 6);  // of K: compute_scores, and both sum_gradient
+    init_loads(smem.dout_loads, 4);
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(smem.q_loads.full[i], 1);
-      mbarrier_init(smem.q_loads.empty[i], 2);
-      mbarrier_init(smem.dout_loads.full[i], 1);
-      mbarrier_init(smem.dout_loads.empty[i], 2);
+    for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem.ds_full[i], 4);
-      mbarrier_init(smem.ds_empty[i], 1);
-    }
-#pragma unroll
-    for (int i = 0; i < kDqPieces; ++i) {
+      mbarrier_init(smem.ds_empty[i], 2);
       mbarrier_init(smem.dq_full[i], 4);
       mbarrier_init(smem.dq_empty[i], 1);
     }
-    mbarrier_init(smem.dq_turn, 1);
-    mbarrier_init(smem.dq_added, 128);
+#pragma unroll
+    for (int i = 0; i < kPBuffers; ++i) {
+      mbarrier_init(smem.p_full[i], 4);
+      mbarrier_init(smem.p_empty[i], 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) mbarrier_init(smem.dq_turn[i], 1);
+    mbarrier_init(smem.dq_added, 256);
     mbarrier_init(smem.dq_seen, 1);
+    mbarrier_init(smem.ds_peer_full, 1);
+    mbarrier_init(smem.ds_peer_empty, kPeerPanels);
     fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(smem.ds_peer_full, smem.ds_peer.kBytes);
   }
-  __syncthreads();  // the barriers are initialised
+  cluster_sync();  // the barriers are initialised
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     setmaxnreg_dec<kCopyRegisters>();
     const int warp = __shfl_sync(0xffffffffu, warp_id(), 0);
     if (lane_id() == 0 && warp == 0) {
-      copy_tiles(params, smem.q_loads, smem.k, params.k, smem.q, params.q, params.lse_log2);
+      copy_tiles(params, smem.q_loads, smem.k, params.k, smem.q, params.q, params.lse_log2, &smem.k_peer);
     } else if (lane_id() == 0 && warp == 1) {
-      copy_tiles(params, smem.dout_loads, smem.v, params.v, smem.dout, params.dout, params.softmax_d);
+      copy_tiles(params, smem.dout_loads, smem.v, params.v, smem.dout, params.dout, params.softmax_d, nullptr);
     } else if ((kDqShared || kDeterministic) && lane_id() == 0 && warp == 2) {
       add_dq(smem, params);
     } else if (kDeterministic && lane_id() == 0 && warp == 3) {
       announce_turns(smem, params);
     }
-  } else if (warpgroup == 3) {
-    setmaxnreg_dec<kDqRegisters>();
-    compute_dq(smem, params);
+  } else if (warpgroup == 1) {
+    setmaxnreg_dec<kScoreRegisters>();
+    compute_scores(smem, params);
   } else {
-    setmaxnreg_inc<kComputeRegisters>();
-    if (warpgroup == 1) {
-      compute<false>(smem, params, smem.q_loads, smem.k, smem.q, smem.dout_loads, smem.dout);
+    setmaxnreg_inc<kSumRegisters>();
+    if (warpgroup == 2) {
+      sum_gradient<false>(smem, params, smem.dout_loads, smem.dout, smem.p, smem.p_full);
     } else {
-      compute<true>(smem, params, smem.dout_loads, smem.v, smem.dout, smem.q_loads, smem.q);
+      sum_gradient<true>(smem, params, smem.q_loads, smem.q, smem.ds, smem.ds_full);
     }
   }
+  cluster_sync();  // the other block is done with this one's shared memory
 }

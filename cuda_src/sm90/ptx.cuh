@@ -68,6 +68,30 @@ FA2_DEVICE void cp_reduce_async_bulk_add_f32(float* gmem, const float* smem, uin
                : "memory");
 }
 
+// ---- clusters of thread blocks: the same place in the shared memory of block `rank` -------------------------------------------
+
+// mapa.shared::cluster (PTX ISA 9.7.9.24)
+FA2_DEVICE uint32_t mapa(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+// An arrival at that block's barrier.
+FA2_DEVICE void mbarrier_arrive_cluster(uint64_t& barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapa(smem_address(&barrier), rank)) : "memory");
+}
+// That block's `to` = this one's `from`; the bytes arrive at that block's barrier. One thread issues it.
+FA2_DEVICE void cp_async_bulk_cluster(void* to, uint64_t& barrier, int rank, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(mapa(smem_address(to), rank)), "r"(smem_address(from)), "r"(bytes),
+               "r"(mapa(smem_address(&barrier), rank))
+               : "memory");
+}
+// All threads of the cluster meet, and see what the others have written before (PTX ISA 9.7.13.3).
+FA2_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // ---- groups of bulk stores and reductions, of the thread that issued them ---------------------------------------------------
 
 FA2_DEVICE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -15,19 +15,21 @@ struct Panels {
   alignas(1024) Element data[kPanels][kRows][64];
 };
 
-// Rows [tile_row, tile_row + kCount) of the tile = rows from `row` on of a head, all columns; the map's box has kCount rows.
+// Rows [tile_row, tile_row + kCount) of the tile = rows from `row` and columns from `col` on of a head; the map's box has kCount
+// rows.
 // One thread; the barrier expects the bytes.
 template <int kCount, int kRows, int kCols>
 FA2_DEVICE void load_rows(Panels<kRows, kCols>& tile, int tile_row, const TensorMap& map, uint64_t& barrier, int row, int head,
-                          int batch) {
+                          int batch, int col = 0) {
 #pragma unroll
   for (int p = 0; p < tile.kPanels; ++p) {
-    cp_async_bulk_tensor_4d_load(tile.data[p][tile_row], map, barrier, 64 * p, row, head, batch);
+    cp_async_bulk_tensor_4d_load(tile.data[p][tile_row], map, barrier, col + 64 * p, row, head, batch);
   }
 }
 template <int kRows, int kCols>
-FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head, int batch) {
-  load_rows<kRows>(tile, 0, map, barrier, row, head, batch);
+FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head, int batch,
+                          int col = 0) {
+  load_rows<kRows>(tile, 0, map, barrier, row, head, batch, col);
 }
 
 // The other way round, for the first kCols columns. One thread; the caller commits.
@@ -45,8 +47,8 @@ template <int kRows, int kCols>
 struct AlongRows {
   static constexpr bool kDown = false;
   uint64_t descriptor;
-  FA2_DEVICE explicit AlongRows(const Panels<kRows, kCols>& tile, int row = 0)
-      : descriptor(matrix_descriptor(smem_address(tile.data) + row * 128, 0)) {}
+  FA2_DEVICE explicit AlongRows(const Panels<kRows, kCols>& tile, int row = 0, int col = 0)  // col: where a panel starts
+      : descriptor(matrix_descriptor(smem_address(tile.data) + col / 64 * tile.kPanelBytes + row * 128, 0)) {}
   FA2_DEVICE uint64_t at(int step) const {
     return descriptor + (step / 4 * Panels<kRows, kCols>::kPanelBytes + step % 4 * 32) / 16;
   }
@@ -63,11 +65,11 @@ struct DownRows {
   FA2_DEVICE uint64_t at(int step) const { return descriptor + step * 16 * 128 / 16; }
 };
 
-// acc = A B over kSteps blocks of 16, both in shared memory.
+// acc (+)= A B over kSteps blocks of 16, both in shared memory.
 template <int kSteps, int kNTiles, typename A, typename B>
-FA2_DEVICE void gemm_ss(Accumulator<1, kNTiles>& acc, const A& a, const B& b) {
+FA2_DEVICE void gemm_ss(Accumulator<1, kNTiles>& acc, const A& a, const B& b, bool accumulate = false) {
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma_ss<Element, B::kDown>(acc, a.at(k), b.at(k), k > 0);
+  for (int k = 0; k < kSteps; ++k) wgmma_ss<Element, A::kDown, B::kDown>(acc, a.at(k), b.at(k), k > 0 || accumulate);
 }
 
 // The A operand of a product in registers: the accumulators of another, rounded.
@@ -102,20 +104,17 @@ FA2_DEVICE void store_transposed(Panels<kRows, kCols>& tile, int col, const Frag
   for (int k = 0; k < kSteps; ++k) stmatrix_x4_trans(address + k * 16 * 128, frag.r[k]);
 }
 
-// Rows [row, row + 16) of the tile, of this warp, = its 16 rows of acc, rounded.
+// Rows [row, row + 16) of the tile, of this warp, = its 16 rows of an accumulator, rounded.
+template <int kSteps, int kRows, int kCols>
+FA2_DEVICE void store_fragments(Panels<kRows, kCols>& tile, int row, const Fragments<kSteps>& frag) {
+  const int lane = lane_id();
+  const uint32_t address = smem_address(tile.data) + (row + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) stmatrix_x4((address ^ k % 4 << 5) + k / 4 * tile.kPanelBytes, frag.r[k]);
+}
 template <int kNTiles, int kRows, int kCols>
 FA2_DEVICE void store_accumulator(Panels<kRows, kCols>& tile, int row, const Accumulator<1, kNTiles>& acc) {
-  const int lane = lane_id();
-  const uint32_t address = smem_address(tile.data) + (row + lane % 16) * 128;
-#pragma unroll
-  for (int k = 0; k < kNTiles / 2; ++k) {
-    uint32_t r[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float(&pair)[4] = acc.x[0][2 * k + i / 2];
-      r[i] = cvt_pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-    }
-    const int chunk = k % 4 * 2 + lane / 16;
-    stmatrix_x4(address + k / 4 * tile.kPanelBytes + ((chunk ^ lane % 8) << 4), r);
-  }
+  Fragments<kNTiles / 2> frag;
+  to_fragments(frag, acc);
+  store_fragments(tile, row, frag);
 }

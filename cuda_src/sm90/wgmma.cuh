@@ -33,9 +33,9 @@ FA2_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
   return base | lbo << 16 | sbo << 32 | swizzle_128b << 62;
 }
 
-// wgmma_ss<T, kBDown>(d, a, b, accumulate), wgmma_rs<T, kBDown>(d, a, b, accumulate), for the widths of d that the tile
-// tables use. kBDown: B is stored with the sum running down its rows (V), else along them (K). accumulate = false: D = A B,
-// whatever was in D.
+// wgmma_ss<T, kADown, kBDown>(d, a, b, accumulate), wgmma_rs<T, kBDown>(d, a, b, accumulate), for the widths of d that the
+// tile tables use. kBDown: B is stored with the sum running down its rows (V), else along them (K); kADown: likewise A.
+// accumulate = false: D = A B, whatever was in D.
 //
 // FA2_TEXT and FA2_REGS name the accumulator's registers, ten at a time, in the instruction and among its operands.
 template <typename T>
@@ -69,11 +69,11 @@ constexpr bool kIsBf16<bf16_t> = true;
 #define FA2_TEXT128 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3) ", " FA2_T10(4) ", " FA2_T10(5) ", " FA2_T10(6) ", " FA2_T10(7) ", " FA2_T10(8) ", " FA2_T10(9) ", " FA2_T10(10) ", " FA2_T10(11) ", " FA2_T8(12)
 #define FA2_REGS128 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D10(3), FA2_D10(4), FA2_D10(5), FA2_D10(6), FA2_D10(7), FA2_D10(8), FA2_D10(9), FA2_D10(10), FA2_D10(11), FA2_D8(12)
 
-#define FA2_WGMMA_SS(kN, kType, kRegs, a_, b_, p_, down_)                                                             \
+#define FA2_WGMMA_SS(kN, kType, kRegs, a_, b_, p_, adown_, bdown_)                                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN              \
-               "k16.f32." kType "." kType " {" FA2_TEXT##kRegs "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #down_ ";\n}" \
+               "k16.f32." kType "." kType " {" FA2_TEXT##kRegs "}, %" #a_ ", %" #b_ ", p, 1, 1, %" #adown_ ", %" #bdown_ ";\n}" \
                : FA2_REGS##kRegs                                                                                      \
-               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kBDown))
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kADown), "n"(kBDown))
 #define FA2_WGMMA_RS(kN, kType, kRegs, a0_, a1_, a2_, a3_, b_, p_, down_)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN              \
                "k16.f32." kType "." kType " {" FA2_TEXT##kRegs "}, {%" #a0_ ", %" #a1_ ", %" #a2_ ", %" #a3_          \
@@ -83,12 +83,12 @@ constexpr bool kIsBf16<bf16_t> = true;
 
 // The operands after the kRegs accumulators are numbered by hand: o0 = kRegs, o1 = kRegs + 1, ...
 #define FA2_WGMMA(kN, kRegs, o0, o1, o2, o3, o4, o5, o6)                                                              \
-  template <typename T, bool kBDown>                                                                                  \
+  template <typename T, bool kADown, bool kBDown>                                                                     \
   FA2_DEVICE void wgmma_ss(Accumulator<1, kN / 8>& d, uint64_t a, uint64_t b, bool accumulate) {                      \
     if constexpr (kIsBf16<T>) {                                                                                       \
-      FA2_WGMMA_SS(kN, "bf16", kRegs, o0, o1, o2, o3);                                                                \
+      FA2_WGMMA_SS(kN, "bf16", kRegs, o0, o1, o2, o3, o4);                                                                \
     } else {                                                                                                          \
-      FA2_WGMMA_SS(kN, "f16", kRegs, o0, o1, o2, o3);                                                                 \
+      FA2_WGMMA_SS(kN, "f16", kRegs, o0, o1, o2, o3, o4);                                                                 \
     }                                                                                                                 \
   }                                                                                                                   \
   template <typename T, bool kBDown>                                                                                  \

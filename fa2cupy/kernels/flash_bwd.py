@@ -104,13 +104,14 @@ def _launches(
     rows = problem.seqlen_q - empty
     launches: tuple[KernelLaunch, ...] = ()
     workspace, head_splits = 0, 1
-    m_blocks, n_blocks = -(-rows // tile.block_m), -(-problem.seqlen_k // tile.block_n)
+    m_blocks, n_blocks = -(-rows // tile.block_m), -(-problem.seqlen_k // (tile.cluster * tile.block_n))
     query_tiles = m_blocks * problem.num_heads * problem.batch
-    key_tiles = n_blocks * problem.num_heads_k * problem.batch
+    key_tiles = n_blocks * problem.num_heads_k * problem.batch  # of a cluster each
+    clusters = device.sm_count // tile.cluster
     if query_tiles and key_tiles:
         strides = dict(problem.strides)
         group = problem.num_heads // problem.num_heads_k
-        head_splits = _head_splits(key_tiles, group, device)
+        head_splits = _head_splits(key_tiles, group, clusters)
         partial = head_splits > 1
         heads = group // head_splits  # of a thread block
         queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
@@ -121,9 +122,9 @@ def _launches(
             if deterministic:
                 section = _section_of_turns(device, tile, steps, section if problem.causal else shares)
         elif deterministic:
-            section = _section_of_turns_sm90(device, tile, steps, shares, problem.causal)
+            section = _section_of_turns_sm90(clusters, tile, steps, shares, problem.causal)
         else:
-            section = plans.heads_per_even_section(device, problem.causal, shares, n_blocks)
+            section = plans.heads_per_even_section(clusters, problem.causal, shares, n_blocks)
         params = BwdParams()
         for name in _TENSORS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
@@ -160,7 +161,7 @@ def _launches(
             # One for each multiprocessor, which takes tiles from the list. Deterministic, one for each tile: whoever is
             # waited for must be running, which is certain only of thread blocks that started before.
             tiles = key_tiles * head_splits
-            blocks = tiles if deterministic else min(tiles, device.sm_count)
+            blocks = tile.cluster * (tiles if deterministic else min(tiles, clusters))
             config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
             maps = _tensor_maps(problem, tile, rows, skipped) + _statistics_maps(tile, query_tiles, offsets)
             flash_bwd = KernelLaunch(
@@ -238,10 +239,10 @@ def _compiled_head_dims(tile: BwdTile | BwdTileSm90, problem: AttentionProblem) 
     return tile.head_dim, 0 if problem.head_dim_v == problem.head_dim else tile.head_dim_v or tile.head_dim
 
 
-def _head_splits(key_tiles: int, group: int, device: DeviceInfo) -> int:
+def _head_splits(key_tiles: int, group: int, clusters: int) -> int:
     """Among how many blocks the `group` query heads of a key head are shared out: as few as are enough."""
     divisors = (n for n in range(1, group + 1) if group % n == 0)
-    return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * device.sm_count), group)
+    return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * clusters), group)
 
 
 def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) -> int:
@@ -255,7 +256,7 @@ def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) 
     return min(most, -(-2 * turn_steps * blocks_at_once // steps))
 
 
-def _section_of_turns_sm90(device: DeviceInfo, tile: BwdTileSm90, steps: int, heads: int, causal: bool) -> int:
+def _section_of_turns_sm90(clusters: int, tile: BwdTileSm90, steps: int, heads: int, causal: bool) -> int:
     """The same for sm_90, where turns cost less. A causal block comes to its first turn before the block in front of it
     does, so that more heads are best. All sections are of one size if possible. Measured: docs/tuning.md."""
     if not causal:
@@ -263,8 +264,8 @@ def _section_of_turns_sm90(device: DeviceInfo, tile: BwdTileSm90, steps: int, he
     elif not tile.wide:
         share = 1 / math.sqrt(steps)
     else:
-        share = 0.55 / min(16, max(4, steps / 4))
-    least = device.sm_count * share
+        share = 1.1 / min(16, max(4, steps / 4))
+    least = clusters * share
     even = (n for n in range(math.ceil(least), math.ceil(2 * least) + 1) if heads % n == 0)
     return next(even, min(heads, math.ceil(1.4 * least)))
 
@@ -276,7 +277,7 @@ def _workspace(
     rows = query_tiles * tile.block_m * 4
     dq_floats = tile.dq_tile_floats() if isinstance(tile, BwdTileSm90) else tile.dq_tile_floats(head_dim)
     turns = query_tiles * tile.dq_parts * 4
-    dk, dv = (partial_tiles * tile.block_n * width * 4 for width in (head_dim, head_dim_v or head_dim))
+    dk, dv = (partial_tiles * tile.cluster * tile.block_n * width * 4 for width in (head_dim, head_dim_v or head_dim))
     offsets, end = [], 0
     for size in (rows, rows, query_tiles * dq_floats * 4, turns, dk, dv):
         offsets.append(end)
@@ -304,7 +305,7 @@ def _side_defines(
     post_bytes = postprocess_bytes(tile.block_m, head_dim)
     return plans.common_defines(dtype, head_dim, head_dim_v, aligned) | {
         "FA2_BLOCK_M": tile.block_m,
-        "FA2_BLOCK_N": tile.block_n,
+        "FA2_BLOCK_N": tile.cluster * tile.block_n,
         "FA2_NUM_WARPS": tile.dq_warps,
         "FA2_DQ_WARPS": tile.dq_warps,
         "FA2_DQ_WARPS_M": tile.dq_warps_m,
@@ -334,6 +335,8 @@ def _main_defines(
     if isinstance(tile, BwdTileSm90):
         return main | {
             "FA2_ALIGNED": 1,
+            "FA2_BLOCK_N": tile.block_n,
+            "FA2_CLUSTER": tile.cluster,
             "FA2_NUM_STAGES": tile.num_stages,
             "FA2_PARAMS_BYTES": ctypes.sizeof(BwdTmaParams),
             "FA2_SHARED_BYTES": tile.shared_mem_bytes(),

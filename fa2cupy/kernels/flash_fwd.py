@@ -96,7 +96,7 @@ def _order(
     group = problem.num_heads // problem.num_heads_k
     heads_k = problem.batch * problem.num_heads_k
     if persistent:
-        section = plans.heads_per_even_section(device, problem.causal, heads_k, m_blocks * group)
+        section = plans.heads_per_even_section(device.sm_count, problem.causal, heads_k, m_blocks * group)
     else:
         keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
         section = plans.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes)

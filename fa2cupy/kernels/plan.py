@@ -307,32 +307,33 @@ def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_h
     return -(-heads // max(1, heads // wanted))
 
 
-def heads_per_even_section(device: DeviceInfo, causal: bool, heads: int, tiles_per_head: int) -> int:
-    """The same for a grid whose thread blocks take tiles from a fixed list: as few as give each multiprocessor a tile
-    and a half, and if possible as many in every section, since sections alternate in direction.
+def heads_per_even_section(workers: int, causal: bool, heads: int, tiles_per_head: int) -> int:
+    """The same where `workers` (thread blocks, one for each multiprocessor, or clusters of them) take tiles from a list:
+    as few as give each a tile and a half, and if possible as many in every section, since sections alternate in
+    direction.
 
     Of short sequences as few as have `_SHORT_SECTION` tiles, if that shares them out as well: then the tiles that need
     a head's keys run at the same time, and memory is read evenly.
     """
     if not causal:
         return 1
-    least = math.ceil(1.5 * device.sm_count / tiles_per_head)
+    least = math.ceil(1.5 * workers / tiles_per_head)
     even = (n for n in range(least, min(2 * least, heads) + 1) if heads % n == 0)
     usual = next(even, -(-heads // max(1, heads // least)))
     if tiles_per_head > _SHORT_SECTION:
         return usual
-    enough = _largest_share(device, heads, tiles_per_head, usual) + 0.005
+    enough = _largest_share(workers, heads, tiles_per_head, usual) + 0.005
     fewer = (n for n in range(-(-_SHORT_SECTION // tiles_per_head), usual) if heads % n == 0)
-    return next((n for n in fewer if _largest_share(device, heads, tiles_per_head, n) <= enough), usual)
+    return next((n for n in fewer if _largest_share(workers, heads, tiles_per_head, n) <= enough), usual)
 
 
-def _largest_share(device: DeviceInfo, heads: int, tiles_per_head: int, section: int) -> float:
+def _largest_share(workers: int, heads: int, tiles_per_head: int, section: int) -> float:
     """Of the work of the thread blocks the largest, relative to the mean.
 
     `Schedule` in sm90/flash_fwd.cu shares it out. A tile's work is taken to grow by one from tile to tile of a head.
     Enough rounds are looked at to tell.
     """
-    tiles, blocks = heads * tiles_per_head, min(device.sm_count, heads * tiles_per_head)
+    tiles, blocks = heads * tiles_per_head, min(workers, heads * tiles_per_head)
     linear = np.arange(min(tiles, _ROUNDS * blocks))
     rounds, place = np.divmod(linear, blocks)
     block = np.where(rounds % 2 == 0, place, blocks - 1 - place)

@@ -151,6 +151,7 @@ class BwdTile:
     note: str
     spill_bytes: int = 0
 
+    cluster: ClassVar[int] = 1
     dq_parts: ClassVar[int] = 1  # all of them add in one turn
     dq_unit: ClassVar[int] = 16  # columns of dQ that no two warps share
 
@@ -205,6 +206,11 @@ class BwdTileSm90:
         return self.head_dim > 128
 
     @property
+    def cluster(self) -> int:
+        """Thread blocks that take neighbouring key blocks together."""
+        return 2 if self.wide else 1
+
+    @property
     def num_warps(self) -> int:
         """With those of the warpgroup that copies."""
         return 16 if self.wide else 4 * (1 + self.block_n // 64)
@@ -220,21 +226,29 @@ class BwdTileSm90:
         return self.block_m // 16
 
     def shared_mem_bytes(self) -> int:
-        """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers; in
-        sm90/flash_bwd_wide.cu there is P, and no dQ above head_dim 192."""
-        panels, rows = -(-self.head_dim // 64), self.num_stages * self.block_m
-        ds = 2 * rows * self.block_n
+        """Of `SharedMemory` in sm90/flash_bwd.cu: panels of 64 columns, dQ, the statistics, and the barriers."""
         if self.wide:
-            panels += -(-(self.head_dim_v or self.head_dim) // 64)
-            tiles, p = 128 * panels * (self.block_n + rows), 4 * self.block_m * self.block_n
-            dq = 4 * self.dq_tile_floats() * (self.head_dim <= 192)
-            # statistics, barriers, and what aligns dQ behind them
-            small = 8 * rows + 8 * (6 + 6 * self.num_stages + 2 * self.head_dim // 64 + 1) + 128
-            return tiles + ds + p + dq + -(-small // 1024) * 1024
+            return self._wide_shared_mem_bytes()
+        panels, rows = -(-self.head_dim // 64), self.num_stages * self.block_m
         tiles = 128 * panels * (3 * self.block_n + 2 * rows)  # two of K, one of V
+        ds = 2 * rows * self.block_n
         barriers = 8 * (6 + 5 * self.num_stages + 3 * self.dq_parts)
         small = 4 * self.dq_tile_floats() + 8 * rows + barriers
         return tiles + ds + -(-small // 1024) * 1024
+
+    def _wide_shared_mem_bytes(self) -> int:
+        """Of `SharedMemory` in sm90/flash_bwd_wide.cu, likewise."""
+        panels, panels_v = (-(-width // 64) for width in (self.head_dim, self.head_dim_v or self.head_dim))
+        parts, parts_v = 1 + (panels > 3), 1 + (panels_v > 3)
+        q_buffers, dout_buffers = self.num_stages * parts, self.num_stages * parts_v - (parts_v > 1)
+        p_buffers = 3 - parts
+        keys = self.block_n * (panels + panels_v + parts)  # K, V, and columns of the other block's K
+        queries = self.block_m * (panels // parts * q_buffers + panels_v // parts_v * dout_buffers)
+        factors = self.block_m * (p_buffers + 3)  # P, dS, the other block's dS
+        dq = 8 * self.block_m * 64 * (panels <= 3)
+        barriers = 4 + 2 * (q_buffers + dout_buffers + p_buffers) + 13
+        small = 4 * self.block_m * (q_buffers + dout_buffers) + 8 * barriers + 384  # and what aligns dQ behind them
+        return 128 * (keys + queries + factors) + dq + -(-small // 1024) * 1024
 
     def dq_tile_floats(self) -> int:
         """kDqTileFloats of common/dq_accum.cuh."""
@@ -242,8 +256,9 @@ class BwdTileSm90:
 
     @property
     def dq_parts(self) -> int:
-        """Warpgroups that add to a tile of dQ one by one."""
-        return 1 if self.wide else self.block_n // 64
+        """Parts of a tile of dQ with counters of their own: of warpgroups, or of the thread blocks of a cluster, and up
+        to head_dim 192 one that both blocks add to."""
+        return 2 + (self.wide and self.head_dim <= 192)
 
 
 _FWD_LARGE = (
@@ -331,7 +346,7 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
     BwdTileSm90(192, 64, 64, 2, "202 KB", head_dim_v=128),
     BwdTileSm90(192, 64, 64, 2, "226 KB"),
-    BwdTileSm90(256, 64, 64, 2, "226 KB"),
+    BwdTileSm90(256, 64, 64, 2, "227 KB; with partial dK and dV it spills, once a tile", spill_bytes=32),
 )
 
 

@@ -91,8 +91,8 @@ void along_rows(const InstrumentParams& p, SharedMemory& smem) {
     uint64_t b = matrix_descriptor(smem_address(smem.b[k / 4]) + k % 4 * 32, 0);
     if (p.flaw == kWrongStride) b -= 64ull << 31;  // 512 bytes less between groups of 8 rows
     if (p.flaw == kOtherDescriptor && threadIdx.x / 32 == 2) b += 2;
-    if (p.flaw == kOneWarpMore && k == 7 && threadIdx.x / 32 == 3) wgmma_ss<bf16_t, false>(d, a, b, true);
-    wgmma_ss<bf16_t, false>(d, a, b, k > 0);
+    if (p.flaw == kOneWarpMore && k == 7 && threadIdx.x / 32 == 3) wgmma_ss<bf16_t, false, false>(d, a, b, true);
+    wgmma_ss<bf16_t, false, false>(d, a, b, k > 0);
   }
   wgmma_commit_group();
   if (p.flaw == kReadEarly) write(p, d);
@@ -136,7 +136,7 @@ void down_rows(const InstrumentParams& p, SharedMemory& smem, bool in_registers)
     if (in_registers) {
       wgmma_rs<half_t, true>(d, a[k], b, true);
     } else {
-      wgmma_ss<half_t, true>(d, matrix_descriptor(smem_address(smem.a[0]) + k * 32, 0), b, true);
+      wgmma_ss<half_t, false, true>(d, matrix_descriptor(smem_address(smem.a[0]) + k * 32, 0), b, true);
     }
     wgmma_commit_group();
   }
@@ -166,7 +166,7 @@ void ring(const InstrumentParams& p, SharedMemory& smem) {
     mbarrier_wait(smem.full[i % 2], i / 2 % 2);  // until the buffer is full
     wgmma_fence();  // of the ring
     for (int k = 0; k < 4; k++) {
-      wgmma_ss<bf16_t, false>(d, matrix_descriptor(smem_address(smem.a[i % 2]) + k * 32, 0),
+      wgmma_ss<bf16_t, false, false>(d, matrix_descriptor(smem_address(smem.a[i % 2]) + k * 32, 0),
                               matrix_descriptor(smem_address(smem.b[i % 2]) + k * 32, 0), i + k > 0);
     }
     wgmma_commit_group();

@@ -213,7 +213,8 @@ def _launch(
     library = build.library(launch.source, launch.name, launch.defines, mutation=mutated)
     has_maps = bool(getattr(launch, "tensor_maps", ()))
     params = launch.pack(pointers, tensor_map.encode) if has_maps else launch.pack(pointers)
-    return run.launch(library, launch.config, params, schedule, plant=plant, seed=seed)
+    cluster = int(launch.defines.get("FA2_CLUSTER", 1))
+    return run.launch(library, launch.config, params, schedule, plant=plant, seed=seed, cluster=cluster)
 
 
 def judge(prepared: Prepared) -> None:

@@ -28,6 +28,7 @@ class _Launch(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32),
         ("shared_mem_bytes", ctypes.c_uint32),
         ("schedule", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
@@ -59,8 +60,9 @@ def launch(
     *,
     seed: int = 1,
     plant: str | None = None,
+    cluster: int = 1,
 ) -> list[Site]:
-    """Run the grid to its end; `params` are the bytes of the kernel's struct.
+    """Run the grid to its end; `params` are the bytes of the kernel's struct, `cluster` the blocks of a cluster.
 
     Returns the synchronisation sites that were reached.
     """
@@ -72,6 +74,7 @@ def launch(
     request = _Launch(
         grid=config.grid,
         block=config.block,
+        cluster=cluster,
         shared_mem_bytes=config.shared_mem_bytes,
         schedule=schedule,
         seed=seed,

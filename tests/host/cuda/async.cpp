@@ -56,6 +56,8 @@ struct Load {
   uint32_t offset, bytes;
   MBarrier* barrier;
   Site site;
+  Block* from = nullptr;  // of the cluster: bytes in a row of its shared memory, instead of a box
+  uint32_t from_offset = 0;
 };
 
 // Of a box, or of `bytes` in a row, copied or added: then `row` is where to.
@@ -365,10 +367,16 @@ void walk_box(const Map& map, Coordinates at, uint32_t offset, Each each) {
 }
 
 void land(const Load& load) {
-  walk_box(load.map, load.at, load.offset, [](char* shared, const char* global, int bytes) {
-    global ? memcpy(shared, global, bytes) : memset(shared, 0, bytes);
-  });
-  if (load.map.swizzled) {
+  if (load.from) {
+    memcpy(world.block->shared + load.offset, load.from->shared + load.from_offset, load.bytes);
+    const uint32_t last = end_atom(load.from_offset, load.bytes);
+    for (uint32_t i = load.from_offset / kAtom; i < last; i++) load.from->async->atoms[i].readers--;
+  } else {
+    walk_box(load.map, load.at, load.offset, [](char* shared, const char* global, int bytes) {
+      global ? memcpy(shared, global, bytes) : memset(shared, 0, bytes);
+    });
+  }
+  if (load.from || load.map.swizzled) {
     for (uint32_t i = load.offset / kAtom; i < end_atom(load.offset, load.bytes); i++) state().atoms[i].writers--;
   }
   load.barrier->bytes -= load.bytes;
@@ -441,16 +449,10 @@ uint32_t place_of_bytes(const void* shared, const void* global, uint32_t bytes, 
   return offset;
 }
 
-}  // namespace
-
-void bulk_load(void* shared, const void* words, const void* address, Coordinates at, Site site) {
-  constexpr const char* kName = "the bulk load";
-  Async& async = state();
-  const Map map = read_map(words, site);
-  const uint32_t offset = place_of_box(map, shared, kName, site), bytes = map.bytes();
-  MBarrier& barrier = claim(address, bytes, site);
-  for (uint32_t i = offset / kAtom; map.swizzled && i < end_atom(offset, bytes); i++) {
-    Atom& atom = async.atoms[i];
+// Marks what a load is going to fill.
+void fill(uint32_t offset, uint32_t bytes, Site site) {
+  for (uint32_t i = offset / kAtom; i < end_atom(offset, bytes); i++) {
+    Atom& atom = state().atoms[i];
     if (atom.writers || atom.readers) {
       const Site other = atom.writers ? atom.writer : atom.reader;
       fail("the bulk load (%s:%d) writes to offset %u of shared memory, which %s:%d is still %s", short_name(site.file),
@@ -459,6 +461,46 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
     atom.writers++;
     atom.writer = site;
   }
+}
+
+}  // namespace
+
+void mbarrier_arrive_cluster(const char* name, const void* barrier, int rank, Site site) {
+  Block* const self = world.block;
+  const uint32_t offset = offset_of(barrier);
+  world.block = &cluster_block(rank, name, site);
+  mbarrier_arrive(name, world.block->shared + offset, 0, site);
+  world.block = self;
+  world.steps_left = 0;  // a good moment for the other block
+}
+
+void bulk_copy_cluster(void* to, const void* barrier, int rank, const void* from, uint32_t bytes, Site site) {
+  constexpr const char* kName = "the copy to another block";
+  Block* const self = world.block;
+  const uint32_t source = place_of_bytes(from, nullptr, bytes, kName, site), barrier_offset = offset_of(barrier);
+  const uint32_t offset = place_of_bytes(to, nullptr, bytes, kName, site);
+  if (source % kAtom || offset % kAtom || bytes % kAtom) fail("%s: whole groups of 8 rows are looked after", kName);
+  check_fenced(source, bytes, kName, site);
+  for (uint32_t i = source / kAtom; i < end_atom(source, bytes); i++) {
+    check_filled(i, kName, site);
+    state().atoms[i].readers++;
+    state().atoms[i].reader = site;
+  }
+  world.block = &cluster_block(rank, kName, site);
+  MBarrier& arrives_at = claim(world.block->shared + barrier_offset, bytes, site);
+  fill(offset, bytes, site);
+  check_fenced(offset, bytes, kName, site);
+  start(Load{{}, {}, offset, bytes, &arrives_at, site, self, source});
+  world.block = self;
+  world.steps_left = 0;  // a good moment for the other block
+}
+
+void bulk_load(void* shared, const void* words, const void* address, Coordinates at, Site site) {
+  constexpr const char* kName = "the bulk load";
+  const Map map = read_map(words, site);
+  const uint32_t offset = place_of_box(map, shared, kName, site), bytes = map.bytes();
+  MBarrier& barrier = claim(address, bytes, site);
+  if (map.swizzled) fill(offset, bytes, site);
   check_fenced(offset, bytes, kName, site);
   start(Load{map, at, offset, bytes, &barrier, site});
 }
@@ -510,6 +552,7 @@ const char* difference(const Wgmma& a, const Wgmma& b) {
   if (a.a_descriptor != b.a_descriptor) return "the descriptor of A";
   if (a.b_descriptor != b.b_descriptor) return "the descriptor of B";
   if (a.n != b.n) return "the width";
+  if (a.a_down != b.a_down) return "the direction of A";
   if (a.b_down != b.b_down) return "the direction of B";
   if (a.accumulate != b.accumulate) return "whether to accumulate";
   return a.bf16 != b.bf16 ? "the type" : nullptr;
@@ -568,15 +611,24 @@ Row chunk(const Product& product, const Operand& operand, int r, int c) {
 }
 
 void read_operands(const Product& p, float (&a)[16][16], Row (&b)[16][32]) {
-  for (int m = 0; m < 16; m++) {
-    for (int k = 0; k < 16; k += 8) {
-      if (p.a_in_registers) {
-        for (int i = 0; i < 8; i++) {  // rows g, g+8; k = 2t, 2t+1 and 2t+8, 2t+9
-          const uint32_t pair = p.a_registers[m % 8 * 4 + i / 2][m / 8 + k / 4];
-          const auto bits = static_cast<uint16_t>(pair >> 16 * (i % 2));
-          a[m][k + i] = p.bf16 ? to_float(bf16_t{bits}) : to_float(half_t{bits});
-        }
-      } else {
+  if (p.a_in_registers) {
+    for (int m = 0; m < 16; m++) {
+      for (int k = 0; k < 16; k++) {  // rows g, g+8; k = 2t, 2t+1 and 2t+8, 2t+9
+        const uint32_t pair = p.a_registers[m % 8 * 4 + k % 8 / 2][m / 8 + k / 8 * 2];
+        const auto bits = static_cast<uint16_t>(pair >> 16 * (k % 2));
+        a[m][k] = p.bf16 ? to_float(bf16_t{bits}) : to_float(half_t{bits});
+      }
+    }
+  } else if (p.a.down) {
+    for (int k = 0; k < 16; k++) {
+      for (int m = 0; m < 16; m += 8) {
+        const Row row = chunk(p, p.a, k, p.first_row + m);
+        for (int i = 0; i < 8; i++) a[m + i][k] = row[i];
+      }
+    }
+  } else {
+    for (int m = 0; m < 16; m++) {
+      for (int k = 0; k < 16; k += 8) {
         const Row row = chunk(p, p.a, p.first_row + m, k);
         memcpy(&a[m][k], &row, sizeof row);
       }
@@ -681,7 +733,7 @@ void issue(void* const* lanes) {
   if (p.a_in_registers) {
     for (int l = 0; l < 32; l++) memcpy(p.a_registers[l], static_cast<const Wgmma*>(lanes[l])->a, 16);
   } else {
-    p.a = decode(args.a_descriptor, false, "A", site);
+    p.a = decode(args.a_descriptor, args.a_down, "A", site);
     touch(p, p.a, p.first_row, 16, p.atoms);
   }
   bool dirty = false;

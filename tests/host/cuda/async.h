@@ -13,6 +13,8 @@
 //
 // Whatever is on its way is poison: the destination of a load, the accumulators of a wgmma.
 //
+// A copy to another block of the cluster is a bulk load of that block's: what it copies is read when it lands.
+//
 // What is checked besides: mbarriers are initialised, fenced, intact, and get the arrivals and bytes that they expect
 // (bytes before the copy that brings them is issued); a load of panels (those of a swizzled map) does not write where a
 // wgmma, a store or another load is at work; wgmma and stores do not read what a load is still filling, nor what was stored without fence_proxy_async (by
@@ -37,6 +39,9 @@ void bulk_store(const void* map, const void* shared, Coordinates at, Site site);
 // Bytes in a row.
 void bulk_store_bytes(void* global, const void* shared, uint32_t bytes, Site site);
 void bulk_add(float* global, const float* shared, uint32_t bytes, Site site);
+// To the same places in another block of the cluster.
+void mbarrier_arrive_cluster(const char* name, const void* barrier, int rank, Site site);
+void bulk_copy_cluster(void* to, const void* barrier, int rank, const void* from, uint32_t bytes, Site site);
 void bulk_commit_group();
 // written: global memory too.
 void bulk_wait_group(int pending, bool written, Site site);
@@ -49,7 +54,7 @@ struct Wgmma {
   const uint32_t* a;  // 4 registers, or null: then a_descriptor
   uint64_t a_descriptor, b_descriptor;
   int n;
-  bool b_down, accumulate, bf16;
+  bool a_down, b_down, accumulate, bf16;
 };
 void wgmma(const char* name, const Wgmma& args, Site site);
 void wgmma_fence(Site site);

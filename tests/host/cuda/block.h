@@ -75,6 +75,8 @@ struct Block {
   int warp = -1;       // the one whose lanes run
   int steps_left = 0;  // until another warp may run, under kRandom
   std::unique_ptr<Async, AsyncDeleter> async;  // only of kernels for sm_90
+  int cluster_arrived = 0;                // threads of the cluster at its barrier; of its first block
+  std::vector<uint32_t> cluster_waiting;  // those of this block, of each warp
 };
 
 struct SyncSite {
@@ -106,6 +108,10 @@ uint32_t random_below(uint32_t n);
 inline Schedule schedule() { return static_cast<Schedule>(world.launch->schedule); }
 inline bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
 const char* short_name(const char* file);
+
+// The block of this rank in the cluster of the one that runs.
+Block& cluster_block(int rank, const char* name, Site site);
+inline int cluster_size() { return static_cast<int>(world.launch->cluster); }
 
 inline Warp& this_warp() { return world.block->warps[world.fiber / 32]; }
 inline uint32_t this_lane() { return 1u << (world.fiber % 32); }

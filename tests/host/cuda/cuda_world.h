@@ -14,6 +14,7 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define FA2_DEVICE inline
 
 #define threadIdx (*fa2_host::thread_index)

@@ -128,6 +128,8 @@ Block* start_block(uint64_t n) {
   block->warp = -1;
   memset(block->shared, 0xff, world.launch->shared_mem_bytes);  // NaN in every format
   std::fill(block->warps.begin(), block->warps.end(), Warp());
+  block->cluster_arrived = 0;
+  block->cluster_waiting.assign(block->warps.size(), 0);
   for (Barrier& barrier : block->barriers) {
     barrier = Barrier();
     barrier.came.assign(block->warps.size(), 0);
@@ -191,6 +193,9 @@ bool runnable(const Block& block) {
 Block* pick_block(bool more) {
   std::vector<Block*> candidates;
   for (auto& block : world.resident) {
+    world.block = block.get();
+    // What another block of the cluster has sent may land.
+    while (cluster_size() > 1 && !runnable(*block) && async_land(*block)) continue;
     if (runnable(*block)) candidates.push_back(block.get());
   }
   if (candidates.empty()) return nullptr;
@@ -200,15 +205,18 @@ Block* pick_block(bool more) {
 }
 
 void run_grid() {
-  const uint64_t blocks = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z;
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; i++) order[i] = schedule() == Schedule::kHighestFirst ? blocks - 1 - i : i;
+  const uint64_t clusters = uint64_t{grid_dim.x} * grid_dim.y * grid_dim.z / cluster_size();
+  std::vector<uint64_t> order(clusters);
+  for (uint64_t i = 0; i < clusters; i++) order[i] = schedule() == Schedule::kHighestFirst ? clusters - 1 - i : i;
   if (schedule() == Schedule::kRandom) {
-    for (uint64_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_below(static_cast<uint32_t>(i))]);
+    for (uint64_t i = clusters; i > 1; i--) std::swap(order[i - 1], order[random_below(static_cast<uint32_t>(i))]);
   }
   for (uint64_t started = 0; !world.failed;) {
-    Block* block = pick_block(started < blocks);
-    if (!block && started < blocks) block = start_block(order[started++]);
+    Block* block = pick_block(started < clusters);
+    if (!block && started < clusters) {
+      for (int rank = 0; rank < cluster_size(); rank++) block = start_block(order[started] * cluster_size() + rank);
+      started++;
+    }
     if (!block && world.resident.empty()) return;
     if (!block) {
       const Block& stuck = *world.resident.front();
@@ -291,6 +299,39 @@ void barrier(const char* name, int id, int threads, Site site) {
       barrier.waiting[w] = 0;
     }
     world.block->warp = -1;  // the schedule's favourite goes first, not the last to come
+  }
+  sleep(name, site);
+}
+
+Block& cluster_block(int rank, const char* name, Site site) {
+  if (rank < 0 || rank >= cluster_size()) {
+    fail("%s (%s:%d): rank %d in a cluster of %d", name, short_name(site.file), site.line, rank, cluster_size());
+  }
+  const unsigned x = world.block->index.x / cluster_size() * cluster_size() + rank;
+  for (auto& block : world.resident) {
+    const uint3 index = block->index, mine = world.block->index;
+    if (index.x == x && index.y == mine.y && index.z == mine.z && block->live > 0) return *block;
+  }
+  fail("%s (%s:%d): block (%u, %u, %u) has ended", name, short_name(site.file), site.line, x, world.block->index.y,
+       world.block->index.z);
+}
+
+void cluster_barrier(const char* name, Site site) {
+  if (!synchronises(name, site)) return;
+  Block& first = cluster_block(0, name, site);
+  if (++first.cluster_arrived < cluster_size() * world.threads) {
+    this_warp().ready &= ~this_lane();
+    world.block->cluster_waiting[world.fiber / 32] |= this_lane();
+  } else {
+    first.cluster_arrived = 0;
+    for (int rank = 0; rank < cluster_size(); rank++) {
+      Block& block = cluster_block(rank, name, site);
+      for (size_t w = 0; w < block.warps.size(); w++) {
+        block.warps[w].ready |= block.cluster_waiting[w];
+        block.cluster_waiting[w] = 0;
+      }
+    }
+    world.steps_left = 0;  // a good moment for the others
   }
   sleep(name, site);
 }
@@ -451,6 +492,11 @@ int run(const Launch& launch, KernelBody body) {
   world.spare.clear();
   grid_dim = {launch.grid[0], launch.grid[1], launch.grid[2]};
   block_dim = {launch.block[0], launch.block[1], launch.block[2]};
+  if (launch.cluster == 0 || launch.grid[0] % launch.cluster) {
+    snprintf(launch.message, launch.message_bytes, "a grid of %u blocks in clusters of %u", launch.grid[0],
+             launch.cluster);
+    return 1;
+  }
   if (world.threads == 0 || world.threads % 32 || world.threads > 1024) {
     snprintf(launch.message, launch.message_bytes, "a block of %d threads: whole warps, at most 1024, are needed",
              world.threads);

@@ -27,6 +27,7 @@ enum class Schedule : int { kLowestFirst, kHighestFirst, kRandom };
 struct Launch {
   uint32_t grid[3];
   uint32_t block[3];
+  uint32_t cluster;       // blocks, along x; the grid is a multiple of it
   uint32_t shared_mem_bytes;
   int32_t schedule;       // Schedule
   uint64_t seed;          // of Schedule::kRandom
@@ -53,6 +54,9 @@ bool synchronises(const char* name, Site site);
 
 // The kernel's barriers: 0 is __syncthreads. `threads` is the number that takes part.
 void barrier(const char* name, int id, int threads, Site site);
+
+// All threads of all blocks of the cluster.
+void cluster_barrier(const char* name, Site site);
 
 // The barriers 1 to 15, which part of the block's threads may come to; who does not wait only arrives.
 void named_barrier(const char* name, int id, int threads, bool waits, Site site);

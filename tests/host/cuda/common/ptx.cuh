@@ -44,6 +44,12 @@ inline uint32_t cvt_pack(float lo, float hi) {
   return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 }
 
+// A long time passes between any two looks at the clock.
+inline uint32_t read_clock() {
+  static uint32_t cycles = 0;
+  return cycles += 1000;
+}
+
 inline uint32_t smem_address(const void* pointer) { return fa2_host::shared_address(pointer); }
 
 namespace fa2_host {

@@ -61,6 +61,16 @@ inline void cp_async_bulk_wait_group(FA2_HOST_SITE) {
   }
 }
 
+inline void mbarrier_arrive_cluster(uint64_t& barrier, int rank, FA2_HOST_SITE) {
+  if (fa2_host::synchronises("mbarrier_arrive_cluster", {file, line})) {
+    fa2_host::mbarrier_arrive_cluster("mbarrier_arrive_cluster", &barrier, rank, {file, line});
+  }
+}
+inline void cp_async_bulk_cluster(void* to, uint64_t& barrier, int rank, const void* from, uint32_t bytes, FA2_HOST_SITE) {
+  fa2_host::bulk_copy_cluster(to, &barrier, rank, from, bytes, {file, line});
+}
+inline void cluster_sync(FA2_HOST_SITE) { fa2_host::cluster_barrier("cluster_sync", {file, line}); }
+
 inline void fence_proxy_async(FA2_HOST_SITE) {
   if (fa2_host::synchronises("fence_proxy_async", {file, line})) fa2_host::fence_proxy_async();
 }

@@ -31,15 +31,15 @@ constexpr bool kIsBf16 = false;
 template <>
 constexpr bool kIsBf16<bf16_t> = true;
 
-template <typename T, bool kBDown, int kNTiles>
+template <typename T, bool kADown, bool kBDown, int kNTiles>
 inline void wgmma_ss(Accumulator<1, kNTiles>& d, uint64_t a, uint64_t b, bool accumulate, FA2_HOST_SITE) {
   static_assert(kNTiles >= 1 && kNTiles <= 32, "the width is 8, 16, ..., 256");
-  const fa2_host::Wgmma args{d.x[0][0], nullptr, a, b, 8 * kNTiles, kBDown, accumulate, kIsBf16<T>};
+  const fa2_host::Wgmma args{d.x[0][0], nullptr, a, b, 8 * kNTiles, kADown, kBDown, accumulate, kIsBf16<T>};
   fa2_host::wgmma("wgmma_ss", args, {file, line});
 }
 template <typename T, bool kBDown, int kNTiles>
 inline void wgmma_rs(Accumulator<1, kNTiles>& d, const uint32_t (&a)[4], uint64_t b, bool accumulate, FA2_HOST_SITE) {
   static_assert(kNTiles >= 1 && kNTiles <= 32, "the width is 8, 16, ..., 256");
-  const fa2_host::Wgmma args{d.x[0][0], a, 0, b, 8 * kNTiles, kBDown, accumulate, kIsBf16<T>};
+  const fa2_host::Wgmma args{d.x[0][0], a, 0, b, 8 * kNTiles, false, kBDown, accumulate, kIsBf16<T>};
   fa2_host::wgmma("wgmma_rs", args, {file, line});
 }
