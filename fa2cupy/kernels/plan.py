@@ -308,8 +308,8 @@ def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_h
 
 
 def heads_per_even_section(workers: int, causal: bool, heads: int, tiles_per_head: int) -> int:
-    """The same where `workers` (thread blocks, one for each multiprocessor, or clusters of them) take tiles from a list:
-    as few as give each a tile and a half, and if possible as many in every section, since sections alternate in
+    """The same where `workers` (thread blocks, one for each multiprocessor, or clusters of them) take tiles from a
+    list: as few as give each a tile and a half, and if possible as many in every section, since sections alternate in
     direction.
 
     Of short sequences as few as have `_SHORT_SECTION` tiles, if that shares them out as well: then the tiles that need
