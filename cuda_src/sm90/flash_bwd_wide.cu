@@ -291,10 +291,10 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
   };
   auto compute_step = [&](const Step& step, bool first) {
     const int stage = ring.stage, rows_stage = rows.stage, left_stage = kLeftBuffers > 1 ? stage : 0;
-    mbarrier_wait(left_full[left_stage], kLeftBuffers > 1 ? ring.parity : stage);  // P or dS is there: compute_scores
+    // P or dS is there: compute_scores; so are dO, Q and K
+    mbarrier_wait(left_full[left_stage], kLeftBuffers > 1 ? ring.parity : stage);
 #pragma unroll
     for (int i = 0; i < kGradients; ++i, rows.advance()) {
-      mbarrier_wait(loads.full[rows.stage], rows.parity);  // dO or Q landed: copy_tiles
       wgmma_fence();
       gemm_ss<kQuerySteps>(acc_gradient[i], DownRows(left[left_stage]), DownRows(queries[rows.stage]), !first);
       wgmma_commit_group();
@@ -304,7 +304,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
       pin(acc_gradient[0]);
       if (leader) mbarrier_arrive(loads.empty[rows_stage]);
     }
-    if constexpr (!kSecond) mbarrier_wait(smem.ds_full[stage], ring.parity);  // dS is there: compute_scores; so K is
+    if constexpr (!kSecond) mbarrier_wait(smem.ds_full[stage], ring.parity);  // dS is there: compute_scores
     wgmma_fence();
     gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage]), DownRows(smem.k, piece * kDqCols));
     if constexpr (kShared) {

@@ -251,6 +251,47 @@ void sum(const InstrumentParams& p, SharedMemory& smem) {
   if (seen == 0) red_release_add(p.counter, kWritten);
 }
 
+// Each block of a pair: D = B^T A of its own 64 x 64 A, and of the other's, which that one sends as B.
+void pair(const InstrumentParams& p, SharedMemory& smem) {
+  const int rank = blockIdx.x % 2;
+  start(p, smem, 1);
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(smem.full[1], 64 * 128 - (p.flaw == kFewBytes ? 1024 : 0));  // what the other block will send
+  }
+  cluster_sync();  // the other block's barriers are there
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(smem.full[0], 64 * 128);
+    cp_async_bulk_tensor_4d_load(smem.a[0], p.a, smem.full[0], 0, 64 * rank, 0, 0);
+    mbarrier_wait(smem.full[0], 0);  // to send it
+    cp_async_bulk_cluster(smem.b[0], smem.full[1], rank ^ 1, smem.a[p.flaw == kUnwaitedLoad ? 1 : 0], 64 * 128);
+    if (p.flaw == kSourceReused) {
+      mbarrier_arrive_expect_tx(smem.empty[1], 64 * 128);
+      cp_async_bulk_tensor_4d_load(smem.a[0], p.a, smem.empty[1], 0, 0, 0, 0);
+    }
+  }
+  mbarrier_wait(smem.full[0], 0);  // for A
+  mbarrier_wait(smem.full[1], 0);  // for B
+  Accumulator<1, 64 / 8> d;
+  if (p.flaw != kReadEarly) wgmma_fence();  // of the pair
+  for (int k = 0; k < 4; k++) {
+    const uint32_t rows = k * 16 * 128;
+    wgmma_ss<bf16_t, true, true>(d, matrix_descriptor(smem_address(smem.b[0]) + rows, 64 * 128),
+                                 matrix_descriptor(smem_address(smem.a[0]) + rows, 64 * 128), k > 0);
+  }
+  wgmma_commit_group();
+  wgmma_wait_group<0>();  // of the pair
+  pin(d);
+  const int row = threadIdx.x / 32 * 16 + accumulator_row();
+  for (int j = 0; j < 8; j++)
+    for (int e = 0; e < 4; e++)
+      p.out[(64 * rank + row + 8 * (e / 2)) * 64 + 8 * j + accumulator_col() + e % 2] = d.x[0][j][e];
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_cluster(smem.empty[0], rank ^ 1);  // the other block's A has been read
+    if (p.flaw == kTwoArrivals) mbarrier_arrive_cluster(smem.empty[0], rank ^ 1);
+  }
+  mbarrier_wait(smem.empty[0], 0);  // until this block's has
+}
+
 template <int kN>
 void of_width(const InstrumentParams& p, SharedMemory& smem) {
   if (p.which == 0) return along_rows<kN>(p, smem);
@@ -273,6 +314,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) instrument(const __grid_con
     case 5: return registers(p);
     case 6: return floats(p, smem);
     case 7: return sum(p, smem);
+    case 8: return pair(p, smem);
   }
   switch (p.n) {
     case 64: return of_width<64>(p, smem);

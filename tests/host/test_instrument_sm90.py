@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = "instrument_sm90.cu"
 WIDTHS = (64, 96, 128, 192, 256)
 SHARED_BYTES = 4 * 64 * 128 + 4 * 256 * 128 + 1024
-ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS, FLOATS, SUM = range(8)
+ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS, FLOATS, SUM, PAIR = range(9)
 
 
 class Params(ctypes.Structure):
@@ -80,6 +80,7 @@ def launch(
     at: tuple[int, int, int] = (0, 0, 0),
     threads: int = 128,
     blocks: int = 1,
+    cluster: int = 1,
     counter: np.ndarray | None = None,
     schedule: Schedule = Schedule.LOWEST_FIRST,
     plant: str | None = None,
@@ -93,7 +94,7 @@ def launch(
     defines = {"FA2_HEAD_DIM": 64, "FA2_ALIGNED": 1, "FA2_BF16": 1, "FA2_PARAMS_BYTES": ctypes.sizeof(Params)}
     library = build.library(SOURCE, "instrument", defines, directory=HERE)
     config = LaunchConfig((blocks, 1, 1), (threads, 1, 1), (1, 1, 1), SHARED_BYTES)
-    return run.launch(library, config, bytes(params), schedule, plant=plant, seed=seed)
+    return run.launch(library, config, bytes(params), schedule, plant=plant, seed=seed, cluster=cluster)
 
 
 def integers(*shape: int) -> np.ndarray:
@@ -405,3 +406,45 @@ def test_a_map_of_floats_is_checked(columns: int) -> None:
 def test_no_false_alarm_under_sanitizers() -> None:
     done = sanitized.pytest(__file__, "-k", "(down_rows and 96) or zeros or (ring and 9) or (inside and LOWEST)")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def pair(**options: object) -> tuple[np.ndarray, np.ndarray]:
+    a = integers(128, 64)
+    out = np.full((128, 64), np.nan, np.float32)
+    a_bits = bits(a, "bfloat16")
+    launch(PAIR, (as_map(a_bits, 64),), out, blocks=2, cluster=2, **options)  # type: ignore[arg-type]
+    return out, np.concatenate([a[64:].T @ a[:64], a[:64].T @ a[64:]])
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_blocks_of_a_cluster_send_to_each_other(schedule: Schedule) -> None:
+    """And a product whose A is stored with the sum running down its rows."""
+    for seed in range(1, 1 + 9 * (schedule is Schedule.RANDOM) + 1):
+        out, expected = pair(schedule=schedule, seed=seed)
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        ("kFewBytes", r"a bulk load of 8192 bytes .*, but the mbarrier .* expects only 7168 more"),
+        ("kSourceReused", r"the bulk load .* writes to .*, which .* is still reading"),
+        ("kReadEarly", r"follows a wait for an mbarrier, and no wgmma_fence is between|no wgmma_fence since"),
+        ("kTwoArrivals", r"phase 1 of the mbarrier .* ends before 128 threads have seen the end of the one"),
+    ],
+)
+def test_rules_of_clusters(flaw: str, message: str) -> None:
+    with pytest.raises(HostRunError, match=message):
+        pair(flaw=flaw)
+
+
+def test_what_blocks_of_a_cluster_owe_each_other() -> None:
+    """A barrier that is used before it is initialised, a block that ends too early, and clusters that do not add up."""
+    early = line_of("// the other block's barriers are there")
+    with pytest.raises(HostRunError, match=r"there is no mbarrier|has ended"):
+        pair(plant=early)
+    gone = line_of("// until this block's has")
+    with pytest.raises(HostRunError, match="has ended"):
+        pair(plant=gone)
+    with pytest.raises(HostRunError, match="a grid of 3 blocks in clusters of 2"):
+        launch(PAIR, (), blocks=3, cluster=2)

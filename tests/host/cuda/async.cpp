@@ -114,6 +114,7 @@ struct Product {
 
 struct WgmmaWarp {
   bool fenced = false;
+  bool waited = false;   // at an mbarrier since the last fence
   size_t issued = 0;     // products
   size_t committed = 0;  // groups
   size_t delivered = 0;  // groups whose accumulators the threads have
@@ -169,7 +170,7 @@ void sleep_here(const char* name, Site site) {
   sleep(name, site);
 }
 
-// Until no other thread of the block can run.
+// Until no other thread of the cluster can run.
 void linger(const char* name, Site site) {
   state().lingering.push_back(world.fiber);
   sleep_here(name, site);
@@ -291,6 +292,7 @@ void mbarrier_arrive(const char* name, const void* address, uint32_t bytes, Site
 bool mbarrier_try_wait(const char* name, const void* address, uint32_t parity, Site site) {
   MBarrier& barrier = find_barrier(name, address);
   if (parity > 1) fail("%s (%s:%d): parity %u", name, short_name(site.file), site.line, parity);
+  state().warps[world.fiber / 32].waited = true;
   if ((barrier.phase & 1) != parity) return true;
   barrier.waiters.push_back(world.fiber);
   sleep_here(name, site);
@@ -708,6 +710,10 @@ void issue(void* const* lanes) {
     fail("%s (%s:%d) is the first of its group, and there was no wgmma_fence since the last commit or wait", name,
          short_name(site.file), site.line);
   }
+  if (warp.waited) {
+    fail("%s (%s:%d) follows a wait for an mbarrier, and no wgmma_fence is between: ptxas would serialise (C7519)", name,
+         short_name(site.file), site.line);
+  }
   std::vector<Issued>& issued = async.groups[w / kWarpgroup];
   if (warp.issued == issued.size()) issued.push_back({args, site});
   const Issued& other = issued[warp.issued++];
@@ -798,7 +804,11 @@ void wgmma(const char* name, const Wgmma& args, Site site) {
 }
 
 void wgmma_fence(Site site) {
-  collective("wgmma_fence", nullptr, [](void* const*) { state().warps[world.fiber / 32].fenced = true; }, site);
+  collective("wgmma_fence", nullptr, [](void* const*) {
+    WgmmaWarp& warp = state().warps[world.fiber / 32];
+    warp.fenced = true;
+    warp.waited = false;
+  }, site);
 }
 
 void wgmma_commit_group(Site site) {
@@ -887,7 +897,7 @@ void async_start(Block& block) {
   async.wgmma_reads_late = coin(false, true);
 }
 
-bool async_land(Block& block) {
+bool async_land(Block& block, bool all_wait) {
   std::deque<Load>& loads = block.async->loads;
   std::vector<int>& lingering = block.async->lingering;
   const bool can_land = lingering.empty() || coin(true, true);
@@ -898,9 +908,13 @@ bool async_land(Block& block) {
     land(landing);
     return true;
   }
-  if (lingering.empty()) return false;
-  wake(block, lingering.front());
-  lingering.erase(lingering.begin());
+  if (lingering.empty() || !all_wait) return false;
+  // Whoever came first, or somebody of the warpgroup that came last, or anybody.
+  size_t place = schedule() == Schedule::kRandom ? random_below(count(lingering.size())) : 0;
+  const auto warpgroup = [](int thread) { return thread / 32 / kWarpgroup; };
+  if (coin(false, true)) while (warpgroup(lingering[place]) != warpgroup(lingering.back())) place++;
+  wake(block, lingering[place]);
+  lingering.erase(lingering.begin() + place);
   return true;
 }
 

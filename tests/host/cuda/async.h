@@ -2,7 +2,7 @@
 //
 // A bulk load lands at once or as late as it can: when no thread of the block can run and one of them waits for its
 // barrier. wgmma reads its operands, and a bulk store its source, at once or at the wait for it, which then lasts until
-// no other thread of the block can run. The schedule chooses:
+// no other thread of the cluster can run. The schedule chooses:
 // What a bulk store or addition of bytes in a row has read is in global memory at the next wait of its thread that is for
 // that, at the latest.
 //

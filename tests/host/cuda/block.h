@@ -121,7 +121,9 @@ inline void wake(Block& block, int thread) { block.warps[thread / 32].ready |= 1
 
 // The parts of async.cpp that world.cpp calls, for blocks that have an Async.
 void async_start(Block& block);
-bool async_land(Block& block);  // nobody can run: something that somebody waits for comes about, if there is such
+// Nobody of the block can run: something that somebody waits for comes about, if there is such; of what lasts until nobody
+// else of the cluster can run only if all_wait.
+bool async_land(Block& block, bool all_wait);
 void async_thread_ends();       // nothing of this thread's may be on its way
 void async_thread_releases();   // nor may any addition of its be, which whoever acquires expects to see
 void async_block_ends();

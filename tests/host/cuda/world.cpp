@@ -75,7 +75,8 @@ int pick_warp(Block& block) {
 
 void go(Context& from, Block* block) {
   block->warp = pick_warp(*block);
-  while (block->warp < 0 && block->async && async_land(*block)) block->warp = pick_warp(*block);
+  const bool alone = cluster_size() == 1;
+  while (block->warp < 0 && block->async && async_land(*block, alone)) block->warp = pick_warp(*block);
   const bool stop = block->warp < 0 || (&from != &world.main && interrupted(world.steps_left));
   if (stop) return Context::change(from, world.main);
   world.fiber = block->warp * 32 + pick_lane(block->warps[block->warp].ready);
@@ -195,8 +196,17 @@ Block* pick_block(bool more) {
   for (auto& block : world.resident) {
     world.block = block.get();
     // What another block of the cluster has sent may land.
-    while (cluster_size() > 1 && !runnable(*block) && async_land(*block)) continue;
+    while (cluster_size() > 1 && !runnable(*block) && async_land(*block, false)) continue;
     if (runnable(*block)) candidates.push_back(block.get());
+  }
+  if (cluster_size() > 1 && candidates.empty() && !world.resident.empty()) {  // all wait: one of them gets on
+    const auto blocks = static_cast<uint32_t>(world.resident.size());
+    const uint32_t turn = schedule() == Schedule::kRandom ? random_below(blocks) : 0;
+    for (uint32_t i = 0; i < blocks && candidates.empty(); i++) {
+      Block* block = world.block = world.resident[(i + turn) % blocks].get();
+      while (!runnable(*block) && async_land(*block, true)) continue;
+      if (runnable(*block)) candidates.push_back(block);
+    }
   }
   if (candidates.empty()) return nullptr;
   if (schedule() != Schedule::kRandom) return candidates.back();
