@@ -9,7 +9,7 @@ RECORD ?= tests/gpu/record.json
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
 SETUP = @$(PYTHON) tools/setup_venv.py --venv $(VENV) --extras
 # One BLAS thread per test process: more of them fight for the cores.
-PYTEST = OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST = OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Machines with a GPU may have no network: an interpreter named by the user is not replaced by .venv.
 NAMED_PYTHON := $(filter command environment,$(origin PYTHON))
