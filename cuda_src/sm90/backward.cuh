@@ -1,17 +1,15 @@
 // What the backward's kernels of sm_90 have in common: which tiles a thread block takes and which steps these have, how lse
-// and D arrive, P from its scores, and how dK and dV leave.
+// and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
 #include "common/block_range.cuh"
 #include "sm90/tile.cuh"
 
-using AccS = Accumulator<1, kBlockM / 8>;  // 64 keys x kBlockM queries
-
 // A tile: key block n_block, and the query heads and blocks that its steps run over.
 struct Work {
   int n_block, head_k, batch;
   int first_head, heads;
-  int begin, end, mask_to;  // query blocks, up to the last one; those before mask_to need a mask
+  int begin, end, mask_to;  // query blocks, up to the last one, the same in all of a cluster; those before mask_to need a mask
   int start;                // the query block of a head's first step; the last one is followed by the first
   int part;                 // which part of dK and dV this is (kPartialDkv)
 };
@@ -47,9 +45,10 @@ FA2_DEVICE void load_statistics(float (&statistics)[kBlockM], const TensorMap& m
 // at the same time, and are faster by 3 to 5% than each on its own.
 constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !kPartialDkv;
 
-// The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections of a causal
-// problem alternate too, from long to short and from short to long, the last one from long to short: so all thread blocks
-// finish at about the same time. Deterministic: always in the order of the turns, see wait_for_turn.
+// The tiles of a thread block, or of a cluster of them, whose blocks have neighbouring key blocks: every so many-th of the
+// launch order, in alternating direction. Sections of a causal problem alternate too, from long to short and from short to
+// long, the last one from long to short: so all finish at about the same time. Deterministic: always in the order of the
+// turns, see wait_for_turn.
 struct Schedule {
   int round = 0;
   FA2_DEVICE int place() const {
@@ -112,23 +111,6 @@ FA2_DEVICE bool comes_first(int* counter) {
 }
 // What was written or added is in global memory. Not deterministic: of the first one only.
 FA2_DEVICE void end_turn(int* counter) { red_release_add(counter, kDeterministic ? 1 : kWritten); }
-
-// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
-template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
-                            int first_query) {
-  const int first_col = first_query + accumulator_col();
-  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
-#pragma unroll
-  for (int j = 0; j < kBlockM / 8; ++j) {
-    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
-      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
-    }
-  }
-}
 
 // 16 rows of `stride` floats, of this warp, = acc: four lanes write 32 bytes of a row, a whole sector.
 template <int kNTiles>

@@ -49,6 +49,7 @@ struct SharedMemory {
 constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
+using AccS = Accumulator<1, kBlockM / 8>;    // 64 keys x kBlockM queries
 using AccKV = Accumulator<1, kHeadDim / 8>;  // 64 keys x head_dim
 using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
 // dV is issued before dS is stored, dK before dS is announced. With 128 queries there are no registers for the first; with
@@ -152,6 +153,23 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
         mbarrier_wait(smem.dq_empty[group], parity ^ 1);  // the turn before has been taken: add_dq
         mbarrier_arrive(smem.dq_turn[group]);
       }
+    }
+  }
+}
+
+// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
+template <bool kMasked>
+FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
+                            int first_query) {
+  const int first_col = first_query + accumulator_col();
+  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
+      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
     }
   }
 }

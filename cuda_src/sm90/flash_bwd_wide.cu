@@ -116,6 +116,8 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, P
   }
 }
 
+using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
+
 // P = exp2(scale_log2 * S - lse_log2), of the rows that are 8 * h below this thread's first one.
 FA2_DEVICE void recompute_p(AccS& acc, int h, float lse_log2, float scale_log2) {
 #pragma unroll

@@ -244,8 +244,8 @@ MUTANTS = [
     ),
     ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
     # the sm_90 backward: masks, tiles, rings, turns, rows, columns
-    ("bwd", "hopper-causal", BOTH90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
-    ("bwd", "hopper-causal", BOTH90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
+    ("bwd", "hopper-causal", BWD90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
+    ("bwd", "hopper-causal", BWD90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
     ("bwd", "hopper-causal", BWD90, "step.m_block < work.mask_to", "step.m_block + 1 < work.mask_to"),
     ("bwd", "hopper-few", BWD90, "step.m_block < work.mask_to", "false"),
     ("bwd", "hopper-full", BOTH90, "* shares * shape.batch;", "* shares * shape.batch - 1;"),
