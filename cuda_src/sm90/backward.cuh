@@ -9,7 +9,7 @@
 struct Work {
   int n_block, head_k, batch;
   int first_head, heads;
-  int begin, end, mask_to;  // query blocks, up to the last one, the same in all of a cluster; those before mask_to need a mask
+  int begin, end, mask_to;  // query blocks of all of the cluster, up to the last one; those before mask_to need a mask here
   int start;                // the query block of a head's first step; the last one is followed by the first
   int part;                 // which part of dK and dV this is (kPartialDkv)
 };

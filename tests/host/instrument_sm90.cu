@@ -263,7 +263,7 @@ void pair(const InstrumentParams& p, SharedMemory& smem) {
     mbarrier_arrive_expect_tx(smem.full[0], 64 * 128);
     cp_async_bulk_tensor_4d_load(smem.a[0], p.a, smem.full[0], 0, 64 * rank, 0, 0);
     mbarrier_wait(smem.full[0], 0);  // to send it
-    cp_async_bulk_cluster(smem.b[0], smem.full[1], rank ^ 1, smem.a[p.flaw == kUnwaitedLoad ? 1 : 0], 64 * 128);
+    cp_async_bulk_cluster(smem.b[0], smem.full[1], rank ^ 1, smem.a[0], 64 * 128);
     if (p.flaw == kSourceReused) {
       mbarrier_arrive_expect_tx(smem.empty[1], 64 * 128);
       cp_async_bulk_tensor_4d_load(smem.a[0], p.a, smem.empty[1], 0, 0, 0, 0);
