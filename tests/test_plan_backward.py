@@ -21,7 +21,7 @@ from tests.plan_cases import A100, H200, backward, backward_problem, named, para
 
 
 @pytest.mark.parametrize(
-    ("seqlen_k", "head_dim", "heads", "batch", "head_splits"),
+    ("seqlen_k", "head_dim", "heads", "batch", "splits"),
     [
         (4096, 128, (32, 1), 1, 8),  # 32 key blocks: 8 times as many are the first to be a wave and a half
         (4096, 128, (32, 1), 4, 2),
@@ -38,33 +38,93 @@ from tests.plan_cases import A100, H200, backward, backward_problem, named, para
     ],
 )
 def test_query_heads_are_shared_out_where_key_blocks_are_few(
-    seqlen_k: int, head_dim: int, heads: tuple[int, int], batch: int, head_splits: int
+    seqlen_k: int, head_dim: int, heads: tuple[int, int], batch: int, splits: int
 ) -> None:
+    """Of the sm_80 kernel, and of deterministic ones."""
     plan = backward(512, seqlen_k, head_dim, heads, batch)
-    assert plan.head_splits == params_of(plan).head_splits == head_splits
-    launches = {launch.name: launch for launch in plan.launches}
-    main = launches["flash_bwd"]
+    assert plan.splits == params_of(plan).splits == splits
     key_blocks = -(-seqlen_k // plan.tile.block_n) * heads[1] * batch
-    assert main.config.grid == (key_blocks * head_splits, 1, 1)
-    assert main.defines["FA2_PARTIAL_DKV"] == int(head_splits > 1)
-    assert ("flash_bwd_combine" in launches) == (head_splits > 1)
-    names = [launch.name for launch in plan.launches if launch.name != "fill_empty"]
-    assert names[:3] == ["flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess"]
+    assert named(plan, "flash_bwd").config.grid == (key_blocks * splits, 1, 1)
+    turns = plan_backward(backward_problem(512, seqlen_k, head_dim, "bfloat16", False, batch, heads), H200, True)
+    assert turns.family == "sm90" and turns.splits == splits
+    assert named(turns, "flash_bwd").config.grid == (key_blocks * splits, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "head_dim", "heads", "causal", "splits"),
+    [
+        (2048, 2048, 128, (8, 8), True, 2),  # 128 key blocks, of which the longest has twice the mean
+        (2048, 2048, 128, (8, 8), False, 1),  # all of them at once
+        (2048, 2048, 128, (4, 4), False, 2),
+        (2048, 2048, 128, (2, 2), False, 4),
+        (2048, 2048, 128, (16, 16), True, 1),  # 256 key blocks: long and short ones come to the mean
+        (512, 512, 128, (8, 8), True, 1),  # parts would cost more than they save
+        (2048, 2048, 64, (8, 8), True, 1),  # the last key block has one step
+        (2048, 2048, 64, (4, 4), False, 2),
+        (2048, 2048, 256, (4, 4), True, 2),  # 64 clusters
+        (2048, 2048, 256, (4, 4), False, 1),  # two parts of each would take two waves
+        (4096, 4096, 128, (32, 1), False, 4),  # 32 key blocks: 128 parts are a wave
+        (4096, 4096, 128, (32, 1), True, 8),
+        (512, 128, 128, (7, 1), False, 56),  # of one step each
+        (1, 4096, 128, (8, 8), False, 1),  # nothing to share out
+        (100, 30, 128, (1, 1), True, 1),
+    ],
+)
+def test_steps_are_shared_out_where_key_blocks_are_few(
+    seqlen_q: int, seqlen_k: int, head_dim: int, heads: tuple[int, int], causal: bool, splits: int
+) -> None:
+    plan = plan_backward(backward_problem(seqlen_q, seqlen_k, head_dim, "bfloat16", causal, 1, heads), H200, False)
+    assert plan.family == "sm90" and plan.splits == params_of(plan).splits == splits
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_who_sums_parts(family: str, shared: bool) -> None:
+    """Blocks of the postprocess beyond those of dQ: of dK, and then of dV."""
+    wanted = backward_problem(2048, 2048, 192, "bfloat16", True, 1, (8, 1) if shared else (32, 32), head_dim_v=120)
+    plan = plan_backward(wanted, H200, False, family=family)
+    assert (plan.splits > 1) == shared
+    main, post = named(plan, "flash_bwd"), named(plan, "flash_bwd_postprocess")
+    assert main.defines["FA2_PARTIAL_DKV"] == post.defines["FA2_PARTIAL_DKV"] == int(shared)
+    threads = 32 * plan.tile.dq_warps
+    sums = [-(-2048 * width // 8 // threads) for width in (192, 120)] if shared else []
+    assert post.config.grid == (2048 // plan.tile.block_m * (8 if shared else 32) + sum(sums), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "causal", "deterministic", "overlap"),
+    [
+        (2048, 8, False, False, True),
+        (2048, 8, False, True, False),  # turns are announced without waiting
+        (2048, 16, False, False, True),
+        (2048, 17, False, False, False),  # more than two waves
+        (2048, 64, True, False, True),
+        (2048, 67, True, False, False),  # more than eight
+    ],
+)
+def test_kernels_start_beside_each_other(
+    seqlen: int, heads: int, causal: bool, deterministic: bool, overlap: bool
+) -> None:
+    wanted = backward_problem(seqlen, seqlen, 128, "bfloat16", causal, 1, (heads, heads))
+    launches = plan_backward(wanted, H200, deterministic).launches
+    assert [launch.config.overlaps_previous for launch in launches] == [False, overlap, overlap]
+    sm80 = plan_backward(wanted, H200, deterministic, family="sm80").launches
+    assert not any(launch.config.overlaps_previous for launch in sm80)
 
 
 def test_smaller_gpus_need_fewer_blocks() -> None:
     small = dataclasses.replace(H200, sm_count=20)
-    assert backward(512, 4096, 128, (32, 1), device=small).head_splits == 1
-    assert backward(512, 512, 128, (32, 1), device=small).head_splits == 8
+    assert backward(512, 4096, 128, (32, 1), device=small).splits == 1
+    assert backward(512, 512, 128, (32, 1), device=small).splits == 8
 
 
 def test_workspace_of_partial_gradients() -> None:
-    """Beside the rest, (2, head_splits, batch, num_heads_k, n_blocks * block_n, padded head_dim) floats."""
+    """Beside the rest, (2, splits, batch, num_heads_k, n_blocks * block_n, padded head_dim) floats."""
     for seqlen_k, head_dim, padded, splits in ((4096, 128, 128, 8), (4001, 128, 128, 8), (4001, 90, 96, 4)):
         plan = backward(4096, seqlen_k, head_dim, (32, 1))
         enough = dataclasses.replace(H200, sm_count=1)
         one_block = backward(4096, seqlen_k, head_dim, (32, 1), device=enough)
-        assert (plan.head_splits, one_block.head_splits) == (splits, 1)
+        assert (plan.splits, one_block.splits) == (splits, 1)
         rows = -(-seqlen_k // plan.tile.block_n) * plan.tile.block_n
         assert plan.workspace_bytes - one_block.workspace_bytes == 2 * splits * rows * padded * 4
     # The same with one head or many: nothing is kept for parts where there are none.
@@ -77,8 +137,8 @@ def test_workspace_of_a_head_dim_of_v_of_its_own() -> None:
         case = Case(4096, 4001, head_dim, "bfloat16", True, 1, (32, 1), head_dim_v=head_dim_v)
         one_block = plan_backward(problem_of(case, True), dataclasses.replace(H200, sm_count=1), False, family="sm80")
         plan = plan_backward(problem_of(case, True), H200, False, family="sm80")
-        rows = -(-4001 // plan.tile.block_n) * plan.tile.block_n * plan.head_splits
-        assert plan.tile is one_block.tile and plan.head_splits > one_block.head_splits == 1
+        rows = -(-4001 // plan.tile.block_n) * plan.tile.block_n * plan.splits
+        assert plan.tile is one_block.tile and plan.splits > one_block.splits == 1
         assert plan.workspace_bytes - one_block.workspace_bytes == rows * sum(padded) * 4
         same = dataclasses.replace(case, head_dim_v=None)
         tile = plan.tile  # the row of the wider of both
@@ -95,8 +155,8 @@ def test_head_dim_of_v_in_the_backward() -> None:
     wanted = problem_of(Case(300, 200, 192, "float16", True, 1, (8, 1), head_dim_v=120), True)
     plan = plan_backward(wanted, H200, deterministic=False, family="sm80")
     tile, launches = plan.tile, {launch.name: launch for launch in plan.launches}
-    assert plan.head_splits > 1 and tile.head_dim == 192
-    for name in ("flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess", "flash_bwd_combine"):
+    assert plan.splits > 1 and tile.head_dim == 192
+    for name in ("flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess"):
         defines = launches[name].defines
         assert (defines["FA2_HEAD_DIM"], defines["FA2_HEAD_DIM_V"]) == (192, 128)
         params = BwdParams.from_buffer_copy(launches[name].params)
@@ -104,7 +164,6 @@ def test_head_dim_of_v_in_the_backward() -> None:
     tiles = (tile.block_n + tile.num_stages * tile.block_m) * (200 + 136) * 2
     scores = 2 * tile.block_n * (tile.block_m + 8) * 2 + 2 * tile.num_stages * tile.block_m * 4
     assert launches["flash_bwd"].config.shared_mem_bytes == tiles + scores
-    assert launches["flash_bwd_combine"].config.grid == (-(-200 * 192 // 8 // (32 * tile.num_warps)), 2, 1)
     assert FillParams.from_buffer_copy(launches["fill_empty"].params).head_dim == 192  # dq
     wider = plan_backward(problem_of(Case(300, 0, 64, "float16", False, head_dim_v=80), True), H200, False)
     assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64]
@@ -115,7 +174,7 @@ def test_head_dim_of_v_in_the_backward() -> None:
 def test_no_keys_or_no_queries_need_no_parts() -> None:
     for seqlen_q, seqlen_k in ((0, 100), (100, 0)):
         plan = backward(seqlen_q, seqlen_k, 64, (8, 1))
-        assert plan.head_splits == 1 and plan.workspace_bytes == 0
+        assert plan.splits == 1 and plan.workspace_bytes == 0
         assert {launch.name for launch in plan.launches} == {"fill_empty"}
 
 
@@ -213,6 +272,13 @@ def test_who_begins_a_sum_of_dq(seqlen_k: int, causal: bool, deterministic: bool
         assert clearing(plan_backward(wanted, H200, deterministic)) == cleared
 
 
+def test_who_begins_a_sum_of_shared_key_blocks() -> None:
+    """Parts of full ones begin with the same queries, and would wait for each other."""
+    for causal in (False, True):
+        plan = plan_backward(backward_problem(2048, 2048, 128, "bfloat16", causal, 1, (4, 4)), H200, False)
+        assert plan.splits == 2 and clearing(plan) == int(not causal)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "device", "deterministic", "cleared"),
     [
@@ -243,7 +309,7 @@ def test_clusters(head_dim: int, block_n: int, cluster: int, deterministic: bool
     main = named(long, "flash_bwd")
     assert (main.defines["FA2_CLUSTER"], main.defines["FA2_BLOCK_N"]) == (cluster, block_n)
     assert main.config.grid == (32 * 16 * cluster if deterministic else 132, 1, 1)
-    assert named(short, "flash_bwd").config.grid == (16 * cluster, 1, 1)
+    assert named(short, "flash_bwd").config.grid == (16 * cluster * short.splits, 1, 1)
     assert named(short, "flash_bwd_preprocess").defines["FA2_BLOCK_N"] == 128
 
 
@@ -278,7 +344,7 @@ def test_launches_of_the_backward_of_sm90() -> None:
     wanted = backward_problem(350, 300, 96, "float16", True, 2, (8, 2), head_dim_v=72)
     plan = plan_backward(wanted, H200, False)
     tile, main = plan.tile, named(plan, "flash_bwd")
-    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 96 and plan.head_splits == 4
+    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 96 and plan.splits == 4
     assert main.config.grid == (3 * 2 * 2 * 4, 1, 1) and main.config.block == (384, 1, 1)
     assert main.defines["FA2_HEAD_DIM"] == main.defines["FA2_HEAD_DIM_V"] == 96
     assert [(each.position, each.add_bytes) for each in main.tensor_maps] == [
@@ -302,12 +368,11 @@ def test_launches_of_the_backward_of_sm90() -> None:
     assert ctypes.sizeof(BwdTmaParams) % 64 == 0 and BwdTmaParams.dk.offset == 768
     for name in ("shape", "dk_strides", "dv_strides"):
         assert bytes(getattr(params, name)) == bytes(getattr(same, name))
-    assert (params.head_splits, params.head_dim_v, params.softmax_scale) == (4, 72, same.softmax_scale)
+    assert (params.splits, params.head_dim_v, params.softmax_scale) == (4, 72, same.softmax_scale)
     assert [each.name for each in plan.launches] == [
         "flash_bwd_preprocess",
         "flash_bwd",
         "flash_bwd_postprocess",
-        "flash_bwd_combine",
         "fill_empty",
     ]
     many = plan_backward(backward_problem(4096, 4096, 64, "float16", True, 2, (8, 8)), H200, False)

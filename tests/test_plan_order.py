@@ -37,9 +37,9 @@ def test_sections_count_the_heads_of_a_block() -> None:
     """With fewer query heads for each block, more of them fit L2."""
     l2 = dataclasses.replace(H200, l2_bytes=4 * 2048 * 128 * 8, sm_count=4)  # the queries of 4 heads
     plan = backward(2048, 2048, 128, (64, 16), device=l2)
-    assert plan.head_splits == 1 and section_of(plan) == 1
+    assert plan.splits == 1 and section_of(plan) == 1
     plan = backward(2048, 2048, 128, (16, 16), device=l2)
-    assert plan.head_splits == 1 and section_of(plan) == 4
+    assert plan.splits == 1 and section_of(plan) == 4
 
 
 def test_turns_are_a_section_apart() -> None:

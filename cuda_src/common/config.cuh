@@ -69,6 +69,8 @@ constexpr int kSplit = FA2_SPLIT;  // warps that share key rows
 #endif
 #ifdef FA2_DETERMINISTIC
 constexpr bool kDeterministic = FA2_DETERMINISTIC;  // dQ is added in the order of the key blocks
+#endif
+#ifdef FA2_PARTIAL_DKV
 constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key block: each writes its part of dK and dV
 #endif
 

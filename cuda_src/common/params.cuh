@@ -63,12 +63,14 @@ struct BwdParams {
   float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks, kDqParts), from 0: whose turn it is to add to dQ
-  float* dk_partial;  // (batch, num_heads_k, head_splits, n_blocks * kBlockN, kHeadDim), scaled (head_splits > 1 only)
+  float* dk_partial;  // (batch, num_heads_k, splits, n_blocks * kBlockN, kHeadDim), scaled (splits > 1 only)
   float* dv_partial;  // likewise with kHeadDimV columns, and nothing to scale
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;
   Shape shape;
   float scale_softmax_log2, softmax_scale;
-  int head_splits;  // thread blocks that share the query heads of a key head; divides num_heads / num_heads_k
+  // Thread blocks that share a key block: what it meets of the queries of all query heads, one after the other, is cut into as many
+  // parts. sm_80: divides num_heads / num_heads_k.
+  int splits;
   int head_dim_v;
 };
 
@@ -85,7 +87,7 @@ struct BwdTmaParams {
   Strides dk_strides, dv_strides;
   Shape shape;
   float scale_softmax_log2, softmax_scale;
-  int head_splits, head_dim_v;
+  int splits, head_dim_v;
 };
 
 struct FillParams {

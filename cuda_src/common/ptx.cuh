@@ -94,6 +94,20 @@ FA2_DEVICE void red_add_v4_f32(float* address, float x, float y, float z, float 
                : "memory");
 }
 
+// griddepcontrol.wait: for the kernel before, where this one may start beside it (LaunchConfig.overlaps_previous); what that one
+// wrote is then visible to all of the grid. griddepcontrol.launch_dependents: the next kernel may start. sm_90 and newer (PTX ISA
+// 9.7.13.13)
+FA2_DEVICE void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+FA2_DEVICE void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // ld.global.acquire.gpu.b32 and red.release.gpu.global.add.s32: a counter that orders thread blocks (PTX ISA 8.10)
 FA2_DEVICE int ld_acquire(const int* address) {
   int value;

@@ -3,8 +3,8 @@
 //   P = exp(scale * Q K^T - lse)    dV = P^T dO    dP = dO V^T    dS = P * (dP - D)    dQ = scale * dS K    dK = scale * dS^T Q
 //
 // A thread block owns kBlockN keys of one key head and runs over the query blocks of all query heads that share it, so dK
-// and dV are summed in registers, GQA included. With too few of these blocks to fill the GPU (kPartialDkv), head_splits of
-// them share the query heads of a key head, and flash_bwd_combine sums what each has of dK and dV.
+// and dV are summed in registers, GQA included. With too few of these blocks to fill the GPU (kPartialDkv), splits of
+// them share the query heads of a key head, and flash_bwd_postprocess sums what each has of dK and dV.
 //
 // The scores are computed transposed (S^T = K Q^T): a warp owns key rows, and P^T and dS^T leave the accumulators as the A
 // operands of dV += P^T dO and dK += dS^T Q. dQ alone needs dS of all warps: it goes through shared memory, and dS K is
@@ -126,13 +126,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
   const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  // tile.head counts the shares of all key heads: head_splits for each, one after the other.
-  const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
+  // tile.head counts the shares of all key heads: splits for each, one after the other.
+  const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
   const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int n_block = kDeterministic && kCausal ? n_blocks - 1 - tile.block : tile.block;
   const int first_key = n_block * kBlockN, keys = shape.seqlen_k - first_key;
-  const int head_k = tile.head / head_splits;
+  const int head_k = tile.head / splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
   // Which part of dK and dV this is (kPartialDkv). Computed at the end, it takes the loop two registers more.
   const int part = (tile.batch * shares + tile.head) * n_blocks + n_block;

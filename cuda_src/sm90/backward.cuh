@@ -5,13 +5,14 @@
 #include "common/block_range.cuh"
 #include "sm90/tile.cuh"
 
-// A tile: key block n_block, and the query heads and blocks that its steps run over.
+// A tile: key block n_block, and the steps that it takes: all query blocks that meet it, of one query head after the other, or a
+// part of these.
 struct Work {
   int n_block, head_k, batch;
-  int first_head, heads;
-  int begin, end, mask_to;  // query blocks of all of the cluster, up to the last one; those before mask_to need a mask here
-  int start;                // the query block of a head's first step; the last one is followed by the first
-  int part;                 // which part of dK and dV this is (kPartialDkv)
+  int begin, end, mask_to;     // a head's query blocks, for all of the cluster, up to the last one; before mask_to with a mask
+  int steps, head, m_block;    // how many, and the first of them
+  int head_begin;              // the query block that a head begins with; the last one is followed by the first
+  int part;                    // which part of dK and dV this is (kPartialDkv)
 };
 
 // A step: one block of queries of one query head.
@@ -20,14 +21,14 @@ struct Step {
   int head, m_block;
   int64_t tile;  // this block among all blocks of queries
   FA2_DEVICE Step(const Shape& shape, const Work& work)
-      : left(work.heads * (work.end - work.begin)),
-        head(work.first_head),
-        m_block(work.start),
+      : left(work.steps),
+        head(work.head),
+        m_block(work.m_block),
         tile(static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM) + m_block) {}
   FA2_DEVICE void advance(const Work& work) {
     --left, ++m_block, ++tile;
     if (m_block == work.end) m_block = work.begin, tile -= work.end - work.begin;
-    if (m_block == work.start) ++head, tile += work.end;  // work.end is that of the head, too
+    if (m_block == work.head_begin) ++head, tile += work.end;  // work.end is that of the head, too
   }
 };
 
@@ -57,34 +58,38 @@ struct Schedule {
   }
   FA2_DEVICE bool more(const BwdTmaParams& params) const {
     const Shape& shape = params.shape;
-    const int shares = shape.num_heads_k * (kPartialDkv ? params.head_splits : 1);
-    return place() < ceil_div(shape.seqlen_k, kCluster * kBlockN) * shares * shape.batch;
+    const int parts = shape.num_heads_k * (kPartialDkv ? params.splits : 1);
+    return place() < ceil_div(shape.seqlen_k, kCluster * kBlockN) * parts * shape.batch;
   }
   FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
     if (!more(params)) return false;
     const Shape& shape = params.shape;
-    const int head_splits = kPartialDkv ? params.head_splits : 1, shares = shape.num_heads_k * head_splits;
-    const int n_blocks = ceil_div(shape.seqlen_k, kCluster * kBlockN), rows = shares * shape.batch;
+    const int splits = kPartialDkv ? params.splits : 1, parts = shape.num_heads_k * splits;
+    const int n_blocks = ceil_div(shape.seqlen_k, kCluster * kBlockN), rows = parts * shape.batch;
     const int linear = place();
     ++round;
-    const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
+    const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
     const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
     const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
     const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
     const int n_block = first_block + cluster_rank();
     const BlockRange range = query_blocks(shape, first_block);  // of all of the cluster: its first key block has most
-    const int heads = shape.num_heads / shares;
-    const int start = kStagger ? n_block / 2 * 2 * ceil_div(range.end, n_blocks) % range.end : range.begin;
+    const int heads = shape.num_heads / shape.num_heads_k, head_k = tile.head / splits;
+    const int head_steps = range.end - range.begin, steps = heads * head_steps;
+    const int split = tile.head % splits;
+    const int first = steps * split / splits, end = steps * (split + 1) / splits;
+    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(range.end, n_blocks) % range.end : 0;
     work = {n_block,
-            tile.head / head_splits,
+            head_k,
             tile.batch,
-            tile.head * heads,
-            heads,
             range.begin,
             range.end,
             kCluster > 1 ? query_blocks(shape, n_block).mask_to : range.mask_to,
-            start,
-            (tile.batch * shares + tile.head) * kCluster * n_blocks + n_block};
+            end - first,
+            head_k * heads + first / head_steps,
+            range.begin + first % head_steps + stagger,
+            range.begin + stagger,
+            (tile.batch * parts + tile.head) * kCluster * n_blocks + n_block};
     return true;
   }
 };

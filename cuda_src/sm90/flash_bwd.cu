@@ -73,20 +73,21 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
       mbarrier_wait(smem.q_dout_empty[i], ring.parity ^ 1);  // released by the key warpgroups after dV and dK
       mbarrier_arrive_expect_tx(smem.q_full[i], smem.q[0].kBytes + kStatisticsBytes);
       load_tile(smem.q[i], params.q, smem.q_full[i], first_query, step.head, work.batch);
-      load_statistics(smem.lse_log2[i], params.lse_log2, smem.q_full[i], step);
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
         load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], first_key, work.head_k, work.batch);
+        griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
       }
+      load_statistics(smem.lse_log2[i], params.lse_log2, smem.q_full[i], step);
       mbarrier_arrive_expect_tx(smem.dout_full[i], smem.dout[0].kBytes + kStatisticsBytes);
       load_tile(smem.dout[i], params.dout, smem.dout_full[i], first_query, step.head, work.batch);
-      load_statistics(smem.softmax_d[i], params.softmax_d, smem.dout_full[i], step);
       if (first) {
         mbarrier_wait(smem.v_empty, v_parity ^ 1);  // released by the key warpgroups after a tile's last dP
         mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);
         load_tile(smem.v, params.v, smem.v_full, first_key, work.head_k, work.batch);
       }
+      load_statistics(smem.softmax_d[i], params.softmax_d, smem.dout_full[i], step);
       ring.advance();
       first = false;
     }

@@ -103,6 +103,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, P
         cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, (2 * i + cluster_rank()) * kDqCols,
                                      (work.n_block ^ 1) * kBlockN, work.head_k, work.batch);
     }
+    griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
     for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
 #pragma unroll 1  // for want of registers
       for (int col = 0; col < kCols; col += kPartCols, ring.advance()) {

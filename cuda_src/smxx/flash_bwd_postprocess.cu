@@ -1,7 +1,8 @@
-// After the backward: dQ = scale * dq_accum, out of the order of dq_accum.cuh into rows, rounded.
+// After the backward: float32 sums become rows, rounded. dQ = scale * dq_accum, out of the order of dq_accum.cuh; and where thread
+// blocks shared key blocks (kPartialDkv), dK and dV = the sums of their parts.
 //
-// One thread block per tile of kBlockM query rows, with the warps that share it. Heads are taken from the last to the first:
-// those that flash_bwd ended with are still in L2.
+// The first thread blocks take a tile of kBlockM query rows each, with the warps that share it, heads from the last to the first:
+// those that flash_bwd ended with are still in L2. The others take 8 columns of a row of dK, later of dV, with each thread.
 #include "common/dq_accum.cuh"
 #include "common/params.cuh"
 #include "sm80/tile.cuh"
@@ -14,11 +15,10 @@ struct SharedMemory {
 
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_postprocess(const __grid_constant__ BwdParams params) {
-  FA2_SHARED_MEMORY(SharedMemory, smem);
+// dQ of tile `tile`, of all.
+FA2_DEVICE void convert_dq(SharedMemory& smem, const BwdParams& params, int64_t tile) {
   const Shape& shape = params.shape;
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const int64_t tile = gridDim.x - 1 - blockIdx.x;
   const int m_block = tile % m_blocks, row_of_tiles = tile / m_blocks;
   const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
   const float* dq_tile = params.dq_accum + tile * kDqTileFloats;
@@ -48,4 +48,64 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_postprocess(
   const int first_query = m_block * kBlockM;
   store_tile(params.dq + batch * dqs.batch + head * dqs.head + first_query * dqs.row, dqs.row,
              shape.seqlen_q - first_query, shape.head_dim, smem.dq);
+}
+
+// Elements [col, col + 8) of a row of `cols` = x, rounded; nothing past its end.
+FA2_DEVICE void store_chunk(Element* row, int col, int cols, const float (&x)[8]) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = cvt_pack<Element>(x[2 * i], x[2 * i + 1]);
+  if constexpr (kAligned) {
+    *reinterpret_cast<uint4*>(row + col) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (col + i < cols) row[col + i] = Element{static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)};
+  }
+}
+
+// dK or dV: chunk `index` of 8 columns, counted along rows, keys, key heads and batches. Its parts are added in the order of the
+// queries, so that the bits do not depend on anything.
+template <bool kIsDk>
+FA2_DEVICE void sum_parts(const BwdParams& params, int64_t index) {
+  constexpr int kPartCols = kIsDk ? kHeadDim : kHeadDimV;
+  const Shape& shape = params.shape;
+  const int cols = kIsDk ? shape.head_dim : head_dim_v(params);
+  const int chunks = ceil_div(cols, 8);
+  const int col = index % chunks * 8;
+  const int key = index / chunks % shape.seqlen_k;
+  const int64_t row_of_keys = index / chunks / shape.seqlen_k;
+  const int head = row_of_keys % shape.num_heads_k;
+  const int64_t batch = row_of_keys / shape.num_heads_k;
+  if (batch >= shape.batch) return;
+
+  const int64_t part_floats = static_cast<int64_t>(ceil_div(shape.seqlen_k, kBlockN)) * kBlockN * kPartCols;
+  const float* part = kIsDk ? params.dk_partial : params.dv_partial;
+  part += row_of_keys * params.splits * part_floats + static_cast<int64_t>(key) * kPartCols + col;
+  float sum[8] = {};
+#pragma unroll 4
+  for (int split = 0; split < params.splits; ++split, part += part_floats) {
+    const float4 low = *reinterpret_cast<const float4*>(part), high = *reinterpret_cast<const float4*>(part + 4);
+    sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
+    sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+  }
+  const Strides& strides = kIsDk ? params.dk_strides : params.dv_strides;
+  Element* rows = (kIsDk ? params.dk : params.dv) + batch * strides.batch + head * strides.head;
+  store_chunk(rows + key * strides.row, col, cols, sum);
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads, 4) flash_bwd_postprocess(const __grid_constant__ BwdParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  griddepcontrol_wait();  // flash_bwd has ended
+  const Shape& shape = params.shape;
+  const int query_tiles = ceil_div(shape.seqlen_q, kBlockM) * shape.num_heads * shape.batch;
+  const int block = static_cast<int>(blockIdx.x) - query_tiles;
+  if (block < 0) return convert_dq(smem, params, -1 - block);
+  if constexpr (kPartialDkv) {
+    const int64_t keys = static_cast<int64_t>(shape.seqlen_k) * shape.num_heads_k * shape.batch;
+    const int dk_blocks = (keys * ceil_div(shape.head_dim, 8) + kNumThreads - 1) / kNumThreads;
+    const int64_t first = static_cast<int64_t>(block < dk_blocks ? block : block - dk_blocks) * kNumThreads;
+    if (block < dk_blocks) return sum_parts<true>(params, first + threadIdx.x);
+    sum_parts<false>(params, first + threadIdx.x);
+  }
 }

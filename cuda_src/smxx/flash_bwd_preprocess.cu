@@ -9,57 +9,66 @@
 static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kLanesPerRow = ceil_pow2(kHeadDimV / 8);
-constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
+constexpr int kRowsPerPass = kNumThreads / kLanesPerRow, kPasses = ceil_div(kBlockM, kRowsPerPass);
+constexpr int kPassesAtOnce = kPasses < 4 ? kPasses : 4;  // all of their loads are issued, then they are used
+static_assert(kPasses % kPassesAtOnce == 0);
+static_assert(kBlockM <= kNumThreads, "a thread for each row's lse");
 
-// Eight neighbouring elements of a row as float32, zeros past column `cols`.
-FA2_DEVICE void load_chunk(float (&x)[8], const Element* row, int col, int cols) {
-  alignas(16) Element elements[8] = {};
+struct alignas(16) Chunk {
+  Element x[8];
+};
+
+// Eight neighbouring elements of a row, zeros past column `cols`.
+FA2_DEVICE Chunk load_chunk(const Element* row, int col, int cols) {
+  Chunk chunk = {};
   if constexpr (kAligned) {
-    if (col < cols) *reinterpret_cast<uint4*>(elements) = *reinterpret_cast<const uint4*>(row + col);
+    if (col < cols) *reinterpret_cast<uint4*>(&chunk) = *reinterpret_cast<const uint4*>(row + col);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (col + i < cols) elements[i] = row[col + i];
+      if (col + i < cols) chunk.x[i] = row[col + i];
   }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = to_float(elements[i]);
+  return chunk;
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ BwdParams params) {
+  griddepcontrol_launch_dependents();  // flash_bwd may start: it waits before it needs what is written here
   const Shape& shape = params.shape;
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
   const int64_t tile = gridDim.x - 1 - blockIdx.x;
   const int m_block = tile % m_blocks, row_of_tiles = tile / m_blocks;
   const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
+  const int first_row = m_block * kBlockM, rows = min(kBlockM, shape.seqlen_q - first_row);
 
   const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
-  const Element* gmem_out = params.out + batch * os.batch + head * os.head;
-  const Element* gmem_dout = params.dout + batch * dos.batch + head * dos.head;
-  const float* gmem_lse = params.lse + batch * ls.batch + head * ls.head;
-
-  const int col = threadIdx.x % kLanesPerRow * 8;
+  const Element* gmem_out = params.out + batch * os.batch + head * os.head + first_row * os.row;
+  const Element* gmem_dout = params.dout + batch * dos.batch + head * dos.head + first_row * dos.row;
+  const float* gmem_lse = params.lse + batch * ls.batch + head * ls.head + first_row * ls.row;
+  const int own_row = threadIdx.x;
+  const float lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
+  const int pass_row = threadIdx.x / kLanesPerRow, col = threadIdx.x % kLanesPerRow * 8;
+#pragma unroll 1
+  for (int first = 0; first < kPasses; first += kPassesAtOnce) {
+    Chunk out[kPassesAtOnce], dout[kPassesAtOnce];
 #pragma unroll
-  for (int i = threadIdx.x / kLanesPerRow; i < ceil_div(kBlockM, kRowsPerPass) * kRowsPerPass; i += kRowsPerPass) {
-    const int row = m_block * kBlockM + i;
-    const bool inside = i < kBlockM && row < shape.seqlen_q;
-    float d = 0.f;
-    if (inside) {
-      float out[8], dout[8];
-      load_chunk(out, gmem_out + row * os.row, col, head_dim_v(params));
-      load_chunk(dout, gmem_dout + row * dos.row, col, head_dim_v(params));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) d = fmaf(out[j], dout[j], d);
+    for (int pass = 0; pass < kPassesAtOnce; ++pass) {
+      const int row = (first + pass) * kRowsPerPass + pass_row, cols = row < rows ? head_dim_v(params) : 0;
+      out[pass] = load_chunk(gmem_out + row * os.row, col, cols);
+      dout[pass] = load_chunk(gmem_dout + row * dos.row, col, cols);
     }
 #pragma unroll
-    for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
-    if (i < kBlockM && col == 0) {
-      // P = exp2(... - inf) = 0: a row past the end, or one whose every score is -inf, adds nothing to any gradient.
-      float lse_log2 = kInfinity;
-      if (inside && gmem_lse[row * ls.row] != -kInfinity) lse_log2 = gmem_lse[row * ls.row] * kLog2E;
-      params.lse_log2[tile * kBlockM + i] = lse_log2;
-      params.softmax_d[tile * kBlockM + i] = d;
+    for (int pass = 0; pass < kPassesAtOnce; ++pass) {
+      float d = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) d = fmaf(to_float(out[pass].x[i]), to_float(dout[pass].x[i]), d);
+#pragma unroll
+      for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
+      const int row = (first + pass) * kRowsPerPass + pass_row;
+      if (row < kBlockM && col == 0) params.softmax_d[tile * kBlockM + row] = d;
     }
   }
+  // P = exp2(... - inf) = 0: a row past the end, or one whose every score is -inf, adds nothing to any gradient.
+  if (own_row < kBlockM) params.lse_log2[tile * kBlockM + own_row] = lse == -kInfinity ? kInfinity : lse * kLog2E;
 
   if constexpr (kClearDq) {
     float4* dq = reinterpret_cast<float4*>(params.dq_accum + tile * kDqTileFloats);

@@ -276,6 +276,12 @@ def device_guard(index: int) -> AbstractContextManager[None]:
     return _PushedContext(driver, context)
 
 
+class _CUlaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h (72 bytes), of a value that is an int."""
+
+    _fields_ = (("id", c_uint), ("value", c_int * 17))  # the value at byte 8
+
+
 class _CUlaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h (56 bytes)."""
 
@@ -288,10 +294,14 @@ class _CUlaunchConfig(ctypes.Structure):
         ("blockDimZ", c_uint),
         ("sharedMemBytes", c_uint),
         ("hStream", c_void_p),
-        ("attrs", c_void_p),
+        ("attrs", ctypes.POINTER(_CUlaunchAttribute)),
         ("numAttrs", c_uint),
     )
 
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# What such a launch needs inside a graph capture; elsewhere 11.8.
+_OVERLAP_DRIVER = (12, 3)
 
 # Both caches of a Launcher hold a few dozen bytes per entry; a caller with ever new streams or addresses starts over.
 _MAX_CACHED = 256
@@ -327,7 +337,14 @@ class Launcher:
 
     def _pack_config(self, stream: int) -> Any:
         config = self.config
-        packed = byref(_CUlaunchConfig(*config.grid, *config.block, config.shared_mem_bytes, stream, None, 0))
+        attribute = None
+        if config.overlaps_previous and driver_version() >= _OVERLAP_DRIVER:
+            attribute = ctypes.pointer(_CUlaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, (0, 1)))
+        packed = byref(
+            _CUlaunchConfig(
+                *config.grid, *config.block, config.shared_mem_bytes, stream, attribute, int(attribute is not None)
+            )
+        )
         if len(self._configs) >= _MAX_CACHED:
             self._configs = {}
         self._configs[stream] = packed

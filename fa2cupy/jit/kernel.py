@@ -27,13 +27,15 @@ __all__ = ["Kernel", "LaunchConfig", "build", "expected_nvrtc_build", "kernel", 
 class LaunchConfig:
     """Grid in blocks, block in threads, dynamic shared memory in bytes.
 
-    `cluster` is what the source's `__cluster_dims__` says; the launch itself does not need it.
+    `cluster` is what the source's `__cluster_dims__` says; the launch itself does not need it. `overlaps_previous`: the
+    kernel waits itself (griddepcontrol.wait) for the one before it in the stream, and may start beside it.
     """
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     cluster: tuple[int, int, int] = (1, 1, 1)
     shared_mem_bytes: int = 0
+    overlaps_previous: bool = False
 
 
 def build(source: Source, arch: str, defines: Defines, *, context: str = "") -> Entry:

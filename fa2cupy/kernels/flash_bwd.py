@@ -1,5 +1,5 @@
 """Plans of the backward: cuda_src/sm90/flash_bwd.cu (flash_bwd_wide.cu above head_dim 128) where the GPU and the arrays
-allow it, else sm80/flash_bwd.cu; with smxx/flash_bwd_{preprocess,postprocess,combine}.cu beside them."""
+allow it, else sm80/flash_bwd.cu; with smxx/flash_bwd_{preprocess,postprocess}.cu beside them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ _SM80 = ("sm80/flash_bwd.cu", "flash_bwd")
 _SM90 = ("sm90/flash_bwd.cu", "flash_bwd")
 _SM90_WIDE = ("sm90/flash_bwd_wide.cu", "flash_bwd")
 _POST = ("smxx/flash_bwd_postprocess.cu", "flash_bwd_postprocess")
-_COMBINE = ("smxx/flash_bwd_combine.cu", "flash_bwd_combine")
 _TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 _DQ, _DK, _DV, _WORKSPACE = 6, 7, 8, 9  # positions among the call's pointers
 # What the sm_90 kernel reaches by bulk copies: the first two parts of the workspace, and arrays of the caller. It has
@@ -46,9 +45,10 @@ _SM90_MAPS = tuple(
     name for name, kind, *_ in BwdTmaParams._fields_ if kind is TensorMap and name not in _SM90_STATISTICS
 )
 
-# Thread blocks per multiprocessor that are enough: a wave and a half. With fewer, the query heads of a key head are
-# shared out among several blocks, which costs each of them a float32 part of dK and dV, and a kernel that sums these.
+# Where key blocks are few, several thread blocks share each. That costs each of them a float32 part of dK and dV, which
+# the kernel after it sums. By heads: a wave and a half is enough. By steps: what a part costs, and sharing at all.
 _ENOUGH_WAVES = 1.5
+_PART_STEPS, _SHARING_STEPS = 4.5, 3
 
 _PRE_WARPS = 8
 # Key blocks that add to a dQ, on average, up to which it pays that the first of them writes and nobody clears the sum.
@@ -59,12 +59,12 @@ _FEW_ADDERS = 16
 class BackwardPlan(Plan):
     """Pointers: dout, q, k, v, out, lse, dq, dk, dv, workspace.
 
-    head_splits: thread blocks among which the query heads of a key head are shared out.
+    splits: thread blocks among which the queries that meet a key block, of all its query heads, are shared out.
     """
 
     tile: BwdTile | BwdTileSm90
     deterministic: bool
-    head_splits: int
+    splits: int
 
 
 def plan_backward(
@@ -91,19 +91,19 @@ def plan_backward(
             _SM90_MAPS,
             why_not_sm90,
         )
-    launches, workspace, head_splits = _launches(problem, device, deterministic, tile)
-    return BackwardPlan(problem, launches, workspace, tile, why_not_sm90, deterministic, head_splits)
+    launches, workspace, splits = _launches(problem, device, deterministic, tile)
+    return BackwardPlan(problem, launches, workspace, tile, why_not_sm90, deterministic, splits)
 
 
 def _launches(
     problem: AttentionProblem, device: DeviceInfo, deterministic: bool, tile: BwdTile | BwdTileSm90
 ) -> tuple[tuple[KernelLaunch, ...], int, int]:
-    """The kernels, bytes of workspace, and head_splits."""
+    """The kernels, bytes of workspace, and splits."""
     arch = plans.architecture(device)
     empty = plans.empty_rows(problem)
     rows = problem.seqlen_q - empty
     launches: tuple[KernelLaunch, ...] = ()
-    workspace, head_splits = 0, 1
+    workspace, splits = 0, 1
     m_blocks, n_blocks = -(-rows // tile.block_m), -(-problem.seqlen_k // (tile.cluster * tile.block_n))
     query_tiles = m_blocks * problem.num_heads * problem.batch
     key_tiles = n_blocks * problem.num_heads_k * problem.batch  # of a cluster each
@@ -111,13 +111,16 @@ def _launches(
     if query_tiles and key_tiles:
         strides = dict(problem.strides)
         group = problem.num_heads // problem.num_heads_k
-        head_splits = _head_splits(key_tiles, group, clusters)
-        partial = head_splits > 1
-        heads = group // head_splits  # of a thread block
-        queries_bytes = heads * rows * ((2 + 4) * problem.head_dim + 2 * problem.head_dim_v)  # Q, float32 dQ, dO
-        shares = problem.batch * problem.num_heads_k * head_splits
-        steps = m_blocks * heads
+        if isinstance(tile, BwdTile) or deterministic:
+            splits = _splits_of_heads(key_tiles, group, clusters)
+        else:
+            splits = _splits_of_steps(problem, tile, rows, clusters)
+        partial = splits > 1
+        shares = problem.batch * problem.num_heads_k * splits
+        steps = m_blocks * group // splits
         if isinstance(tile, BwdTile):
+            row_bytes = (2 + 4) * problem.head_dim + 2 * problem.head_dim_v  # Q, float32 dQ, dO
+            queries_bytes = group // splits * rows * row_bytes
             section = plans.heads_per_section(device, problem.causal, shares, n_blocks, queries_bytes)
             if deterministic:
                 section = _section_of_turns(device, tile, steps, section if problem.causal else shares)
@@ -131,65 +134,61 @@ def _launches(
         params.shape = plans.shape_params(problem, rows, section)
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
-        params.head_splits = head_splits
+        params.splits = splits
         params.head_dim_v = problem.head_dim_v
         row = {name: 2 * strides[name][1] for name in ("dout", "q", "out", "dq")} | {"lse": 4 * strides["lse"][2]}
         skipped = {name: empty * size for name, size in row.items()}
         head_dim, head_dim_v = _compiled_head_dims(tile, problem)
-        partial_tiles = key_tiles * head_splits if partial else 0
+        partial_tiles = key_tiles * splits if partial else 0
         offsets, workspace = _workspace(tile, head_dim, head_dim_v, query_tiles, partial_tiles)
         workspaces = tuple((_WORKSPACE, offset) for offset in offsets)
         pointers = tuple((place, skipped.get(name, 0)) for place, name in enumerate(_TENSORS)) + workspaces
         side, post_bytes = _side_defines(
             tile, problem.dtype, head_dim, head_dim_v, problem.aligned, device.cc >= (9, 0)
         )
-        adding = _adding_defines(tile, _is_cleared(tile, problem.causal, n_blocks, deterministic))
-
-        def beside(
-            kernel: tuple[str, str],
-            defines: dict[str, int | str],
-            blocks: tuple[int, int, int],
-            shared_mem_bytes: int = 0,
-        ) -> KernelLaunch:
-            threads = 32 * int(defines["FA2_NUM_WARPS"])
-            config = LaunchConfig(blocks, (threads, 1, 1), shared_mem_bytes=shared_mem_bytes)
-            return KernelLaunch(*kernel, arch, defines, config, bytes(params), pointers)
+        keys = problem.batch * problem.num_heads_k * problem.seqlen_k
+        widths = (problem.head_dim, problem.head_dim_v)
+        sum_blocks = partial * sum(-(-keys * -(-width // 8) // (32 * tile.dq_warps)) for width in widths)
+        adding = _adding_defines(tile, _is_cleared(tile, problem.causal, n_blocks, deterministic, partial))
 
         main = _main_defines(tile, side | adding, head_dim, head_dim_v, problem.causal, deterministic, partial)
+        tiles = key_tiles * splits
+        overlap = isinstance(tile, BwdTileSm90) and _overlaps(problem.causal, deterministic, tiles, clusters)
+
+        def config(blocks: int, warps: int, shared_mem_bytes: int, overlaps_previous: bool) -> LaunchConfig:
+            return LaunchConfig((blocks, 1, 1), (32 * warps, 1, 1), (1, 1, 1), shared_mem_bytes, overlaps_previous)
+
+        def beside(kernel: tuple[str, str], defines: dict[str, int | str], config: LaunchConfig) -> KernelLaunch:
+            return KernelLaunch(*kernel, arch, defines, config, bytes(params), pointers)
+
         shared = int(main["FA2_SHARED_BYTES"])
         if isinstance(tile, BwdTileSm90):
             # One for each multiprocessor, which takes tiles from the list. Deterministic, one for each tile: whoever is
             # waited for must be running, which is certain only of thread blocks that started before.
-            tiles = key_tiles * head_splits
             blocks = tile.cluster * (tiles if deterministic else min(tiles, clusters))
-            config = LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
-            maps = _tensor_maps(problem, tile, rows, skipped) + _statistics_maps(tile, query_tiles, offsets)
             flash_bwd = KernelLaunch(
                 *(_SM90_WIDE if tile.wide else _SM90),
                 plans.SM90_ARCH,
                 main,
-                config,
+                config(blocks, tile.num_warps, shared, overlap),
                 _tma_params(params),
                 pointers[_DK : _DV + 1] + workspaces[len(_SM90_STATISTICS) :],
-                maps,
+                _tensor_maps(problem, tile, rows, skipped) + _statistics_maps(tile, query_tiles, offsets),
             )
         else:
-            config = LaunchConfig((key_tiles * head_splits, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared)
-            flash_bwd = KernelLaunch(*_SM80, arch, main, config, bytes(params), pointers)
+            flash_bwd = beside(_SM80, main, config(tiles, tile.num_warps, shared, overlap))
+        pre = side | adding | {"FA2_NUM_WARPS": _PRE_WARPS}
+        post = side | {"FA2_PARTIAL_DKV": int(partial)}
         launches = (
-            beside(_PRE, side | adding | {"FA2_NUM_WARPS": _PRE_WARPS}, (query_tiles, 1, 1)),
+            beside(_PRE, pre, config(query_tiles, _PRE_WARPS, 0, False)),
             flash_bwd,
-            beside(_POST, side, (query_tiles, 1, 1), post_bytes),
+            beside(_POST, post, config(query_tiles + sum_blocks, tile.dq_warps, post_bytes, overlap)),
         )
-        if partial:
-            chunks = problem.batch * problem.num_heads_k * problem.seqlen_k
-            chunks *= -(-max(problem.head_dim, problem.head_dim_v) // 8)
-            launches += (beside(_COMBINE, side, (-(-chunks // (32 * tile.dq_warps)), 2, 1)),)
     launches += plans.fill_empty(problem, arch, "dq", _DQ, empty, problem.num_heads)
     if not rows:  # no query sees any key
         for name, position in (("dk", _DK), ("dv", _DV)):
             launches += plans.fill_empty(problem, arch, name, position, problem.seqlen_k, problem.num_heads_k)
-    return launches, workspace, head_splits
+    return launches, workspace, splits
 
 
 def _tma_params(params: BwdParams) -> bytes:
@@ -201,7 +200,7 @@ def _tma_params(params: BwdParams) -> bytes:
         "shape",
         "scale_softmax_log2",
         "softmax_scale",
-        "head_splits",
+        "splits",
         "head_dim_v",
     ):
         setattr(packed, name, getattr(params, name))
@@ -239,10 +238,46 @@ def _compiled_head_dims(tile: BwdTile | BwdTileSm90, problem: AttentionProblem) 
     return tile.head_dim, 0 if problem.head_dim_v == problem.head_dim else tile.head_dim_v or tile.head_dim
 
 
-def _head_splits(key_tiles: int, group: int, clusters: int) -> int:
-    """Among how many blocks the `group` query heads of a key head are shared out: as few as are enough."""
+def _splits_of_heads(key_tiles: int, group: int, clusters: int) -> int:
+    """Among how many blocks the `group` query heads of a key head are shared out: as few as are enough.
+
+    sm_80, and deterministic ones: parts of a head would wait for each other's turns.
+    """
     divisors = (n for n in range(1, group + 1) if group % n == 0)
     return next((n for n in divisors if key_tiles * n >= _ENOUGH_WAVES * clusters), group)
+
+
+def _splits_of_steps(problem: AttentionProblem, tile: BwdTileSm90, rows: int, clusters: int) -> int:
+    """Among how many blocks (clusters) of sm_90 the steps of a key block are shared out: the fastest by this count.
+
+    It takes as long as the longest part, or as all steps evenly shared out; full ones in whole waves. No part is empty.
+    """
+    group = problem.num_heads // problem.num_heads_k
+    keys = tile.cluster * tile.block_n
+    m_blocks, n_blocks = -(-rows // tile.block_m), -(-problem.seqlen_k // keys)
+    first_query = (n_blocks - 1) * keys - (problem.seqlen_k - rows) if problem.causal else 0  # of the last key block
+    fewest, most = group * (m_blocks - max(0, first_query) // tile.block_m), group * m_blocks
+    key_tiles = n_blocks * problem.num_heads_k * problem.batch
+    mean = (fewest + most) / 2
+
+    def steps(splits: int) -> float:
+        parts, longest = key_tiles * splits, -(-most // splits)
+        evenly = parts * mean / splits / clusters
+        waves = -(-parts // clusters) * longest
+        time = max(longest, evenly) if problem.causal else waves
+        return time + (splits > 1) * (_SHARING_STEPS + _PART_STEPS * parts / clusters)
+
+    # More than four waves of parts gain nothing; the kernel multiplies steps by splits.
+    return min(range(1, max(1, min(fewest, 4 * clusters // key_tiles, (2**31 - 1) // most)) + 1), key=steps)
+
+
+def _overlaps(causal: bool, deterministic: bool, tiles: int, clusters: int) -> bool:
+    """Whether flash_bwd, and the kernel after it, start beside the one before.
+
+    With few tiles. With many that gains nothing, and full ones lose: thread blocks that take neighbouring tiles are not
+    neighbours any more.
+    """
+    return not deterministic and tiles <= (8 if causal else 2) * clusters
 
 
 def _section_of_turns(device: DeviceInfo, tile: BwdTile, steps: int, most: int) -> int:
@@ -285,11 +320,12 @@ def _workspace(
     return tuple(offsets), end
 
 
-def _is_cleared(tile: BwdTile | BwdTileSm90, causal: bool, n_blocks: int, deterministic: bool) -> bool:
+def _is_cleared(tile: BwdTile | BwdTileSm90, causal: bool, n_blocks: int, deterministic: bool, partial: bool) -> bool:
     """Whether sums of dQ begin with zeros; else the first key block writes, and all others wait for it."""
     if isinstance(tile, BwdTile):
         return True
-    return not deterministic and (tile.wide or ((n_blocks + 1) / 2 if causal else n_blocks) > _FEW_ADDERS)
+    adders = (n_blocks + 1) / 2 if causal else n_blocks
+    return not deterministic and (tile.wide or (partial and not causal) or adders > _FEW_ADDERS)
 
 
 def _adding_defines(tile: BwdTile | BwdTileSm90, clear: bool) -> dict[str, int | str]:
@@ -357,25 +393,27 @@ def _jobs(tile: BwdTile | BwdTileSm90, head_dim: int, head_dim_v: int, arch: str
     label = f"{dtype} {plans.head_dim_label(head_dim, head_dim_v)} {shape}"
     kernel = _SM80 if isinstance(tile, BwdTile) else _SM90_WIDE if tile.wide else _SM90
     jobs = []
-    sums = sorted(
+    both = (False, True)
+    modes = sorted(
         {
-            (_is_cleared(tile, False, n, deterministic), deterministic)
-            for n in (1, 99)
-            for deterministic in (False, True)
+            (_is_cleared(tile, causal, n_blocks, deterministic, partial), deterministic, causal, partial)
+            for n_blocks, deterministic, causal, partial in itertools.product((1, 99), both, both, both)
         }
     )
-    for (clear, deterministic), causal, partial in itertools.product(sums, (False, True), (False, True)):
+    for clear, deterministic, causal, partial in modes:
         adding = _adding_defines(tile, clear)
         main = _main_defines(tile, side | adding, head_dim, head_dim_v, causal, deterministic, partial)
         kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
         kind += " from zeros" * clear
         shared = int(main["FA2_SHARED_BYTES"])
         jobs.append(CompileJob(*kernel, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
-    for clear in sorted({clear for clear, _ in sums}):
+    for clear in sorted({clear for clear, *_ in modes}):
         pre = side | _adding_defines(tile, clear) | {"FA2_NUM_WARPS": _PRE_WARPS}
         jobs.append(CompileJob(*_PRE, base, pre, f"backward preprocess {label}" + " of zeros" * clear, 0, 0))
-    jobs.append(CompileJob(*_COMBINE, base, side, f"backward combine {label}", 0, 0))
-    jobs.append(CompileJob(*_POST, base, side, f"backward postprocess {label}", post_bytes, 0))
+    for partial in both:
+        post = side | {"FA2_PARTIAL_DKV": int(partial)}
+        what = f"backward postprocess {label}" + " partial" * partial
+        jobs.append(CompileJob(*_POST, base, post, what, post_bytes, 0))
     return jobs
 
 

@@ -74,7 +74,7 @@ class BwdParams(ctypes.Structure):
         ("shape", Shape),
         ("scale_softmax_log2", c_float),
         ("softmax_scale", c_float),
-        ("head_splits", c_int32),
+        ("splits", c_int32),
         ("head_dim_v", c_int32),
     )
 
@@ -89,7 +89,7 @@ class BwdTmaParams(ctypes.Structure):
         ("shape", Shape),
         ("scale_softmax_log2", c_float),
         ("softmax_scale", c_float),
-        ("head_splits", c_int32),
+        ("splits", c_int32),
         ("head_dim_v", c_int32),
         ("_to_a_multiple_of_64", c_int32 * 13),
     )

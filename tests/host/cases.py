@@ -107,7 +107,8 @@ def special_cases(backward: bool) -> Iterator[tuple[str, list[HostCase]]]:
 
 
 def split_cases() -> list[tuple[HostCase, int]]:
-    """Query heads that share few keys; among how many thread blocks they are shared out on 4 multiprocessors."""
+    """Queries that share few keys; among how many thread blocks they are shared out on 4 multiprocessors: on Hopper by
+    steps, unless deterministic; else by heads."""
     causal = Case(113, 203, 64, "bfloat16", True, batch=1, heads=(8, 1), seed=7)
     full = dataclasses.replace(causal, seqlen_q=77, seqlen_k=150, causal=False, dtype="float16", heads=(6, 2))
 
@@ -115,28 +116,37 @@ def split_cases() -> list[tuple[HostCase, int]]:
         return HostCase(dataclasses.replace(case, **changes), arch, flip)  # type: ignore[arg-type]
 
     return [
-        (changed(causal), 4),
+        (changed(causal, "sm_100"), 4),
         (changed(causal, batch=2, heads=(8, 2)), 1),
         (changed(causal, heads=(8, 2), deterministic=True, layout="bhsd"), 2),
         (changed(causal, seqlen_k=300, heads=(6, 1), deterministic=True), 2),
-        (changed(causal, seqlen_q=203, seqlen_k=40), 8),  # query rows that see no key
+        (changed(causal, "sm_100", seqlen_q=203, seqlen_k=40), 8),  # query rows that see no key
         (changed(causal, seqlen_q=0), 1),  # keys that no query sees
-        (changed(causal, seqlen_q=1, seqlen_k=385), 2),
+        (changed(causal, "sm_100", seqlen_q=1, seqlen_k=385), 2),
         (changed(causal, seqlen_q=300, seqlen_k=300, head_dim=40, pad=8, order=2), 2),
-        (changed(full), 3),
+        (changed(full, "sm_100"), 3),
         (changed(full, heads=(7, 7)), 1),
-        (changed(full, seqlen_k=3, scale=30.0), 3),
+        (changed(full, "sm_100", seqlen_k=3, scale=30.0), 3),
         (changed(full, head_dim=59, deterministic=True), 3),
         (changed(full, shift=3, pad=5, flip=True), 3),
         (changed(full, "sm_80", head_dim=128, heads=(4, 1), deterministic=True), 4),
         (changed(full, "sm_86", head_dim=128, heads=(4, 1)), 2),
         (changed(full, "sm_86", head_dim=256, seqlen_k=70, heads=(4, 1)), 2),
-        (changed(full, head_dim=256, heads=(4, 1), expanded=True), 2),
+        (changed(full, head_dim=256, heads=(4, 1), expanded=True, deterministic=True), 2),
         (changed(causal, "sm_100", head_dim=192, seqlen_k=150, dtype="float16"), 4),
         (changed(causal, "sm_100", head_dim=192, head_dim_v=128, seqlen_k=150, deterministic=True), 4),
         (changed(causal, head_dim=192, head_dim_v=128, seqlen_k=150, deterministic=True), 2),
         (changed(full, "sm_86", head_dim=64, head_dim_v=160, seqlen_k=70, heads=(4, 1)), 2),
         (changed(full, head_dim=59, head_dim_v=100), 3),
+        # by steps: parts that end within a head, of different lengths
+        (changed(causal, seqlen_q=256, seqlen_k=256, head_dim=128), 3),
+        (changed(causal, seqlen_q=250, seqlen_k=300, head_dim=72, head_dim_v=40, heads=(13, 1), layout="bhsd"), 2),
+        (changed(full, seqlen_q=300, seqlen_k=100, heads=(9, 1)), 4),
+        (changed(full, seqlen_q=1000, seqlen_k=100, head_dim=128, heads=(1, 1)), 4),
+        (changed(full, seqlen_q=130, seqlen_k=3, head_dim=96, heads=(7, 1), scale=30.0), 3),
+        (changed(full, seqlen_q=130, seqlen_k=100, head_dim=256, heads=(7, 1)), 2),
+        (changed(causal, seqlen_q=120, seqlen_k=128, head_dim=192, heads=(11, 1)), 2),
+        (changed(causal, seqlen_q=200, seqlen_k=128, head_dim=192, head_dim_v=128, heads=(12, 1)), 2),
     ]
 
 

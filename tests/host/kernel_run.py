@@ -87,6 +87,14 @@ class Tensor:
     def poison(self) -> None:
         self._bytes[:] = 0xFF
 
+    @property
+    def address(self) -> int:
+        """Of the first of `bits`."""
+        return int(self._bytes.ctypes.data)
+
+    def fill(self, bits: bytes) -> None:
+        self._bytes[:] = np.frombuffer(bits, np.uint8)
+
     def bits(self) -> bytes:
         return self._bytes.tobytes()
 
@@ -196,8 +204,16 @@ def execute(
     if prepared.backward:
         pointers += (prepared.workspace.pointer,)
     sites: set[run.Site] = set()
+    workspace = prepared.workspace
+    before = workspace.bits()
     for launch in prepared.plan.launches:
-        sites.update(_launch(launch, pointers, schedule, plant, mutation, seed))
+        after = workspace.bits()
+        late = None
+        if launch.config.overlaps_previous:  # then it comes late
+            late = workspace.address, after
+            workspace.fill(before)
+        sites.update(_launch(launch, pointers, schedule, plant, mutation, seed, late))
+        before = after
     return {name: tensor.bits() for name, tensor in outputs.items()}, sites
 
 
@@ -208,13 +224,14 @@ def _launch(
     plant: str | None,
     mutation: Mutation | None,
     seed: int,
+    late: tuple[int, bytes] | None,
 ) -> list[run.Site]:
     mutated = mutation if mutation and mutation.path in _files_of(launch.source) else None
     library = build.library(launch.source, launch.name, launch.defines, mutation=mutated)
     has_maps = bool(getattr(launch, "tensor_maps", ()))
     params = launch.pack(pointers, tensor_map.encode) if has_maps else launch.pack(pointers)
     cluster = int(launch.defines.get("FA2_CLUSTER", 1))
-    return run.launch(library, launch.config, params, schedule, plant=plant, seed=seed, cluster=cluster)
+    return run.launch(library, launch.config, params, schedule, plant=plant, seed=seed, cluster=cluster, late=late)
 
 
 def judge(prepared: Prepared) -> None:

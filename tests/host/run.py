@@ -32,6 +32,9 @@ class _Launch(ctypes.Structure):
         ("shared_mem_bytes", ctypes.c_uint32),
         ("schedule", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
+        ("late", ctypes.c_void_p),
+        ("late_bytes", ctypes.c_char_p),
+        ("late_count", ctypes.c_uint64),
         ("plant", ctypes.c_char_p),
         ("params", ctypes.c_void_p),
         ("params_bytes", ctypes.c_uint64),
@@ -61,9 +64,11 @@ def launch(
     seed: int = 1,
     plant: str | None = None,
     cluster: int = 1,
+    late: tuple[int, bytes] | None = None,
 ) -> list[Site]:
     """Run the grid to its end; `params` are the bytes of the kernel's struct, `cluster` the blocks of a cluster.
 
+    late: an address, and what the launch before wrote there, which comes when somebody waits for it (griddepcontrol).
     Returns the synchronisation sites that were reached.
     """
     plant = plant if plant is not None else os.environ.get("FA2_PLANT")
@@ -78,6 +83,9 @@ def launch(
         shared_mem_bytes=config.shared_mem_bytes,
         schedule=schedule,
         seed=seed,
+        late=late[0] if late else None,
+        late_bytes=late[1] if late else None,
+        late_count=len(late[1]) if late else 0,
         plant=plant.encode() if plant else None,
         params=address,
         params_bytes=len(params),

@@ -41,12 +41,10 @@ def test_special_cases(host_cases: list[HostCase]) -> None:
     run_all(host_cases)
 
 
-@pytest.mark.parametrize(
-    "host_case, head_splits", [pytest.param(*pair, id=str(pair[0])) for pair in cases.split_cases()]
-)
-def test_head_splits(host_case: HostCase, head_splits: int) -> None:
+@pytest.mark.parametrize("host_case, splits", [pytest.param(*pair, id=str(pair[0])) for pair in cases.split_cases()])
+def test_splits(host_case: HostCase, splits: int) -> None:
     plan = prepare(host_case, BACKWARD).plan
-    assert isinstance(plan, BackwardPlan) and plan.head_splits == head_splits
+    assert isinstance(plan, BackwardPlan) and plan.splits == splits
     check(host_case, BACKWARD)
 
 

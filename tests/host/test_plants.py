@@ -68,7 +68,7 @@ BACKWARD = {
     "hopper-turns": HostCase(Case(300, 403, 128, "bfloat16", True, 1, (3, 3), deterministic=True, seed=20)),
     "hopper-turns-full": HostCase(Case(150, 700, 64, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21)),
     "hopper-short": HostCase(Case(60, 600, 128, "bfloat16", False, 1, (4, 4), seed=22)),
-    "hopper-splits": HostCase(Case(150, 203, 128, "bfloat16", True, 1, (8, 2), seed=23)),
+    "hopper-splits": HostCase(Case(256, 256, 128, "bfloat16", True, 1, (8, 1), seed=23)),  # by steps: in three
     "hopper-own-v": HostCase(Case(90, 203, 40, "bfloat16", True, 3, (2, 1), seed=24, head_dim_v=72)),
     "hopper-sections": HostCase(Case(300, 403, 32, "bfloat16", True, 13, (1, 1), seed=25)),
     "hopper-staggered": HostCase(Case(150, 600, 128, "float16", False, 1, (4, 2), seed=31)),
@@ -83,6 +83,7 @@ BACKWARD = {
     "hopper-wide-turns-full": HostCase(Case(150, 700, 192, "bfloat16", False, 1, (3, 3), deterministic=True, seed=21)),
     "hopper-wide-own-v": HostCase(Case(150, 203, 192, "bfloat16", True, 1, (8, 1), seed=28, head_dim_v=120)),
     "hopper-wide-own-full": HostCase(Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72)),
+    "hopper-wide-splits": HostCase(Case(120, 128, 192, "bfloat16", True, 1, (11, 1), seed=34, head_dim_v=72)),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
 }
 # What only an unlucky order of blocks shows gets a few more of them.
@@ -91,7 +92,7 @@ SCHEDULES = (*Schedule, *10 * (Schedule.RANDOM,))
 _SYNCHRONISATION = re.compile(
     r"\b(__syncthreads\(|__syncwarp\(|cp_async_wait_group<"
     r"|bar_sync\(|bar_arrive\(|fence_mbarrier_init\(|mbarrier_(arrive|arrive_expect_tx|wait|try_wait_parity)\("
-    r"|cluster_sync\(|mbarrier_arrive_cluster\("
+    r"|cluster_sync\(|griddepcontrol_wait\(|mbarrier_arrive_cluster\("
     r"|fence_proxy_async\(|cp_async_bulk_wait_group(_read)?<|wgmma_fence\(|wgmma_wait_group<)"
 )
 _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
@@ -145,7 +146,7 @@ FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
-COMBINE, FILL = "smxx/flash_bwd_combine.cu", "smxx/fill_empty.cu"
+FILL = "smxx/fill_empty.cu"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
 MUTANTS = [
@@ -248,12 +249,16 @@ MUTANTS = [
     ("bwd", "hopper-causal", BWD90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
     ("bwd", "hopper-causal", BWD90, "step.m_block < work.mask_to", "step.m_block + 1 < work.mask_to"),
     ("bwd", "hopper-few", BWD90, "step.m_block < work.mask_to", "false"),
-    ("bwd", "hopper-full", BOTH90, "* shares * shape.batch;", "* shares * shape.batch - 1;"),
+    ("bwd", "hopper-full", BOTH90, "* parts * shape.batch;", "* parts * shape.batch - 1;"),
     ("bwd", "hopper-sections", BOTH90, "clusters - 1 - cluster", "clusters - cluster"),
     ("bwd", "hopper-sections", BOTH90, "n_blocks - 1 - tile.block : tile.block", "n_blocks - 1 : tile.block"),
     ("bwd", "hopper-splits", BOTH90, "++head, tile += work.end;", "++head;"),
     ("bwd", "hopper-causal", BOTH90, "m_block = work.begin, tile", "m_block = 0, tile"),
-    ("bwd", "hopper-splits", BOTH90, "tile.head / head_splits,", "tile.head,"),
+    ("bwd", "hopper-splits", BOTH90, "tile.head / splits;", "tile.head;"),
+    ("bwd", "hopper-splits", BOTH90, "steps * (split + 1) / splits", "steps / splits * (split + 1)"),
+    ("bwd", "hopper-splits", BOTH90, "steps * split / splits", "steps * split / splits + 1"),
+    ("bwd", "hopper-splits", BOTH90, "head_k * heads + first / head_steps", "head_k * heads"),
+    ("bwd", "hopper-splits", BOTH90, "range.begin + first % head_steps", "range.begin"),
     ("bwd", "hopper-full", BOTH90, "static_cast<int>(step.tile), 0, 0)", "step.m_block, 0, 0)"),
     ("bwd", "hopper-full", BWD90, "params.softmax_d, smem.dout_full", "params.lse_log2, smem.dout_full"),
     ("bwd", "hopper-full", BWD90, "first = step.left == 1;", "first = false;"),
@@ -295,9 +300,9 @@ MUTANTS = [
     ("bwd", "hopper-full", BWD90, "    ds.advance();\n", ""),
     # where a head begins
     ("bwd", "hopper-staggered", BOTH90, "ceil_div(range.end, n_blocks) % range.end", "ceil_div(range.end, n_blocks)"),
-    ("bwd", "hopper-staggered", BOTH90, "m_block(work.start)", "m_block(work.begin)"),
+    ("bwd", "hopper-staggered", BOTH90, "m_block(work.m_block)", "m_block(work.begin)"),
     ("bwd", "hopper-staggered", BOTH90, ", tile -= work.end - work.begin;", ";"),
-    ("bwd", "hopper-staggered", BOTH90, "if (m_block == work.start) ++head", "if (m_block == work.begin) ++head"),
+    ("bwd", "hopper-staggered", BOTH90, "if (m_block == work.head_begin) ++head", "if (m_block == work.begin) ++head"),
     # who begins a sum of dQ, and who waits for that
     ("bwd", "hopper-full", BOTH90, "while (seen < kWritten) seen = ld_acquire(counter);", ""),
     ("bwd", "hopper-full", BOTH90, "while (seen < kWritten)", "while (seen < 1)"),
@@ -389,7 +394,7 @@ MUTANTS = [
         "ring.parity);  // released by compute_scores and",
     ),
     ("bwd", "hopper-wide", WIDE90, "(schedule.round + 1) % 2", "0"),
-    ("bwd", "hopper-wide-own-v", WIDE90, "static_cast<int64_t>(work.part)", "static_cast<int64_t>(work.n_block)"),
+    ("bwd", "hopper-wide-splits", WIDE90, "static_cast<int64_t>(work.part)", "static_cast<int64_t>(work.n_block)"),
     (
         "bwd",
         "hopper-wide-own-full",
@@ -420,32 +425,34 @@ MUTANTS = [
         "kCluster > 1 ? query_blocks(shape, n_block).mask_to : range.mask_to",
         "range.mask_to",
     ),
-    ("bwd", "hopper-wide-own-v", BOTH90, "+ tile.head) * kCluster * n_blocks", "+ tile.head) * n_blocks"),
+    ("bwd", "hopper-wide-splits", BOTH90, "+ tile.head) * kCluster * n_blocks", "+ tile.head) * n_blocks"),
     ("bwd", "hopper-wide-turns", BOTH90, "ld_acquire(counter) < n_block", "ld_acquire(counter) < n_block - 1"),
     ("bwd", "hopper-narrow-panel", BWD90, "kHeadDim - kDqCols : kDqCols", "kHeadDim - kDqCols - 16 : kDqCols"),
     # which of the blocks that share a key head
-    ("bwd", "splits", BWD, "head_k = tile.head / head_splits", "head_k = tile.head % shape.num_heads_k"),
+    ("bwd", "splits", BWD, "head_k = tile.head / splits", "head_k = tile.head % shape.num_heads_k"),
     ("bwd", "splits", BWD, "(tile.head + 1) * heads - 1", "(tile.head + 1) * heads - 2"),
     ("bwd", "splits", BWD, "(tile.batch * shares + tile.head) * n_blocks", "(tile.batch * shares + head_k) * n_blocks"),
     ("bwd", "splits", BWD, "(row + accumulator_row()) * kCols", "accumulator_row() * kCols"),
-    ("bwd", "splits", COMBINE, "split < params.head_splits", "split < params.head_splits - 1"),
-    ("bwd", "splits", COMBINE, "split < params.head_splits", "split <= params.head_splits"),
-    ("bwd", "splits", COMBINE, "row_of_keys * params.head_splits * part_floats", "row_of_keys * part_floats"),
-    ("bwd", "splits", COMBINE, "ceil_div(shape.seqlen_k, kBlockN)) * kBlockN", "shape.seqlen_k)"),
+    ("bwd", "splits", POST, "split < params.splits", "split < params.splits - 1"),
+    ("bwd", "splits", POST, "split < params.splits", "split <= params.splits"),
+    ("bwd", "splits", POST, "row_of_keys * params.splits * part_floats", "row_of_keys * part_floats"),
+    ("bwd", "splits", POST, "ceil_div(shape.seqlen_k, kBlockN)) * kBlockN", "shape.seqlen_k)"),
     # whose columns, where v has its own
     ("fwd", "own-v", FWD, "keys_from(n), head_dim_v(params)", "keys_from(n), shape.head_dim"),
     ("fwd", "own-v", FWD, "queries, head_dim_v(params)", "queries, shape.head_dim"),
     ("fwd", "own-v", FWD, "store_accumulator(smem.out,", "store_accumulator(smem.q,"),
     ("fwd", "hopper-own-v", FWD90, "store_rows<64, kHeadDimV>", "store_rows<64, kHeadDimV - 64>"),
     ("bwd", "own-v", PRE, "ceil_pow2(kHeadDimV / 8)", "ceil_pow2(kHeadDim / 8)"),
-    ("bwd", "own-v", PRE, " os.row, col, head_dim_v(params)", " os.row, col, shape.head_dim"),
+    ("bwd", "own-v", PRE, "head_dim_v(params) : 0", "shape.head_dim : 0"),
     ("bwd", "own-v", BWD, "vs.row, keys,\n            head_dim_v(params)", "vs.row, keys, shape.head_dim"),
     ("bwd", "own-v", BWD, "first_query : 0, head_dim_v(params)", "first_query : 0, shape.head_dim"),
     ("bwd", "own-v", BWD, "gemm<kHeadStepsV>", "gemm<kHeadSteps>"),
     ("bwd", "own-v", BWD, "dvs.row, keys, head_dim_v(params)", "dvs.row, keys, shape.head_dim"),
     ("bwd", "splits-own-v", BWD, "params.dv_partial + row * kHeadDimV", "params.dv_partial + row * kHeadDim"),
-    ("bwd", "splits-own-v", COMBINE, "shape.head_dim : head_dim_v(params)", "shape.head_dim : shape.head_dim"),
-    ("bwd", "splits-own-v", COMBINE, "is_dk ? kHeadDim : kHeadDimV", "kHeadDim"),
+    ("bwd", "splits-own-v", POST, "shape.head_dim : head_dim_v(params)", "shape.head_dim : shape.head_dim"),
+    ("bwd", "splits-own-v", POST, "kIsDk ? kHeadDim : kHeadDimV", "kHeadDim"),
+    ("bwd", "splits-own-v", POST, "block < dk_blocks ? block :", "true ? block :"),
+    ("bwd", "splits-own-v", POST, "(shape.head_dim, 8)", "(head_dim_v(params), 8)"),
     # whose turn it is to add to dQ
     ("bwd", "turns", BWD, "(m_block / kTurnBlocks + 1) * kTurnBlocks) - 1", "m_block + 1) - 1"),
     ("bwd", "turns", BWD, "tile_index(step) - block_in_turn", "tile_index(step)"),
@@ -462,10 +469,12 @@ MUTANTS = [
     ("fwd", "unaligned", TILE, "inside = row < rows && col < cols", "inside = row < rows && col <= cols"),
     ("fwd", "narrow", TILE, "kCols % map.kColsPerRound != 0 && map.col + col >= kCols", "false"),
     ("bwd", "tiny", TILE, "!= part || (kRows % map.kRowsPerPass != 0 && row >= kRows)", "!= part"),
-    ("bwd", "full", PRE, "row < shape.seqlen_q", "row <= shape.seqlen_q"),
+    ("bwd", "full", PRE, "row < rows ? head_dim_v", "row <= rows ? head_dim_v"),
+    ("bwd", "full", PRE, "own_row < rows", "own_row <= rows"),
+    ("bwd", "full", PRE, "if (own_row < kBlockM)", "if (true)"),
     ("bwd", "narrow", PRE, "if (col < cols)", "if (col <= cols)"),
     ("bwd", "unaligned", PRE, "if (col + i < cols)", "if (col + i <= cols)"),
-    ("bwd", "tiny", PRE, "if (i < kBlockM && col == 0)", "if (col == 0)"),
+    ("bwd", "tiny", PRE, "if (row < kBlockM && col == 0)", "if (col == 0)"),
     ("bwd", "full", PRE, "i < kDqTileFloats / 4", "i < kDqTileFloats / 4 - 1"),
     # what is written
     ("fwd", "full", TILE, "if (row >= rows ||", "if (row > rows ||"),
@@ -476,9 +485,9 @@ MUTANTS = [
     ("fwd", "unaligned", TILE, "if (row < rows && col < cols)", "if (row < rows && col <= cols)"),
     ("fwd", "full", FWD, "if (row + 16 * i + 8 * h < rows)", "if (row + 16 * i + 8 * h <= rows)"),
     ("bwd", "narrow", POST, "if (dq_col(warp) + 8 * j >= kHeadDim) break;", ""),
-    ("bwd", "splits", COMBINE, "if (batch >= shape.batch) return", "if (batch > shape.batch) return"),
-    ("bwd", "splits-unaligned", COMBINE, "ceil_div(cols, 8)", "cols / 8"),
-    ("bwd", "splits-unaligned", COMBINE, "if (col + i < cols)", "if (col + i <= cols)"),
+    ("bwd", "splits", POST, "if (batch >= shape.batch) return", "if (batch > shape.batch) return"),
+    ("bwd", "splits-unaligned", POST, "ceil_div(cols, 8)", "cols / 8"),
+    ("bwd", "splits-unaligned", POST, "if (col + i < cols)", "if (col + i <= cols)"),
     ("fwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
     ("fwd", "dropped", FILL, "min(piece * 16 + 16, params.head_dim)", "piece * 16 + 16"),
     ("bwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),

@@ -97,6 +97,7 @@ struct World {
   uint64_t changes = 0;  // of words that are polled
   uint64_t random = 1;
   bool failed = false;
+  bool awaited_previous = false;  // whether what the launch before wrote is there
   std::vector<SyncSite> sync_sites;
 
   Fiber& current() { return block->fibers[fiber]; }

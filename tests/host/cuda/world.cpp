@@ -491,10 +491,18 @@ char* shared_pointer(uint32_t address, uint32_t bytes, Site site) {
   return world.block->shared + offset;
 }
 
+void await_previous() {
+  if (world.awaited_previous || !world.launch->late) return;
+  world.awaited_previous = true;
+  memcpy(world.launch->late, world.launch->late_bytes, world.launch->late_count);
+  word_changed();
+}
+
 int run(const Launch& launch, KernelBody body) {
   world.launch = &launch;
   world.body = body;
   world.failed = false;
+  world.awaited_previous = false;
   world.threads = static_cast<int>(launch.block[0] * launch.block[1] * launch.block[2]);
   world.random = launch.seed * 0x9e3779b97f4a7c15u + 0x1234567u;
   world.sync_sites.clear();
@@ -517,6 +525,10 @@ int run(const Launch& launch, KernelBody body) {
   _mm_setcsr(mode | 0x8000);  // flush to zero, as the kernels are compiled with -ftz=true
 #endif
   run_grid();
+  if (!world.failed && launch.late && !world.awaited_previous) {
+    snprintf(launch.message, launch.message_bytes, "nobody waited for the launch before");
+    world.failed = true;
+  }
 #if defined(__SSE__)
   _mm_setcsr(mode);
 #endif

@@ -31,6 +31,9 @@ struct Launch {
   uint32_t shared_mem_bytes;
   int32_t schedule;       // Schedule
   uint64_t seed;          // of Schedule::kRandom
+  void* late;             // what the launch before wrote: not there before await_previous(); or null
+  const void* late_bytes;
+  uint64_t late_count;
   const char* plant;      // "file:line" of a synchronisation that is left out, or null
   const void* params;     // the kernel's only argument
   uint64_t params_bytes;
@@ -40,6 +43,9 @@ struct Launch {
 
 using KernelBody = void (*)(const void* params);
 int run(const Launch& launch, KernelBody body);  // 0, or 1 with a message
+
+// The launch before this one has ended, and what it wrote is there.
+void await_previous();
 
 // The wait-for-each-other sites that launches in this library reached, as "file:line name" lines.
 const char* sites();

@@ -87,6 +87,11 @@ inline void red_add_v4_f32(float* address, float x, float y, float z, float w, F
   address[3] += w;
 }
 
+inline void griddepcontrol_wait(FA2_HOST_SITE) {
+  if (fa2_host::synchronises("griddepcontrol_wait", {file, line})) fa2_host::await_previous();
+}
+inline void griddepcontrol_launch_dependents() {}
+
 inline int ld_acquire(const int* address, FA2_HOST_SITE) { return fa2_host::poll(address, {file, line}); }
 inline void red_release_add(int* address, int value) {
   *address += value;
