@@ -55,6 +55,18 @@ FA2_DEVICE float to_float(half_t x) {
 }
 FA2_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
+// %ctaid.x and %nctaid.x, read here: what is computed of blockIdx and gridDim may be kept in registers for a long time
+FA2_DEVICE int read_ctaid() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+FA2_DEVICE int read_nctaid() {
+  int blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
+
 // %clock: cycles of the multiprocessor
 FA2_DEVICE uint32_t read_clock() {
   uint32_t cycles;

@@ -53,7 +53,7 @@ constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !k
 struct Schedule {
   int round = 0;
   FA2_DEVICE int place() const {
-    const int clusters = gridDim.x / kCluster, cluster = blockIdx.x / kCluster;
+    const int clusters = read_nctaid() / kCluster, cluster = read_ctaid() / kCluster;  // anew: no registers to keep them in
     return round * clusters + (kDeterministic || round % 2 == 0 ? cluster : clusters - 1 - cluster);
   }
   FA2_DEVICE bool more(const BwdTmaParams& params) const {
@@ -67,7 +67,7 @@ struct Schedule {
     const int splits = kPartialDkv ? params.splits : 1, parts = shape.num_heads_k * splits;
     const int n_blocks = ceil_div(shape.seqlen_k, kCluster * kBlockN), rows = parts * shape.batch;
     const int linear = place();
-    ++round;
+    round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
     const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
     const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
     const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;

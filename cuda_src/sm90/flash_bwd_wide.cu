@@ -149,13 +149,13 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
   const Shape& shape = params.shape;
   const int warp_row = warp_id() % 4 * 16, row = warp_row + accumulator_row(), peer = cluster_rank() ^ 1;
   const bool leader = lane_id() == 0;
-  Ring<2> ring;  // of the step; where there is but one buffer, its parity is ring.stage
-  Ring<kQBuffers> q;
+  uint32_t count = 0;  // of steps: where in rings of two, in one register
+  Ring<kQBuffers> q;     // of the next S
   Ring<kDoutBuffers> dout;
-  int q_stage = 0;  // of this step's Q, when q is that of the next
   AccS acc_s, acc_dp;
   Schedule schedule;
   Work work = {};
+  int key = 0;  // this thread's first one
 
   // S = Q K^T, dP = dO V^T, each in two halves: a warpgroup gets about eight products ahead of the tensor cores, and could do
   // nothing else while it issues more.
@@ -185,9 +185,9 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
   };
   auto compute_step = [&](const Step& step, auto more) {
     constexpr bool kMore = decltype(more)::value;  // a step of this tile after this one
-    const int stage = ring.stage, p_stage = kPBuffers > 1 ? stage : 0;
-    const uint32_t parity = ring.parity, p_parity = kPBuffers > 1 ? parity : stage;
-    const int query = step.m_block * kBlockM + row, key = work.n_block * kBlockN + accumulator_col();
+    const int stage = count % 2, q_stage = stage * kParts, p_stage = kPBuffers > 1 ? stage : 0;
+    const uint32_t parity = count / 2 % 2, p_parity = kPBuffers > 1 ? parity : stage;  // of one buffer: stage
+    const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
       if (step.m_block < work.mask_to) mask_p(acc_s, h, key_end(shape, query + 8 * h) - key);
@@ -206,7 +206,6 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
     pin(acc_dp);
     differentiate_softmax(acc_dp, acc_s, softmax_d);
     announce(smem.p_full[p_stage]);
-    const int q_next = q.stage;
     if constexpr (kMore) issue_s(False{});
     mbarrier_wait(smem.ds_empty[stage], parity ^ 1);  // released by sum_gradient, both of them
     mbarrier_wait(smem.ds_peer_empty, stage ^ 1);     // released by sum_gradient of the other block: so its ds_peer is free
@@ -225,13 +224,13 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
         mbarrier_arrive(smem.dout_loads.keys_empty);
       }
     }
-    q_stage = q_next;
-    ring.advance();
+    ++count;
     if constexpr (kMore) wgmma_wait_group<0>();  // S of the next step
   };
 
   while (schedule.next(params, work)) {
     Step step(shape, work);
+    key = work.n_block * kBlockN + accumulator_col();
     mbarrier_wait(smem.q_loads.keys_full, keys_parity(schedule));  // K landed: copy_tiles
     issue_s(False{});
     issue_s(True{});

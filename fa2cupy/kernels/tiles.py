@@ -346,7 +346,7 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
     BwdTileSm90(192, 64, 64, 2, "202 KB", head_dim_v=128),
     BwdTileSm90(192, 64, 64, 2, "226 KB"),
-    BwdTileSm90(256, 64, 64, 2, "227 KB; with partial dK and dV it spills, once a tile", spill_bytes=32),
+    BwdTileSm90(256, 64, 64, 2, "227 KB"),
 )
 
 

@@ -78,6 +78,9 @@ inline void st_shared_v4(uint32_t address, uint4 value, FA2_HOST_SITE) {
   fa2_host::store_shared(address, value, {file, line});
 }
 
+inline int read_ctaid() { return static_cast<int>(blockIdx.x); }
+inline int read_nctaid() { return static_cast<int>(gridDim.x); }
+
 inline void red_add_f32(float* address, float value) { *address += value; }
 inline void red_add_v4_f32(float* address, float x, float y, float z, float w, FA2_HOST_SITE) {
   fa2_host::check_aligned(address, 16, {file, line});
