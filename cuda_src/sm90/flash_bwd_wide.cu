@@ -27,14 +27,16 @@ constexpr int kCopyRegisters = kHeadDim > 192 ? 24 : 32, kScoreRegisters = kHead
 constexpr int kSumRegisters = kHeadDim > 192 ? 192 : 184;
 static_assert(kCopyRegisters + kScoreRegisters + 2 * kSumRegisters <= 512, "the registers of 128 threads");
 
-// A piece of dQ: as many columns as registers hold. Block `rank` of the cluster sums piece `rank`, with the warpgroup that sums
-// dV. The other warpgroup has piece 2 + `rank`, or where there are three, each block's the last one, over its own keys.
+// A panel of dQ is as many columns as registers hold. Block `rank` of the cluster sums panel `rank` over the keys of both, with
+// the warpgroup that sums dV. The other warpgroup has panel 2 + `rank`; or of the last of three panels half `rank`; or, where there
+// is no room for that panel of the other block's K, all of it, over its own keys.
 constexpr int kDqCols = 64;
 static_assert(kCluster == 2 && (kHeadDim == 3 * kDqCols || kHeadDim == 4 * kDqCols), "a piece for each of two warpgroups");
-constexpr bool kSecondShared = kHeadDim == 4 * kDqCols;
+constexpr bool kSecondHalf = kHeadDim == 192 && kHeadDimV <= 128, kSecondShared = kHeadDim == 256 || kSecondHalf;
 constexpr int kPeerPanels = 1 + kSecondShared;  // of the other block's K
-constexpr int kTurns = kDqParts - 1;            // of a block in a step: at shared pieces, and at one that is not
 constexpr bool kDqShared = kHeadDim <= 192;     // there is room for dQ in shared memory, from where bulk copies add it
+constexpr int kTurns = kDqShared ? 2 : 1;       // of a block in a step: for both of its pieces at a time, or for each
+static_assert(kDqParts == (!kDqShared ? 2 : kSecondShared ? 4 : 3), "counters of turns");
 // Else the additions of a warp are so many clocks apart: a burst of them holds up all that goes through the load-store unit.
 constexpr uint32_t kRedClocks = 48;
 
@@ -69,17 +71,19 @@ struct SharedMemory {
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
 
-// The piece of the warpgroup that sums dV, or of that which sums dK (kSecond).
-template <bool kSecond>
-FA2_DEVICE int piece_of_dq() {
-  return kSecond ? 2 + kSecondShared * cluster_rank() : cluster_rank();
+// The piece of dQ of the warpgroup that sums dV, or of that which sums dK (second): its columns, and the first of them.
+constexpr int cols_of_dq(bool second) { return second && kSecondHalf ? kDqCols / 2 : kDqCols; }
+FA2_DEVICE int first_col_of_dq(bool second) {
+  return second ? 2 * kDqCols + kSecondShared * cluster_rank() * cols_of_dq(true) : cluster_rank() * kDqCols;
 }
 
-// Deterministic: pairs of key blocks take turns at a block's shared pieces (turn 0), and key blocks at the last piece (turn 1).
+// Deterministic: pairs of key blocks take turns at a block's shared pieces, key blocks at a piece that is not (turn 1).
 FA2_DEVICE int* turn_counter(const BwdTmaParams& params, const Step& step, int turn) {
-  return params.dq_turn + step.tile * kDqParts + (turn == 0 ? cluster_rank() : kCluster);
+  return params.dq_turn + step.tile * kDqParts + turn * kCluster + (turn == 0 || kSecondShared ? cluster_rank() : 0);
 }
-FA2_DEVICE int turn_number(const Work& work, int turn) { return turn == 0 ? work.n_block / kCluster : work.n_block; }
+FA2_DEVICE int turn_number(const Work& work, int turn) {
+  return turn == 0 || kSecondShared ? work.n_block / kCluster : work.n_block;
+}
 
 // Of the barriers of K and V, while the tile that the schedule has just given is worked on.
 FA2_DEVICE uint32_t keys_parity(const Schedule& schedule) { return (schedule.round + 1) % 2; }
@@ -100,7 +104,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, P
     if (k_peer) {
 #pragma unroll
       for (int i = 0; i < kPeerPanels; ++i)
-        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, (2 * i + cluster_rank()) * kDqCols,
+        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / 64 * 64,
                                      (work.n_block ^ 1) * kBlockN, work.head_k, work.batch);
     }
     griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
@@ -250,12 +254,13 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
   constexpr int kCols = kSecond ? kHeadDim : kHeadDimV, kGradients = kCols / kPartCols;
   const int warp = warp_id() % 4, lane = lane_id(), warp_row = warp * 16, peer = cluster_rank() ^ 1;
   constexpr bool kShared = !kSecond || kSecondShared;  // the piece of dQ
-  const int piece = piece_of_dq<kSecond>();
+  constexpr int kPieceCols = cols_of_dq(kSecond);
+  const int piece_col = first_col_of_dq(kSecond);
   const bool leader = threadIdx.x % 128 == 0;
   Ring<kBuffers> rows;  // of queries
   Ring<2> ring;         // of the step; where there is but one buffer, its parity is ring.stage
   Accumulator<1, kPartCols / 8> acc_gradient[kGradients];
-  Accumulator<1, kDqCols / 8> acc_dq;
+  Accumulator<1, kPieceCols / 8> acc_dq;
   Schedule schedule;
   Work work = {};
 
@@ -264,9 +269,9 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
     if constexpr (kDqShared) {
       mbarrier_wait(smem.dq_empty[kSecond], ring.stage ^ 1);  // the step before has been read: add_dq
 #pragma unroll
-      for (int j = 0; j < kDqCols / 8; ++j) {
+      for (int j = 0; j < kPieceCols / 8; ++j) {
         const float(&x)[4] = acc_dq.x[0][j];
-        st_shared_v4(smem_address(&smem.dq[kSecond][(warp * kDqCols / 8 + j) * 128 + lane * 4]),
+        st_shared_v4(smem_address(&smem.dq[kSecond][(warp * kPieceCols / 8 + j) * 128 + lane * 4]),
                      uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
       }
       fence_proxy_async();  // this thread's part of dQ, before the copy engine reads it
@@ -274,11 +279,11 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
       if (lane == 0) mbarrier_arrive(smem.dq_full[kSecond]);
     } else {
       if (kDeterministic) mbarrier_wait(smem.dq_turn[0], ring.stage);  // it is this block's turn: announce_turns
-      float* target = params.dq_accum + step.tile * kDqTileFloats + dq_offset(warp, lane, 0, piece * kDqCols / 8, 0);
+      float* target = params.dq_accum + step.tile * kDqTileFloats + dq_offset(warp, lane, 0, piece_col / 8, 0);
       const bool writes = writes_dq(turn_number(work, 0));
       uint32_t last = read_clock() - kRedClocks;
 #pragma unroll
-      for (int j = 0; j < kDqCols / 8; ++j, target += 128) {
+      for (int j = 0; j < kPieceCols / 8; ++j, target += 128) {
         const float(&x)[4] = acc_dq.x[0][j];
         while (read_clock() - last < kRedClocks) continue;
         last = read_clock();
@@ -308,11 +313,11 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
     }
     if constexpr (!kSecond) mbarrier_wait(smem.ds_full[stage], ring.parity);  // dS is there: compute_scores
     wgmma_fence();
-    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage]), DownRows(smem.k, piece * kDqCols));
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage]), DownRows(smem.k, piece_col));
     if constexpr (kShared) {
       mbarrier_wait(smem.ds_peer_full, stage);  // the other block's dS landed: compute_scores there
       wgmma_fence();
-      gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds_peer), DownRows(smem.k_peer, kSecond * kDqCols), true);
+      gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds_peer), DownRows(smem.k_peer, kSecond * kDqCols + piece_col % 64), true);
     }
     wgmma_commit_group();
     wgmma_wait_group<1>();  // dV or dK, the last columns
@@ -375,17 +380,17 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
         float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
 #pragma unroll
         for (int turn = 0; turn < 2; ++turn) {
-          const int piece = turn == 0 ? piece_of_dq<false>() : piece_of_dq<true>();
+          const int cols = cols_of_dq(turn > 0), first_col = first_col_of_dq(turn > 0);
           mbarrier_wait(smem.dq_full[turn], parity);                      // dQ is in shared memory: sum_gradient
           if (kDeterministic) mbarrier_wait(smem.dq_turn[turn], parity);  // it is this block's turn: announce_turns
 #pragma unroll
           for (int warp = 0; warp < 4; ++warp) {
-            float* target = dq_tile + dq_offset(warp, 0, 0, piece * kDqCols / 8, 0);
-            const float* source = smem.dq[turn] + warp * 16 * kDqCols;
+            float* target = dq_tile + dq_offset(warp, 0, 0, first_col / 8, 0);
+            const float* source = smem.dq[turn] + warp * 16 * cols;
             if (writes_dq(turn_number(work, turn))) {
-              cp_async_bulk_store(target, source, kDqCols * 64);
+              cp_async_bulk_store(target, source, cols * 64);
             } else {
-              cp_reduce_async_bulk_add_f32(target, source, kDqCols * 64);
+              cp_reduce_async_bulk_add_f32(target, source, cols * 64);
             }
           }
           cp_async_bulk_commit_group();

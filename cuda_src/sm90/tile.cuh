@@ -55,13 +55,14 @@ struct AlongRows {
 };
 
 // An operand of a product whose sum runs down the rows of a tile (V): `step` is the block of 16 rows. `col`: of its first
-// column, where a panel starts.
+// column, where a panel or half of one starts.
 template <int kRows, int kCols>
 struct DownRows {
   static constexpr bool kDown = true;
   uint64_t descriptor;
   FA2_DEVICE explicit DownRows(const Panels<kRows, kCols>& tile, int col = 0)
-      : descriptor(matrix_descriptor(smem_address(tile.data) + col / 64 * tile.kPanelBytes, tile.kPanelBytes)) {}
+      : descriptor(
+            matrix_descriptor(smem_address(tile.data) + col / 64 * tile.kPanelBytes + col % 64 * 2, tile.kPanelBytes)) {}
   FA2_DEVICE uint64_t at(int step) const { return descriptor + step * 16 * 128 / 16; }
 };
 

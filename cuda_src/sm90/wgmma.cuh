@@ -54,6 +54,8 @@ constexpr bool kIsBf16<bf16_t> = true;
 #define FA2_D6(t) FA2_D(t##0), FA2_D(t##1), FA2_D(t##2), FA2_D(t##3), FA2_D(t##4), FA2_D(t##5)
 #define FA2_D8(t) FA2_D(t##0), FA2_D(t##1), FA2_D(t##2), FA2_D(t##3), FA2_D(t##4), FA2_D(t##5), FA2_D(t##6), FA2_D(t##7)
 #define FA2_D10(t) FA2_D(t##0), FA2_D(t##1), FA2_D(t##2), FA2_D(t##3), FA2_D(t##4), FA2_D(t##5), FA2_D(t##6), FA2_D(t##7), FA2_D(t##8), FA2_D(t##9)
+#define FA2_TEXT16 FA2_T10() ", " FA2_T6(1)
+#define FA2_REGS16 FA2_D10(), FA2_D6(1)
 #define FA2_TEXT32 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T2(3)
 #define FA2_REGS32 FA2_D10(), FA2_D10(1), FA2_D10(2), FA2_D2(3)
 #define FA2_TEXT40 FA2_T10() ", " FA2_T10(1) ", " FA2_T10(2) ", " FA2_T10(3)
@@ -100,6 +102,7 @@ constexpr bool kIsBf16<bf16_t> = true;
     }                                                                                                                 \
   }
 
+FA2_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 FA2_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 FA2_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
 FA2_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)

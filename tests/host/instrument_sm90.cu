@@ -102,7 +102,7 @@ void along_rows(const InstrumentParams& p, SharedMemory& smem) {
   if (p.flaw != kReadEarly) write(p, d);
 }
 
-// D = A B of 64 rows of A, 64 rows of B, N columns; down B's rows. A from shared memory or from registers.
+// D = A B of 64 rows of A, 64 rows of B, N columns from column p.row on; down B's rows. A from shared memory or from registers.
 template <int kN>
 void down_rows(const InstrumentParams& p, SharedMemory& smem, bool in_registers) {
   constexpr int kPanels = (kN + 63) / 64;
@@ -131,7 +131,7 @@ void down_rows(const InstrumentParams& p, SharedMemory& smem, bool in_registers)
   d.clear();
   const uint32_t panel = p.flaw == kWrongLeading ? 128 * 128 : 64 * 128;
   for (int k = 0; k < 4; k++) {  // a group for each
-    const uint64_t b = matrix_descriptor(smem_address(smem.b[0]) + k * 16 * 128, panel);
+    const uint64_t b = matrix_descriptor(smem_address(smem.b[0]) + k * 16 * 128 + p.row * 2, panel);
     wgmma_fence();
     if (in_registers) {
       wgmma_rs<half_t, true>(d, a[k], b, true);
@@ -317,6 +317,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) instrument(const __grid_con
     case 8: return pair(p, smem);
   }
   switch (p.n) {
+    case 32: return of_width<32>(p, smem);
     case 64: return of_width<64>(p, smem);
     case 96: return of_width<96>(p, smem);
     case 128: return of_width<128>(p, smem);

@@ -17,7 +17,7 @@ from tests.host.run import HostRunError, Schedule
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "instrument_sm90.cu"
-WIDTHS = (64, 96, 128, 192, 256)
+WIDTHS = (32, 64, 96, 128, 192, 256)
 SHARED_BYTES = 4 * 64 * 128 + 4 * 256 * 128 + 1024
 ALONG, DOWN, DOWN_RS, RING, STORE, REGISTERS, FLOATS, SUM, PAIR = range(9)
 
@@ -177,6 +177,21 @@ def test_product_down_rows(which: int, n: int, schedule: Schedule) -> None:
     a_bits, b_bits = bits(a, "float16"), bits(b, "float16")
     launch(which, (as_map(a_bits, 64), as_map(b_bits, 64)), out, n=n, schedule=schedule)
     np.testing.assert_array_equal(out, a @ b)
+
+
+def half_of_b(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The product with n columns of B from column 32 on, down its rows: as it came out, and as it should."""
+    a, b = integers(64, 64), integers(64, 64)
+    out = np.full((64, n), np.nan, np.float32)
+    a_bits, b_bits = bits(a, "float16"), bits(b, "float16")
+    launch(DOWN, (as_map(a_bits, 64), as_map(b_bits, 64)), out, n=n, at=(32, 0, 0))
+    return out, a @ b[:, 32 : 32 + n]
+
+
+def test_half_a_panel() -> None:
+    np.testing.assert_array_equal(*half_of_b(32))
+    with pytest.raises(HostRunError, match="columns that leave the row"):
+        half_of_b(64)
 
 
 @pytest.mark.parametrize("at", [(0, 0, 0), (30, 2, 1), (-7, 1, 0), (100, 0, 0), (0, 3, 0), (0, 0, -1)])

@@ -560,7 +560,8 @@ const char* difference(const Wgmma& a, const Wgmma& b) {
   return a.bf16 != b.bf16 ? "the type" : nullptr;
 }
 
-Operand decode(uint64_t descriptor, bool down, const char* which, Site site) {
+// `columns`: of an operand whose sum runs down its rows.
+Operand decode(uint64_t descriptor, bool down, int columns, const char* which, Site site) {
   const auto field = [=](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
   const Operand operand{field(0), field(16), field(32), down};
   constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
@@ -568,7 +569,7 @@ Operand decode(uint64_t descriptor, bool down, const char* which, Site site) {
   if (descriptor & ~kFields) wrong = "bits outside its fields, or a base offset";
   else if (descriptor >> 62 != 1) wrong = "another swizzle than 128 bytes";
   else if (operand.start & 0x380) wrong = "a start inside a group of 8 rows";
-  else if (down && operand.start & 0x7f) wrong = "a start inside a row";
+  else if (down && (operand.start & 0x7f) && (operand.start & 0x7f) + 2 * columns > 128) wrong = "columns that leave the row";
   else if (!down && (operand.start & 0x7f) + 32 > 128) wrong = "16 elements that leave the row";
   else if (operand.start < kSharedBase) wrong = "a start below shared memory";
   if (wrong) {
@@ -734,12 +735,12 @@ void issue(void* const* lanes) {
   p.a_in_registers = args.a != nullptr;
   p.first_row = w % kWarpgroup * 16;
   p.done = false;
-  p.b = decode(args.b_descriptor, args.b_down, "B", site);
+  p.b = decode(args.b_descriptor, args.b_down, args.n, "B", site);
   touch(p, p.b, 0, p.n, p.atoms);
   if (p.a_in_registers) {
     for (int l = 0; l < 32; l++) memcpy(p.a_registers[l], static_cast<const Wgmma*>(lanes[l])->a, 16);
   } else {
-    p.a = decode(args.a_descriptor, args.a_down, "A", site);
+    p.a = decode(args.a_descriptor, args.a_down, 64, "A", site);
     touch(p, p.a, p.first_row, 16, p.atoms);
   }
   bool dirty = false;
