@@ -241,7 +241,7 @@ def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
     if tile.wide:
         assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16
         assert tile.dq_warps == tile.dq_warps_m == 4 and tile.cluster == 2
-        assert tile.dq_parts == (2 if tile.head_dim == 256 else 3)  # a shared piece for each block; one that is not
+        assert tile.dq_parts == (2 if tile.head_dim == 256 else 4)  # turns of each block, or of each of its pieces
     else:
         assert tile.block_n == 128 and tile.num_warps == 12 and tile.cluster == 1
         assert tile.dq_warps == 8 and tile.dq_parts == 2

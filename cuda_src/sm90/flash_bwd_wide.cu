@@ -27,16 +27,15 @@ constexpr int kCopyRegisters = kHeadDim > 192 ? 24 : 32, kScoreRegisters = kHead
 constexpr int kSumRegisters = kHeadDim > 192 ? 192 : 184;
 static_assert(kCopyRegisters + kScoreRegisters + 2 * kSumRegisters <= 512, "the registers of 128 threads");
 
-// A panel of dQ is as many columns as registers hold. Block `rank` of the cluster sums panel `rank` over the keys of both, with
-// the warpgroup that sums dV. The other warpgroup has panel 2 + `rank`; or of the last of three panels half `rank`; or, where there
-// is no room for that panel of the other block's K, all of it, over its own keys.
+// A piece of dQ is as many columns as registers hold, at most. Each block of the cluster sums its pieces over the keys of both:
+// block `rank` panel `rank`, with the warpgroup that sums dV, and panel 2 + `rank`, or of three panels half `rank` of the last one,
+// with the other.
 constexpr int kDqCols = 64;
 static_assert(kCluster == 2 && (kHeadDim == 3 * kDqCols || kHeadDim == 4 * kDqCols), "a piece for each of two warpgroups");
-constexpr bool kSecondHalf = kHeadDim == 192 && kHeadDimV <= 128, kSecondShared = kHeadDim == 256 || kSecondHalf;
-constexpr int kPeerPanels = 1 + kSecondShared;  // of the other block's K
-constexpr bool kDqShared = kHeadDim <= 192;     // there is room for dQ in shared memory, from where bulk copies add it
-constexpr int kTurns = kDqShared ? 2 : 1;       // of a block in a step: for both of its pieces at a time, or for each
-static_assert(kDqParts == (!kDqShared ? 2 : kSecondShared ? 4 : 3), "counters of turns");
+constexpr int cols_of_dq(bool second) { return second && kHeadDim == 3 * kDqCols ? kDqCols / 2 : kDqCols; }
+constexpr bool kDqShared = kHeadDim == 192;  // there is room for dQ in shared memory, from where bulk copies add it
+constexpr int kTurns = kDqShared ? 2 : 1;    // of a block in a step: for each of its pieces, or for both at a time
+static_assert(kDqParts == kCluster * kTurns, "a counter for each turn");
 // Else the additions of a warp are so many clocks apart: a burst of them holds up all that goes through the load-store unit.
 constexpr uint32_t kRedClocks = 48;
 
@@ -58,32 +57,27 @@ struct SharedMemory {
   Panels<kBlockM, kHeadDim / kParts> q[kQBuffers];
   Panels<kBlockM, kHeadDimV / kPartsV> dout[kDoutBuffers];
   Panels<kBlockM, kBlockN> p[kPBuffers], ds[2];
-  Panels<kBlockM, kBlockN> ds_peer;               // the other block's dS
-  Panels<kBlockN, kPeerPanels * kDqCols> k_peer;  // and its K, the columns of this block's shared pieces
-  Loads<kQBuffers> q_loads;                       // with lse_log2
-  Loads<kDoutBuffers> dout_loads;                 // with softmax_d
-  uint64_t p_full[kPBuffers], p_empty[kPBuffers], ds_full[2], ds_empty[2];
+  Panels<kBlockM, kBlockN> ds_peer;     // the other block's dS
+  Panels<kBlockN, 2 * kDqCols> k_peer;  // and its K, the panels of this block's pieces of dQ
+  Loads<kQBuffers> q_loads;             // with lse_log2
+  Loads<kDoutBuffers> dout_loads;       // with softmax_d
+  uint64_t p_full[kPBuffers], p_empty[kPBuffers], ds_full[2];
   uint64_t ds_peer_full, ds_peer_empty;  // the other block's dS has landed here; it is done with this one's
-  alignas(128) float dq[kDqShared ? 2 : 1][kDqShared ? kBlockM * kDqCols : 4];  // a piece of each warpgroup
+  alignas(128) float dq[kDqShared ? kBlockM * (kDqCols + cols_of_dq(true)) : 4];  // a piece of each warpgroup
   uint64_t dq_full[2], dq_empty[2];
   uint64_t dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
 };
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
 
-// The piece of dQ of the warpgroup that sums dV, or of that which sums dK (second): its columns, and the first of them.
-constexpr int cols_of_dq(bool second) { return second && kSecondHalf ? kDqCols / 2 : kDqCols; }
-FA2_DEVICE int first_col_of_dq(bool second) {
-  return second ? 2 * kDqCols + kSecondShared * cluster_rank() * cols_of_dq(true) : cluster_rank() * kDqCols;
-}
+// The piece of dQ of the warpgroup that sums dV, or of that which sums dK (second): its first column.
+FA2_DEVICE int first_col_of_dq(bool second) { return second * 2 * kDqCols + cluster_rank() * cols_of_dq(second); }
 
-// Deterministic: pairs of key blocks take turns at a block's shared pieces, key blocks at a piece that is not (turn 1).
+// Deterministic: pairs of key blocks take turns at a block's pieces.
 FA2_DEVICE int* turn_counter(const BwdTmaParams& params, const Step& step, int turn) {
-  return params.dq_turn + step.tile * kDqParts + turn * kCluster + (turn == 0 || kSecondShared ? cluster_rank() : 0);
+  return params.dq_turn + step.tile * kDqParts + turn * kCluster + cluster_rank();
 }
-FA2_DEVICE int turn_number(const Work& work, int turn) {
-  return turn == 0 || kSecondShared ? work.n_block / kCluster : work.n_block;
-}
+FA2_DEVICE int turn_number(const Work& work) { return work.n_block / kCluster; }
 
 // Of the barriers of K and V, while the tile that the schedule has just given is worked on.
 FA2_DEVICE uint32_t keys_parity(const Schedule& schedule) { return (schedule.round + 1) % 2; }
@@ -93,7 +87,7 @@ template <int kCols, int kPartCols, int kBuffers>
 FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
                            const TensorMap& keys_map, Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                            const TensorMap& queries_map, const TensorMap& statistics_map,
-                           Panels<kBlockN, kPeerPanels * kDqCols>* k_peer) {
+                           Panels<kBlockN, 2 * kDqCols>* k_peer) {
   Schedule schedule;
   Work work;
   Ring<kBuffers> ring;
@@ -103,8 +97,8 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, P
     load_tile(keys, keys_map, loads.keys_full, work.n_block * kBlockN, work.head_k, work.batch);
     if (k_peer) {
 #pragma unroll
-      for (int i = 0; i < kPeerPanels; ++i)
-        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / 64 * 64,
+      for (int i = 0; i < 2; ++i)
+        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / kDqCols * kDqCols,
                                      (work.n_block ^ 1) * kBlockN, work.head_k, work.batch);
     }
     griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
@@ -190,7 +184,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
   auto compute_step = [&](const Step& step, auto more) {
     constexpr bool kMore = decltype(more)::value;  // a step of this tile after this one
     const int stage = count % 2, q_stage = stage * kParts, p_stage = kPBuffers > 1 ? stage : 0;
-    const uint32_t parity = count / 2 % 2, p_parity = kPBuffers > 1 ? parity : stage;  // of one buffer: stage
+    const uint32_t p_parity = kPBuffers > 1 ? count / 2 % 2 : stage;
     const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
@@ -211,8 +205,9 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
     differentiate_softmax(acc_dp, acc_s, softmax_d);
     announce(smem.p_full[p_stage]);
     if constexpr (kMore) issue_s(False{});
-    mbarrier_wait(smem.ds_empty[stage], parity ^ 1);  // released by sum_gradient, both of them
-    mbarrier_wait(smem.ds_peer_empty, stage ^ 1);     // released by sum_gradient of the other block: so its ds_peer is free
+    // Released by both sum_gradient of the other block: its ds_peer is free. And so is ds here: the other block has sent what they
+    // have read only after those of this block had done two steps ago.
+    mbarrier_wait(smem.ds_peer_empty, stage ^ 1);
     store_accumulator(smem.ds[stage], warp_row, acc_dp);
     if constexpr (kMore) issue_s(True{});
     announce(smem.ds_full[stage]);
@@ -253,7 +248,6 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
                              const Panels<kBlockM, kBlockN> (&left)[kLeftBuffers], uint64_t (&left_full)[kLeftBuffers]) {
   constexpr int kCols = kSecond ? kHeadDim : kHeadDimV, kGradients = kCols / kPartCols;
   const int warp = warp_id() % 4, lane = lane_id(), warp_row = warp * 16, peer = cluster_rank() ^ 1;
-  constexpr bool kShared = !kSecond || kSecondShared;  // the piece of dQ
   constexpr int kPieceCols = cols_of_dq(kSecond);
   const int piece_col = first_col_of_dq(kSecond);
   const bool leader = threadIdx.x % 128 == 0;
@@ -271,7 +265,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
 #pragma unroll
       for (int j = 0; j < kPieceCols / 8; ++j) {
         const float(&x)[4] = acc_dq.x[0][j];
-        st_shared_v4(smem_address(&smem.dq[kSecond][(warp * kPieceCols / 8 + j) * 128 + lane * 4]),
+        st_shared_v4(smem_address(&smem.dq[kSecond * kDqCols * kBlockM + (warp * kPieceCols / 8 + j) * 128 + lane * 4]),
                      uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
       }
       fence_proxy_async();  // this thread's part of dQ, before the copy engine reads it
@@ -280,7 +274,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
     } else {
       if (kDeterministic) mbarrier_wait(smem.dq_turn[0], ring.stage);  // it is this block's turn: announce_turns
       float* target = params.dq_accum + step.tile * kDqTileFloats + dq_offset(warp, lane, 0, piece_col / 8, 0);
-      const bool writes = writes_dq(turn_number(work, 0));
+      const bool writes = writes_dq(turn_number(work));
       uint32_t last = read_clock() - kRedClocks;
 #pragma unroll
       for (int j = 0; j < kPieceCols / 8; ++j, target += 128) {
@@ -314,11 +308,9 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
     if constexpr (!kSecond) mbarrier_wait(smem.ds_full[stage], ring.parity);  // dS is there: compute_scores
     wgmma_fence();
     gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds[stage]), DownRows(smem.k, piece_col));
-    if constexpr (kShared) {
-      mbarrier_wait(smem.ds_peer_full, stage);  // the other block's dS landed: compute_scores there
-      wgmma_fence();
-      gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds_peer), DownRows(smem.k_peer, kSecond * kDqCols + piece_col % 64), true);
-    }
+    mbarrier_wait(smem.ds_peer_full, stage);  // the other block's dS landed: compute_scores there
+    wgmma_fence();
+    gemm_ss<kKeySteps>(acc_dq, AlongRows(smem.ds_peer), DownRows(smem.k_peer, kSecond * kDqCols + piece_col % kDqCols), true);
     wgmma_commit_group();
     wgmma_wait_group<1>();  // dV or dK, the last columns
     pin(acc_gradient[kGradients - 1]);
@@ -329,10 +321,9 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
     wgmma_wait_group<0>();  // dQ
     pin(acc_dq);
     if (leader) {
-      mbarrier_arrive(smem.ds_empty[stage]);
       if (step.left == 1) mbarrier_arrive(smem.q_loads.keys_empty);
       if (!kSecond) mbarrier_arrive_expect_tx(smem.ds_peer_full, smem.ds_peer.kBytes);
-      if (kShared) mbarrier_arrive_cluster(smem.ds_peer_empty, peer);
+      mbarrier_arrive_cluster(smem.ds_peer_empty, peer);
     }
     add_piece(step);
     ring.advance();
@@ -386,8 +377,8 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
 #pragma unroll
           for (int warp = 0; warp < 4; ++warp) {
             float* target = dq_tile + dq_offset(warp, 0, 0, first_col / 8, 0);
-            const float* source = smem.dq[turn] + warp * 16 * cols;
-            if (writes_dq(turn_number(work, turn))) {
+            const float* source = smem.dq + (turn * kBlockM * kDqCols + warp * 16 * cols);
+            if (writes_dq(turn_number(work))) {
               cp_async_bulk_store(target, source, cols * 64);
             } else {
               cp_reduce_async_bulk_add_f32(target, source, cols * 64);
@@ -420,7 +411,7 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        wait_for_turn(turn_counter(params, step, turn), turn_number(work, turn));
+        wait_for_turn(turn_counter(params, step, turn), turn_number(work));
         mbarrier_wait(kDqShared ? smem.dq_empty[turn] : smem.dq_seen, parity ^ 1);  // the turn before has been taken: add_dq
         mbarrier_arrive(smem.dq_turn[turn]);
       }
@@ -448,7 +439,6 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kN
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem.ds_full[i], 4);
-      mbarrier_init(smem.ds_empty[i], 2);
       mbarrier_init(smem.dq_full[i], 4);
       mbarrier_init(smem.dq_empty[i], 1);
     }
@@ -462,7 +452,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kN
     mbarrier_init(smem.dq_added, 256);
     mbarrier_init(smem.dq_seen, 1);
     mbarrier_init(smem.ds_peer_full, 1);
-    mbarrier_init(smem.ds_peer_empty, kPeerPanels);
+    mbarrier_init(smem.ds_peer_empty, 2);
     fence_mbarrier_init();
     mbarrier_arrive_expect_tx(smem.ds_peer_full, smem.ds_peer.kBytes);
   }

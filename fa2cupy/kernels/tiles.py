@@ -242,12 +242,11 @@ class BwdTileSm90:
         parts, parts_v = 1 + (panels > 3), 1 + (panels_v > 3)
         q_buffers, dout_buffers = self.num_stages * parts, self.num_stages * parts_v - (parts_v > 1)
         p_buffers = 3 - parts
-        # K, V, and columns of the other block's K: those of shared pieces of dQ
-        keys = self.block_n * (panels + panels_v + (2 if parts > 1 or self._halves_dq else 1))
+        keys = self.block_n * (panels + panels_v + 2)  # K, V, and two panels of the other block's K
         queries = self.block_m * (panels // parts * q_buffers + panels_v // parts_v * dout_buffers)
         factors = self.block_m * (p_buffers + 3)  # P, dS, the other block's dS
-        dq = 8 * self.block_m * 64 * (panels <= 3)
-        barriers = 4 + 2 * (q_buffers + dout_buffers + p_buffers) + 13
+        dq = 4 * self.block_m * (64 + 32) * (panels <= 3)
+        barriers = 4 + 2 * (q_buffers + dout_buffers + p_buffers) + 11
         small = 4 * self.block_m * (q_buffers + dout_buffers) + 8 * barriers + 384  # and what aligns dQ behind them
         return 128 * (keys + queries + factors) + dq + -(-small // 1024) * 1024
 
@@ -257,16 +256,9 @@ class BwdTileSm90:
 
     @property
     def dq_parts(self) -> int:
-        """Parts of a tile of dQ with counters of their own: of warpgroups, or of the thread blocks of a cluster. Up to
-        head_dim 192 these count the pieces of their warpgroups; or one that both blocks add to, in its place."""
-        if not self.wide or self.head_dim > 192:
-            return 2
-        return 4 if self._halves_dq else 3
-
-    @property
-    def _halves_dq(self) -> bool:
-        """Whether there is room for the blocks of a cluster to share the last of three panels of dQ."""
-        return self.head_dim == 192 and 0 < self.head_dim_v <= 128
+        """Parts of a tile of dQ with counters of their own: of warpgroups; or of the thread blocks of a cluster, at 192
+        of two warpgroups each."""
+        return 4 if self.wide and self.head_dim <= 192 else 2
 
 
 _FWD_LARGE = (
@@ -352,7 +344,7 @@ BWD_TILES_SM90: tuple[BwdTileSm90, ...] = (
     BwdTileSm90(64, 128, 128, 2, "211 KB"),
     BwdTileSm90(96, 64, 128, 2, "226 KB: a panel and a half take two"),
     BwdTileSm90(128, 64, 128, 2, "226 KB"),
-    BwdTileSm90(192, 64, 64, 2, "210 KB", head_dim_v=128),
+    BwdTileSm90(192, 64, 64, 2, "202 KB", head_dim_v=128),
     BwdTileSm90(192, 64, 64, 2, "226 KB"),
     BwdTileSm90(256, 64, 64, 2, "227 KB"),
 )
