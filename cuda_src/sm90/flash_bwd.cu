@@ -17,7 +17,7 @@
 //
 // The step after a tile's last one is the first of the next tile: nothing stops in between. (Deterministic: there is a
 // thread block for every tile, because whoever waits for a turn must know that the others have started.)
-// docs/backward_sm90.md draws the pipeline and says who waits for whom.
+// docs/backward.md draws the pipeline and says who waits for whom.
 #include "common/dq_accum.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
