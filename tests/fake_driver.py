@@ -29,6 +29,8 @@ class Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_mem_bytes", ctypes.c_uint),
         ("num_attrs", ctypes.c_uint),
+        ("attr_id", ctypes.c_uint),
+        ("attr_value", ctypes.c_int),
         ("params", ctypes.c_ubyte * 1024),
     )
 

@@ -6,15 +6,23 @@
 
 typedef int CUresult;
 typedef struct {
+  unsigned id;
+  union {
+    int number;
+    unsigned char bytes[64];
+  } value __attribute__((aligned(8)));
+} CUlaunchAttribute;
+typedef struct {
   unsigned grid[3], block[3], shared_mem_bytes;
   void* stream;
-  void* attrs;
+  CUlaunchAttribute* attrs;
   unsigned num_attrs;
 } CUlaunchConfig;
 
 typedef struct {
   uint64_t function, stream, context, extra;
-  unsigned grid[3], block[3], shared_mem_bytes, num_attrs;
+  unsigned grid[3], block[3], shared_mem_bytes, num_attrs, attr_id;
+  int attr_value;
   unsigned char params[1024];
 } Launch;
 
@@ -123,6 +131,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** p
     memcpy(launch->block, config->block, sizeof launch->block);
     launch->shared_mem_bytes = config->shared_mem_bytes;
     launch->num_attrs = config->num_attrs;
+    launch->attr_id = config->num_attrs ? config->attrs[0].id : 0;
+    launch->attr_value = config->num_attrs ? config->attrs[0].value.number : 0;
     memcpy(launch->params, params[0], (size_t)fake_params_bytes);
   }
   pthread_mutex_unlock(&mutex);

@@ -104,6 +104,20 @@ def test_launch_passes_everything(fake: FakeDriver, once: bool) -> None:
     assert bytes(launch.params[: ctypes.sizeof(Params)]) == bytes(params)
 
 
+@pytest.mark.parametrize(("version", "overlaps"), [(12020, False), (12030, True), (13000, True)])
+def test_launch_beside_the_one_before(fake: FakeDriver, version: int, overlaps: bool) -> None:
+    """Programmatic stream serialization (6 in cuda.h), where graphs may hold it."""
+    fake["version"] = version
+    forget_driver()
+    fake["params_bytes"] = ctypes.sizeof(Params)
+    launcher = driver.Launcher(1, dataclasses.replace(CONFIG, overlaps_previous=True))
+    for stream in (0, 5):
+        launcher(ctypes.addressof(Params()), stream)
+    for launch in fake.launches:
+        assert (launch.num_attrs, launch.attr_id, launch.attr_value) == ((1, 6, 1) if overlaps else (0, 0, 0))
+    assert ctypes.sizeof(driver._CUlaunchAttribute) == 72
+
+
 def test_launcher_reads_the_struct_at_each_launch(fake: FakeDriver) -> None:
     fake["params_bytes"] = ctypes.sizeof(Params)
     params = Params()
