@@ -110,11 +110,12 @@ def test_launch_beside_the_one_before(fake: FakeDriver, version: int, overlaps: 
     fake["version"] = version
     forget_driver()
     fake["params_bytes"] = ctypes.sizeof(Params)
+    params = Params()
     launcher = driver.Launcher(1, dataclasses.replace(CONFIG, overlaps_previous=True))
     for stream in (0, 5):
-        launcher(ctypes.addressof(Params()), stream)
-    for launch in fake.launches:
-        assert (launch.num_attrs, launch.attr_id, launch.attr_value) == ((1, 6, 1) if overlaps else (0, 0, 0))
+        launcher(ctypes.addressof(params), stream)
+    seen = [(launch.num_attrs, launch.attr_id, launch.attr_value) for launch in fake.launches]
+    assert seen == 2 * [(1, 6, 1) if overlaps else (0, 0, 0)]
     assert ctypes.sizeof(driver._CUlaunchAttribute) == 72
 
 
