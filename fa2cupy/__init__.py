@@ -3,7 +3,7 @@
 Importing this package imports neither CuPy nor torch nor jax.
 """
 
-from fa2cupy.attention import attention, attention_backward, backward_workspace_bytes
+from fa2cupy.attention import attention, attention_backward, backward_workspace_bytes, forward_workspace_bytes
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -27,4 +27,5 @@ __all__ = [
     "attention",
     "attention_backward",
     "backward_workspace_bytes",
+    "forward_workspace_bytes",
 ]

@@ -117,7 +117,10 @@ class FakePlan:
 
     def bind(self, device_index: int) -> Any:
         self.gpu.binds += 1
-        names = FORWARD_NAMES if self.deterministic is None else (*BACKWARD_NAMES, "workspace")
+        names = FORWARD_NAMES if self.deterministic is None else BACKWARD_NAMES
+        names += self.gpu.extra
+        if self.deterministic is not None or self.workspace_bytes:
+            names += ("workspace",)
 
         def launch(pointers: tuple[int, ...], stream: int) -> None:
             assert len(pointers) == len(names)
@@ -136,6 +139,7 @@ class FakeGpu:
     """`launches`: what was launched; `plans`: what was planned. `current`: the device whose context is current.
 
     `launches_of_plans`: what plans say that they launch, unless sm_90 was objected to.
+    `extra`: the arrays that calls have beyond those of dense attention.
     """
 
     current: int | None = None
@@ -143,6 +147,8 @@ class FakeGpu:
     capturing: bool = False
     compute: bool = True
     workspace_bytes: int = 1024
+    forward_workspace_bytes: int = 0
+    extra: tuple[str, ...] = ()
     launches_of_plans: tuple[Any, ...] = ()
     binds: int = 0
     plans: list[FakePlan] = field(default_factory=list)
@@ -157,7 +163,8 @@ class FakeGpu:
         self, problem: AttentionProblem, device: Any, family: str | None = None, *, why_not_sm90: str = ""
     ) -> FakePlan:
         launches = self.launches_of_plans if not why_not_sm90 else ()
-        self.plans.append(FakePlan(self, problem, 0, launches=launches, family=family, why_not_sm90=why_not_sm90))
+        size = self.forward_workspace_bytes
+        self.plans.append(FakePlan(self, problem, size, launches=launches, family=family, why_not_sm90=why_not_sm90))
         return self.plans[-1]
 
     def plan_backward(
