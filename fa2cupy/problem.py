@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fa2cupy.checks import LAYOUTS
+from fa2cupy.declared import FLOAT32_ON_GPU
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.options import Options
@@ -126,8 +127,9 @@ def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
             if options.dtype != "bfloat16":
                 raise InvalidArgument(f"dtype={options.dtype!r} but {name} is uint16, which can only hold 'bfloat16'")
         elif ref.dtype not in _DTYPES[kind]:
-            later = " (for now)" if kind == "cuda" and ref.dtype in ("float32", "float64") else ""
-            raise InvalidType(f"{name} has dtype {ref.dtype}, which is not supported: {place}{later} {supported}")
+            if kind == "cuda" and ref.dtype in _DTYPES["cpu"]:
+                raise FLOAT32_ON_GPU.error(name=name, dtype=ref.dtype)
+            raise InvalidType(f"{name} has dtype {ref.dtype}, which is not supported: {place} {supported}")
         elif options.dtype not in (None, ref.dtype):
             raise InvalidArgument(
                 f"dtype={options.dtype!r} but {name} has dtype {ref.dtype}: dtype is for uint16 arrays"

@@ -268,7 +268,7 @@ def dummies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KEYWORDS, "offsets", array)
     monkeypatch.setitem(KEYWORDS, "lift", number)
     monkeypatch.setitem(problem.ARRAY_RULES, "offsets", rule)
-    monkeypatch.setitem(problem.SPECS, "offsets", lambda problem, ref: replace(problem, window_left=ref.shape[0]))
+    monkeypatch.setitem(problem.SPECS, "offsets", lambda problem, ref: replace(problem, aligned=ref.shape != (4,)))
     monkeypatch.setitem(problem.SPECS, "lift", lambda problem, value: replace(problem, softmax_scale=value))
 
 
@@ -325,7 +325,9 @@ def test_a_feature_has_a_signature_of_its_own(gpu: FakeGpu, monkeypatch: pytest.
     fa2cupy.attention(q, q, q, offsets=offsets[0], lift=1.0)
     fa2cupy.attention(q, q, q, offsets=offsets[0], lift=2.0)
     assert len(PREPARED) == 4
-    assert [(plan.problem.window_left, plan.problem.softmax_scale) for plan in gpu.plans] == [(4, 0.25), (4, 1), (4, 2)]
+    assert [(plan.problem.aligned, plan.problem.softmax_scale) for plan in gpu.plans] == [
+        (False, x) for x in (0.25, 1, 2)
+    ]
     with pytest.raises(InvalidArgument, match="out shares memory with offsets"):
         out = cupy_array((2, 5, 4, 16), np.float16)
         fa2cupy.attention(q, q, q, offsets=out.view(np.float32).reshape(-1)[:4], out=out)
