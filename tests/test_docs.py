@@ -110,6 +110,17 @@ def test_an_index_lists_every_page_beside_it(index: str) -> None:
     assert sorted(pages - set(_links(PAGES[index]))) == []
 
 
+def test_maps_have_every_folder_and_every_kernel_file() -> None:
+    folders = {f"{name.split('/')[0]}/" for name in TEXTS if "/" in name and not name.startswith(".")}
+    folders |= {
+        f"fa2cupy/{name.split('/')[1]}/" for name in TEXTS if name.startswith("fa2cupy/") and name.count("/") > 1
+    }
+    assert sorted(folder for folder in folders if not re.search(rf"^    {folder}", PAGES["README.md"], re.M)) == []
+    sources = {name.removeprefix("cuda_src/") for name in TEXTS if re.search(r"^cuda_src/.*\.cuh?$", name)}
+    listed = set(re.findall(r"^\| `([\w/]+\.cuh?)`", PAGES["cuda_src/README.md"], re.M))
+    assert sources ^ listed == set()
+
+
 @pytest.mark.parametrize("page", docs.PAGES)
 def test_what_is_generated_is_current(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
