@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import calls, cpu, first_call
-from fa2cupy.arrays import CUPY
+from fa2cupy import cpu, first_call
+from fa2cupy.frameworks import CUPY
+from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
-from fa2cupy.overlap import Extent
+from fa2cupy.prepared import PREPARED
 from fa2cupy.problem import AttentionProblem
 
 FORWARD_NAMES = ("q", "k", "v", "out", "lse")
@@ -206,7 +207,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 
 def _forget() -> None:
-    calls.PREPARED.clear()
+    PREPARED.clear()
     first_call.bound_plan.cache_clear()
 
 
