@@ -100,7 +100,7 @@ _TABLE = (
     ),
     Keyword("sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)"),
     Keyword("dropout_p", "float", 0.0, _ALL, "probability of dropping a P", neutral=(None, 0.0)),
-    Keyword("dropout_seed", "A | tuple[int, int] | None", None, _ALL, "(seed, offset) of the dropped"),
+    Keyword("dropout_seed", "A | tuple[int, int] | None", None, _ALL, "what is dropped: (seed, offset)"),
     Keyword("cu_seqlens_q", "A | None", None, (*_ALL, *_PROBABILITIES, *_ATTEND), "starts of packed query sequences"),
     Keyword("cu_seqlens_k", "A | None", None, (*_ALL, *_PROBABILITIES), "starts of packed key sequences"),
     Keyword("seqused_q", "A | None", None, (*_ALL, *_PROBABILITIES), "queries in use of a sequence; (batch,)"),
