@@ -13,9 +13,10 @@ import pytest
 
 import fa2cupy
 import fa2cupy.jit
-from fa2cupy import calls, first_call
+from fa2cupy import calls
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import compiler
+from fa2cupy.kernels import planner
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
 from tests.reference import Inputs, as_ml_dtypes, dtype_name, expect, make_inputs
@@ -569,7 +570,7 @@ def wgmma(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     builds = [GOOD]
     gpu.compute, gpu.launches_of_plans = False, (SimpleNamespace(arch="sm_90a"),)
     monkeypatch.setattr(fa2cupy.jit, "expected_nvrtc_build", lambda: builds[-1])
-    first_call._warn_once.cache_clear()
+    planner._warn_once.cache_clear()
     return builds
 
 
@@ -583,7 +584,7 @@ def test_good_nvrtc_says_nothing(gpu: FakeGpu, wgmma: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         forwards(2)
-    assert [plan.why_not_sm90 for plan in gpu.plans] == [""] * len(gpu.plans)
+    assert [plan.objection for plan in gpu.plans] == [""] * len(gpu.plans)
     assert gpu.binds == 2
 
 
@@ -597,7 +598,7 @@ def test_bad_nvrtc_means_sm80_kernels_and_one_warning(gpu: FakeGpu, wgmma: list[
     for words in ("NVRTC 12.8.93", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
         assert words in str(warning.message)
     assert gpu.binds == 3
-    assert [plan.why_not_sm90 for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
+    assert [plan.objection for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
 
 
 def test_bad_nvrtc_that_is_asked_for(gpu: FakeGpu, wgmma: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

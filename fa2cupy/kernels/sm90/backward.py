@@ -103,17 +103,27 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
     splits = backward.splits_of_heads(work) if deterministic else _splits_of_steps(work)
     shares = work.key_heads * splits
     if deterministic:
-        # Turns cost less than in sm_80. A causal block comes to its first turn before the block in front of it does, so
-        # that more heads are best. Measured: docs/tuning.md.
         steps = work.m_blocks * work.group // splits
-        share = causal_turns(steps) if causal else 0.18 / math.sqrt(steps)
-        section = heads_per_turn_section(work.clusters * share, shares)
+        section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal else _full_turns)
     else:
         section = heads_per_even_section(work.clusters, causal, shares, work.n_blocks)
     # With many tiles, starting beside the kernel before gains nothing, and full ones lose: thread blocks that take
     # neighbouring tiles are not neighbours any more.
     overlap = not deterministic and work.key_tiles * splits <= (8 if causal else 2) * work.clusters
     return Order(splits, section, cleared(causal, work.n_blocks, deterministic, splits > 1), overlap)
+
+
+def _full_turns(steps: int) -> float:
+    return 0.18 / math.sqrt(steps)
+
+
+def _section_of_turns(clusters: int, steps: int, heads: int, turns: Callable[[int], float]) -> int:
+    """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block; `turns`: as in `order`.
+
+    Turns cost less than in sm_80. A causal block comes to its first turn before the block in front of it does, so that
+    more heads are best. Measured: docs/tuning.md.
+    """
+    return heads_per_turn_section(clusters * turns(steps), heads)
 
 
 def _splits_of_steps(work: Work) -> int:
