@@ -10,8 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fa2cupy import env, jax_arrays
-from fa2cupy.arrays import (
+from fa2cupy import env
+from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
+from fa2cupy.frameworks import framework_of, jax
+from fa2cupy.frameworks.base import (
     ITEMSIZE,
     Device,
     Framework,
@@ -19,22 +21,19 @@ from fa2cupy.arrays import (
     TensorRef,
     contiguous_strides,
     describe,
-    framework_of,
 )
-from fa2cupy.calls import (
-    BACKWARD,
+from fa2cupy.frameworks.dlpack import from_producer
+from fa2cupy.frameworks.overlap import has_duplicates
+from fa2cupy.kernels.planner import bound_plan, plan_call
+from fa2cupy.operations import BACKWARD, Operation
+from fa2cupy.prepared import (
     PREPARED,
-    Operation,
     PreparedCall,
     check_overlap,
     remember,
     signature_key,
     workspace_block,
 )
-from fa2cupy.dlpack import from_producer
-from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
-from fa2cupy.kernels.planner import bound_plan, plan_call
-from fa2cupy.overlap import has_duplicates
 from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
 
 __all__ = ["first_call"]
@@ -269,9 +268,7 @@ def _call_jax(
         (sizes.shape(name, options.layout), "float32" if name == "lse_out" else storage) for name in operation.outputs
     )
     workspace = needed if operation.is_backward else None
-    return jax_arrays.run(
-        jax_arrays.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values())
-    )
+    return jax.run(jax.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values()))
 
 
 def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) -> int:

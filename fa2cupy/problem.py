@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fa2cupy.arrays import TensorRef, describe
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+from fa2cupy.frameworks.base import TensorRef, describe
 from fa2cupy.spec import Spec
 
 __all__ = [

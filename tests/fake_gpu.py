@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fa2cupy import calls, cpu
-from fa2cupy.arrays import CUPY
+from fa2cupy import cpu
+from fa2cupy.frameworks import CUPY
+from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
 from fa2cupy.kernels import planner
-from fa2cupy.overlap import Extent
+from fa2cupy.prepared import PREPARED
 from fa2cupy.problem import AttentionProblem
 
 FORWARD_NAMES = ("q", "k", "v", "out", "lse")
@@ -205,7 +206,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 
 def _forget() -> None:
-    calls.PREPARED.clear()
+    PREPARED.clear()
     planner.bound_plan.cache_clear()
 
 

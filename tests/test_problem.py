@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fa2cupy.arrays import CUPY, Device, TensorRef, contiguous_strides
 from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks import CUPY
+from fa2cupy.frameworks.base import Device, TensorRef, contiguous_strides
 from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes, check_flag, softmax_scale
 from tests.fake_gpu import cupy_array
 

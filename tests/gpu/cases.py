@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fa2cupy.arrays import Device, TensorRef
+from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.problem import AttentionProblem, Options, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 

@@ -30,10 +30,8 @@ SOURCES = (
     "cuda_src/**/*.cuh",
     "fa2cupy/kernels/**/*.py",
     "fa2cupy/jit/**/*.py",
-    *(
-        f"fa2cupy/{module}.py"
-        for module in ("arrays", "attention", "calls", "dlpack", "first_call", "jax_arrays", "overlap", "problem")
-    ),
+    "fa2cupy/frameworks/**/*.py",
+    *(f"fa2cupy/{module}.py" for module in ("attention", "calls", "first_call", "operations", "prepared", "problem")),
 )
 
 _CUDA_TOKEN = re.compile(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fa2cupy.arrays import Device, TensorRef
+from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.jit import source as source_module
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import KernelLaunch, Plan, plan_backward, plan_forward
