@@ -147,10 +147,12 @@ def _choose(
             objections[own] = f"{env.KERNEL.name}={family}"
             continue
         row, objection = _row(kernel, problem, device)
-        objection = objection or compiler(kernel.arch(device))
-        if not objection:
-            return kernel, row, "; ".join(why for other, why in objections.items() if other != own)
-        objections.setdefault(own, objection)
+        if row is not None:
+            objection = compiler(kernel.arch(device))
+            if not objection:
+                return kernel, row, "; ".join(why for other, why in objections.items() if other != own)
+        if objection:
+            objections.setdefault(own, objection)
     if family is None:
         said = "; ".join(f"{own}: {why}" for own, why in objections.items())
         raise InvalidArgument(f"no kernel can compute this: {said}")
@@ -161,7 +163,8 @@ def _choose(
 
 
 def _row(kernel: MainKernel, problem: AttentionProblem, device: DeviceInfo) -> tuple[Row | None, str]:
-    """The first row that no spec objects to, or None and what speaks against the kernel."""
+    """The first row that no spec objects to; or None and what speaks against the kernel, if not merely that it has no
+    rows for this, but another kernel of its family has."""
     objection = kernel.objection(problem, device)
     if objection:
         return None, objection

@@ -77,14 +77,12 @@ def arch(device: DeviceInfo) -> str:
 
 
 def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
-    """What speaks against it, or the empty string; wider heads are flash_bwd_wide's."""
-    widest, most = max(problem.head_dim, problem.head_dim_v), max(tile.head_dim for tile in BWD_TILES_SM90)
-    too_wide = f"a head_dim of {widest} is above {most}" if widest > most else ""
-    return sm90.objection(problem, device) or too_wide
+    """What speaks against it, or the empty string."""
+    return sm90.objection(problem, device)
 
 
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[BwdTileNarrow]:
-    """The narrowest first, which is the best."""
+    """The narrowest first, which is the best; none for wider heads, which are flash_bwd_wide's."""
     return [tile for tile in BWD_TILES_SM90 if tile.serves(problem)]
 
 
