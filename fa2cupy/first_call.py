@@ -6,10 +6,7 @@ Nothing is launched or allocated before all of them have passed.
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +24,11 @@ from fa2cupy.frameworks.base import (
 )
 from fa2cupy.frameworks.dlpack import from_producer
 from fa2cupy.frameworks.overlap import has_duplicates
-from fa2cupy.operations import BACKWARD, Operation
+from fa2cupy.kernels.planner import bound_plan, plan_call
+from fa2cupy.operations import Operation
 from fa2cupy.options import Options, RawOptions
 from fa2cupy.prepared import (
     PREPARED,
-    Launchable,
     PreparedCall,
     check_overlap,
     remember,
@@ -40,7 +37,7 @@ from fa2cupy.prepared import (
 )
 from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
 
-__all__ = ["bound_plan", "first_call"]
+__all__ = ["first_call"]
 
 Arrays = dict[str, Any]
 
@@ -290,70 +287,6 @@ def _call_jax(
     return jax.run(configuration, tuple(arrays.values()))
 
 
-@functools.lru_cache(maxsize=1024)
-def bound_plan(
-    operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None
-) -> tuple[Launchable, int]:
-    """(what launches the problem, bytes of workspace). `family`: FA2CUPY_KERNEL, which chooses the plan."""
-    plan = _plan(operation, problem, device_index, deterministic, family)
-    launchable = _bind(plan, device_index)
-    if family is None and _needs_wgmma(plan):
-        # Binding may have loaded NVRTC, and found another one than the cache remembered.
-        again = _plan(operation, problem, device_index, deterministic, family)
-        if again != plan:
-            plan, launchable = again, _bind(again, device_index)
-    return launchable, plan.workspace_bytes
-
-
-def _bind(plan: Any, device_index: int) -> Launchable:
-    if env.debug():
-        print(plan, file=sys.stderr)
-    launchable: Launchable = plan.bind(device_index)
-    return launchable
-
-
-def _plan(operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None) -> Any:
-    from fa2cupy import kernels
-    from fa2cupy.jit import driver
-
-    info = driver.device_info(device_index)
-
-    def plan_for(**choice: Any) -> Any:
-        if operation == BACKWARD.name:
-            return kernels.plan_backward(problem, info, deterministic, **choice)
-        return kernels.plan_forward(problem, info, **choice)
-
-    plan = plan_for(family=family)
-    if _needs_wgmma(plan) and (objection := _nvrtc_objection()):
-        if family is None:
-            _warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
-            return plan_for(why_not_sm90=objection)
-        _warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
-    return plan
-
-
-_UPGRADE = (
-    "Upgrade NVRTC to 12.9.86 or newer: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
-)
-
-
-def _needs_wgmma(plan: Any) -> bool:
-    return any(launch.arch == "sm_90a" for launch in plan.launches)
-
-
-def _nvrtc_objection() -> str:
-    """What is wrong with this process's NVRTC as far as wgmma goes, or the empty string; without loading it if the
-    cache knows which one it is."""
-    from fa2cupy import jit
-
-    return jit.wgmma_objection(jit.expected_nvrtc_build())
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
 def workspace_bytes(operation: Operation, raw_arrays: list[Any], raw_options: RawOptions) -> int:
     """Bytes of workspace that the operation needs. `raw_arrays`: q, k, v and its extra inputs."""
     options = Options.checked(*raw_options)
@@ -364,4 +297,4 @@ def workspace_bytes(operation: Operation, raw_arrays: list[Any], raw_options: Ra
     if device.kind == "cpu":
         return 0
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
-    return int(_plan(operation.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes)
+    return plan_call(operation.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes

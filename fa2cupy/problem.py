@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fa2cupy.checks import LAYOUTS
 from fa2cupy.declared import FLOAT32_ON_GPU
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
+from fa2cupy.keywords import KEYWORDS
 from fa2cupy.options import Options
+from fa2cupy.spec import Spec
 
 __all__ = [
     "ARRAY_RULES",
@@ -157,7 +159,8 @@ class ArrayRule:
 ARRAY_RULES: dict[str, ArrayRule] = {}
 
 
-# By keyword: an AttentionProblem and the value (of an array its TensorRef) -> the problem that has it too.
+# By keyword: an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of it. Fields
+# with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {}
 
 
@@ -167,6 +170,8 @@ def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> Attent
         if name not in SPECS:
             raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
         problem = SPECS[name](problem, value)
+    arrays = [name for spec in problem.specs for name in spec.arrays()]
+    assert arrays == [name for name in given if KEYWORDS[name].check is None], "fields in another order than the table"
     return problem
 
 
@@ -211,10 +216,11 @@ def _rank_hint(name: str, shape: tuple[int, ...], layout: str) -> str:
 class AttentionProblem:
     """One call, in bshd order whatever the user's layout.
 
-    window_left, window_right: -1 is unlimited; causal is (-1, 0); bottom-right aligned.
+    causal: bottom-right aligned.
     strides: in elements, by the names q, k, v, out, (dout, dq, dk, dv,) lse; dimensions of size 1 and all of an empty
     tensor have stride 0. The last dimension of the 16-bit tensors, and seqlen of lse, are contiguous.
     aligned: every 16-bit pointer and stride is a multiple of 16 bytes and the head dims are multiples of 8.
+    What goes beyond dense attention is a field with a `Spec`, None where it is absent.
     """
 
     batch: int
@@ -226,11 +232,20 @@ class AttentionProblem:
     head_dim_v: int
     dtype: str
     causal: bool
-    window_left: int
-    window_right: int
     softmax_scale: float
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """Those that are there, in the order of the fields."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Spec))
+
+    def __str__(self) -> str:
+        """Only what is there."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values if value is not None)})"
 
     @classmethod
     def from_refs(cls, refs: Mapping[str, TensorRef], sizes: Sizes, dtype: str, options: Options) -> AttentionProblem:
@@ -257,8 +272,6 @@ class AttentionProblem:
             head_dim_v=sizes.head_dim_v,
             dtype=dtype,
             causal=options.causal,
-            window_left=-1,
-            window_right=0 if options.causal else -1,
             softmax_scale=scale,
             strides=tuple(strides.items()),
             aligned=aligned,

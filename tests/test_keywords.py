@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.keywords import FUNCTIONS, KEYWORDS, OTHER_NAMES, Keyword
 from fa2cupy.prepared import PREPARED
-from fa2cupy.problem import ArrayRule
+from fa2cupy.problem import ArrayRule, AttentionProblem
+from fa2cupy.spec import Spec
 from tests.fake_gpu import FakeGpu, cupy_array
 
 PACKAGE = Path(fa2cupy.__file__).parent
@@ -258,6 +259,30 @@ def test_one_argument_too_many_by_position(function: str) -> None:
 # What a keyword beyond dense attention goes through
 
 
+@dataclass(frozen=True)
+class Lift(Spec):
+    value: float
+
+
+@dataclass(frozen=True)
+class Offsets(Spec):
+    heads: int
+
+    def arrays(self) -> tuple[str, ...]:
+        return ("offsets",)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem(AttentionProblem):
+    lift: Lift | None = None
+    offsets: Offsets | None = None
+
+    @classmethod
+    def having(cls, problem: AttentionProblem, **specs: Spec) -> Problem:
+        values = {field.name: getattr(problem, field.name) for field in fields(problem)}
+        return cls(**{**values, **specs})
+
+
 @pytest.fixture
 def dummies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two keywords: `lift`, a number, and `offsets`, an array (num_heads,) float32."""
@@ -268,8 +293,8 @@ def dummies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KEYWORDS, "offsets", array)
     monkeypatch.setitem(KEYWORDS, "lift", number)
     monkeypatch.setitem(problem.ARRAY_RULES, "offsets", rule)
-    monkeypatch.setitem(problem.SPECS, "offsets", lambda problem, ref: replace(problem, aligned=ref.shape != (4,)))
-    monkeypatch.setitem(problem.SPECS, "lift", lambda problem, value: replace(problem, softmax_scale=value))
+    monkeypatch.setitem(problem.SPECS, "lift", lambda p, value: Problem.having(p, lift=Lift(value)))
+    monkeypatch.setitem(problem.SPECS, "offsets", lambda p, ref: Problem.having(p, offsets=Offsets(ref.shape[0])))
 
 
 @pytest.mark.usefixtures("dummies")
@@ -313,7 +338,6 @@ def test_the_array_of_a_feature_is_checked() -> None:
 def test_a_feature_has_a_signature_of_its_own(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its option is in the key, its array in the signature and behind the outputs in the pointers."""
     gpu.compute = False
-    gpu.extra = ("offsets",)
     q = cupy_array((2, 5, 4, 16), np.float16)
     offsets = [cupy_array((4,), np.float32) for _ in range(2)]
     for array in (*offsets, offsets[0]):
@@ -325,9 +349,7 @@ def test_a_feature_has_a_signature_of_its_own(gpu: FakeGpu, monkeypatch: pytest.
     fa2cupy.attention(q, q, q, offsets=offsets[0], lift=1.0)
     fa2cupy.attention(q, q, q, offsets=offsets[0], lift=2.0)
     assert len(PREPARED) == 4
-    assert [(plan.problem.aligned, plan.problem.softmax_scale) for plan in gpu.plans] == [
-        (False, x) for x in (0.25, 1, 2)
-    ]
+    assert [plan.problem.specs for plan in gpu.plans] == [(*lift, Offsets(4)) for lift in ((), (Lift(1),), (Lift(2),))]
     with pytest.raises(InvalidArgument, match="out shares memory with offsets"):
         out = cupy_array((2, 5, 4, 16), np.float16)
         fa2cupy.attention(q, q, q, offsets=out.view(np.float32).reshape(-1)[:4], out=out)

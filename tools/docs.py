@@ -20,6 +20,11 @@ if __name__ == "__main__":
 
 from fa2cupy.declared import DECLARED  # noqa: E402 - found from anywhere
 from fa2cupy.kernels import tiles  # noqa: E402
+from fa2cupy.kernels.sm80 import flash_bwd as bwd_sm80  # noqa: E402
+from fa2cupy.kernels.sm80 import flash_fwd as fwd_sm80  # noqa: E402
+from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90  # noqa: E402
+from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide  # noqa: E402
+from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90  # noqa: E402
 from fa2cupy.keywords import KEYWORDS, OTHER_NAMES  # noqa: E402
 
 __all__ = ["PAGES", "renewed"]
@@ -37,13 +42,14 @@ def tile_tables() -> Iterator[tuple[str, Sequence[Any], Callable[[Any], int]]]:
     def own_bytes(row: Any) -> int:
         return row.shared_mem_bytes()
 
-    for direction, tables in (("forward", tiles.FWD_TILES), ("backward", tiles.BWD_TILES)):
+    for direction, tables in (("forward", fwd_sm80.FWD_TILES), ("backward", bwd_sm80.BWD_TILES)):
         for shared_memory, rows in tables.items():
             architectures = [arch for arch, size in tiles.SHARED_MEMORY.items() if size == shared_memory]
             yield f"`sm80` {direction}, {shared_memory // 1024} KB ({', '.join(architectures)})", rows, padded_bytes
-    for causal, rows in tiles.FWD_TILES_SM90.items():
+    for causal, rows in fwd_sm90.FWD_TILES_SM90.items():
         yield f"`sm90` forward, {'causal' if causal else 'full'}", rows, own_bytes
-    yield "`sm90` backward", tiles.BWD_TILES_SM90, own_bytes
+    yield "`sm90` backward", bwd_sm90.BWD_TILES_SM90, own_bytes
+    yield "`sm90` backward, wide", bwd_sm90_wide.BWD_TILES_SM90_WIDE, own_bytes
 
 
 def _cell(value: object, default: object) -> str:

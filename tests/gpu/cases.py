@@ -181,7 +181,7 @@ def head_dim_v_cases(dtype: str, head_dim: int, head_dim_v: int) -> Iterator[Cas
 
 
 def split_cases(dtype: str, head_dim: int) -> Iterator[Case]:
-    """Many query heads on few keys, which several thread blocks share (kernels/flash_bwd.py); the last needs it not."""
+    """Many query heads on few keys, which several thread blocks share (kernels/backward.py); the last needs it not."""
     for number, (seqlen_q, seqlen_k, batch, heads) in enumerate(
         (
             (300, 4096, 1, (32, 1)),  # several query heads a block, on a GPU of about a hundred multiprocessors
