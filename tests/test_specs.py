@@ -78,9 +78,6 @@ class Problem(AttentionProblem):
     tilt: Spec | None = None
     shade: Spec | None = None
 
-    def __str__(self) -> str:
-        return AttentionProblem.__str__(self)
-
 
 def with_specs(base: AttentionProblem, **specs: Spec) -> Problem:
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}

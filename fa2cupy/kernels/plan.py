@@ -38,6 +38,7 @@ class Plan:
             f"{type(self).__name__}({self.problem}",
             f"  workspace: {self.workspace_bytes} bytes",
             f"{kernel}: {self.objection}" if self.objection else kernel,
+            f"  {self.tile}",
         ]
         for each in self.launches:
             defines = " ".join(f"{key[4:].lower()}={value}" for key, value in each.defines.items())
