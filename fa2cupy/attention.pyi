@@ -74,6 +74,7 @@ def attention_backward(
     layout: str = "bshd",
     dtype: str | None = None,
     deterministic: bool = False,
+    dlse: A | None = None,
     dq: A | None = None,
     dk: A | None = None,
     dv: A | None = None,

@@ -132,7 +132,7 @@ _TABLE = (
     ),
     Keyword("out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the result", "0.1"),
     Keyword("lse_out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the log-sum-exp", "0.1"),
-    Keyword("dlse", "A | None", None, _BACKWARD, "gradient of the loss with respect to lse"),
+    Keyword("dlse", "A | None", None, _BACKWARD, "gradient of the loss with respect to lse", "0.2"),
     Keyword(
         "grad_of", "tuple[str, ...]", (), _BACKWARD, '"bias", "sinks": further gradients to return', neutral=(None, ())
     ),
