@@ -6,7 +6,13 @@ imported when they are first asked for.
 
 from typing import TYPE_CHECKING
 
-from fa2cupy.attention import attention, attention_backward, backward_workspace_bytes, forward_workspace_bytes
+from fa2cupy.attention import (
+    attention,
+    attention_backward,
+    attention_vjp,
+    backward_workspace_bytes,
+    forward_workspace_bytes,
+)
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -31,6 +37,7 @@ __all__ = [
     "UnsupportedDevice",
     "attention",
     "attention_backward",
+    "attention_vjp",
     "backward_workspace_bytes",
     "forward_workspace_bytes",
 ]

@@ -8,6 +8,7 @@ of features, finds with one test that there are none.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from fa2cupy import doors, dynamo
@@ -17,7 +18,13 @@ from fa2cupy.keywords import public
 from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import RawOptions, given
 
-__all__ = ["attention", "attention_backward", "backward_workspace_bytes", "forward_workspace_bytes"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "backward_workspace_bytes",
+    "forward_workspace_bytes",
+]
 
 
 @public
@@ -158,6 +165,55 @@ def attention_backward(
         operation, arrays, options = given("attention_backward", operation, arrays, options, positional, keywords)
     dq, dk, dv = call(operation, arrays, workspace, options)
     return dq, dk, dv
+
+
+@public
+@dynamo.leave
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    *positional: object,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    layout: str = "bshd",
+    dtype: str | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    out: Any = None,
+    lse_out: Any = None,
+    workspace: Any = None,
+    **keywords: Any,
+) -> tuple[Any, Callable[..., tuple[Any, Any, Any]]]:
+    """`attention` and its pullback, for arrays without autograd. Layout "bshd"; causal=True is aligned bottom-right.
+
+        out, pullback = fa2cupy.attention_vjp(q, k, v, causal=True)
+        dq, dk, dv = pullback(dout)
+
+    Args, Where and when, Raises: as `attention`; a torch tensor must not require grad.
+
+    Returns:
+        What `attention` returns, (batch, seqlen_q, num_heads, head_dim_v) or with lse, and a function pullback(dout,
+        dlse=None) that returns what `attention_backward` does; dlse, float32 (batch, num_heads, seqlen_q), is the
+        gradient of lse. The pullback holds q, k, v, out and lse, reads them when it is called, and may be called again.
+    """
+    return_lse = check_flag("return_lse", return_lse)
+    deterministic = check_flag("deterministic", deterministic)
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
+    arrays = [q, k, v, out, lse_out]
+    operation, arrays, options = given("attention_vjp", FORWARD, arrays, options, positional, keywords)
+    out, lse = call(operation, arrays, workspace, options)
+
+    def pullback(dout: Any, dlse: Any = None) -> tuple[Any, Any, Any]:
+        gradients: tuple[Any, Any, Any] = attention_backward(
+            dout, q, k, v, out, lse, causal=causal, softmax_scale=softmax_scale, layout=layout, dtype=dtype,
+            deterministic=deterministic, dlse=dlse, **keywords,
+        )  # fmt: skip
+        return gradients
+
+    return (out, lse) if return_lse else out, pullback
 
 
 @public

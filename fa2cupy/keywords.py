@@ -41,6 +41,7 @@ _PROBABILITIES = ("attention_probabilities",)
 # Functions that are there: their arrays, and what they return.
 FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "attention": (("q", "k", "v"), "A | tuple[A, A]"),
+    "attention_vjp": (("q", "k", "v"), "tuple[A | tuple[A, A], Callable[..., tuple[A, A, A]]]"),
     "attention_backward": (("dout", "q", "k", "v", "out", "lse"), "tuple[A, A, A]"),
     "forward_workspace_bytes": (("q", "k", "v"), "int"),
     "backward_workspace_bytes": (("q", "k", "v"), "int"),
