@@ -17,7 +17,10 @@ from typing import TypeVar
 __all__ = ["constant", "leave", "tell", "told"]
 
 _TRACED = frozenset(
-    {f"fa2cupy.{name}" for name in ("attention", "checks", "doors", "keywords", "options", "torch.dispatch")}
+    {
+        f"fa2cupy.{name}"
+        for name in ("attention", "checks", "doors", "keywords", "options", "torch.dispatch", "torch.sdpa")
+    }
 )
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
