@@ -16,10 +16,20 @@ from typing import TypeVar
 
 __all__ = ["constant", "leave", "tell", "told"]
 
+# Functions marked `constant` must be in these too.
 _TRACED = frozenset(
     {
         f"fa2cupy.{name}"
-        for name in ("attention", "checks", "doors", "keywords", "options", "torch.dispatch", "torch.sdpa")
+        for name in (
+            "attention",
+            "checks",
+            "doors",
+            "keywords",
+            "options",
+            "torch.dispatch",
+            "torch.sdpa",
+            "torch.sharding",
+        )
     }
 )
 
