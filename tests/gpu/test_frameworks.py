@@ -188,10 +188,11 @@ def test_jax_under_load_and_after_its_own_work(device: torch.device) -> None:
 def test_what_must_not_pass_silently(device: torch.device) -> None:
     inputs = inputs_of(CASE, device)
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    out = torch.empty_like(q)
     with pytest.raises(ValueError, match="no_grad"):
-        fa2cupy.attention(q.clone().requires_grad_(), k, v)
+        fa2cupy.attention(q.clone().requires_grad_(), k, v, out=out)
     with torch.no_grad():
-        fa2cupy.attention(q.clone().requires_grad_(), k, v)
+        fa2cupy.attention(q.clone().requires_grad_(), k, v, out=out)
     with pytest.raises(TypeError, match="same framework"):
         fa2cupy.attention(q, _to_cupy(k), _to_cupy(v))
     with pytest.raises(ValueError, match="device"):
