@@ -24,7 +24,6 @@ from fa2cupy.frameworks.base import (
 )
 from fa2cupy.frameworks.dlpack import from_producer
 from fa2cupy.frameworks.overlap import has_duplicates
-from fa2cupy.kernels.planner import bound_plan, plan_call
 from fa2cupy.operations import BACKWARD, Operation
 from fa2cupy.prepared import (
     PREPARED,
@@ -186,6 +185,7 @@ def _prepare(
     device: Device,
 ) -> PreparedCall:
     from fa2cupy.jit import driver
+    from fa2cupy.kernels.planner import bound_plan
 
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     stream = framework.stream(device.index)
@@ -261,6 +261,8 @@ def _call_jax(
     options: Options,
     device: Device,
 ) -> list[Any]:
+    from fa2cupy.kernels.planner import bound_plan
+
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
     storage = framework.dtype(arrays["q"])
@@ -281,5 +283,7 @@ def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) 
     sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
     if device.kind == "cpu":
         return 0
+    from fa2cupy.kernels.planner import plan_call
+
     problem = _problem(BACKWARD, framework, arrays, sizes, dtype, options, device)
     return plan_call(BACKWARD.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes
