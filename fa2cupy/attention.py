@@ -1,35 +1,42 @@
-"""The public functions. Their docstrings are the specification; `calls.py` does the work."""
+"""The public functions. Their docstrings are the specification; `calls.py` does the work.
+
+Their signatures are in `attention.pyi` for type checkers and in `keywords.py` for help(). At run time dense attention's
+keywords have names here and everything else that is given lands in two more, so that a dense call, whatever the number
+of features, finds with one test that there are none.
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from fa2cupy import calls, dynamo, operations
-from fa2cupy.problem import check_flag, unexpected_keyword
+from fa2cupy import dynamo
+from fa2cupy.calls import call
+from fa2cupy.checks import check_flag
+from fa2cupy.keywords import public
+from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
+from fa2cupy.options import RawOptions, given
 
-__all__ = ["attention", "attention_backward", "backward_workspace_bytes"]
-
-_FORWARD_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "return_lse", "out", "lse_out", "workspace")
-_BACKWARD_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "deterministic", "dq", "dk", "dv", "workspace")
-_SIZE_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "deterministic")
+__all__ = ["attention", "attention_backward", "backward_workspace_bytes", "forward_workspace_bytes"]
 
 
+@public
 @dynamo.leave
 def attention(
     q: Any,
     k: Any,
     v: Any,
-    *,
+    *positional: object,
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     out: Any = None,
     lse_out: Any = None,
     workspace: Any = None,
-    **unexpected: object,
+    **keywords: Any,
 ) -> Any:
     """softmax(softmax_scale * q k^T) v, exactly. Layout "bshd": q is (batch, seqlen_q, num_heads, head_dim).
     causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
@@ -51,12 +58,15 @@ def attention(
             too. One copy is made of an input whose last dimension is not contiguous (or whose strides are not
             multiples of its item size).
         dtype: "bfloat16" says what uint16 arrays hold; the results are then uint16 too. Otherwise None.
+        deterministic: as in `attention_backward`, for gradients that are taken through this call; the forward always
+            repeats its bits.
         return_lse: also return the log-sum-exp, which `attention_backward` needs.
         out: where to put the result: of the inputs' framework, device and dtype, of out's shape, the last dimension
             contiguous, no element twice, no element shared with another argument (interleaved slices of one buffer
             are fine). Not for JAX, whose arrays are immutable.
         lse_out: where to put the log-sum-exp; likewise.
-        workspace: one contiguous block of memory of the same framework and device. The forward needs none today.
+        workspace: one contiguous block of memory of the same framework and device, of at least
+            `forward_workspace_bytes` bytes, which is 0 today.
 
     Returns:
         out, (batch, seqlen_q, num_heads, head_dim_v) in the layout and dtype of q; with return_lse=True (out, lse).
@@ -79,16 +89,19 @@ def attention(
     """
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    if unexpected:
-        raise unexpected_keyword("attention", unexpected, _FORWARD_KEYWORDS)
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
-    options = (causal, softmax_scale, layout, dtype)
-    operation = operations.FORWARD if return_lse else operations.FORWARD_OUT
-    out, lse = calls.call(operation, [q, k, v, out, lse_out], workspace, options)
+    if deterministic is not False:
+        check_flag("deterministic", deterministic)
+    operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
+    options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
+    if positional or keywords:
+        operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
+    out, lse = call(operation, arrays, workspace, options)
     return (out, lse) if return_lse else out
 
 
+@public
 @dynamo.leave
 def attention_backward(
     dout: Any,
@@ -97,7 +110,7 @@ def attention_backward(
     v: Any,
     out: Any,
     lse: Any,
-    *,
+    *positional: object,
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
@@ -107,7 +120,7 @@ def attention_backward(
     dk: Any = None,
     dv: Any = None,
     workspace: Any = None,
-    **unexpected: object,
+    **keywords: Any,
 ) -> tuple[Any, Any, Any]:
     """The gradients dq, dk, dv of `attention`. Layout "bshd": dout is (batch, seqlen_q, num_heads, head_dim_v).
     causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
@@ -131,33 +144,67 @@ def attention_backward(
     """
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    if unexpected:
-        raise unexpected_keyword("attention_backward", unexpected, _BACKWARD_KEYWORDS)
-    options = (causal, softmax_scale, layout, dtype, deterministic)
-    dq, dk, dv = calls.call(operations.BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv], workspace, options)
+    operation, arrays = BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv]
+    options: RawOptions = (causal, softmax_scale, layout, dtype, deterministic, ())
+    if positional or keywords:
+        operation, arrays, options = given("attention_backward", operation, arrays, options, positional, keywords)
+    dq, dk, dv = call(operation, arrays, workspace, options)
     return dq, dk, dv
 
 
+@public
 @dynamo.leave
-def backward_workspace_bytes(
+def forward_workspace_bytes(
     q: Any,
     k: Any,
     v: Any,
-    *,
+    *positional: object,
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
     deterministic: bool = False,
-    **unexpected: object,
+    **keywords: Any,
+) -> int:
+    """Bytes that `attention` needs as workspace= for these arguments: 0 today. Layout "bshd", as in `attention`.
+    causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
+    """
+    check_flag("deterministic", deterministic)
+    options = (causal, softmax_scale, layout, dtype, False, ())
+    return _workspace_bytes("forward_workspace_bytes", FORWARD, [q, k, v], options, positional, keywords)
+
+
+@public
+@dynamo.leave
+def backward_workspace_bytes(
+    q: Any,
+    k: Any,
+    v: Any,
+    *positional: object,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    layout: str = "bshd",
+    dtype: str | None = None,
+    deterministic: bool = False,
+    **keywords: Any,
 ) -> int:
     """Bytes that `attention_backward` needs as workspace= for these arguments. Layout "bshd"; 0 for arrays on the CPU.
     causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
     """
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
-    if unexpected:
-        raise unexpected_keyword("backward_workspace_bytes", unexpected, _SIZE_KEYWORDS)
+    options = (causal, softmax_scale, layout, dtype, deterministic, ())
+    return _workspace_bytes("backward_workspace_bytes", BACKWARD, [q, k, v], options, positional, keywords)
+
+
+def _workspace_bytes(
+    function: str,
+    operation: Operation,
+    arrays: list[Any],
+    options: RawOptions,
+    positional: tuple[object, ...],
+    keywords: dict[str, Any],
+) -> int:
     from fa2cupy.first_call import workspace_bytes
 
-    return workspace_bytes((q, k, v), (causal, softmax_scale, layout, dtype, deterministic))
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    return workspace_bytes(*given(function, operation, arrays, options, positional, keywords))

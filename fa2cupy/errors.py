@@ -1,4 +1,4 @@
-"""Every exception that fa2cupy raises on purpose.
+"""Every exception that fa2cupy raises on purpose, and its warning.
 
 All derive from `Fa2Error` and from the built-in exception that a caller would catch anyway.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = [
     "CompilationError",
     "Fa2Error",
+    "Fa2Warning",
     "InvalidArgument",
     "InvalidType",
     "LaunchError",
@@ -20,6 +21,10 @@ __all__ = [
 
 class Fa2Error(Exception):
     """Base of all errors raised by fa2cupy."""
+
+
+class Fa2Warning(RuntimeWarning):
+    """Something works, but not as well as it could; the message says what to do."""
 
 
 class InvalidArgument(Fa2Error, ValueError):

@@ -13,9 +13,9 @@ import pytest
 
 import fa2cupy
 import fa2cupy.jit
+from fa2cupy import log
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import compiler
-from fa2cupy.kernels import planner
 from fa2cupy.prepared import PREPARED
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
@@ -570,7 +570,7 @@ def wgmma(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     builds = [GOOD]
     gpu.compute, gpu.launches_of_plans = False, (SimpleNamespace(arch="sm_90a"),)
     monkeypatch.setattr(fa2cupy.jit, "expected_nvrtc_build", lambda: builds[-1])
-    planner._warn_once.cache_clear()
+    log.warn_once.cache_clear()
     return builds
 
 
@@ -594,7 +594,7 @@ def test_bad_nvrtc_means_sm80_kernels_and_one_warning(gpu: FakeGpu, wgmma: list[
         warnings.simplefilter("always")
         forwards(3)
     (warning,) = caught
-    assert warning.category is RuntimeWarning
+    assert warning.category is fa2cupy.Fa2Warning
     for words in ("NVRTC 12.8.93", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
         assert words in str(warning.message)
     assert gpu.binds == 3
@@ -623,15 +623,15 @@ def test_nvrtc_that_is_not_the_one_remembered(gpu: FakeGpu, wgmma: list[str], mo
     assert gpu.binds == 2 and not gpu.plans[-1].launches
 
 
-def test_debug_prints_each_plan_once(
-    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_debug_logs_each_plan_once(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu.compute = False
     monkeypatch.setenv("FA2CUPY_DEBUG", "1")
     q = cupy_array((1, 6, 1, 16), np.float16)
     fa2cupy.attention(q, q, q)
     fa2cupy.attention(q, q, q)
-    assert capsys.readouterr().err.count("AttentionProblem(") == 1
+    assert [record.name for record in caplog.records if "AttentionProblem(" in record.message] == ["fa2cupy"]
 
 
 def test_threads(gpu: FakeGpu) -> None:

@@ -204,8 +204,9 @@ def test_key_covers_what_makes_the_binary(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def opened_with_one_warning(match: str) -> DiskCache:
-    with pytest.warns(RuntimeWarning, match=match):
+    with pytest.warns(fa2cupy.Fa2Warning, match=match) as caught:
         disk = open_cache()
+    assert {warning.filename for warning in caught} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_cache().directory is disk.directory

@@ -1,4 +1,4 @@
-"""Renew what is generated in docs/: the rows of the tile tables, in docs/tuning.md.
+"""Renew what is generated in docs/: the rows of the tile tables, in docs/tuning.md; the keywords, in docs/usage.md.
 
     python tools/docs.py
 
@@ -18,7 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from fa2cupy.kernels import tiles  # noqa: E402 - found from anywhere
+from fa2cupy.declared import DECLARED  # noqa: E402 - found from anywhere
+from fa2cupy.kernels import tiles  # noqa: E402
+from fa2cupy.kernels.sm80 import flash_bwd as bwd_sm80  # noqa: E402
+from fa2cupy.kernels.sm80 import flash_fwd as fwd_sm80  # noqa: E402
+from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90  # noqa: E402
+from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide  # noqa: E402
+from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90  # noqa: E402
+from fa2cupy.keywords import KEYWORDS, OTHER_NAMES  # noqa: E402
 
 __all__ = ["PAGES", "renewed"]
 
@@ -35,13 +42,14 @@ def tile_tables() -> Iterator[tuple[str, Sequence[Any], Callable[[Any], int]]]:
     def own_bytes(row: Any) -> int:
         return row.shared_mem_bytes()
 
-    for direction, tables in (("forward", tiles.FWD_TILES), ("backward", tiles.BWD_TILES)):
+    for direction, tables in (("forward", fwd_sm80.FWD_TILES), ("backward", bwd_sm80.BWD_TILES)):
         for shared_memory, rows in tables.items():
             architectures = [arch for arch, size in tiles.SHARED_MEMORY.items() if size == shared_memory]
             yield f"`sm80` {direction}, {shared_memory // 1024} KB ({', '.join(architectures)})", rows, padded_bytes
-    for causal, rows in tiles.FWD_TILES_SM90.items():
+    for causal, rows in fwd_sm90.FWD_TILES_SM90.items():
         yield f"`sm90` forward, {'causal' if causal else 'full'}", rows, own_bytes
-    yield "`sm90` backward", tiles.BWD_TILES_SM90, own_bytes
+    yield "`sm90` backward", bwd_sm90.BWD_TILES_SM90, own_bytes
+    yield "`sm90` backward, wide", bwd_sm90_wide.BWD_TILES_SM90_WIDE, own_bytes
 
 
 def _cell(value: object, default: object) -> str:
@@ -78,8 +86,51 @@ def tile_rows() -> str:
     return "\n".join(lines) + "\n"
 
 
+# The functions of a keyword, in one word.
+_PLACES = {
+    "attention": "forward",
+    "attention_backward": "backward",
+    "backward_workspace_bytes": "bytes",
+    "attention_with_kvcache": "cache",
+    "attention_probabilities": "probabilities",
+}
+# Named with one of those, or always with them.
+_BESIDE = {"attention_vjp", "forward_workspace_bytes", "KVCache", "KVCache.attend"}
+
+
+def keywords() -> str:
+    """Every keyword: those that are there, then those to come."""
+    lines = ["", "| keyword | type | in | absent | since | |", "|---|---|---|---|---|---|"]
+    for keyword in sorted(KEYWORDS.values(), key=lambda keyword: not keyword.since):
+        names = [_PLACES.get(name, f"`{name}`") for name in keyword.functions if name not in _BESIDE]
+        absent = ", ".join(f"`{value!r}`" for value in keyword.neutral)
+        cells = [f"`{keyword.name}`", f"`{keyword.type}`", ", ".join(names), absent, keyword.since or "to come"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, keyword.meaning)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def other_names() -> str:
+    """What keywords are called elsewhere."""
+    lines = ["", "| elsewhere | here | |", "|---|---|---|"]
+    for name, (ours, remark) in OTHER_NAMES.items():
+        lines.append(f"| `{name}` | {' or '.join(f'`{target}`' for target in ours)} | {remark} |")
+    return "\n".join(lines) + "\n"
+
+
+def declared_errors() -> str:
+    """Every declared error."""
+    lines = ["", "| refused | why, or what instead | error | |", "|---|---|---|---|"]
+    for entry in DECLARED:
+        when = f"comes with `{entry.keyword}`" if entry.keyword else ""
+        lines.append(f"| {entry.what} | {entry.why} | `{entry.kind.__name__}` | {when} |")
+    return "\n".join(lines) + "\n"
+
+
 # What is generated, by page and by the name in the comments around it.
-PAGES: dict[str, dict[str, Callable[[], str]]] = {"docs/tuning.md": {"tile rows": tile_rows}}
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/tuning.md": {"tile rows": tile_rows},
+    "docs/usage.md": {"keywords": keywords, "other names": other_names, "declared errors": declared_errors},
+}
 
 
 def renewed(page: str, text: str) -> str:

@@ -80,12 +80,14 @@ class Configuration:
     """One compiled JAX function: the (shape, dtype) of its outputs and what it launches.
 
     workspace_bytes: None if the kernels take no workspace pointer at all.
+    dense_inputs: how many inputs stand in front of the outputs in the kernels' pointers; the others stand behind them.
     """
 
     outputs: tuple[tuple[tuple[int, ...], str], ...]
     workspace_bytes: int | None
     device_index: int
     launchable: Callable[[tuple[int, ...], int], None]
+    dense_inputs: int
 
 
 def run(configuration: Configuration, inputs: tuple[Any, ...]) -> list[Any]:
@@ -101,7 +103,9 @@ def compiled(configuration: Configuration) -> Callable[..., Any]:
     from fa2cupy.jit import driver
 
     def launch(context: Any, outputs: Any, *inputs: Any) -> None:
-        pointers = [read(buffer.__dlpack__()).ptr for buffer in (*inputs, *outputs)]
+        dense, results = configuration.dense_inputs, len(configuration.outputs)
+        buffers = *inputs[:dense], *outputs[:results], *inputs[dense:], *outputs[results:]
+        pointers = [read(buffer.__dlpack__()).ptr for buffer in buffers]
         if configuration.workspace_bytes:
             pointers[-1] += -pointers[-1] % WORKSPACE_ALIGNMENT
         elif configuration.workspace_bytes == 0:

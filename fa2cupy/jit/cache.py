@@ -21,14 +21,13 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fa2cupy import env
+from fa2cupy import env, log
 from fa2cupy.jit import compiler
 from fa2cupy.jit.compiler import Cubin, Defines, KernelResources
 from fa2cupy.jit.source import Source
@@ -294,4 +293,4 @@ def _warn_once(directory: Path | None, message: str) -> None:
         if directory in _warned:
             return
         _warned.add(directory)
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    log.warn(message)

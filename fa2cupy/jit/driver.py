@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fa2cupy.declared import GPU_TOO_OLD
 from fa2cupy.errors import LaunchError, MissingDependency, UnsupportedDevice
 
 if TYPE_CHECKING:
@@ -197,10 +198,7 @@ def device_info(index: int) -> DeviceInfo:
         l2_bytes=attribute(_L2_CACHE_SIZE),
     )
     if info.cc < MIN_COMPUTE_CAPABILITY:
-        raise UnsupportedDevice(
-            f"device {index} ({info.name}) has compute capability {info.cc[0]}.{info.cc[1]}: "
-            "8.0 or newer is needed (A100, RTX 30 series, or later)"
-        )
+        raise GPU_TOO_OLD.error(index=index, name=info.name, major=info.cc[0], minor=info.cc[1])
     return info
 
 

@@ -8,12 +8,10 @@ compiler that is at hand.
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from fa2cupy import env, jit
+from fa2cupy import env, jit, log
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import driver
 from fa2cupy.jit.driver import DeviceInfo
@@ -193,7 +191,7 @@ def bound_plan(
 
 def _bind(plan: Plan, device_index: int) -> Launchable:
     if env.debug():
-        print(plan, file=sys.stderr)
+        log.debug(plan)
     return plan.bind(device_index)
 
 
@@ -222,12 +220,7 @@ def _nvrtc_objection(family: str | None, arch: str) -> str:
     if not objection:
         return ""
     if family is not None:
-        _warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
+        log.warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
         return ""
-    _warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
+    log.warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
     return objection
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
