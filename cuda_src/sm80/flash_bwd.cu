@@ -13,8 +13,8 @@
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
-#include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
+#include "common/score.cuh"
 #include "sm80/tile.cuh"
 
 static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -65,23 +65,11 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
       for (int e = 0; e < 4; ++e) {
         float p = ex2(fmaf(acc.x[i][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
         if constexpr (kMasked) {
-          const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
-          if (first_query + col + e % 2 < query_begin(shape, key)) p = 0.f;
+          const Position<true> position{first_query + first_col + accumulator_col(), first_key + accumulator_row()};
+          if (position.query(i, j, e) < query_begin(shape, position.key(i, j, e))) p = 0.f;
         }
         acc.x[i][j][e] = p;
       }
-  }
-}
-
-// dS^T = P^T * (dP^T - D), in place of dP^T.
-FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM], int first_col) {
-#pragma unroll
-  for (int j = 0; j < kSCols / 8; ++j) {
-    const float2 d = *reinterpret_cast<const float2*>(softmax_d + first_col + 8 * j + accumulator_col());
-#pragma unroll
-    for (int i = 0; i < kKeyTiles; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_dp.x[i][j][e] = acc_p.x[i][j][e] * (acc_dp.x[i][j][e] - (e % 2 == 0 ? d.x : d.y));
   }
 }
 
@@ -236,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage], s_col);
+    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;

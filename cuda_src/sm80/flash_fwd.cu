@@ -10,7 +10,7 @@
 //
 // K and V have one buffer each; each is filled while the product that needs the other one runs. The copies are issued in
 // parts, between the steps of that product.
-#include "common/block_range.cuh"
+#include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "sm80/tile.cuh"
 
@@ -55,21 +55,6 @@ struct QOperand {
     }
   }
 };
-
-// -inf where a query does not see a key. `row` and `col`: of this thread's first element.
-FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
-#pragma unroll
-  for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int end = key_end(shape, row + 16 * i + 8 * h) - col;
-#pragma unroll
-      for (int j = 0; j < kSTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (8 * j + e >= end) acc_s.x[i][j][2 * h + e] = -kInfinity;
-    }
-}
 
 FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t stride, int row, int rows, float scale_log2) {
   if (accumulator_col() != 0) return;  // four lanes hold the same row
@@ -146,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
           for (int e = 0; e < 4; ++e) acc_s.x[i][j][e] *= params.scale_softmax_log2;
     }
     if constexpr (decltype(masked)::value) {
-      mask_scores(acc_s, shape, first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col());
+      mask_scores(acc_s, shape, {first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()});
     }
     softmax.update(acc_s, acc_o, scale_log2);
     cp_async_wait_group<0>();  // V(n) landed

@@ -19,6 +19,7 @@
 // thread block for every tile, because whoever waits for a turn must know that the others have started.)
 // docs/backward.md draws the pipeline and says who waits for whom.
 #include "common/dq_accum.cuh"
+#include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
@@ -162,26 +163,17 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
 template <bool kMasked>
 FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
                             int first_query) {
-  const int first_col = first_query + accumulator_col();
-  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
+  const Position<true> position{first_query + accumulator_col(), key};
+  const int begin[2] = {query_begin(shape, position.key(0, 0, 0)) - position.first_query,
+                        query_begin(shape, position.key(0, 0, 2)) - position.first_query};
 #pragma unroll
   for (int j = 0; j < kBlockM / 8; ++j) {
     const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
-      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
+      acc.x[0][j][e] = kMasked && col_of(j, e) < begin[e / 2] ? 0.f : p;
     }
-  }
-}
-
-// dS^T = P^T * (dP^T - D), in place of dP^T.
-FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM]) {
-#pragma unroll
-  for (int j = 0; j < kBlockM / 8; ++j) {
-    const float2 d = *reinterpret_cast<const float2*>(softmax_d + 8 * j + accumulator_col());
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - (e % 2 == 0 ? d.x : d.y));
   }
 }
 
@@ -293,7 +285,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     wgmma_wait_group<0>();  // dP(m)
     pin(acc_dp);
     if (last && leader) mbarrier_arrive(smem.v_empty);
-    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage]);
+    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage] + accumulator_col());
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn

@@ -15,7 +15,7 @@
 // Q's buffer is filled again after the tile's last scores.
 //
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
-#include "common/block_range.cuh"
+#include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
@@ -137,19 +137,6 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
   }
 }
 
-// -inf where a query does not see a key. `row` and `col`: of this thread's first element.
-FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int end = key_end(shape, row + 8 * h) - col;
-#pragma unroll
-    for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (8 * j + e >= end) acc_s.x[0][j][2 * h + e] = -kInfinity;
-  }
-}
-
 // One warpgroup: all tiles, 64 query rows of each.
 FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int group) {
   const Shape& shape = params.shape;
@@ -196,7 +183,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     if (kOwnO && leader) mbarrier_arrive(smem.q_empty[group][q.stage]);
   };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, shape, work.m_block * kBlockM + row, n * kBlockN + accumulator_col());
+    mask_scores(acc_s, shape, {work.m_block * kBlockM + row, n * kBlockN + accumulator_col()});
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {

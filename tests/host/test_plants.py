@@ -140,7 +140,7 @@ def test_every_synchronisation_is_needed_and_watched() -> None:
     assert watched == synchronisations_in_source(), "some synchronisations are reached by no case"
 
 
-RANGE, TILE = "common/block_range.cuh", "sm80/tile.cuh"
+RANGE, MASK, TILE = "common/block_range.cuh", "common/mask.cuh", "sm80/tile.cuh"
 FWD, BWD = "sm80/flash_fwd.cu", "sm80/flash_bwd.cu"
 FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
@@ -156,14 +156,14 @@ MUTANTS = [
     ("fwd", "causal", RANGE, "return shape.seqlen_k - shape.seqlen_q", "return 0"),
     ("fwd", "full", RANGE, "+ 1) : shape.seqlen_k;", "+ 1) : shape.seqlen_k + 1;"),
     ("fwd", "full", RANGE, "+ 1) : shape.seqlen_k;", "+ 1) : shape.seqlen_k - 1;"),
-    ("fwd", "full", FWD, "8 * j + e >= end", "8 * j + e > end"),
-    ("fwd", "causal", FWD, "8 * j + e >= end", "8 * j + e > end"),
+    ("fwd", "full", MASK, "(col_of(j, e) >= end) acc_s", "(col_of(j, e) > end) acc_s"),
+    ("fwd", "causal", MASK, "(col_of(j, e) >= end) acc_s", "(col_of(j, e) > end) acc_s"),
     # which queries see a key
     ("bwd", "causal", RANGE, "key - causal_offset(shape) : 0", "key - causal_offset(shape) - 1 : 0"),
     ("bwd", "causal", RANGE, "key - causal_offset(shape) : 0", "key - causal_offset(shape) + 1 : 0"),
     ("bwd", "few", RANGE, "if (key >= shape.seqlen_k)", "if (key > shape.seqlen_k)"),
     ("bwd", "full", RANGE, "if (key >= shape.seqlen_k)", "if (key >= shape.seqlen_k - 1)"),
-    ("bwd", "causal", BWD, "e % 2 < query_begin(shape, key)", "e % 2 <= query_begin(shape, key)"),
+    ("bwd", "causal", BWD, "(i, j, e) < query_begin(shape", "(i, j, e) <= query_begin(shape"),
     # which blocks a block meets, and which of them are masked
     ("fwd", "causal", RANGE, "ceil_div(key_end(shape, last_query), kBlockN)", "key_end(shape, last_query) / kBlockN"),
     ("fwd", "causal", RANGE, "key_end(shape, last_query)", "key_end(shape, first_query)"),
@@ -188,8 +188,8 @@ MUTANTS = [
     ("fwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
     ("bwd", "sections", RANGE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
     # the sm_90 forward: masks, tiles, rings, rows, panels
-    ("fwd", "hopper-full", FWD90, "8 * j + e >= end", "8 * j + e > end"),
-    ("fwd", "hopper-causal", FWD90, "8 * j + e >= end", "8 * j + e > end"),
+    ("fwd", "hopper-full", MASK, "(col_of(j, e) >= end) acc_s", "(col_of(j, e) > end) acc_s"),
+    ("fwd", "hopper-causal", MASK, "(col_of(j, e) >= end) acc_s", "(col_of(j, e) > end) acc_s"),
     ("fwd", "hopper-causal", FWD90, "n >= work.mask_from; --n) step", "n > work.mask_from; --n) step"),
     ("fwd", "hopper-full", FWD90, "work.end - 1 >= work.mask_from", "work.end - 1 > work.mask_from"),
     ("fwd", "hopper-causal", FWD90, "for (; n >= 0; --n) step", "for (; n > 0; --n) step"),
@@ -245,8 +245,8 @@ MUTANTS = [
     ),
     ("fwd", "hopper-full", TILE90, "k / 4 * tile.kPanelBytes", "k / 4 * 8192"),
     # the sm_90 backward: masks, tiles, rings, turns, rows, columns
-    ("bwd", "hopper-causal", BWD90, "8 * j + e % 2 < begin[e / 2]", "8 * j + e % 2 <= begin[e / 2]"),
-    ("bwd", "hopper-causal", BWD90, "query_begin(shape, key + 8) - first_col", "query_begin(shape, key) - first_col"),
+    ("bwd", "hopper-causal", BWD90, "col_of(j, e) < begin[e / 2]", "col_of(j, e) <= begin[e / 2]"),
+    ("bwd", "hopper-causal", BWD90, "position.key(0, 0, 2)", "position.key(0, 0, 0)"),
     ("bwd", "hopper-causal", BWD90, "step.m_block < work.mask_to", "step.m_block + 1 < work.mask_to"),
     ("bwd", "hopper-few", BWD90, "step.m_block < work.mask_to", "false"),
     ("bwd", "hopper-full", BOTH90, "* parts * shape.batch;", "* parts * shape.batch - 1;"),
@@ -350,8 +350,8 @@ MUTANTS = [
     ("bwd", "hopper-wide", WIDE90, "params.dout, params.softmax_d", "params.dout, params.lse_log2"),
     ("bwd", "hopper-wide", WIDE90, "alignas(128) float statistics", "float statistics"),
     ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < work.mask_to", "false"),
-    ("bwd", "hopper-wide-turns", WIDE90, "8 * j + e >= end", "8 * j + e > end"),
-    ("bwd", "hopper-wide-turns", WIDE90, "key_end(shape, query + 8 * h)", "key_end(shape, query)"),
+    ("bwd", "hopper-wide-turns", MASK, "(col_of(j, e) >= end) acc_p", "(col_of(j, e) > end) acc_p"),
+    ("bwd", "hopper-wide-turns", MASK, "position.query(0, 0, 2 * h)", "position.query(0, 0, 0)"),
     ("bwd", "hopper-wide", WIDE90, "statistics[q_stage][row + 8 * h]", "statistics[q_stage][row]"),
     ("bwd", "hopper-wide", WIDE90, "statistics[row], statistics[row + 8]", "statistics[row], statistics[row]"),
     ("bwd", "hopper-wide", WIDE90, "if (kCol > 0 || kParts > 1) q.advance();", "if (kCol > 0) q.advance();"),
