@@ -25,7 +25,9 @@ CACHE_DIR = Variable(
     "directory of compiled kernels; one that others can write is not trusted",
     "$XDG_CACHE_HOME/fa2cupy, else ~/.cache/fa2cupy",
 )
-DEBUG = Variable("FA2CUPY_DEBUG", "1 prints each new plan and compiles with -lineinfo; 0 does not", "0")
+DEBUG = Variable(
+    "FA2CUPY_DEBUG", "1 logs each new plan (to stderr without a handler) and compiles with -lineinfo; 0 does not", "0"
+)
 KERNEL = Variable(
     "FA2CUPY_KERNEL",
     "sm80 or sm90 forces that family of kernels; sm90, which is the forward's, is an error where it is impossible",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import jax
@@ -150,6 +151,24 @@ def test_gpu(cuda: FakeGpu, dtype: str, layout: str, workspace_bytes: int) -> No
     assert len(cuda.plans) == 2
     assert len(cuda.launches) == 4
     assert jax_arrays.compiled.cache_info().currsize == 2
+
+
+@pytest.mark.usefixtures("cuda")
+def test_further_inputs_stand_behind_the_outputs() -> None:
+    """The pointers: dense inputs, outputs, the arrays of further keywords, the workspace."""
+    first, further = jnp.full(3, 5.0, "float32"), jnp.full(3, 7.0, "float32")
+
+    def launchable(pointers: tuple[int, ...], stream: int) -> None:
+        q, out, bias, workspace = (
+            np.ctypeslib.as_array((ctypes.c_float * 3).from_address(pointer)) for pointer in pointers
+        )
+        assert pointers[3] % 256 == 0
+        workspace[:] = q - bias
+        out[:] = q + 10 * bias
+
+    configuration = jax_arrays.Configuration((((3,), "float32"),), 512, 1, launchable, 1)
+    (out,) = jax_arrays.run(configuration, (first, further))
+    assert out.tolist() == [75.0, 75.0, 75.0]
 
 
 def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:
