@@ -2,7 +2,7 @@
 // and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
-#include "common/block_range.cuh"
+#include "common/schedule.cuh"
 #include "sm90/tile.cuh"
 
 // A tile: key block n_block, and the steps that it takes: all query blocks that meet it, of one query head after the other, or a
@@ -73,22 +73,23 @@ struct Schedule {
     const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
     const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
     const int n_block = first_block + cluster_rank();
-    const BlockRange range = query_blocks(shape, first_block);  // of all of the cluster: its first key block has most
+    const Sequence& sequence = sequence_of(shape, tile.batch);
+    const QueryVisit visit = query_blocks(sequence, first_block);  // of all of the cluster: its first key block has most
     const int heads = shape.num_heads / shape.num_heads_k, head_k = tile.head / splits;
-    const int head_steps = range.end - range.begin, steps = heads * head_steps;
+    const int head_steps = visit.end - visit.begin, steps = heads * head_steps;
     const int split = tile.head % splits;
     const int first = steps * split / splits, end = steps * (split + 1) / splits;
-    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(range.end, n_blocks) % range.end : 0;
+    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(visit.end, n_blocks) % visit.end : 0;
     work = {n_block,
             head_k,
             tile.batch,
-            range.begin,
-            range.end,
-            kCluster > 1 ? query_blocks(shape, n_block).mask_to : range.mask_to,
+            visit.begin,
+            visit.end,
+            kCluster > 1 ? query_blocks(sequence, n_block).mask_to : visit.mask_to,
             end - first,
             head_k * heads + first / head_steps,
-            range.begin + first % head_steps + stagger,
-            range.begin + stagger,
+            visit.begin + first % head_steps + stagger,
+            visit.begin + stagger,
             (tile.batch * parts + tile.head) * kCluster * n_blocks + n_block};
     return true;
   }
