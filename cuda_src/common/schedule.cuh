@@ -19,3 +19,25 @@ FA2_DEVICE Tile2 tile_of(int linear, int blocks, int heads, const Shape& shape) 
   const int row = first + index % section_heads;
   return {index / section_heads, row % heads, row / heads};
 }
+
+// How many sections come after that of tile `linear`.
+FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& shape) {
+  return (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * blocks);
+}
+
+// The tiles of Tiles::next, less those that meet no block (kSkipsTiles): nobody takes them, in no role, and fill_unseen fills what
+// would be theirs.
+template <typename Tiles>
+struct Visited : Tiles {
+  template <typename Problem, typename Work>
+  FA2_DEVICE bool next(const Problem& problem, Work& work) {
+    if constexpr (!kSkipsTiles) {
+      return Tiles::next(problem, work);
+    } else {
+      while (Tiles::next(problem, work)) {
+        if (work.visit.begin < work.visit.end) return true;
+      }
+      return false;
+    }
+  }
+};

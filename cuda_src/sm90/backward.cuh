@@ -50,7 +50,7 @@ constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !k
 // launch order, in alternating direction. Sections of a causal problem alternate too, from long to short and from short to
 // long, the last one from long to short: so all finish at about the same time. Deterministic: always in the order of the
 // turns, see wait_for_turn.
-struct Schedule {
+struct Tiles {
   int round = 0;
   FA2_DEVICE int place() const {
     const int clusters = read_nctaid() / kCluster, cluster = read_ctaid() / kCluster;  // anew: no registers to keep them in
@@ -69,7 +69,7 @@ struct Schedule {
     const int linear = place();
     round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
     const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
-    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
+    const int sections_left = sections_after(linear, n_blocks, rows, shape);
     const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
     const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
     const int n_block = first_block + cluster_rank();
@@ -94,6 +94,8 @@ struct Schedule {
     return true;
   }
 };
+using Schedule = Visited<Tiles>;
+static_assert(!kSkipsTiles, "more() does not look ahead, and a thread block takes its first tile for granted");
 
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.

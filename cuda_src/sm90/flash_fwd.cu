@@ -69,7 +69,7 @@ struct Work {
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
 // long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time.
-struct Schedule {
+struct Tiles {
   int round = 0;
   FA2_DEVICE bool next(const Shape& shape, Work& work) {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
@@ -77,12 +77,13 @@ struct Schedule {
     const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
     if (linear >= m_blocks * rows) return false;
     const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
-    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * m_blocks);
+    const int sections_left = sections_after(linear, m_blocks, rows, shape);
     const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
     work = {m_block, tile.head, tile.batch, key_blocks(sequence_of(shape, tile.batch), m_block)};
     return true;
   }
 };
+using Schedule = Visited<Tiles>;
 
 // Keys and values of all tiles, one thread.
 FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
