@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 from fa2cupy import kernels
-from fa2cupy.arrays import Device, TensorRef, contiguous_strides
+from fa2cupy.frameworks.base import Device, TensorRef, contiguous_strides
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.problem import AttentionProblem, Options, Sizes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from fa2cupy import calls, dynamo
+from fa2cupy import calls, dynamo, operations
 from fa2cupy.problem import check_flag, unexpected_keyword
 
 __all__ = ["attention", "attention_backward", "backward_workspace_bytes"]
@@ -84,7 +84,7 @@ def attention(
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     options = (causal, softmax_scale, layout, dtype)
-    operation = calls.FORWARD if return_lse else calls.FORWARD_OUT
+    operation = operations.FORWARD if return_lse else operations.FORWARD_OUT
     out, lse = calls.call(operation, [q, k, v, out, lse_out], workspace, options)
     return (out, lse) if return_lse else out
 
@@ -134,7 +134,7 @@ def attention_backward(
     if unexpected:
         raise unexpected_keyword("attention_backward", unexpected, _BACKWARD_KEYWORDS)
     options = (causal, softmax_scale, layout, dtype, deterministic)
-    dq, dk, dv = calls.call(calls.BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv], workspace, options)
+    dq, dk, dv = calls.call(operations.BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv], workspace, options)
     return dq, dk, dv
 
 

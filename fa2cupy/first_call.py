@@ -6,15 +6,14 @@ Nothing is launched or allocated before all of them have passed.
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from fa2cupy import env, jax_arrays
-from fa2cupy.arrays import (
+from fa2cupy import env
+from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
+from fa2cupy.frameworks import framework_of, jax
+from fa2cupy.frameworks.base import (
     ITEMSIZE,
     Device,
     Framework,
@@ -22,25 +21,22 @@ from fa2cupy.arrays import (
     TensorRef,
     contiguous_strides,
     describe,
-    framework_of,
 )
-from fa2cupy.calls import (
-    BACKWARD,
+from fa2cupy.frameworks.dlpack import from_producer
+from fa2cupy.frameworks.overlap import has_duplicates
+from fa2cupy.kernels.planner import bound_plan, plan_call
+from fa2cupy.operations import BACKWARD, Operation
+from fa2cupy.prepared import (
     PREPARED,
-    Launchable,
-    Operation,
     PreparedCall,
     check_overlap,
     remember,
     signature_key,
     workspace_block,
 )
-from fa2cupy.dlpack import from_producer
-from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
-from fa2cupy.overlap import has_duplicates
 from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
 
-__all__ = ["bound_plan", "first_call"]
+__all__ = ["first_call"]
 
 Arrays = dict[str, Any]
 
@@ -272,73 +268,7 @@ def _call_jax(
         (sizes.shape(name, options.layout), "float32" if name == "lse_out" else storage) for name in operation.outputs
     )
     workspace = needed if operation.is_backward else None
-    return jax_arrays.run(
-        jax_arrays.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values())
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def bound_plan(
-    operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None
-) -> tuple[Launchable, int]:
-    """(what launches the problem, bytes of workspace). `family`: FA2CUPY_KERNEL, which chooses the plan."""
-    plan = _plan(operation, problem, device_index, deterministic, family)
-    launchable = _bind(plan, device_index)
-    if family is None and _needs_wgmma(plan):
-        # Binding may have loaded NVRTC, and found another one than the cache remembered.
-        again = _plan(operation, problem, device_index, deterministic, family)
-        if again != plan:
-            plan, launchable = again, _bind(again, device_index)
-    return launchable, plan.workspace_bytes
-
-
-def _bind(plan: Any, device_index: int) -> Launchable:
-    if env.debug():
-        print(plan, file=sys.stderr)
-    launchable: Launchable = plan.bind(device_index)
-    return launchable
-
-
-def _plan(operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None) -> Any:
-    from fa2cupy import kernels
-    from fa2cupy.jit import driver
-
-    info = driver.device_info(device_index)
-
-    def plan_for(**choice: Any) -> Any:
-        if operation == BACKWARD.name:
-            return kernels.plan_backward(problem, info, deterministic, **choice)
-        return kernels.plan_forward(problem, info, **choice)
-
-    plan = plan_for(family=family)
-    if _needs_wgmma(plan) and (objection := _nvrtc_objection()):
-        if family is None:
-            _warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
-            return plan_for(why_not_sm90=objection)
-        _warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
-    return plan
-
-
-_UPGRADE = (
-    "Upgrade NVRTC to 12.9.86 or newer: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
-)
-
-
-def _needs_wgmma(plan: Any) -> bool:
-    return any(launch.arch == "sm_90a" for launch in plan.launches)
-
-
-def _nvrtc_objection() -> str:
-    """What is wrong with this process's NVRTC as far as wgmma goes, or the empty string; without loading it if the
-    cache knows which one it is."""
-    from fa2cupy import jit
-
-    return jit.wgmma_objection(jit.expected_nvrtc_build())
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return jax.run(jax.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values()))
 
 
 def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) -> int:
@@ -352,4 +282,4 @@ def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) 
     if device.kind == "cpu":
         return 0
     problem = _problem(BACKWARD, framework, arrays, sizes, dtype, options, device)
-    return int(_plan(BACKWARD.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes)
+    return plan_call(BACKWARD.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes

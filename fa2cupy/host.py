@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fa2cupy import cpu
-from fa2cupy.arrays import Framework
+from fa2cupy.frameworks.base import Framework
 from fa2cupy.problem import Options, Sizes, softmax_scale
 
 __all__ = ["backward", "forward"]

@@ -6,13 +6,14 @@ import difflib
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from fa2cupy.arrays import TensorRef, describe
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+from fa2cupy.frameworks.base import TensorRef, describe
+from fa2cupy.spec import Spec
 
 __all__ = [
     "MAX_HEAD_DIM",
@@ -252,10 +253,11 @@ def _bshd(name: str, shape: tuple[int, ...], layout: str) -> tuple[int, int, int
 class AttentionProblem:
     """One call, in bshd order whatever the user's layout.
 
-    window_left, window_right: -1 is unlimited; causal is (-1, 0); bottom-right aligned.
+    causal: bottom-right aligned.
     strides: in elements, by the names q, k, v, out, (dout, dq, dk, dv,) lse; dimensions of size 1 and all of an empty
     tensor have stride 0. The last dimension of the 16-bit tensors, and seqlen of lse, are contiguous.
     aligned: every 16-bit pointer and stride is a multiple of 16 bytes and the head dims are multiples of 8.
+    What goes beyond dense attention is a field with a `Spec`, None where it is absent.
     """
 
     batch: int
@@ -267,11 +269,20 @@ class AttentionProblem:
     head_dim_v: int
     dtype: str
     causal: bool
-    window_left: int
-    window_right: int
     softmax_scale: float
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """Those that are there, in the order of the fields."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Spec))
+
+    def __str__(self) -> str:
+        """Only what is there."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values if value is not None)})"
 
     @classmethod
     def from_refs(cls, refs: Mapping[str, TensorRef], sizes: Sizes, dtype: str, options: Options) -> AttentionProblem:
@@ -298,8 +309,6 @@ class AttentionProblem:
             head_dim_v=sizes.head_dim_v,
             dtype=dtype,
             causal=options.causal,
-            window_left=-1,
-            window_right=0 if options.causal else -1,
             softmax_scale=scale,
             strides=tuple(strides.items()),
             aligned=aligned,

@@ -13,9 +13,10 @@ import pytest
 
 import fa2cupy
 import fa2cupy.jit
-from fa2cupy import calls, first_call
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import compiler
+from fa2cupy.kernels import planner
+from fa2cupy.prepared import PREPARED
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
 from tests.reference import Inputs, as_ml_dtypes, dtype_name, expect, make_inputs
@@ -458,7 +459,7 @@ def test_same_signature_same_plan(gpu: FakeGpu) -> None:
     gpu.compute = False
     for _ in range(5):
         fa2cupy.attention(*(cupy_array((2, 6, 4, 16), np.float16) for _ in range(3)))
-    assert (len(gpu.plans), gpu.binds, len(calls.PREPARED), len(gpu.launches)) == (1, 1, 1, 5)
+    assert (len(gpu.plans), gpu.binds, len(PREPARED), len(gpu.launches)) == (1, 1, 1, 5)
 
 
 def test_lse_that_nobody_asked_for(gpu: FakeGpu) -> None:
@@ -488,7 +489,7 @@ def test_equal_problems_share_a_plan(gpu: FakeGpu) -> None:
     fa2cupy.attention(q, q, q, softmax_scale=0.25)
     fa2cupy.attention(q, q, q, softmax_scale=np.float32(0.25), causal=np.False_)  # type: ignore[arg-type]
     assert len(gpu.launches) == 4
-    assert (len(gpu.plans), len(calls.PREPARED)) == (1, 4)
+    assert (len(gpu.plans), len(PREPARED)) == (1, 4)
 
 
 def test_overlap_is_checked_at_every_call(gpu: FakeGpu) -> None:
@@ -522,13 +523,13 @@ def test_workspace_overlap_is_checked_at_every_call(gpu: FakeGpu) -> None:
 
 def test_cache_is_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.compute = False
-    monkeypatch.setattr(calls.PREPARED, "_capacity", 8)
+    monkeypatch.setattr(PREPARED, "_capacity", 8)
     q = cupy_array((1, 1, 1, 16), np.float16)
     memory = cupy_array((1, 64, 1, 16), np.float16)
     for length in range(1, 33):  # a decoding loop
         fa2cupy.attention(q, memory[:, :length], memory[:, :length])
         assert gpu.last.problem.seqlen_k == length
-    assert len(calls.PREPARED) == 8
+    assert len(PREPARED) == 8
     plans = len(gpu.plans)
     fa2cupy.attention(q, memory[:, :32], memory[:, :32])
     assert len(gpu.plans) == plans
@@ -538,11 +539,11 @@ def test_kernel_family_is_part_of_the_plan(gpu: FakeGpu, monkeypatch: pytest.Mon
     gpu.compute = False
     q = cupy_array((1, 6, 1, 16), np.float16)
     fa2cupy.attention(q, q, q)
-    calls.PREPARED.clear()
+    PREPARED.clear()
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
     fa2cupy.attention(q, q, q)
     assert len(gpu.plans) == 2
-    calls.PREPARED.clear()
+    PREPARED.clear()
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm70")
     with pytest.raises(fa2cupy.InvalidArgument, match="FA2CUPY_KERNEL"):
         fa2cupy.attention(q, q, q)
@@ -552,7 +553,7 @@ def test_kernel_family_reaches_the_plan(gpu: FakeGpu, monkeypatch: pytest.Monkey
     gpu.compute = False
     q = cupy_array((1, 6, 1, 16), np.float16)
     for value, family in (("sm80", "sm80"), ("sm90", "sm90"), ("", None)):
-        calls.PREPARED.clear()
+        PREPARED.clear()
         monkeypatch.setenv("FA2CUPY_KERNEL", value)
         out, lse = fa2cupy.attention(q, q, q, return_lse=True)
         assert gpu.plans[-1].family == family
@@ -569,7 +570,7 @@ def wgmma(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     builds = [GOOD]
     gpu.compute, gpu.launches_of_plans = False, (SimpleNamespace(arch="sm_90a"),)
     monkeypatch.setattr(fa2cupy.jit, "expected_nvrtc_build", lambda: builds[-1])
-    first_call._warn_once.cache_clear()
+    planner._warn_once.cache_clear()
     return builds
 
 
@@ -583,7 +584,7 @@ def test_good_nvrtc_says_nothing(gpu: FakeGpu, wgmma: list[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         forwards(2)
-    assert [plan.why_not_sm90 for plan in gpu.plans] == [""] * len(gpu.plans)
+    assert [plan.objection for plan in gpu.plans] == [""] * len(gpu.plans)
     assert gpu.binds == 2
 
 
@@ -597,7 +598,7 @@ def test_bad_nvrtc_means_sm80_kernels_and_one_warning(gpu: FakeGpu, wgmma: list[
     for words in ("NVRTC 12.8.93", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
         assert words in str(warning.message)
     assert gpu.binds == 3
-    assert [plan.why_not_sm90 for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
+    assert [plan.objection for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
 
 
 def test_bad_nvrtc_that_is_asked_for(gpu: FakeGpu, wgmma: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

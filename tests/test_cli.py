@@ -216,4 +216,4 @@ def test_compile_table_lines_up() -> None:
 def test_the_module_runs_and_explains_itself() -> None:
     result = subprocess.run([sys.executable, "-m", "fa2cupy", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert all(word in result.stdout for word in ("demo", "env", "compile"))
+    assert all(word in result.stdout for word in ("demo", "env", "compile", "plan"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import cpu, dlpack
+from fa2cupy import cpu
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -21,6 +21,7 @@ from fa2cupy.errors import (
     MissingDependency,
     UnsupportedDevice,
 )
+from fa2cupy.frameworks import dlpack
 from fa2cupy.jit import driver
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, cupy_array

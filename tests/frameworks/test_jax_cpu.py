@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import jax_arrays
-from fa2cupy.arrays import Device, framework_of
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
-from fa2cupy.jax_arrays import JAX
+from fa2cupy.frameworks import JAX, framework_of
+from fa2cupy.frameworks import jax as jax_arrays
+from fa2cupy.frameworks.base import Device
 from tests.fake_gpu import FakeGpu
 from tests.reference import Inputs, as_ml_dtypes, expect, make_inputs
 

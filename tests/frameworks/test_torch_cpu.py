@@ -13,9 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa2cupy
-from fa2cupy import calls
-from fa2cupy.arrays import TORCH, Device, framework_of
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
+from fa2cupy.frameworks import TORCH, framework_of
+from fa2cupy.frameworks.base import Device
+from fa2cupy.prepared import PREPARED
 from tests.fake_gpu import FakeGpu, cupy_array
 from tests.reference import Inputs, expect, make_inputs
 
@@ -377,7 +378,7 @@ def test_gpu_types_are_told_apart(cuda: FakeGpu) -> None:
         out = fa2cupy.attention(torch.nn.Parameter(x.q), x.k, torch.nn.Parameter(x.v))
     assert type(out) is torch.Tensor
     assert len(cuda.launches) == 2
-    assert (len(cuda.plans), len(calls.PREPARED)) == (1, 2)
+    assert (len(cuda.plans), len(PREPARED)) == (1, 2)
 
 
 def test_gpu_workspace(cuda: FakeGpu) -> None:
@@ -426,4 +427,4 @@ def test_gpu_contiguous_and_not_are_told_apart(cuda: FakeGpu) -> None:
     for tensor, strides in ((q, (0, 16, 0)), (junk, (0, 16, 0)), (gaps, (0, 32, 0)), (q, (0, 16, 0))):
         fa2cupy.attention(tensor, tensor, tensor)
         assert dict(cuda.last.problem.strides)["q"] == strides
-    assert (len(cuda.plans), len(calls.PREPARED)) == (2, 2)
+    assert (len(cuda.plans), len(PREPARED)) == (2, 2)

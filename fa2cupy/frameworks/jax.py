@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from fa2cupy import dlpack
-from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, contiguous_strides, describe
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
+from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, Framework, contiguous_strides, describe
+from fa2cupy.frameworks.dlpack import read
 
 __all__ = ["JAX", "Configuration", "compiled", "run"]
 
@@ -101,7 +101,7 @@ def compiled(configuration: Configuration) -> Callable[..., Any]:
     from fa2cupy.jit import driver
 
     def launch(context: Any, outputs: Any, *inputs: Any) -> None:
-        pointers = [dlpack.read(buffer.__dlpack__()).ptr for buffer in (*inputs, *outputs)]
+        pointers = [read(buffer.__dlpack__()).ptr for buffer in (*inputs, *outputs)]
         if configuration.workspace_bytes:
             pointers[-1] += -pointers[-1] % WORKSPACE_ALIGNMENT
         elif configuration.workspace_bytes == 0:

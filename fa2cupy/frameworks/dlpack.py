@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from fa2cupy.errors import InvalidArgument, InvalidType, MissingDependency, UnsupportedDevice
-from fa2cupy.overlap import Extent
+from fa2cupy.frameworks.overlap import Extent
 
 __all__ = ["CPU", "CUDA", "CUDA_HOST", "CUDA_MANAGED", "DLPackView", "from_producer", "read"]
 
