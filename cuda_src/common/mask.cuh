@@ -1,17 +1,17 @@
-// Which elements of a tile count. The blocks that need to ask are named by block_range.cuh.
+// Which elements of a tile count. The blocks that need to ask are named by visit.cuh.
 #pragma once
 
-#include "common/block_range.cuh"
+#include "common/visit.cuh"
 #include "common/position.cuh"
 
 // S = -inf where a query does not see a key.
 template <int kMTiles, int kNTiles>
-FA2_DEVICE void mask_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Shape& shape, const Position<false>& position) {
+FA2_DEVICE void mask_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Sequence& sequence, const Position<false>& position) {
 #pragma unroll
   for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int end = key_end(shape, position.query(i, 0, 2 * h)) - position.first_key;
+      const int end = key_end(sequence, position.query(i, 0, 2 * h)) - position.first_key;
 #pragma unroll
       for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
@@ -22,8 +22,8 @@ FA2_DEVICE void mask_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Shape& s
 
 // P = 0 likewise, of the rows that are 8 * h below this thread's first one. After exp2: no -inf may meet a derivative.
 template <int kNTiles>
-FA2_DEVICE void mask_p(Accumulator<1, kNTiles>& acc_p, int h, const Shape& shape, const Position<false>& position) {
-  const int end = key_end(shape, position.query(0, 0, 2 * h)) - position.first_key;
+FA2_DEVICE void mask_p(Accumulator<1, kNTiles>& acc_p, int h, const Sequence& sequence, const Position<false>& position) {
+  const int end = key_end(sequence, position.query(0, 0, 2 * h)) - position.first_key;
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j)
 #pragma unroll

@@ -164,7 +164,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
     const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < work.mask_to) mask_p(acc_s, h, shape, {query, key});
+      if (step.m_block < work.mask_to) mask_p(acc_s, h, sequence_of(shape, work.batch), {query, key});
       pin(acc_s);
     };
     issue_dp(False{});
@@ -320,7 +320,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
       const int row = work.n_block * kBlockN + warp_row;
       Element* target = (kSecond ? params.dk : params.dv) + work.batch * strides.batch + work.head_k * strides.head;
-      store_gradient(target + row * strides.row + col, strides.row, params.shape.seqlen_k - row,
+      store_gradient(target + row * strides.row + col, strides.row, sequence_of(params.shape, work.batch).seqlen_k - row,
                      (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };
