@@ -6,7 +6,14 @@ imported when they are first asked for.
 
 from typing import TYPE_CHECKING
 
-from fa2cupy.attention import attention, attention_backward, backward_workspace_bytes, forward_workspace_bytes
+from fa2cupy.attention import (
+    attention,
+    attention_backward,
+    attention_vjp,
+    backward_workspace_bytes,
+    forward_workspace_bytes,
+)
+from fa2cupy.counts import report
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -15,6 +22,7 @@ from fa2cupy.errors import (
     InvalidType,
     LaunchError,
     MissingDependency,
+    NotTaken,
     UnsupportedDevice,
 )
 
@@ -28,11 +36,14 @@ __all__ = [
     "InvalidType",
     "LaunchError",
     "MissingDependency",
+    "NotTaken",
     "UnsupportedDevice",
     "attention",
     "attention_backward",
+    "attention_vjp",
     "backward_workspace_bytes",
     "forward_workspace_bytes",
+    "report",
 ]
 
 # Modules that import a framework, as attributes after `import fa2cupy` alone; those that are there are offered.

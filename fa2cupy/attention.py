@@ -8,20 +8,26 @@ of features, finds with one test that there are none.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from fa2cupy import dynamo
+from fa2cupy import doors, dynamo
 from fa2cupy.calls import call
 from fa2cupy.checks import check_flag
 from fa2cupy.keywords import public
 from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import RawOptions, given
 
-__all__ = ["attention", "attention_backward", "backward_workspace_bytes", "forward_workspace_bytes"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "backward_workspace_bytes",
+    "forward_workspace_bytes",
+]
 
 
 @public
-@dynamo.leave
 def attention(
     q: Any,
     k: Any,
@@ -74,6 +80,10 @@ def attention(
         (float64 for float64 inputs). The kind of array that went in comes back (CuPy or NumPy for other `__dlpack__`
         producers), new ones C-contiguous. A row that sees no key has out = 0 and lse = -inf. Same inputs, same bits.
 
+    torch:
+        Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
+        and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA.
+
     Where and when:
         On the arrays' device, queued on the current stream of that device (JAX: XLA's), whichever device is current.
         Nothing is synchronised and inputs are never written. NumPy arrays, and torch's and JAX's on the CPU, are
@@ -83,20 +93,24 @@ def attention(
 
     Raises:
         ValueError or TypeError (from `fa2cupy.errors`), before anything is launched, for arguments that are not as
-        described; also for a torch tensor that requires grad while grad mode is on (autograd does not see this call:
-        use torch.no_grad() and `attention_backward`), a FakeTensor, a JAX tracer. UnsupportedDevice below sm_80,
+        described; also for a JAX tracer, and for a torch tensor that requires grad beside out=, lse_out= or workspace=
+        while grad mode is on. Differentiating twice and forward-mode autograd raise. UnsupportedDevice below sm_80,
         MissingDependency without CuPy, NVRTC or a driver, CompilationError, LaunchError.
     """
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     if deterministic is not False:
-        check_flag("deterministic", deterministic)
+        deterministic = check_flag("deterministic", deterministic)
     operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     if positional or keywords:
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
+    if doors.has_torch() and out is None and lse_out is None and workspace is None:
+        way = doors.torch_way(q, k, v)
+        if way is not None:
+            return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)
     return (out, lse) if return_lse else out
 
@@ -132,6 +146,7 @@ def attention_backward(
         out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs).
         causal, softmax_scale, layout, dtype: as they were given to `attention`.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
+        dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.
         dq, dk, dv: where to put the results, of the shapes of q, k and v; the rules are those of `attention`'s out.
         workspace: one contiguous block of at least `backward_workspace_bytes` bytes, 256-byte aligned, any contents,
             of the inputs' framework and device. None allocates it. Needed with CuPy arrays inside a graph capture.
@@ -150,6 +165,55 @@ def attention_backward(
         operation, arrays, options = given("attention_backward", operation, arrays, options, positional, keywords)
     dq, dk, dv = call(operation, arrays, workspace, options)
     return dq, dk, dv
+
+
+@public
+@dynamo.leave
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    *positional: object,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    layout: str = "bshd",
+    dtype: str | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    out: Any = None,
+    lse_out: Any = None,
+    workspace: Any = None,
+    **keywords: Any,
+) -> tuple[Any, Callable[..., tuple[Any, Any, Any]]]:
+    """`attention` and its pullback, for arrays without autograd. Layout "bshd"; causal=True is aligned bottom-right.
+
+        out, pullback = fa2cupy.attention_vjp(q, k, v, causal=True)
+        dq, dk, dv = pullback(dout)
+
+    Args, Where and when, Raises: as `attention`; a torch tensor must not require grad.
+
+    Returns:
+        What `attention` returns, (batch, seqlen_q, num_heads, head_dim_v) or with lse, and a function pullback(dout,
+        dlse=None) that returns what `attention_backward` does; dlse, float32 (batch, num_heads, seqlen_q), is the
+        gradient of lse. The pullback holds q, k, v, out and lse, reads them when it is called, and may be called again.
+    """
+    return_lse = check_flag("return_lse", return_lse)
+    deterministic = check_flag("deterministic", deterministic)
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
+    arrays = [q, k, v, out, lse_out]
+    operation, arrays, options = given("attention_vjp", FORWARD, arrays, options, positional, keywords)
+    out, lse = call(operation, arrays, workspace, options)
+
+    def pullback(dout: Any, dlse: Any = None) -> tuple[Any, Any, Any]:
+        gradients: tuple[Any, Any, Any] = attention_backward(
+            dout, q, k, v, out, lse, causal=causal, softmax_scale=softmax_scale, layout=layout, dtype=dtype,
+            deterministic=deterministic, dlse=dlse, **keywords,
+        )  # fmt: skip
+        return gradients
+
+    return (out, lse) if return_lse else out, pullback
 
 
 @public

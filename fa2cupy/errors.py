@@ -15,6 +15,7 @@ __all__ = [
     "InvalidType",
     "LaunchError",
     "MissingDependency",
+    "NotTaken",
     "UnsupportedDevice",
 ]
 
@@ -56,6 +57,10 @@ class CompilationError(Fa2Error, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments need help to cross a process pool
         return _rebuild_compilation_error, (self.message, self.log, self.context)
+
+
+class NotTaken(Fa2Error, RuntimeError):
+    """A call would have fallen back to another library's kernels, which FA2CUPY_STRICT=1 forbids."""
 
 
 class LaunchError(Fa2Error, RuntimeError):

@@ -41,6 +41,7 @@ _PROBABILITIES = ("attention_probabilities",)
 # Functions that are there: their arrays, and what they return.
 FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "attention": (("q", "k", "v"), "A | tuple[A, A]"),
+    "attention_vjp": (("q", "k", "v"), "tuple[A | tuple[A, A], Callable[..., tuple[A, A, A]]]"),
     "attention_backward": (("dout", "q", "k", "v", "out", "lse"), "tuple[A, A, A]"),
     "forward_workspace_bytes": (("q", "k", "v"), "int"),
     "backward_workspace_bytes": (("q", "k", "v"), "int"),
@@ -132,7 +133,7 @@ _TABLE = (
     ),
     Keyword("out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the result", "0.1"),
     Keyword("lse_out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the log-sum-exp", "0.1"),
-    Keyword("dlse", "A | None", None, _BACKWARD, "gradient of the loss with respect to lse"),
+    Keyword("dlse", "A | None", None, _BACKWARD, "gradient of the loss with respect to lse", "0.2"),
     Keyword(
         "grad_of", "tuple[str, ...]", (), _BACKWARD, '"bias", "sinks": further gradients to return', neutral=(None, ())
     ),

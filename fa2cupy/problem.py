@@ -17,6 +17,7 @@ from fa2cupy.spec import Spec
 __all__ = [
     "ARRAY_RULES",
     "MAX_HEAD_DIM",
+    "MAX_LENGTH",
     "SPECS",
     "ArrayRule",
     "AttentionProblem",
@@ -32,7 +33,7 @@ Strides = tuple[int, int, int]  # in elements, between (batch, seqlen, head) nei
 
 MAX_HEAD_DIM = 256
 # Lengths, batch and heads: leaves the kernels' 32-bit counters room to round up to a tile. Offsets are 64-bit.
-_MAX_LENGTH = 2**30
+MAX_LENGTH = 2**30
 _DTYPES = {"cuda": ("float16", "bfloat16"), "cpu": ("float16", "bfloat16", "float32", "float64")}
 # The kernels take the scale times log2(e) as float32.
 _MAX_GPU_SCALE = 2e38
@@ -85,8 +86,8 @@ class Sizes:
             ("k", "seqlen", seqlen_k),
             ("q", "num_heads", num_heads),
         ):
-            if length > _MAX_LENGTH:
-                raise InvalidArgument(f"{name} has {what} {length}, which is not supported: at most {_MAX_LENGTH}")
+            if length > MAX_LENGTH:
+                raise InvalidArgument(f"{name} has {what} {length}, which is not supported: at most {MAX_LENGTH}")
         return cls(batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v)
 
     def shape(self, name: str, layout: str) -> tuple[int, ...]:
@@ -147,7 +148,8 @@ def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
 class ArrayRule:
     """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
 
-    shapes: those that are right for a problem. dtypes: likewise, by the problem's dtype.
+    shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
+    dtypes: likewise, by the problem's dtype.
     """
 
     expected: str
@@ -156,7 +158,13 @@ class ArrayRule:
 
 
 # By keyword.
-ARRAY_RULES: dict[str, ArrayRule] = {}
+ARRAY_RULES: dict[str, ArrayRule] = {
+    "dlse": ArrayRule(
+        "(batch, num_heads, seqlen_q)",
+        lambda sizes: (sizes.shape("lse", "bshd"),),
+        lambda dtype: ("float64" if dtype == "float64" else "float32",),
+    ),
+}
 
 
 # By keyword: an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of it. Fields

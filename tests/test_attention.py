@@ -14,7 +14,7 @@ import pytest
 import fa2cupy
 import fa2cupy.jit
 from fa2cupy import log
-from fa2cupy.errors import InvalidArgument
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.jit import compiler
 from fa2cupy.prepared import PREPARED
 from tests.dlpack_producer import Producer
@@ -679,3 +679,51 @@ def test_results_keep_the_name_of_their_dtype(gpu: FakeGpu) -> None:
         out = fa2cupy.attention(array, array, array, **keywords)
         assert out.dtype == array.dtype
         assert dtype_name(out) == "bfloat16"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention_vjp
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_vjp(gpu: FakeGpu, layout: str, on_gpu: bool) -> None:
+    """What attention returns, and attention_backward with the same options."""
+    x = make_inputs(21, 5, 7, dtype="float16", heads=(4, 2), head_dim=16)
+    q, k, v, dout = (a if layout == "bshd" else np.ascontiguousarray(a.transpose(0, 2, 1, 3)) for a in x)
+    if on_gpu:
+        q, k, v, dout = map(to_cupy, (q, k, v, dout))
+    options = {"causal": True, "softmax_scale": 0.3, "layout": layout}
+    out, lse = fa2cupy.attention(q, k, v, return_lse=True, **options)
+    wanted = fa2cupy.attention_backward(dout, q, k, v, out, lse, deterministic=True, **options)
+    got, pullback = fa2cupy.attention_vjp(q, k, v, deterministic=True, **options)
+    (_, same), _ = fa2cupy.attention_vjp(q, k, v, return_lse=True, **options)
+    see = host_view if on_gpu else np.asarray
+    assert type(got) is type(q) and (see(got) == see(out)).all() and (see(same) == see(lse)).all()
+    for _ in range(2):
+        for mine, other in zip(pullback(dout), wanted, strict=True):
+            assert type(mine) is type(q) and (see(mine) == see(other)).all()
+    if on_gpu:
+        assert gpu.last.deterministic
+        with pytest.raises(InvalidArgument, match="dlse is not supported on a GPU yet"):
+            pullback(dout, lse)
+    else:
+        for mine, other in zip(
+            pullback(dout, lse),
+            fa2cupy.attention_backward(dout, q, k, v, out, lse, dlse=lse, **options),
+            strict=True,
+        ):
+            assert (mine == other).all()
+        assert (pullback(dout, lse)[0] != wanted[0]).any()
+
+
+def test_dlse_is_checked() -> None:
+    q = np.ones((1, 3, 2, 8), np.float16)
+    out, lse = fa2cupy.attention(q, q, q, return_lse=True)
+    _, pullback = fa2cupy.attention_vjp(q, q, q)
+    with pytest.raises(InvalidArgument, match=r"dlse has shape \(1, 3, 2\): \(batch, num_heads, seqlen_q\) is needed"):
+        pullback(out, lse.transpose(0, 2, 1))
+    with pytest.raises(InvalidType, match="dlse has dtype float64: float32 is needed"):
+        pullback(out, lse.astype(np.float64))
+    with pytest.raises(InvalidType, match="dlse is a float"):
+        pullback(out, 1.0)

@@ -23,8 +23,8 @@ class _Torch(GpuFramework):
         kind = type(array)
         if any(base.__name__ == "FakeTensor" for base in kind.__mro__):
             raise InvalidType(
-                f"{argument} is a FakeTensor: fa2cupy cannot be traced by torch.compile; "
-                "call it outside the compiled function, or through torch.compiler.disable"
+                f"{argument} is a FakeTensor, which has no memory: what can be traced is fa2cupy.attention without "
+                "out=, lse_out= and workspace="
             )
         if kind.__torch_dispatch__ not in (
             torch.Tensor.__torch_dispatch__,
@@ -97,9 +97,10 @@ class _Torch(GpuFramework):
         if is_grad_enabled():
             for i, array in enumerate(arrays):
                 if array is not None and array.requires_grad:
+                    hint = " leave out=, lse_out= and workspace= out, or" if function == "attention" else ""
                     raise InvalidArgument(
-                        f"{names()[i]} requires grad, but autograd does not see fa2cupy.{function}: use "
-                        "torch.no_grad() or .detach(), and fa2cupy.attention_backward for gradients"
+                        f"{names()[i]} requires grad, but what fa2cupy.{function} writes here has no graph:{hint} use "
+                        "torch.no_grad() or .detach()"
                     )
         if forward_ad._current_level >= 0:
             for i, array in enumerate(arrays):
