@@ -133,10 +133,11 @@ def from_producer(array: Any, argument: str) -> Any:
     if kind in (CPU, CUDA_HOST):
         return _numpy_over(_capsule(array, argument, {}), argument)
     if kind in (CUDA, CUDA_MANAGED):
-        from fa2cupy.jit import compiler, driver
+        from fa2cupy.jit import driver
+        from fa2cupy.jit.cupy import require_cupy
 
         driver.device_info(index)  # no driver, no such device: said clearly before CuPy is asked
-        cupy = compiler.require_cupy()
+        cupy = require_cupy()
         stream = cupy.cuda.get_current_stream(index).ptr or 1  # 1: the legacy default stream, in DLPack's numbers
         return _cupy_over(cupy, _capsule(array, argument, {"stream": stream}), argument)
     raise UnsupportedDevice(f"{argument} is on DLPack device type {kind}: CUDA (2, 13) and CPU (1, 3) are supported")
