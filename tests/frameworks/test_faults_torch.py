@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import TORCH
 from fa2cupy.frameworks.base import Device
 from fa2cupy.prepared import PREPARED
+from tests import ranks
 from tests.fake_gpu import FakeGpu
 
 SHAPE = (2, 5, 4, 16)
@@ -85,7 +85,7 @@ def test_fault_functional_tensors(where: str) -> None:
     x = arrays(FORWARD[:3])
     call = torch.func.functionalize(lambda q, k, v: fa2cupy.attention(q, k, v))
     for _ in range(2):
-        with pytest.raises(InvalidArgument, match="^q has no memory: .*functionalize"):
+        with pytest.raises(InvalidArgument, match=r"^q has no memory: .*functionalize"):
             call(*x.values())
         forward(x)  # the second time there is a prepared call
 
@@ -140,38 +140,22 @@ def test_modes_that_only_look_on(where: str) -> None:
     assert out.shape == SHAPE
 
 
-RANK = """
-import sys, time
-from pathlib import Path
-sys.modules["cupy"] = None  # an import of it fails
-from fa2cupy.jit import Source
-from fa2cupy.jit.kernel import build
-start, source = time.perf_counter(), b'extern "C" __global__ void k(int* p) { *p = A; }'
-made = [build(Source("k.cu", source), "sm_90a", {"A": number}).compiled for number in range(4)]
-Path(sys.argv[1], f"{sum(made)}-{time.perf_counter() - start:.9f}").touch()
-"""
-
-
-def test_fault_torchrun_ranks_compile_once(tmp_path: Path) -> None:
+def test_fault_torchrun_ranks_compile_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Eight ranks on one empty cache."""
-    script, done = tmp_path / "rank.py", tmp_path / "done"
-    script.write_text(RANK)
+    done = tmp_path / "done"
     done.mkdir()
-    start = time.perf_counter()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks.RANKS}"]
+    root, cache = Path(__file__).parents[2], tmp_path / "cache"
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", str(script), str(done)],
-        env={
-            **os.environ,
-            "FA2CUPY_CACHE_DIR": str(tmp_path / "cache"),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1",
-        },
+        [*torchrun, ranks.__file__, str(done)],
+        env={**os.environ, "FA2CUPY_CACHE_DIR": str(cache), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
         timeout=300,
     )
-    ranks = [tuple(map(float, path.name.split("-"))) for path in done.iterdir()]
-    seconds = sorted(second for _, second in ranks)
-    print(f"8 ranks, 4 kernels: {seconds[0]:.2f} to {seconds[-1]:.2f} s each, {time.perf_counter() - start:.1f} s in all")
-    assert len(ranks) == 8
-    assert sum(made for made, _ in ranks) == 4
+    compiled, seconds = ranks.read(done)
+    with capsys.disabled():
+        print(
+            f"\n{ranks.RANKS} ranks (torchrun), {ranks.KERNELS} kernels: {seconds[0]:.2f} to {seconds[-1]:.2f} s each"
+        )
+    assert compiled == ranks.KERNELS
