@@ -137,6 +137,23 @@ def test_fault_producer_without_memory() -> None:
     assert fa2cupy.attention(values, values[:, :0], Null(values[:, :0])).shape == SHAPE
 
 
+@pytest.mark.parametrize(
+    ("keywords", "start"),
+    [
+        ({"softmax_scale": 10**5000}, "softmax_scale=<an int of 16610 bits> is not supported: it must be finite"),
+        ({"softmax_scale": -(10**400)}, "softmax_scale=<an int of 1329 bits> is not supported: it must be finite"),
+        ({"causal": 10**5000}, "causal=<an int of 16610 bits> is a int: True or False is needed"),
+        ({"layout": 10**5000}, "layout=<an int of 16610 bits> is a int"),
+        ({"dtype": 10**5000}, "dtype=<an int of 16610 bits> is a int"),
+    ],
+)
+def test_fault_number_too_long_to_print(keywords: dict[str, Any], start: str) -> None:
+    q = np.zeros(SHAPE)
+    with pytest.raises(fa2cupy.Fa2Error) as caught:
+        fa2cupy.attention(q, q, q, **keywords)
+    assert str(caught.value).startswith(start)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fa2cupy import log
 from fa2cupy.jit import Source, cache, compiler, driver, targets
 from tests.fake_driver import FakeDriver, fake_driver, forget_driver
 
@@ -99,7 +100,7 @@ def test_the_driver_assembles_what_it_can(
     monkeypatch.setattr(compiler.nvrtc, "load", lambda: nvrtc)
     monkeypatch.setattr(compiler, "nvrtc_build", lambda: "12.8.93 CL-1")
     monkeypatch.setattr(kernel_module.modules, "cupy_or_none", lambda: None)
-    kernel_module._warn_of_serialisation.cache_clear()
+    log.warn_once.cache_clear()
     set_driver(fake, version)
     for _ in range(2):
         kernel_module._entries.clear()

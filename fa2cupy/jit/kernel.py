@@ -6,13 +6,11 @@ Where CUDA binaries come from and how they are loaded; it does not know what the
 from __future__ import annotations
 
 import contextlib
-import functools
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fa2cupy import env
+from fa2cupy import env, log
 from fa2cupy.errors import CompilationError, LaunchError, MissingDependency
 from fa2cupy.jit import cache, compiler, driver, modules, targets
 from fa2cupy.jit import source as source_module
@@ -133,7 +131,10 @@ class Kernel:
         if objection := _driver_objection(self.cubin.build, self.cubin.is_ptx):
             raise MissingDependency(objection)
         if self.cubin.serialised:
-            _warn_of_serialisation(self.cubin.build, self.name)
+            log.warn_once(
+                f"NVRTC {self.cubin.build} serialises wgmma in {self.name}, which is slow (docs/debugging.md has numbers): "
+                "a driver of CUDA 13.0 or newer, or NVRTC 12.9.86 or newer, makes it fast"
+            )
         try:
             try:
                 return self._load_module(device_index)
@@ -154,16 +155,6 @@ class Kernel:
         function, owner = modules.load(self.cubin.image, path, self.name, device_index)
         self._modules.append(owner)
         return function
-
-
-@functools.cache
-def _warn_of_serialisation(build: str, name: str) -> None:
-    warnings.warn(
-        f"NVRTC {build} serialises wgmma in {name}, which is slower on this GPU than it could be (docs/debugging.md "
-        "has numbers): a driver of CUDA 13.0 or newer, or NVRTC 12.9.86 or newer, makes it fast",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 def _driver_objection(nvrtc_build: str, is_ptx: bool) -> str:
