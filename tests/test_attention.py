@@ -15,7 +15,6 @@ import fa2cupy
 import fa2cupy.jit
 from fa2cupy import log
 from fa2cupy.errors import InvalidArgument, InvalidType
-from fa2cupy.jit import compiler
 from fa2cupy.prepared import PREPARED
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
@@ -561,7 +560,7 @@ def test_kernel_family_reaches_the_plan(gpu: FakeGpu, monkeypatch: pytest.Monkey
         assert gpu.plans[-1].family == family
 
 
-GOOD, BAD = "13.0.88 CL-1", "12.8.93 CL-2"
+GOOD, BAD = "13.0.88 CL-1", "11.8.89 CL-2"
 
 
 @pytest.fixture
@@ -595,16 +594,16 @@ def test_bad_nvrtc_means_sm80_kernels_and_one_warning(gpu: FakeGpu, wgmma: list[
         forwards(3)
     (warning,) = caught
     assert warning.category is fa2cupy.Fa2Warning
-    for words in ("NVRTC 12.8.93", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
+    for words in ("NVRTC 11.8.89", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
         assert words in str(warning.message)
     assert gpu.binds == 3
-    assert [plan.objection for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
+    assert [plan.objection for plan in gpu.plans if not plan.launches] == [fa2cupy.jit.wgmma_objection(BAD)] * 3
 
 
 def test_bad_nvrtc_that_is_asked_for(gpu: FakeGpu, wgmma: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wgmma.append(BAD)
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm90")
-    with pytest.warns(RuntimeWarning, match=r"NVRTC 12\.8\.93.* but FA2CUPY_KERNEL=sm90 asks for it"):
+    with pytest.warns(RuntimeWarning, match=r"NVRTC 11\.8\.89.* but FA2CUPY_KERNEL=sm90 asks for it"):
         forwards(2)
     assert gpu.binds == 2 and all(plan.launches for plan in gpu.plans)
 

@@ -6,7 +6,9 @@ written, so that `out=` and its like do not exist here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -69,7 +71,15 @@ class _Jax(Framework):
         import jax
 
         (device,) = like.devices()
-        return jax.device_put(array.view(like.dtype) if dtype == "bfloat16" else array, device)
+        # float64 arrays outlive the scope of 64-bit types that made them, and JAX would round outside it.
+        with _x64(jax) if array.dtype == np.float64 else contextlib.nullcontext():
+            return jax.device_put(array.view(like.dtype) if dtype == "bfloat16" else array, device)
+
+
+def _x64(jax: Any) -> Any:
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    return importlib.import_module("jax.experimental").enable_x64(True)
 
 
 JAX = _Jax()

@@ -207,7 +207,8 @@ def plan_call(
 
 
 _UPGRADE = (
-    "Upgrade NVRTC to 12.9.86 or newer: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
+    "A driver of CUDA 13.0 or newer ends that, and so does NVRTC 12.9.86 or newer, where torch does not pin an older "
+    "one: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
 )
 
 
