@@ -13,7 +13,7 @@ import numpy as np
 
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef, describe
-from fa2cupy.spec import Spec
+from fa2cupy.spec import SoftmaxSpec, Spec
 
 __all__ = [
     "MAX_HEAD_DIM",
@@ -272,6 +272,7 @@ class AttentionProblem:
     softmax_scale: float
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
+    softmax: SoftmaxSpec | None = None
 
     @property
     def specs(self) -> tuple[Spec, ...]:
