@@ -12,7 +12,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS
 from fa2cupy.options import Options
-from fa2cupy.spec import Spec
+from fa2cupy.spec import SoftmaxSpec, Spec
 
 __all__ = [
     "ARRAY_RULES",
@@ -243,6 +243,7 @@ class AttentionProblem:
     softmax_scale: float
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
+    softmax: SoftmaxSpec | None = None
 
     @property
     def specs(self) -> tuple[Spec, ...]:

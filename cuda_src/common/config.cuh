@@ -61,6 +61,11 @@ constexpr bool kClearDq = FA2_CLEAR_DQ;  // its sum begins with zeros, not with 
 #ifdef FA2_NUM_STAGES
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
 #endif
+#ifdef FA2_DLSE
+enum { kDlse = FA2_DLSE };  // there is a gradient of lse
+#else
+enum { kDlse = 0 };  // no constexpr bool: NVRTC makes a symbol of each, and ptxas another kernel
+#endif
 #ifdef FA2_CLUSTER
 constexpr int kCluster = FA2_CLUSTER;  // thread blocks that take neighbouring key blocks together (sm_90)
 #endif
@@ -81,7 +86,7 @@ constexpr int kFillThreads = FA2_FILL_THREADS;
 #ifdef FA2_SKIPS_TILES
 enum { kSkipsTiles = FA2_SKIPS_TILES };  // there may be tiles that meet no block
 #else
-enum { kSkipsTiles = 0 };  // no constexpr bool: NVRTC makes a symbol of each, and ptxas another kernel
+enum { kSkipsTiles = 0 };
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

@@ -74,6 +74,17 @@ struct BwdParams {
   int head_dim_v;
 };
 
+// What a backward adds for a gradient of lse; empty without one.
+template <bool kGiven>
+struct DlseParams {};
+template <>
+struct DlseParams<true> {
+  const float* dlse;  // (batch, num_heads, seqlen_q), of all queries: the first of those in `shape` is dlse_first_row
+  Strides dlse_strides;
+  int dlse_first_row;
+};
+struct PreprocessParams : BwdParams, DlseParams<kDlse> {};
+
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
 struct BwdTmaParams {
