@@ -18,7 +18,6 @@ __all__ = [
     "Where",
     "arch_of",
     "common_defines",
-    "empty_rows",
     "forward_label",
     "head_dim_label",
     "kernel_launch",
@@ -62,13 +61,6 @@ def forward_label(dtype: str, head_dim: int, head_dim_v: int, causal: bool, tile
     kind = "causal" if causal else "full"
     shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
     return f"forward {dtype} {head_dim_label(head_dim, head_dim_v)} {kind} {shape}"
-
-
-def empty_rows(problem: AttentionProblem) -> int:
-    """Leading query rows that see no key. The kernels never see them."""
-    if problem.seqlen_k == 0:
-        return problem.seqlen_q
-    return max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
 
 
 def skipped_bytes(problem: AttentionProblem, empty: int) -> dict[str, int]:
