@@ -15,7 +15,7 @@ from typing import Any
 
 from fa2cupy import env
 from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
-from fa2cupy.frameworks import framework_of, jax
+from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import (
     ITEMSIZE,
     Device,
@@ -51,7 +51,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
         {name: array for name, array in named.items() if array is not None or name in operation.inputs}
     )
     given = {name: arrays[name] for name in operation.outputs if name in arrays}
-    if framework.name == "JAX" and (given or workspace is not None):
+    if framework is JAX and (given or workspace is not None):
         name = next(iter(given), "workspace")
         raise InvalidArgument(
             f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
@@ -62,6 +62,10 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
     for name in refs:
         sizes.check_shape(name, refs[name].shape, options.layout)
+    if framework is JAX:  # XLA allocates and calls back for the computation
+        from fa2cupy.xla import door
+
+        return door.call(operation, arrays, options)
     framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
@@ -80,8 +84,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     from fa2cupy.jit import driver
 
     driver.device_info(device.index)  # no driver, or a GPU that is too old, before anything is copied or allocated
-    if not isinstance(framework, GpuFramework):  # JAX: XLA allocates and calls back for the launch
-        return _call_jax(operation, framework, arrays, sizes, dtype, options, device)
+    assert isinstance(framework, GpuFramework)
     with driver.device_guard(device.index):
         arrays = _copy_where_needed(operation, framework, arrays, device)
     ordered = _ordered(operation, arrays)
@@ -253,25 +256,6 @@ def _problem(
             ref = TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
         tensors["lse" if name == "lse_out" else name] = ref
     return AttentionProblem.from_refs(tensors, sizes, dtype, options)
-
-
-def _call_jax(
-    operation: Operation,
-    framework: Framework,
-    arrays: Arrays,
-    sizes: Sizes,
-    dtype: str,
-    options: Options,
-    device: Device,
-) -> list[Any]:
-    problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
-    launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
-    storage = framework.dtype(arrays["q"])
-    outputs = tuple(
-        (sizes.shape(name, options.layout), "float32" if name == "lse_out" else storage) for name in operation.outputs
-    )
-    workspace = needed if operation.is_backward else None
-    return jax.run(jax.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values()))
 
 
 @functools.lru_cache(maxsize=1024)
