@@ -6,6 +6,7 @@ Nothing is launched or allocated before all of them have passed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -26,6 +27,7 @@ from fa2cupy.frameworks.base import (
     describe,
 )
 from fa2cupy.frameworks.dlpack import from_producer
+from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.frameworks.overlap import has_duplicates
 from fa2cupy.operations import BACKWARD, Operation
 from fa2cupy.prepared import (
@@ -57,7 +59,8 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
             f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
         )
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
-    device = _one_device(refs)
+    device = _one_device({name: ref for name, ref in refs.items() if not is_traced(ref.owner)} or refs)
+    refs = {name: dataclasses.replace(ref, device=device) for name, ref in refs.items()}
     dtype = check_dtypes(refs, options)
     sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
     for name in refs:

@@ -60,7 +60,7 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     if framework is JAX:
         import jax
 
-        return _merge(jax.numpy, outs, lses, jax.lax.stop_gradient, jax.Array.astype)
+        return _merge(jax.numpy, outs, lses, jax.lax.stop_gradient, jax.lax.convert_element_type)
     import numpy as np
 
     namespace: Any = np

@@ -30,7 +30,7 @@ from fa2cupy.frameworks import NUMPY
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, TensorRef, contiguous_strides
 from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
 
-__all__ = ["TARGET", "Call", "Workspace", "register", "workspace_bytes"]
+__all__ = ["TARGET", "Call", "Workspace", "capsule", "register", "workspace_bytes"]
 
 TARGET = "fa2cupy"
 
@@ -336,9 +336,13 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _callbacks = {"cpu": _Callback(_handler(_run_on_cpu)), "CUDA": _Callback(_handler(_run_on_gpu))}
 
 
+def capsule(platform: str) -> Any:
+    """The handler of a platform as JAX takes it."""
+    return jax.ffi.pycapsule(ctypes.cast(_callbacks[platform], ctypes.c_void_p).value)
+
+
 @functools.cache
 def register() -> None:
     """Tell JAX about the target, once in a process."""
-    for platform, callback in _callbacks.items():
-        capsule = jax.ffi.pycapsule(ctypes.cast(callback, ctypes.c_void_p).value)
-        jax.ffi.register_ffi_target(TARGET, capsule, platform=platform)
+    for platform in _callbacks:
+        jax.ffi.register_ffi_target(TARGET, capsule(platform), platform=platform)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fa2cupy.errors import InvalidType
 from fa2cupy.xla import ffi
 
-__all__ = ["Static", "attention", "attention_backward"]
+__all__ = ["Static", "attention", "attention_backward", "clear_caches"]
 
 FORWARD_INPUTS, FORWARD_OUTPUTS = ("q", "k", "v"), ("out", "lse_out")
 BACKWARD_INPUTS, BACKWARD_OUTPUTS = ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv")
@@ -325,3 +325,9 @@ def attention_backward(static: Static, *arrays: Any) -> Arrays:
     _, q, k = arrays[:3]
     with_dlse = len(arrays) > len(BACKWARD_INPUTS)
     return _compiled_backward(_backward_operation(static, _group(q, k, static.layout), with_dlse))(*arrays)
+
+
+def clear_caches() -> None:
+    """Forget every traced function: what an environment variable or a GPU said while it was traced may have changed."""
+    for cached in (_partitioned, _mapped, _first_order, _compiled, _compiled_backward):
+        cached.cache_clear()
