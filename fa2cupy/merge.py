@@ -2,7 +2,8 @@
 
     lse = log(sum_i exp(lse_i)),   out = sum_i exp(lse_i - lse) out_i
 
-exact for any cut of the keys. In the arrays' own framework, by its own operators, so that torch and JAX differentiate it.
+exact for any cut of the keys. In the arrays' own framework, by its own operators, so that torch and JAX differentiate
+it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
         raise InvalidArgument(f"outs has {len(outs)} pieces and lses {len(lses)}: as many of each, and at least one")
-    frameworks = {framework_of(array) for array in (*outs, *lses)}
-    if len(frameworks) != 1 or None in frameworks:
+    framework = framework_of(outs[0])
+    if framework is None or any(framework_of(array) is not framework for array in (*outs, *lses)):
         raise InvalidType("outs and lses must be arrays of one framework: CuPy, PyTorch, JAX or NumPy")
-    (framework,) = frameworks
     out_shape, lse_shape = tuple(outs[0].shape), tuple(lses[0].shape)
     if len(out_shape) != 4 or lse_shape != (out_shape[0], out_shape[2], out_shape[1]):
         raise InvalidArgument(
@@ -47,7 +47,8 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if tuple(out.shape) != out_shape or tuple(lse.shape) != lse_shape:
             raise InvalidArgument(
-                f"piece {i} has shapes {tuple(out.shape)} and {tuple(lse.shape)}: {out_shape} and {lse_shape} are needed"
+                f"piece {i} has shapes {tuple(out.shape)} and {tuple(lse.shape)}: "
+                f"{out_shape} and {lse_shape} are needed"
             )
         if out.dtype != outs[0].dtype or lse.dtype != lses[0].dtype:
             raise InvalidType(

@@ -1,7 +1,7 @@
 """fa2cupy for JAX: under jit, grad, vmap, scan, remat and shardings, through one FFI target.
 
-`attention` is `fa2cupy.attention`, which takes JAX arrays, traced ones too. `dot_product_attention` has the signature of
-`jax.nn.dot_product_attention`, `flax_attention` that of flax's `attention_fn`. Names for remat policies:
+`attention` is `fa2cupy.attention`, which takes JAX arrays, traced ones too. `dot_product_attention` has the
+signature of `jax.nn.dot_product_attention`, `flax_attention` that of flax's `attention_fn`. Names for remat policies:
 "attention_out" and "attention_lse" (`jax.checkpoint_policies.save_only_these_names`).
 """
 

@@ -52,9 +52,9 @@ def dot_product_attention(
     if is_causal and query.ndim == 4 and key.ndim == 4:
         if query.shape[1] != key.shape[1]:
             raise InvalidArgument(
-                f"is_causal=True with {query.shape[1]} queries and {key.shape[1]} keys: jax.nn aligns them at the first "
-                "key, fa2cupy.attention at the last, and no mask can say the former yet; use equal lengths, or "
-                "fa2cupy.attention(causal=True), which is bottom-right aligned"
+                f"is_causal=True with {query.shape[1]} queries and {key.shape[1]} keys: jax.nn aligns them at "
+                "the first key, fa2cupy.attention at the last, and no mask can say the former yet; use equal lengths "
+                "or fa2cupy.attention(causal=True), which is bottom-right aligned"
             )
         if query_seq_lengths is not None or key_value_seq_lengths is not None:
             raise InvalidArgument(
@@ -107,11 +107,13 @@ def flax_attention(
     Returns: out of query's shape, with value's last dimension.
     """
     if dropout_rate and not deterministic:
-        raise InvalidArgument(f"dropout_rate={dropout_rate!r} is not supported yet: 0.0, or deterministic=True, is needed")
+        raise InvalidArgument(
+            f"dropout_rate={dropout_rate!r} is not supported yet: 0.0, or deterministic=True, is needed"
+        )
     if dtype is not None:
         query, key, value = (array.astype(dtype) for array in (query, key, value))
     batch = query.shape[:-3]
-    folded = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
+    q, k, v = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
     given = {name: value for name, value in (("bias", bias), ("mask", mask)) if value is not None}
-    out = attention(*folded, **given, **options)
+    out = attention(q, k, v, **given, **options)
     return out.reshape(*batch, *out.shape[1:])

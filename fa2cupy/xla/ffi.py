@@ -39,7 +39,7 @@ Shapes = tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of each array
 
 @dataclass(frozen=True)
 class Call:
-    """What one FFI call computes: a public function, the names of the arrays in the order of the buffers, the options."""
+    """What one FFI call computes: a public function, the names of the arrays in the buffers' order, the options."""
 
     function: str
     inputs: tuple[str, ...]
@@ -203,7 +203,9 @@ def _view(buffer: _Buffer) -> np.ndarray:
     size = math.prod(shape) * numpy_dtype.itemsize
     if not size:
         return np.empty(shape, numpy_dtype)
-    return np.ndarray(shape, numpy_dtype, (ctypes.c_char * size).from_address(buffer.data))
+    memory: Any = (ctypes.c_char * size).from_address(buffer.data)
+    view: np.ndarray = np.ndarray(shape, numpy_dtype, memory)
+    return view
 
 
 _parse = functools.lru_cache(maxsize=4096)(Call.parse)
@@ -264,7 +266,7 @@ def _plan(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]], device_
 
 
 def workspace_bytes(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
-    """Bytes of a workspace buffer for a call, while it is traced; 0 where JAX has no GPU or the call is impossible there.
+    """Bytes of a workspace buffer for a call, while it is traced; 0 where JAX has no GPU or it is impossible there.
 
     Whether it will run on a GPU is not known yet. If it is impossible, the handler says why.
     """
@@ -287,7 +289,8 @@ def _first_gpu() -> int | None:
 
 
 _device_of_stream: dict[int, int] = {}
-_prepared: dict[tuple[str, int], tuple[Callable[[tuple[int, ...], int], None], Workspace, int]] = {}
+_Launchable = Callable[[tuple[int, ...], int], None]
+_prepared: dict[tuple[str, int], tuple[_Launchable, Workspace, int]] = {}
 
 
 def _run_on_gpu(frame: _Frame, attribute: str) -> None:
@@ -306,12 +309,13 @@ def _run_on_gpu(frame: _Frame, attribute: str) -> None:
     pointers = [args[i].contents.data for i in range(frame.num_args)]
     pointers += [rets[i].contents.data for i in range(num_results)]
     if workspace.is_pointer:
-        pointers.append(-(-rets[num_results].contents.data // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT if workspace.size else 0)
+        pointer = rets[num_results].contents.data if workspace.size else 0
+        pointers.append(pointer + -pointer % WORKSPACE_ALIGNMENT)
     with driver.device_guard(device):
         launchable(tuple(pointers), stream)
 
 
-def _prepare(frame: _Frame, attribute: str, device: int) -> tuple[Callable[[tuple[int, ...], int], None], Workspace, int]:
+def _prepare(frame: _Frame, attribute: str, device: int) -> tuple[_Launchable, Workspace, int]:
     call = _parse(attribute)
     buffers = [frame.args[i].contents for i in range(len(call.inputs))]
     buffers += [frame.rets[i].contents for i in range(len(call.outputs))]

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -155,14 +155,14 @@ def _partitioned(operation: _Operation) -> Callable[..., Arrays]:
 
     rule, replicated = _rule(operation)
     sizes = {"r": operation.group} if operation.group > 1 else {}
-    partitioned = custom_partitioning(run)
+    partitioned: Any = custom_partitioning(run)
     options: dict[str, Any] = {"partition": partition, "sharding_rule": rule}
     options |= {"need_replication_factors": replicated, **sizes}
     try:
         partitioned.def_partition(infer_sharding_from_operands=infer, **options)
     except TypeError:  # a JAX that has Shardy alone
         partitioned.def_partition(**options)
-    return partitioned
+    return cast("Callable[..., Arrays]", partitioned)
 
 
 def _varying(array: Any) -> frozenset[Any]:
@@ -218,11 +218,8 @@ def _explicit_spec(operation: _Operation, mesh: Any, arrays: Arrays) -> tuple[An
 
 @functools.lru_cache(maxsize=1024)
 def _mapped(operation: _Operation) -> Callable[..., Arrays]:
-    @jax.custom_batching.custom_vmap
-    def run(*arrays: Any) -> Arrays:
-        return _placed(operation, *arrays)
+    run: Any = jax.custom_batching.custom_vmap(functools.partial(_placed, operation))
 
-    @run.def_vmap
     def fold(size: int, is_mapped: Sequence[bool], *arrays: Any) -> tuple[Arrays, tuple[bool, ...]]:
         full = [
             array if mapped else jnp.broadcast_to(array, (size, *array.shape))
@@ -232,7 +229,8 @@ def _mapped(operation: _Operation) -> Callable[..., Arrays]:
         batch = full[0].shape[1]
         return tuple(r.reshape(size, batch, *r.shape[1:]) for r in results), (True,) * len(results)
 
-    return run
+    run.def_vmap(fold)
+    return cast("Callable[..., Arrays]", run)
 
 
 def _group(q: Any, k: Any, layout: str) -> int:
@@ -241,25 +239,21 @@ def _group(q: Any, k: Any, layout: str) -> int:
 
 
 _NO_TANGENTS = (
-    "forward-mode derivatives (jvp, jacfwd, hessian) of fa2cupy.attention do not exist, only reverse-mode ones of first "
-    "order (grad, vjp, jacrev)"
+    "forward-mode derivatives (jvp, jacfwd, hessian) of fa2cupy.attention do not exist, only reverse-mode ones of "
+    "first order (grad, vjp, jacrev)"
 )
 
 
 @functools.lru_cache(maxsize=1024)
 def _first_order(operation: _Operation) -> Callable[..., Arrays]:
     """The operation, with words of our own for whoever wants a derivative that the rule below does not give."""
-    run = _mapped(operation)
 
-    @jax.custom_jvp
-    def once(*arrays: Any) -> Arrays:
-        return run(*arrays)
-
-    @once.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise InvalidType(_NO_TANGENTS)
 
-    return once
+    once: Any = jax.custom_jvp(_mapped(operation))
+    once.defjvp(refuse)
+    return cast("Callable[..., Arrays]", once)
 
 
 def _forward_operation(static: Static, group: int) -> _Operation:
@@ -302,7 +296,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(static: Static) -> Callable[..., Arrays]:
-    return jax.jit(functools.partial(_attention, static))
+    return cast("Callable[..., Arrays]", jax.jit(functools.partial(_attention, static)))
 
 
 def attention(static: Static, q: Any, k: Any, v: Any) -> Arrays:
@@ -317,7 +311,7 @@ def attention(static: Static, q: Any, k: Any, v: Any) -> Arrays:
 
 @functools.lru_cache(maxsize=1024)
 def _compiled_backward(operation: _Operation) -> Callable[..., Arrays]:
-    return jax.jit(_first_order(operation))
+    return cast("Callable[..., Arrays]", jax.jit(_first_order(operation)))
 
 
 def attention_backward(static: Static, *arrays: Any) -> Arrays:

@@ -1,4 +1,4 @@
-"""JAX arrays: on the CPU for real, and CPU arrays for which XLA calls the GPU's handler, beside a GPU that is not there."""
+"""JAX arrays: on the CPU for real, and CPU arrays for which XLA calls the GPU's handler, without a GPU."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_gpu_workspace_of_another_machine(cuda: FakeGpu) -> None:
     run = jax.jit(jax.grad(lambda q: fa2cupy.attention(q, x.k, x.v).astype("float32").sum())).lower(x.q).compile()
     cuda.workspace_bytes = 4096
     first_call.bound_plan.cache_clear()
-    with pytest.raises(Exception, match=r"attention_backward was compiled with a workspace of 511 bytes but needs 4351"):
+    with pytest.raises(Exception, match=r"was compiled with a workspace of 511 bytes but needs 4351"):
         jax.block_until_ready(run(x.q))
 
 

@@ -228,7 +228,8 @@ def test_explicit_mesh(x: Any) -> None:
     mesh = mesh_of("Explicit")
     wanted = theirs(*arrays), gradients(theirs, weight)(*arrays)
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(np.asarray(array), NamedSharding(mesh, BATCH_AND_HEADS)) for array in (*arrays, weight)]
+        sharding = NamedSharding(mesh, BATCH_AND_HEADS)
+        placed = [jax.device_put(np.asarray(array), sharding) for array in (*arrays, weight)]
         assert_close(jax.jit(ours)(*placed[:3]), wanted[0])
         assert_close(jax.jit(gradients(ours, placed[3]))(*placed[:3]), wanted[1])
 
@@ -276,7 +277,7 @@ def test_persistent_cache_in_another_process(tmp_path: Path) -> None:
         "import jax, jax.numpy as jnp, fa2cupy, fa2cupy.jax\n"
         "import jax.monitoring\n"
         "hits = []\n"
-        "jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if 'cache_hits' in event else None)\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: 'cache_hits' in event and hits.append(1))\n"
         "q = jnp.arange(64.).reshape(1, 4, 2, 8) / 64\n"
         "print(float(jax.jit(lambda q: fa2cupy.attention(q, q, q) * 3)(q).sum()), len(hits))\n"
     )

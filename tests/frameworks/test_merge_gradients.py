@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def attention(xp: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 def loss(xp: Any, q: Any, k: Any, v: Any, cuts: tuple[int, ...]) -> Any:
-    parts = [attention(xp, q, k[:, a:b], v[:, a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [attention(xp, q, k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(cuts)]
     out, lse = merge_attention([part[0] for part in parts], [part[1] for part in parts])
     return (out**2).sum() + xp.sin(lse).sum()
 
