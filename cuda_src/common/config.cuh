@@ -78,6 +78,12 @@ constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key blo
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
 
+#ifdef FA2_SKIPS_TILES
+enum { kSkipsTiles = FA2_SKIPS_TILES };  // there may be tiles that meet no block
+#else
+enum { kSkipsTiles = 0 };  // no constexpr bool: NVRTC makes a symbol of each, and ptxas another kernel
+#endif
+
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs
 #ifdef FA2_SHARED_BYTES
 constexpr int kSharedBytes = FA2_SHARED_BYTES;  // size of the dynamic shared memory that the host asks for

@@ -8,7 +8,7 @@ struct Strides {
   int64_t batch, row, head;
 };
 
-// Which part of the problem a thread block works on (block_range.cuh).
+// The whole problem. Which part of it a thread block works on: schedule.cuh and visit.cuh.
 struct Shape {
   int batch, num_heads, num_heads_k;
   int seqlen_q, seqlen_k, head_dim;

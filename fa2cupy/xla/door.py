@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from fa2cupy.operations import Operation
-from fa2cupy.problem import Options
+from fa2cupy.options import Options
 from fa2cupy.xla import ffi, transforms
 
 __all__ = ["call"]
@@ -21,13 +21,10 @@ ffi.register()
 
 def call(operation: Operation, arrays: Mapping[str, Any], options: Options) -> list[Any]:
     """The outputs of `operation` for its inputs by name, which are JAX's and checked."""
-    static = transforms.Static(
-        options.causal, options.softmax_scale, options.layout, options.dtype, options.deterministic
-    )
-    ordered = tuple(arrays[name] for name in operation.inputs if name in arrays)
+    ordered = tuple(arrays[name] for name in (*operation.inputs, *operation.extra))
     run = transforms.attention_backward if operation.is_backward else transforms.attention
     with _x64_where_needed(ordered):
-        return list(run(static, *ordered))
+        return list(run(options, *ordered))
 
 
 def _x64_where_needed(arrays: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:

@@ -28,7 +28,8 @@ from fa2cupy import env, host
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, LaunchError
 from fa2cupy.frameworks import NUMPY
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, TensorRef, contiguous_strides
-from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
 
 __all__ = ["TARGET", "Call", "Workspace", "capsule", "register", "workspace_bytes"]
 
@@ -44,6 +45,7 @@ class Call:
     function: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    extra: tuple[str, ...]  # of the inputs those beyond dense attention: behind the others
     options: Mapping[str, Any] = field(hash=False)
 
     def attribute(self) -> str:
@@ -53,6 +55,7 @@ class Call:
                 "function": self.function,
                 "inputs": self.inputs,
                 "outputs": self.outputs,
+                "extra": self.extra,
                 "options": dict(self.options),
             }
         )
@@ -60,7 +63,25 @@ class Call:
     @classmethod
     def parse(cls, attribute: str) -> Call:
         fields = json.loads(attribute)
-        return cls(fields["function"], tuple(fields["inputs"]), tuple(fields["outputs"]), fields["options"])
+        options = fields["options"]
+        options["features"] = tuple((name, _hashable(value)) for name, value in options["features"])
+        inputs, outputs, extra = (tuple(fields[key]) for key in ("inputs", "outputs", "extra"))
+        return cls(fields["function"], inputs, outputs, extra, options)
+
+    def checked(self, refs: Mapping[str, TensorRef], dtype: str | None = None) -> tuple[Options, str, Sizes]:
+        """Options, dtype and lengths; `dtype` of what the buffers hold as uint16."""
+        options = Options.checked(**{**self.options, "dtype": dtype or self.options["dtype"]})
+        dense = {name: ref for name, ref in refs.items() if name not in self.extra}
+        problem_dtype = check_dtypes(dense, options)
+        sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+        for name in self.extra:
+            check_array(name, refs[name], sizes, problem_dtype)
+        return options, problem_dtype, sizes
+
+
+def _hashable(value: Any) -> Any:
+    """JSON has lists where options have tuples."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,15 +236,11 @@ def _run_on_cpu(frame: _Frame, attribute: str) -> None:
     call = _parse(attribute)
     arrays = {name: _view(frame.args[i].contents) for i, name in enumerate(call.inputs)}
     arrays |= {name: _view(frame.rets[i].contents) for i, name in enumerate(call.outputs)}
-    options = dict(call.options)
-    if _dtype(frame.args[call.inputs.index("q")].contents) == "bfloat16":
-        options["dtype"] = "bfloat16"  # of what NumPy holds as uint16
-    checked = Options.checked(**options)
     refs = {name: NUMPY.ref(array, name) for name, array in arrays.items()}
-    dtype = check_dtypes(refs, checked)
-    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], checked.layout)
+    is_bfloat16 = _dtype(frame.args[call.inputs.index("q")].contents) == "bfloat16"  # in NumPy uint16
+    options, dtype, sizes = call.checked(refs, "bfloat16" if is_bfloat16 else None)
     compute = host.backward if call.function == "attention_backward" else host.forward
-    compute(NUMPY, arrays, sizes, dtype, checked)
+    compute(NUMPY, arrays, sizes, dtype, options, call.extra)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,25 +261,26 @@ class Workspace:
 
 
 def _problem(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]], device: Device) -> tuple[Any, Options]:
-    options = Options.checked(**call.options)
     refs = {
-        "lse" if name == "lse_out" else name: TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
+        name: TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
         for name, (shape, dtype) in arrays.items()
     }
-    dtype = check_dtypes(refs, options)
-    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
-    return AttentionProblem.from_refs(refs, sizes, dtype, options), options
+    options, dtype, sizes = call.checked(refs)
+    dense = {"lse" if name == "lse_out" else name: refs[name] for name in refs if name not in call.extra}
+    problem = AttentionProblem.from_refs(dense, sizes, dtype, options)
+    extra = {name: refs[name] for name in call.extra}
+    return with_features(problem, {**dict(options.features), **extra}), options
 
 
 def _plan(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]], device_index: int) -> tuple[Any, Workspace]:
-    from fa2cupy.first_call import bound_plan
     from fa2cupy.jit import driver
+    from fa2cupy.kernels.planner import bound_plan
 
     driver.device_info(device_index)
     problem, options = _problem(call, arrays, Device("cuda", device_index))
     with driver.device_guard(device_index):
         launchable, size = bound_plan(call.function, problem, device_index, options.deterministic, env.kernel())
-    return launchable, Workspace(size, call.function == "attention_backward")
+    return launchable, Workspace(size, bool(size) or call.function == "attention_backward")
 
 
 def workspace_bytes(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
@@ -290,7 +308,7 @@ def _first_gpu() -> int | None:
 
 _device_of_stream: dict[int, int] = {}
 _Launchable = Callable[[tuple[int, ...], int], None]
-_prepared: dict[tuple[str, int], tuple[_Launchable, Workspace, int]] = {}
+_prepared: dict[tuple[str, int], tuple[_Launchable, Workspace, int, int]] = {}
 
 
 def _run_on_gpu(frame: _Frame, attribute: str) -> None:
@@ -304,10 +322,11 @@ def _run_on_gpu(frame: _Frame, attribute: str) -> None:
     prepared = _prepared.get(key)
     if prepared is None:
         prepared = _prepared[key] = _prepare(frame, attribute, device)
-    launchable, workspace, num_results = prepared
+    launchable, workspace, num_dense, num_results = prepared
     args, rets = frame.args, frame.rets
-    pointers = [args[i].contents.data for i in range(frame.num_args)]
+    pointers = [args[i].contents.data for i in range(num_dense)]
     pointers += [rets[i].contents.data for i in range(num_results)]
+    pointers += [args[i].contents.data for i in range(num_dense, frame.num_args)]
     if workspace.is_pointer:
         pointer = rets[num_results].contents.data if workspace.size else 0
         pointers.append(pointer + -pointer % WORKSPACE_ALIGNMENT)
@@ -315,7 +334,8 @@ def _run_on_gpu(frame: _Frame, attribute: str) -> None:
         launchable(tuple(pointers), stream)
 
 
-def _prepare(frame: _Frame, attribute: str, device: int) -> tuple[_Launchable, Workspace, int]:
+def _prepare(frame: _Frame, attribute: str, device: int) -> tuple[_Launchable, Workspace, int, int]:
+    """What launches, its workspace, how many inputs stand in front of the outputs in its pointers, how many outputs."""
     call = _parse(attribute)
     buffers = [frame.args[i].contents for i in range(len(call.inputs))]
     buffers += [frame.rets[i].contents for i in range(len(call.outputs))]
@@ -331,7 +351,7 @@ def _prepare(frame: _Frame, attribute: str, device: int) -> tuple[_Launchable, W
                 f"{call.function} was compiled with a workspace of {given} bytes but needs {workspace.buffer_bytes} on "
                 f"GPU {device}: another kind of GPU, or another fa2cupy, compiled it; clear JAX's compilation cache"
             )
-    return launchable, workspace, len(call.outputs)
+    return launchable, workspace, len(call.inputs) - len(call.extra), len(call.outputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

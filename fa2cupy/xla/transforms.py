@@ -6,6 +6,7 @@ the batch: one launch), `custom_partitioning` (batch and heads may be sharded, l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -20,50 +21,39 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fa2cupy.errors import InvalidType
+from fa2cupy.operations import BACKWARD, FORWARD
+from fa2cupy.options import Options
 from fa2cupy.xla import ffi
 
-__all__ = ["Static", "attention", "attention_backward", "clear_caches"]
-
-FORWARD_INPUTS, FORWARD_OUTPUTS = ("q", "k", "v"), ("out", "lse_out")
-BACKWARD_INPUTS, BACKWARD_OUTPUTS = ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv")
+__all__ = ["attention", "attention_backward", "clear_caches"]
 
 Arrays = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Static:
-    """The options of a call that are no arrays, all checked. A hashable: JAX compiles once per value."""
-
-    causal: bool
-    softmax_scale: float | None
-    layout: str
-    dtype: str | None
-    deterministic: bool
-
-
-@dataclass(frozen=True)
 class _Operation:
-    """One direction with its options. group: query heads that share a key head."""
+    """One direction with its options.
+
+    extra: of the inputs those beyond dense attention, the last ones. group: query heads that share a key head.
+    """
 
     function: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    static: Static
+    extra: tuple[str, ...]
+    options: Options
     group: int
 
     def call(self, softmax_scale: float) -> ffi.Call:
-        s = self.static
-        options: dict[str, Any] = {"causal": s.causal, "softmax_scale": softmax_scale, "layout": s.layout}
-        options["dtype"] = s.dtype
-        options["deterministic"] = s.deterministic
-        return ffi.Call(self.function, self.inputs, self.outputs, options)
+        options = {**dataclasses.asdict(self.options), "softmax_scale": softmax_scale}
+        return ffi.Call(self.function, self.inputs, self.outputs, self.extra, options)
 
     def result_types(self, arrays: Arrays) -> tuple[jax.ShapeDtypeStruct, ...]:
         by_name = dict(zip(self.inputs, arrays, strict=True))
         q, v = by_name["q"], by_name["v"]
         if self.function == "attention_backward":
             return tuple(jax.ShapeDtypeStruct(by_name[n].shape, by_name[n].dtype) for n in ("q", "k", "v"))
-        batch, heads, rows = _lse_shape(q.shape, self.static.layout)
+        batch, heads, rows = _lse_shape(q.shape, self.options.layout)
         lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         return (
             jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
@@ -73,7 +63,7 @@ class _Operation:
     def run(self, *arrays: Any) -> Arrays:
         """One FFI call. With a workspace as one more result, which nobody gets."""
         q = arrays[self.inputs.index("q")]
-        scale = self.static.softmax_scale
+        scale = self.options.softmax_scale
         call = self.call(q.shape[3] ** -0.5 if scale is None else scale)
         types = self.result_types(arrays)
         shapes = {
@@ -108,7 +98,7 @@ def _axes(name: str, layout: str, group: int) -> str:
 def _rule(operation: _Operation) -> tuple[str, tuple[str, ...]]:
     """(Shardy's rule, the factors that must not be sharded in the order in which the rule names them)."""
     described = [
-        ", ".join(_axes(name, operation.static.layout, operation.group) for name in names)
+        ", ".join(_axes(name, operation.options.layout, operation.group) for name in names)
         for names in (operation.inputs, operation.outputs)
     ]
     rule = " -> ".join(described)
@@ -124,7 +114,7 @@ def _spec(name: str, layout: str, batch: Any, heads: Any) -> PartitionSpec:
 
 def _specs(operation: _Operation, q_spec: Any) -> tuple[tuple[PartitionSpec, ...], tuple[PartitionSpec, ...]]:
     """Of inputs and outputs, given how q is sharded."""
-    layout = operation.static.layout
+    layout = operation.options.layout
     axes = (*tuple(q_spec or ()), None, None, None, None)
     batch, heads = axes[0], axes[2 if layout == "bshd" else 1]
     return (
@@ -202,7 +192,7 @@ def _placed(operation: _Operation, *arrays: Any) -> Arrays:
 def _explicit_spec(operation: _Operation, mesh: Any, arrays: Arrays) -> tuple[Any, ...]:
     """How q is to be sharded: as it is, but for heads that the key heads cannot follow."""
     by_name = dict(zip(operation.inputs, arrays, strict=True))
-    heads_at = 2 if operation.static.layout == "bshd" else 1
+    heads_at = 2 if operation.options.layout == "bshd" else 1
     spec = [*tuple(jax.typeof(by_name["q"]).sharding.spec), None, None, None, None][:4]
     heads = spec[heads_at]
     if heads is not None:
@@ -256,38 +246,38 @@ def _first_order(operation: _Operation) -> Callable[..., Arrays]:
     return cast("Callable[..., Arrays]", once)
 
 
-def _forward_operation(static: Static, group: int) -> _Operation:
-    return _Operation("attention", FORWARD_INPUTS, FORWARD_OUTPUTS, static, group)
+def _forward_operation(options: Options, group: int) -> _Operation:
+    return _Operation("attention", FORWARD.inputs, FORWARD.outputs, (), options, group)
 
 
-def _backward_operation(static: Static, group: int, with_dlse: bool) -> _Operation:
-    inputs = (*BACKWARD_INPUTS, "dlse") if with_dlse else BACKWARD_INPUTS
-    return _Operation("attention_backward", inputs, BACKWARD_OUTPUTS, static, group)
+def _backward_operation(options: Options, group: int, with_dlse: bool) -> _Operation:
+    extra = ("dlse",) if with_dlse else ()
+    return _Operation("attention_backward", (*BACKWARD.inputs, *extra), BACKWARD.outputs, extra, options, group)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, q: Any, k: Any, v: Any) -> Arrays:
-    return _forward(static, q, k, v)
+def _attention(options: Options, q: Any, k: Any, v: Any) -> Arrays:
+    return _forward(options, q, k, v)
 
 
-def _forward(static: Static, q: Any, k: Any, v: Any) -> Arrays:
-    out, lse = _first_order(_forward_operation(static, _group(q, k, static.layout)))(q, k, v)
+def _forward(options: Options, q: Any, k: Any, v: Any) -> Arrays:
+    out, lse = _first_order(_forward_operation(options, _group(q, k, options.layout)))(q, k, v)
     return checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
 
 
-def _attention_fwd(static: Static, q: Any, k: Any, v: Any) -> tuple[Arrays, Arrays]:
+def _attention_fwd(options: Options, q: Any, k: Any, v: Any) -> tuple[Arrays, Arrays]:
     q, k, v = q.value, k.value, v.value
-    out, lse = _forward(static, q, k, v)
+    out, lse = _forward(options, q, k, v)
     return (out, lse), (q, k, v, out, lse)
 
 
-def _attention_bwd(static: Static, saved: Arrays, cotangents: Arrays) -> Arrays:
+def _attention_bwd(options: Options, saved: Arrays, cotangents: Arrays) -> Arrays:
     q, k, v, out, lse = saved
     dout, dlse = cotangents
     with_dlse = not isinstance(dlse, SymbolicZero)
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros_like(out)
-    run = _first_order(_backward_operation(static, _group(q, k, static.layout), with_dlse))
+    run = _first_order(_backward_operation(options, _group(q, k, options.layout), with_dlse))
     return run(dout, q, k, v, out, lse, *((dlse,) if with_dlse else ()))
 
 
@@ -295,14 +285,14 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(static: Static) -> Callable[..., Arrays]:
-    return cast("Callable[..., Arrays]", jax.jit(functools.partial(_attention, static)))
+def _compiled(options: Options) -> Callable[..., Arrays]:
+    return cast("Callable[..., Arrays]", jax.jit(functools.partial(_attention, options)))
 
 
-def attention(static: Static, q: Any, k: Any, v: Any) -> Arrays:
+def attention(options: Options, q: Any, k: Any, v: Any) -> Arrays:
     """out, lse; differentiable."""
     try:
-        return _compiled(static)(q, k, v)
+        return _compiled(options)(q, k, v)
     except TypeError as error:
         if "forward-mode" in str(error):
             raise InvalidType(_NO_TANGENTS) from error
@@ -314,11 +304,11 @@ def _compiled_backward(operation: _Operation) -> Callable[..., Arrays]:
     return cast("Callable[..., Arrays]", jax.jit(_first_order(operation)))
 
 
-def attention_backward(static: Static, *arrays: Any) -> Arrays:
+def attention_backward(options: Options, *arrays: Any) -> Arrays:
     """dq, dk, dv of dout, q, k, v, out, lse and, if it is there, dlse."""
     _, q, k = arrays[:3]
-    with_dlse = len(arrays) > len(BACKWARD_INPUTS)
-    return _compiled_backward(_backward_operation(static, _group(q, k, static.layout), with_dlse))(*arrays)
+    with_dlse = len(arrays) > len(BACKWARD.inputs)
+    return _compiled_backward(_backward_operation(options, _group(q, k, options.layout), with_dlse))(*arrays)
 
 
 def clear_caches() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import first_call
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import Device
 from fa2cupy.frameworks.jax import is_traced
+from fa2cupy.kernels import planner
 from fa2cupy.xla import door, ffi, transforms
 from tests.fake_gpu import FakeGpu
 from tests.reference import Inputs, as_ml_dtypes, expect, make_inputs
@@ -181,7 +181,7 @@ def test_gpu_workspace_of_another_machine(cuda: FakeGpu) -> None:
     cuda.workspace_bytes = 256
     run = jax.jit(jax.grad(lambda q: fa2cupy.attention(q, x.k, x.v).astype("float32").sum())).lower(x.q).compile()
     cuda.workspace_bytes = 4096
-    first_call.bound_plan.cache_clear()
+    planner.bound_plan.cache_clear()
     with pytest.raises(Exception, match=r"was compiled with a workspace of 511 bytes but needs 4351"):
         jax.block_until_ready(run(x.q))
 

@@ -333,7 +333,7 @@ def test_dot_product_attention_never_misaligns(x: Any) -> None:
         fa2cupy.jax.dot_product_attention(q, k[:, :8], v[:, :8], is_causal=True)
     with pytest.raises(InvalidArgument, match="is_causal=True with query_seq_lengths or key_value_seq_lengths"):
         fa2cupy.jax.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=jnp.asarray([3, 4]))
-    with pytest.raises(TypeError, match=r"bias.*not supported yet"):
+    with pytest.raises(ValueError, match=r"bias.*not supported yet"):
         fa2cupy.jax.dot_product_attention(q, k, v, bias=jnp.zeros((1, 1, S, S)))
 
 

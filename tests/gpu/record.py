@@ -31,7 +31,10 @@ SOURCES = (
     "fa2cupy/kernels/**/*.py",
     "fa2cupy/jit/**/*.py",
     "fa2cupy/frameworks/**/*.py",
-    *(f"fa2cupy/{module}.py" for module in ("attention", "calls", "first_call", "operations", "prepared", "problem")),
+    *(
+        f"fa2cupy/{module}.py"
+        for module in ("attention", "calls", "first_call", "operations", "options", "prepared", "problem", "spec")
+    ),
 )
 
 _CUDA_TOKEN = re.compile(

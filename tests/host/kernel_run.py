@@ -11,10 +11,11 @@ import numpy as np
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.jit import source as source_module
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import plan_backward, plan_forward
-from fa2cupy.kernels.plan import KernelLaunch, Plan
-from fa2cupy.kernels.tiles import SHARED_MEMORY, FwdTileSm90
-from fa2cupy.problem import AttentionProblem, Options
+from fa2cupy.kernels import KernelLaunch, Plan, plan_backward, plan_forward
+from fa2cupy.kernels.sm90.flash_fwd import FwdTileSm90
+from fa2cupy.kernels.tiles import SHARED_MEMORY
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem
 from tests import reference
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Case
