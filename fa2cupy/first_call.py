@@ -24,7 +24,6 @@ from fa2cupy.frameworks.base import (
 )
 from fa2cupy.frameworks.dlpack import from_producer
 from fa2cupy.frameworks.overlap import has_duplicates
-from fa2cupy.kernels.planner import bound_plan, plan_call
 from fa2cupy.operations import Operation
 from fa2cupy.options import Options, RawOptions
 from fa2cupy.prepared import (
@@ -196,6 +195,7 @@ def _prepare(
     device: Device,
 ) -> PreparedCall:
     from fa2cupy.jit import driver
+    from fa2cupy.kernels.planner import bound_plan
 
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     stream = framework.stream(device.index)
@@ -264,6 +264,7 @@ def _problem(
     if operation.extra or options.features:
         extra = {name: framework.ref(arrays[name], name) for name in operation.extra}
         problem = with_features(problem, {**dict(options.features), **extra})
+        assert problem.extra_arrays == operation.extra, "the specs of a problem stand in the order of the keywords"
     return problem
 
 
@@ -276,6 +277,8 @@ def _call_jax(
     options: Options,
     device: Device,
 ) -> list[Any]:
+    from fa2cupy.kernels.planner import bound_plan
+
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
     storage = framework.dtype(arrays["q"])
@@ -296,5 +299,7 @@ def workspace_bytes(operation: Operation, raw_arrays: list[Any], raw_options: Ra
     dtype, sizes = _check_arrays(operation, refs, options)
     if device.kind == "cpu":
         return 0
+    from fa2cupy.kernels.planner import plan_call
+
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     return plan_call(operation.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes

@@ -242,6 +242,11 @@ class AttentionProblem:
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if isinstance(value, Spec))
 
+    @property
+    def extra_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays beyond those of dense attention, in the order of a call's pointers."""
+        return tuple(name for spec in self.specs for name in spec.arrays())
+
     def __str__(self) -> str:
         """Only what is there."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))

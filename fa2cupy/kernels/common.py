@@ -96,7 +96,7 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
 
 def pointer_names(problem: AttentionProblem, dense: Iterable[str]) -> tuple[str, ...]:
     """Of the arrays of a call, in the order of its pointers; `dense`: those that every call has."""
-    return *dense, *(name for spec in problem.specs for name in spec.arrays())
+    return *dense, *problem.extra_arrays
 
 
 def kernel_launch(
