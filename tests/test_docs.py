@@ -135,6 +135,16 @@ def test_a_stale_block_is_renewed_and_a_lost_one_reported() -> None:
         docs.renewed("docs/tuning.md", text.replace("<!-- tile rows: end -->", ""))
 
 
+def test_notes_of_rows_say_how_much_shared_memory_they_take() -> None:
+    noted = 0
+    for title, rows, shared_bytes in docs.tile_tables():
+        for row in rows:
+            for said in re.findall(r"(?<!need )\b(\d+) KB", row.note):
+                noted += 1
+                assert abs(shared_bytes(row) / 1024 - int(said)) < 1, f"{title}, head_dim {row.head_dim}: {row.note}"
+    assert noted > 20
+
+
 def test_tuning_stays_short() -> None:
     """Its rounds belong into docs/lab."""
     assert len(PAGES["docs/tuning.md"].splitlines()) <= 250
