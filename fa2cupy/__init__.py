@@ -25,6 +25,7 @@ from fa2cupy.errors import (
     NotTaken,
     UnsupportedDevice,
 )
+from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,9 @@ __all__ = [
     "attention_vjp",
     "backward_workspace_bytes",
     "forward_workspace_bytes",
+    "install_as_flash_attn",
     "report",
+    "uninstall_flash_attn",
 ]
 
 # Modules that import a framework, as attributes after `import fa2cupy` alone; those that are there are offered.
