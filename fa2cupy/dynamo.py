@@ -16,8 +16,23 @@ from typing import TypeVar
 
 __all__ = ["constant", "leave", "tell", "told"]
 
-_NAMES = ("attention", "checks", "doors", "flash_attn", "keywords", "options", "torch.dispatch", "torch.sdpa")
-_TRACED = frozenset(f"fa2cupy.{name}" for name in _NAMES)
+# Functions marked `constant` must be in these too.
+_TRACED = frozenset(
+    {
+        f"fa2cupy.{name}"
+        for name in (
+            "attention",
+            "checks",
+            "doors",
+            "flash_attn",
+            "keywords",
+            "options",
+            "torch.dispatch",
+            "torch.sdpa",
+            "torch.sharding",
+        )
+    }
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 

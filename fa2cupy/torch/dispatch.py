@@ -49,6 +49,7 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
 def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
     """Inside torch.compile or export. What is wrong with the options is said by the operator's fake kernel."""
     causal, softmax_scale, layout, dtype, deterministic = options
+    sharding.register()
     q, k, v = cast(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
     out, lse = forward_op(q, k, v, causal, scale, layout, dtype, deterministic)
