@@ -18,7 +18,9 @@ LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_
 
 def shown(name: str, value: object) -> str:
     """A keyword and its value as an error names them. No array is printed: on a GPU that would wait for it."""
-    if hasattr(value, "ndim") or hasattr(value, "__dlpack__"):
+    if isinstance(value, int) and value.bit_length() > 64:  # Python itself refuses to print very long ones
+        return f"{name}=<an int of {value.bit_length()} bits>"
+    if (hasattr(value, "ndim") or hasattr(value, "__dlpack__")) and not isinstance(value, np.generic):
         return f"{name}, a {describe(value)},"
     text = repr(value)
     return f"{name}={text}" if len(text) <= 60 else f"{name}, a {describe(value)},"
@@ -30,21 +32,21 @@ def check_flag(name: str, value: object) -> bool:
         return value is True
     if isinstance(value, np.bool_):
         return bool(value)
-    raise InvalidType(f"{name}={value!r} is a {describe(value)}: True or False is needed")
+    raise InvalidType(f"{shown(name, value)} is a {describe(value)}: True or False is needed")
 
 
 def check_layout(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise InvalidType(f"{name}={value!r} is a {describe(value)}: 'bshd' or 'bhsd' is needed")
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: 'bshd' or 'bhsd' is needed")
     if value not in LAYOUTS:
-        raise InvalidArgument(f"{name}={value!r} is unknown: 'bshd' or 'bhsd' is needed")
+        raise InvalidArgument(f"{shown(name, value)} is unknown: 'bshd' or 'bhsd' is needed")
     return value
 
 
 def check_dtype(name: str, value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise InvalidType(f"{name}={value!r} is a {describe(value)}: None, or 'bfloat16' for uint16 arrays, is needed")
+    raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None, or 'bfloat16' for uint16 arrays, is needed")
 
 
 def check_scale(name: str, value: Any) -> float | None:
@@ -59,11 +61,11 @@ def check_scale(name: str, value: Any) -> float | None:
                 f"{name} is a {describe(value)}: a Python number is needed (reading an array from a GPU would "
                 "wait for it)"
             )
-        raise InvalidType(f"{name}={value!r} is a {describe(value)}: None or a real number is needed")
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None or a real number is needed")
     try:
         scale = float(value)
     except OverflowError:
         scale = math.inf
     if not math.isfinite(scale):
-        raise InvalidArgument(f"{name}={value!r} is not supported: it must be finite")
+        raise InvalidArgument(f"{shown(name, value)} is not supported: it must be finite")
     return scale

@@ -6,13 +6,14 @@ Nothing is launched or allocated before all of them have passed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from fa2cupy import env
 from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
-from fa2cupy.frameworks import framework_of, jax
+from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import (
     ITEMSIZE,
     Device,
@@ -23,8 +24,8 @@ from fa2cupy.frameworks.base import (
     describe,
 )
 from fa2cupy.frameworks.dlpack import from_producer
+from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.frameworks.overlap import has_duplicates
-from fa2cupy.kernels.planner import bound_plan, plan_call
 from fa2cupy.operations import Operation
 from fa2cupy.options import Options, RawOptions
 from fa2cupy.prepared import (
@@ -49,14 +50,19 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
         {name: array for name, array in named.items() if array is not None or name not in operation.outputs}
     )
     given = {name: arrays[name] for name in operation.outputs if name in arrays}
-    if framework.name == "JAX" and (given or workspace is not None):
+    if framework is JAX and (given or workspace is not None):
         name = next(iter(given), "workspace")
         raise InvalidArgument(
             f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
         )
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
-    device = _one_device(refs)
+    device = _one_device({name: ref for name, ref in refs.items() if not is_traced(ref.owner)} or refs)
+    refs = {name: dataclasses.replace(ref, device=device) for name, ref in refs.items()}
     dtype, sizes = _check_arrays(operation, refs, options)
+    if framework is JAX:  # XLA allocates and calls back for the computation
+        from fa2cupy.xla import door
+
+        return door.call(operation, arrays, options)
     framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
@@ -75,8 +81,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     from fa2cupy.jit import driver
 
     driver.device_info(device.index)  # no driver, or a GPU that is too old, before anything is copied or allocated
-    if not isinstance(framework, GpuFramework):  # JAX: XLA allocates and calls back for the launch
-        return _call_jax(operation, framework, arrays, sizes, dtype, options, device)
+    assert isinstance(framework, GpuFramework)
     with driver.device_guard(device.index):
         arrays = _copy_where_needed(operation, framework, arrays, device)
     ordered = _ordered(operation, arrays)
@@ -196,6 +201,7 @@ def _prepare(
     device: Device,
 ) -> PreparedCall:
     from fa2cupy.jit import driver
+    from fa2cupy.kernels.planner import bound_plan
 
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     stream = framework.stream(device.index)
@@ -264,27 +270,8 @@ def _problem(
     if operation.extra or options.features:
         extra = {name: framework.ref(arrays[name], name) for name in operation.extra}
         problem = with_features(problem, {**dict(options.features), **extra})
+        assert problem.extra_arrays == operation.extra, "the specs of a problem stand in the order of the keywords"
     return problem
-
-
-def _call_jax(
-    operation: Operation,
-    framework: Framework,
-    arrays: Arrays,
-    sizes: Sizes,
-    dtype: str,
-    options: Options,
-    device: Device,
-) -> list[Any]:
-    problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
-    launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
-    storage = framework.dtype(arrays["q"])
-    outputs = tuple(
-        (sizes.shape(name, options.layout), "float32" if name == "lse_out" else storage) for name in operation.outputs
-    )
-    workspace = needed if operation.is_backward or needed else None
-    configuration = jax.Configuration(outputs, workspace, device.index, launchable, len(operation.inputs))
-    return jax.run(configuration, tuple(arrays.values()))
 
 
 def workspace_bytes(operation: Operation, raw_arrays: list[Any], raw_options: RawOptions) -> int:
@@ -296,5 +283,7 @@ def workspace_bytes(operation: Operation, raw_arrays: list[Any], raw_options: Ra
     dtype, sizes = _check_arrays(operation, refs, options)
     if device.kind == "cpu":
         return 0
+    from fa2cupy.kernels.planner import plan_call
+
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     return plan_call(operation.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes

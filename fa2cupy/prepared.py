@@ -7,7 +7,6 @@ checked at every call.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import framework_of
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, Framework, GpuFramework, describe
 from fa2cupy.frameworks.overlap import Extent, has_duplicates, shares_memory
+from fa2cupy.locks import Lock
 from fa2cupy.operations import Operation
 from fa2cupy.options import RawOptions
 
@@ -127,7 +127,7 @@ class _PreparedCalls:
 
     def __init__(self, capacity: int) -> None:
         self._calls: dict[Any, PreparedCall] = {}
-        self._capacity, self._lock = capacity, threading.Lock()
+        self._capacity, self._lock = capacity, Lock()
         self.get = self._calls.get
 
     def put(self, key: Any, prepared: PreparedCall) -> None:

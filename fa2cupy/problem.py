@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fa2cupy.checks import LAYOUTS
@@ -12,7 +12,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS
 from fa2cupy.options import Options
-from fa2cupy.spec import Spec
+from fa2cupy.spec import SoftmaxSpec, Spec
 
 __all__ = [
     "ARRAY_RULES",
@@ -169,7 +169,9 @@ ARRAY_RULES: dict[str, ArrayRule] = {
 
 # By keyword: an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of it. Fields
 # with specs that have arrays stand in the order of the table of keywords.
-SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {}
+SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
+    "dlse": lambda problem, ref: replace(problem, softmax=SoftmaxSpec(_strides_of(ref), problem.empty_rows)),
+}
 
 
 def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> AttentionProblem:
@@ -243,12 +245,25 @@ class AttentionProblem:
     softmax_scale: float
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
+    softmax: SoftmaxSpec | None = None
+
+    @property
+    def empty_rows(self) -> int:
+        """Leading query rows that see no key. The kernels never see them."""
+        if self.seqlen_k == 0:
+            return self.seqlen_q
+        return max(0, self.seqlen_q - self.seqlen_k) if self.causal else 0
 
     @property
     def specs(self) -> tuple[Spec, ...]:
         """Those that are there, in the order of the fields."""
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if isinstance(value, Spec))
+
+    @property
+    def extra_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays beyond those of dense attention, in the order of a call's pointers."""
+        return tuple(name for spec in self.specs for name in spec.arrays())
 
     def __str__(self) -> str:
         """Only what is there."""
@@ -291,9 +306,14 @@ def softmax_scale(sizes: Sizes, options: Options) -> float:
     return sizes.head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale
 
 
-def _kernel_strides(name: str, ref: TensorRef, layout: str) -> Strides:
+def _strides_of(ref: TensorRef) -> Strides:
+    """Of an array's first three dimensions. Those of size 1 are junk by contract in several libraries: never kept."""
     if 0 in ref.shape:
         return 0, 0, 0
-    # Strides of dimensions of size 1 are junk by contract in several libraries: never kept.
     first, second, third = (0 if n == 1 else s for n, s in zip(ref.shape[:3], ref.strides[:3], strict=True))
+    return first, second, third
+
+
+def _kernel_strides(name: str, ref: TensorRef, layout: str) -> Strides:
+    first, second, third = _strides_of(ref)
     return (first, second, third) if layout == "bshd" or name == "lse" else (first, third, second)

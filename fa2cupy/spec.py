@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Row", "Spec"]
+__all__ = ["DlseParams", "Row", "SoftmaxSpec", "Spec"]
 
 
 class Row(Protocol):
@@ -50,9 +51,48 @@ class Spec:
 
     def arrays(self) -> tuple[str, ...]:
         """Names of its arrays, in the order in which a call hands over their pointers: behind those of dense attention,
-        spec by spec in the order of the problem's fields, in front of the workspace. Its block has a field for each."""
+        spec by spec in the order of the problem's fields (which is that of the keywords), in front of the workspace.
+        Its block has a field for each.
+        """
         return ()
 
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
         return ""
+
+
+class DlseParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("dlse", ctypes.c_uint64),
+        ("dlse_batch", ctypes.c_int64),
+        ("dlse_row", ctypes.c_int64),
+        ("dlse_head", ctypes.c_int64),
+        ("dlse_first_row", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxSpec(Spec):
+    """What a row's statistics take in, of a backward: dlse, a gradient of lse, which is taken off D.
+
+    dlse: its strides in elements along batch, num_heads, seqlen_q; any will do, 0 too. empty: leading query rows that
+    see no key, and whose gradients are 0 whatever dlse is.
+    """
+
+    dlse: tuple[int, int, int]
+    empty: int = 0
+
+    def reaches(self, source: str) -> bool:
+        return source == "smxx/flash_bwd_preprocess.cu"
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_DLSE": 1}
+
+    def params(self) -> DlseParams:
+        batch, head, row = self.dlse
+        return DlseParams(0, batch, row, head, self.empty)
+
+    def arrays(self) -> tuple[str, ...]:
+        return ("dlse",)

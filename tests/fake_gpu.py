@@ -99,7 +99,11 @@ class Launch:
 
     def run(self) -> None:
         p = self.problem
-        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name != "workspace"}
+        extra = ("workspace", "dlse")
+        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name not in extra}
+        if p.softmax is not None:
+            shape, steps = (p.batch, p.num_heads, p.seqlen_q), tuple(4 * step for step in p.softmax.dlse)
+            arrays["dlse"] = view(self.pointers["dlse"], shape, steps, np.float32)
         if "dout" not in arrays:
             cpu.forward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
         else:

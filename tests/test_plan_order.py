@@ -78,7 +78,7 @@ def test_even_sections(heads: int, tiles_per_head: int, section: int) -> None:
 
 
 def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) -> float:
-    """Tile by tile as `Schedule` of sm90/flash_fwd.cu and `tile_of` of common/block_range.cuh have them."""
+    """Tile by tile as `Schedule` of sm90/flash_fwd.cu and `tile_of` of common/schedule.cuh have them."""
     tiles, work = heads * tiles_per_head, [0] * blocks
     for block in range(blocks):
         for rounds in range(64):  # enough to tell

@@ -53,7 +53,7 @@ def test_fields() -> None:
         "lse": (20, 5, 1),
     }
     assert not problem().causal
-    assert "seqlen_q=5" in repr(p) and str(p) == repr(p)
+    assert "seqlen_q=5" in repr(p) and str(p) == repr(p).replace(", softmax=None", "")
     assert hash(p) == hash(problem(causal=True))
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.batch = 3  # type: ignore[misc]
@@ -156,7 +156,7 @@ def test_flags() -> None:
     for value in (True, False, np.True_, np.False_):
         assert check_flag("causal", value) is bool(value)
     for value in ("yes", 1, 0, None, 1.0, np.int64(1), np.array(True)):
-        with pytest.raises(InvalidType, match=r"causal=.* True or False"):
+        with pytest.raises(InvalidType, match=r"causal.* True or False"):
             check_flag("causal", value)
 
 

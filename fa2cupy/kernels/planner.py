@@ -84,7 +84,7 @@ def plan_forward(
     tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
     InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
     """
-    empty = common.empty_rows(problem)
+    empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
     launches: tuple[KernelLaunch, ...] = ()
@@ -105,7 +105,7 @@ def plan_backward(
     compiler: Compiler = any_compiler,
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
-    empty = common.empty_rows(problem)
+    empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0  # then there are keys
     kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
     launches: tuple[KernelLaunch, ...] = ()
@@ -207,7 +207,8 @@ def plan_call(
 
 
 _UPGRADE = (
-    "Upgrade NVRTC to 12.9.86 or newer: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
+    "A driver of CUDA 13.0 or newer ends that, and so does NVRTC 12.9.86 or newer, where torch does not pin an older "
+    "one: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
 )
 
 
