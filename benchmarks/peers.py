@@ -186,10 +186,11 @@ def kernel_family(case: Case) -> str:
     import torch
 
     from benchmarks.plans import problem_of
-    from fa2cupy import calls, env, first_call
+    from fa2cupy import env, operations
+    from fa2cupy.kernels import planner
 
-    operation = calls.FORWARD if case.mode == "fwd" else calls.BACKWARD
-    plan = first_call._plan(operation.name, problem_of(case), torch.cuda.current_device(), False, env.kernel())
+    operation = operations.FORWARD if case.mode == "fwd" else operations.BACKWARD
+    plan = planner.plan_call(operation.name, problem_of(case), torch.cuda.current_device(), False, env.kernel())
     families = (str(launch.source).partition("/")[0] for launch in plan.launches)
     return next(family for family in families if family != "smxx")  # smxx: kernels of any architecture
 

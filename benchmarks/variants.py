@@ -3,9 +3,10 @@
     python benchmarks/variants.py fwd:d128:b4:s4096:h16:causal+fwd:d128:b4:s4096:h16:full \\
         "block_m=128,block_n=64,num_warps=4" "block_m=128,block_n=128,num_warps=8,q_steps_in_regs=8" "FA2_SOMETHING=1"
 
-The first variant is always the row of the table as it is. A variant changes fields of that row (lower case: FwdTile and
-BwdTile in fa2cupy/kernels/tiles.py) and defines (FA2_...), separated by commas. `a|b` after `=` stands for either, so
-that "block_n=32|64,num_warps=4|8" is four variants. --file reads variants from a file, one a line (# comments).
+The first variant is always the row of the table as it is. A variant changes fields of that row (lower case: FwdTile
+and the others in fa2cupy/kernels/sm80 and sm90) and defines (FA2_...), separated by commas. `a|b` after `=` stands for
+either, so that "block_n=32|64,num_warps=4|8" is four variants. --file reads variants from a file, one a line (#
+comments).
 --compile-only needs no GPU: registers, spills and shared memory for the architecture that --arch names.
 """
 

@@ -1,113 +1,26 @@
 """From arrays to a launch: validate a new signature once, then repeat it cheaply.
 
-A call's signature is all that its plan depends on: each array's type, shape, strides, dtype, device and pointer modulo
-16, and the options. The first call of a signature validates, plans, compiles and leaves a `PreparedCall`; the next
-ones look it up, check what can differ under one signature (autograd, graph capture, overlap with given outputs),
-allocate and launch.
+The first call of a signature validates, plans, compiles and leaves a `PreparedCall`; the next ones look it up and run
+it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Set
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
-from fa2cupy.arrays import WORKSPACE_ALIGNMENT, Device, Framework, GpuFramework, describe, framework_of
-from fa2cupy.errors import InvalidArgument, InvalidType
-from fa2cupy.overlap import Extent, has_duplicates, shares_memory
+from fa2cupy.operations import Operation
+from fa2cupy.options import RawOptions
+from fa2cupy.prepared import PREPARED, framework_by_type, signature_key
 
-__all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "FORWARD_OUT",
-    "Operation",
-    "PreparedCall",
-    "call",
-    "check_overlap",
-    "remember",
-    "workspace_block",
-]
-
-Launchable = Callable[[tuple[int, ...], int], None]
-
-# Signatures kept. A decoding loop adds one per length, so the oldest are dropped rather than all of them.
-MAX_PREPARED = 4096
+__all__ = ["call"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Operation:
-    """The forward or the backward: its array arguments, in the order in which the kernels take their pointers.
-
-    scratch: outputs that nobody gets unless they are given, so that memory is enough for them.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    scratch: frozenset[str] = frozenset()
-
-    def names(self) -> tuple[str, ...]:
-        """Of all its arrays."""
-        return self.inputs + self.outputs
-
-    @property
-    def is_backward(self) -> bool:
-        return self.name == "attention_backward"
-
-
-FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"))
-FORWARD_OUT = Operation("attention", ("q", "k", "v"), ("out", "lse_out"), frozenset({"lse_out"}))
-BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"))
-
-
-class _PreparedCalls:
-    """Signature -> PreparedCall, bounded. Reads take no lock."""
-
-    def __init__(self, capacity: int) -> None:
-        self._calls: dict[Any, PreparedCall] = {}
-        self._capacity, self._lock = capacity, threading.Lock()
-        self.get = self._calls.get
-
-    def put(self, key: Any, prepared: PreparedCall) -> None:
-        with self._lock:
-            while len(self._calls) >= self._capacity:
-                del self._calls[next(iter(self._calls))]
-            self._calls[key] = prepared
-
-    def clear(self) -> None:
-        with self._lock:
-            self._calls.clear()
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-
-PREPARED = _PreparedCalls(MAX_PREPARED)
-_framework_by_type: dict[type, GpuFramework] = {}  # types that a prepared call exists for
-
-
-def signature_key(operation: Operation, signature: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The key of `PREPARED`. With types, since 1 == True: causal=1 is an error after causal=True too.
-
-    Of causal, softmax_scale and deterministic, that is: nothing but a string equals a layout or a dtype.
-    """
-    return operation, options, type(options[0]), type(options[1]), type(options[-1]), signature
-
-
-def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:
-    """Let the next calls with this key, whose first array has this type, take the short way."""
-    PREPARED.put(key, prepared)
-    _framework_by_type[array_type] = prepared.framework
-
-
-def call(operation: Operation, arrays: list[Any], workspace: Any, options: tuple[object, ...]) -> list[Any]:
+def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOptions) -> list[Any]:
     """Run the operation and return the outputs, the caller's or new ones (or whatever held a scratch output).
 
-    arrays: inputs and outputs, None for an output to allocate. options: those of `Options.checked`.
+    arrays: those of `operation.names()`, None for an output to allocate.
     """
-    framework = _framework_by_type.get(type(arrays[0]))
+    framework = framework_by_type.get(type(arrays[0]))
     if framework is not None:
         try:
             signature, pointers = framework.signature(arrays)
@@ -119,130 +32,3 @@ def call(operation: Operation, arrays: list[Any], workspace: Any, options: tuple
     from fa2cupy.first_call import first_call
 
     return first_call(operation, arrays, workspace, options)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedCall:
-    """Everything about one signature that does not depend on pointers.
-
-    fresh: (position among all arrays, allocator, address of what it allocates) of each output not given.
-    extents: of all arrays, in pointer order; for new outputs None.
-    workspace_bytes: 0 if the kernels need none; takes_workspace: whether there is a pointer to one all the same.
-    no_capture: it allocates what cannot be allocated inside a CUDA graph capture.
-    is_current: whether `guard` has nothing to do.
-    """
-
-    operation: Operation
-    framework: GpuFramework
-    device: Device
-    launchable: Launchable
-    device_index: int
-    first_output: int
-    fresh: tuple[tuple[int, Callable[[], Any], Callable[[Any], int]], ...]
-    given: frozenset[str]
-    extents: tuple[Extent | None, ...]
-    workspace_bytes: int
-    takes_workspace: bool
-    allocate_workspace: Callable[[], Any]
-    address: Callable[[Any], int]
-    no_capture: bool
-    stream: Callable[[int], int]
-    is_current: Callable[[], bool]
-    guard: Callable[[int], AbstractContextManager[None]]
-
-    def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
-        """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs. Both are filled in."""
-        operation = self.operation
-        self.framework.check_call(arrays, operation.name, operation.names)
-        if self.given or workspace is not None:
-            self._check_given(pointers, workspace)
-        if self.is_current():
-            self._launch(arrays, pointers, workspace)
-        else:
-            with self.guard(self.device_index):
-                self._launch(arrays, pointers, workspace)
-        if self.given:
-            for name, array in zip(operation.outputs, arrays[self.first_output :], strict=True):
-                if name in self.given:
-                    self.framework.written(array)
-        return arrays[self.first_output :]
-
-    def _launch(self, arrays: list[Any], pointers: list[int], workspace: Any) -> None:
-        """Allocate and launch. The device's context is current."""
-        stream = self.stream(self.device_index)
-        if self.no_capture and self.framework.is_capturing(stream, self.device_index):
-            self._refuse_capture(workspace)
-        for position, allocate, address in self.fresh:
-            arrays[position] = array = allocate()
-            pointers[position] = address(array)
-        if self.takes_workspace:
-            if workspace is None and self.workspace_bytes:
-                workspace = self.allocate_workspace()
-            pointers.append(self.address(workspace) if self.workspace_bytes else 0)
-        self.launchable(tuple(pointers), stream)
-
-    def _refuse_capture(self, workspace: Any) -> None:
-        missing = [self.operation.outputs[position - self.first_output] for position, *_ in self.fresh]
-        if self.workspace_bytes and workspace is None:
-            missing.append("workspace")
-        if missing:
-            size = f" (workspace: {self.workspace_bytes} bytes)" if "workspace" in missing else ""
-            raise InvalidArgument(
-                f"fa2cupy.{self.operation.name} inside a CUDA graph capture: {self.framework.name}'s memory pool "
-                f"cannot be used there, so {', '.join(name + '=' for name in missing)} must be given{size}"
-            )
-
-    def _check_given(self, pointers: list[int], workspace: Any) -> None:
-        names = self.operation.names()
-        blocks = [
-            (name, pointer, extent)
-            for name, pointer, extent in zip(names, pointers, self.extents, strict=True)
-            if extent is not None
-        ]
-        check_overlap(blocks, self.given)
-        if workspace is not None:
-            block = workspace_block(self.framework, workspace, self.device, self.workspace_bytes)
-            check_overlap([*blocks, block], {"workspace"})
-
-
-def check_overlap(blocks: list[tuple[str, int, Extent]], written: Set[str]) -> None:
-    """Raise if a written block shares memory with any other one. Blocks: (name, pointer, extent)."""
-    spans = [(pointer + extent.low, pointer + extent.high) for _, pointer, extent in blocks]
-    for i, (start, stop) in enumerate(spans):
-        if blocks[i][0] in written:
-            for j, (other_start, other_stop) in enumerate(spans):
-                # A pair of written blocks is looked at once. Most pairs end here: their addresses do not even meet.
-                if other_start < stop and start < other_stop and j != i and not (j < i and blocks[j][0] in written):
-                    (name, pointer, extent), (other, other_pointer, other_extent) = blocks[i], blocks[j]
-                    if shares_memory(pointer, extent, other_pointer, other_extent):
-                        raise InvalidArgument(
-                            f"{name} shares memory with {other}: an output must have elements of its own"
-                        )
-
-
-def workspace_block(framework: Framework, workspace: Any, device: Device, needed: int) -> tuple[str, int, Extent]:
-    if framework_of(workspace) is not framework:
-        raise InvalidType(
-            f"workspace is a {describe(workspace)}: an array of {framework.name} is needed, as the inputs are"
-        )
-    framework.check(workspace, "workspace")
-    if framework.device(workspace, "workspace") != device:
-        raise InvalidArgument(
-            f"workspace is on {framework.device(workspace, 'workspace')} but the inputs are on {device}: "
-            "one device is needed"
-        )
-    extent = framework.extent(workspace)
-    pointer = framework.pointer(workspace, "workspace")
-    size = 1
-    for length in framework.shape(workspace):
-        size *= length
-    size *= framework.itemsize(workspace)
-    if (size and extent.high - extent.low != size) or has_duplicates(extent):
-        raise InvalidArgument("workspace is not contiguous: one block of memory is needed")
-    if size < needed:
-        raise InvalidArgument(f"workspace has {size} bytes: at least {needed} are needed")
-    if needed and pointer % WORKSPACE_ALIGNMENT:
-        raise InvalidArgument(
-            f"workspace starts at address {pointer:#x}: a multiple of {WORKSPACE_ALIGNMENT} is needed"
-        )
-    return "workspace", pointer, extent

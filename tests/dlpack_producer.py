@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fa2cupy import dlpack
+from fa2cupy.frameworks import dlpack
 
 _DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _CAPSULE_DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -7,7 +7,7 @@ so a wrong one gives wrong numbers. Everything that would reach a driver is repl
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fa2cupy
-from fa2cupy import calls, cpu, first_call
-from fa2cupy.arrays import CUPY
+from fa2cupy import cpu
+from fa2cupy.frameworks import CUPY
+from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
-from fa2cupy.overlap import Extent
+from fa2cupy.kernels import planner
+from fa2cupy.kernels.common import pointer_names
+from fa2cupy.prepared import PREPARED
 from fa2cupy.problem import AttentionProblem
 
 FORWARD_NAMES = ("q", "k", "v", "out", "lse")
@@ -97,7 +99,11 @@ class Launch:
 
     def run(self) -> None:
         p = self.problem
-        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name != "workspace"}
+        extra = ("workspace", "dlse")
+        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name not in extra}
+        if p.softmax is not None:
+            shape, steps = (p.batch, p.num_heads, p.seqlen_q), tuple(4 * step for step in p.softmax.dlse)
+            arrays["dlse"] = view(self.pointers["dlse"], shape, steps, np.float32)
         if "dout" not in arrays:
             cpu.forward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
         else:
@@ -112,11 +118,14 @@ class FakePlan:
     deterministic: bool | None = None
     launches: tuple[Any, ...] = ()
     family: str | None = None
-    why_not_sm90: str = ""
+    objection: str = ""
 
     def bind(self, device_index: int) -> Any:
         self.gpu.binds += 1
-        names = FORWARD_NAMES if self.deterministic is None else (*BACKWARD_NAMES, "workspace")
+        names = FORWARD_NAMES if self.deterministic is None else BACKWARD_NAMES
+        names = pointer_names(self.problem, names)
+        if self.deterministic is not None or self.workspace_bytes:
+            names += ("workspace",)
 
         def launch(pointers: tuple[int, ...], stream: int) -> None:
             assert len(pointers) == len(names)
@@ -142,6 +151,7 @@ class FakeGpu:
     capturing: bool = False
     compute: bool = True
     workspace_bytes: int = 1024
+    forward_workspace_bytes: int = 0
     launches_of_plans: tuple[Any, ...] = ()
     binds: int = 0
     plans: list[FakePlan] = field(default_factory=list)
@@ -153,33 +163,31 @@ class FakeGpu:
         return self.launches[-1]
 
     def plan_forward(
-        self, problem: AttentionProblem, device: Any, family: str | None = None, *, why_not_sm90: str = ""
+        self, problem: AttentionProblem, device: Any, family: str | None, compiler: Callable[[str], str]
     ) -> FakePlan:
-        launches = self.launches_of_plans if not why_not_sm90 else ()
-        self.plans.append(FakePlan(self, problem, 0, launches=launches, family=family, why_not_sm90=why_not_sm90))
-        return self.plans[-1]
+        return self._plan(problem, self.forward_workspace_bytes, None, family, compiler)
 
     def plan_backward(
         self,
         problem: AttentionProblem,
         device: Any,
         deterministic: bool,
-        family: str | None = None,
-        *,
-        why_not_sm90: str = "",
+        family: str | None,
+        compiler: Callable[[str], str],
     ) -> FakePlan:
-        launches = self.launches_of_plans if not why_not_sm90 else ()
-        self.plans.append(
-            FakePlan(
-                self,
-                problem,
-                self.workspace_bytes,
-                deterministic,
-                launches=launches,
-                family=family,
-                why_not_sm90=why_not_sm90,
-            )
-        )
+        return self._plan(problem, self.workspace_bytes, deterministic, family, compiler)
+
+    def _plan(
+        self,
+        problem: AttentionProblem,
+        workspace_bytes: int,
+        deterministic: bool | None,
+        family: str | None,
+        compiler: Callable[[str], str],
+    ) -> FakePlan:
+        objection = next(filter(None, (compiler(launch.arch) for launch in self.launches_of_plans)), "")
+        launches = () if objection else self.launches_of_plans
+        self.plans.append(FakePlan(self, problem, workspace_bytes, deterministic, launches, family, objection))
         return self.plans[-1]
 
     @contextmanager
@@ -194,7 +202,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """Planning, the driver, and CuPy's allocator, streams and copies replaced for one test."""
     fake = FakeGpu()
     _forget()
-    monkeypatch.setattr(fa2cupy, "kernels", fake, raising=False)
+    monkeypatch.setattr(planner, "plan_forward", fake.plan_forward)
+    monkeypatch.setattr(planner, "plan_backward", fake.plan_backward)
     monkeypatch.setattr(driver, "device_guard", fake.guard)
     monkeypatch.setattr(driver, "context_check", lambda index: lambda: fake.current == index)
     monkeypatch.setattr(
@@ -206,8 +215,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 
 def _forget() -> None:
-    calls.PREPARED.clear()
-    first_call.bound_plan.cache_clear()
+    PREPARED.clear()
+    planner.bound_plan.cache_clear()
 
 
 def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:

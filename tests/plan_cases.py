@@ -6,8 +6,7 @@ import dataclasses
 from typing import Any
 
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import BackwardPlan, ForwardPlan, plan_backward
-from fa2cupy.kernels import plan as plans
+from fa2cupy.kernels import BackwardPlan, ForwardPlan, KernelLaunch, plan_backward
 from fa2cupy.kernels.params import BwdParams
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.problem import AttentionProblem
@@ -51,12 +50,12 @@ def params_of(plan: BackwardPlan) -> BwdParams:
     return BwdParams.from_buffer_copy(plan.launches[0].params)
 
 
-def main_launch(plan: ForwardPlan) -> plans.KernelLaunch:
+def main_launch(plan: ForwardPlan) -> KernelLaunch:
     """That of `flash_fwd`."""
     (launch,) = (each for each in plan.launches if each.name != "fill_empty")
     return launch
 
 
-def named(plan: BackwardPlan, name: str) -> plans.KernelLaunch:
+def named(plan: BackwardPlan, name: str) -> KernelLaunch:
     (launch,) = (each for each in plan.launches if each.name == name)
     return launch

@@ -189,10 +189,18 @@ def attention_model(
 
 
 def attention_backward_reference(
-    dout: Array, q: Array, k: Array, v: Array, causal: bool = False, scale: float | None = None, *, xp: Any = np
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    scale: float | None = None,
+    *,
+    dlse: Array | None = None,
+    xp: Any = np,
 ) -> tuple[Array, Array, Array]:
-    """dq, dk, dv in float64; dk and dv have the heads of k."""
-    return _by_slab(q, k, v, dout, causal, scale, "float64", xp)[2:5]
+    """dq, dk, dv in float64; dk and dv have the heads of k. dlse: the gradient of lse, of its shape; None is 0."""
+    return _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse)[2:5]
 
 
 def attention_backward_model(
@@ -221,8 +229,9 @@ def _by_slab(
     dtype: str,
     xp: Any,
     saved: Array | None = None,
+    dlse: Array | None = None,
 ) -> tuple[Array, ...]:
-    """out, lse, dq, dk, dv, max|dP|: a slab is some of the batch x num_heads_k groups of heads sharing a key head."""
+    """out, lse, dq, dk, dv, max|dP + dlse|: a slab is some of the batch x num_heads_k groups of heads of a key head."""
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     group = num_heads // max(num_heads_k, 1)
@@ -236,7 +245,10 @@ def _by_slab(
     def merge(x: Array, seqlen: int, heads: int, width: int) -> Array:
         return x.reshape(batch, heads, seqlen, width).swapaxes(1, 2)
 
-    slabs = split(q, group), split(k, 1), split(v, 1), *(None if x is None else split(x, group) for x in (dout, saved))
+    if dlse is not None:  # like a row of one column
+        dlse = as_float64(dlse, xp)[..., None].swapaxes(1, 2)
+    rows = (None if x is None else split(x, group) for x in (dout, saved, dlse))
+    slabs = split(q, group), split(k, 1), split(v, 1), *rows
     visible = np.tile(visible_keys(seqlen_q, seqlen_k, causal), (group, 1))
     mask = xp.asarray(visible) if xp.__name__ != "torch" else xp.as_tensor(visible, device=slabs[0].device)
     step = max(1, _MAX_SCORES // max(1, visible.size))
@@ -257,9 +269,19 @@ def _by_slab(
 
 
 def _slab(
-    Q: Array, K: Array, V: Array, dO: Array | None, O: Array | None, mask: Array, scale: float, dtype: str, xp: Any
+    Q: Array,
+    K: Array,
+    V: Array,
+    dO: Array | None,
+    O: Array | None,
+    dlse: Array | None,
+    mask: Array,
+    scale: float,
+    dtype: str,
+    xp: Any,
 ) -> tuple[Array, ...]:
-    """out, lse, dq, dk, dv, max|dP| of Q (n, rows, d), K (n, seqlen_k, d), V (n, seqlen_k, dv), dO, O (n, rows, dv)."""
+    """out, lse, dq, dk, dv, max|dP + dlse| of Q (n, rows, d), K (n, seqlen_k, d), V (n, seqlen_k, dv), dO, O
+    (n, rows, dv) and dlse (n, rows, 1)."""
 
     def rounded(x: Array) -> Array:
         return round_to(x, dtype, xp)
@@ -284,10 +306,14 @@ def _slab(
         dP = dO @ V.swapaxes(1, 2)
         O = out if O is None else xp.where(sees, O, 0.0)
         D = xp.sum(dO * O, axis=-1, keepdims=True)
+        if dlse is not None:
+            dlse = xp.where(sees, dlse, 0.0)
+            D = D - dlse
         dS = rounded(P * (dP - D))
         dq = rounded(scale * (dS @ K))
         dk = rounded(scale * (dS.swapaxes(1, 2) @ Q))
         dv = rounded(rounded(P).swapaxes(1, 2) @ dO)
+        dP = dP if dlse is None else dP + dlse
         return out, lse[..., 0], dq, dk, dv, _largest(xp.where(mask, dP, 0.0), xp)
 
 
@@ -412,18 +438,21 @@ def expect(
     causal: bool = False,
     scale: float | None = None,
     out: Array | None = None,
+    dlse: Array | None = None,
     dtype: str = "",
     xp: Any = np,
 ) -> Expected:
     """Reference, model and floors of a case; without `dout` of the forward only. `dtype` defaults to that of q.
+    `dlse` is the gradient of lse, if there is one.
 
     `out` is what the backward under test is given, where that is not the model's own out: an input like any other,
     rounded, from which the model takes its D too. Without it the model's rounding errors in D are not those of the
     result, and in small cases the one is now and then twice the other (7 of 10,000 honest outputs fail `compare`).
     """
     dtype = dtype or dtype_name(q)
-    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp)
-    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out) if dtype in ("float16", "bfloat16") else None
+    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse)
+    rounds = dtype in ("float16", "bfloat16")
+    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse) if rounds else None
     unit = 1e-13 if dtype == "float64" else 1e-5
     magnitudes = {"out": _largest(as_float64(v, xp), xp)}
     if dout is not None:

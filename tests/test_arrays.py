@@ -1,4 +1,4 @@
-"""`arrays.py` and `dlpack.py`: whose array is it, and what does it say of itself."""
+"""`fa2cupy/frameworks/`: whose array is it, and what does it say of itself."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import dlpack
-from fa2cupy.arrays import (
-    CUPY,
-    NUMPY,
-    Device,
-    contiguous_strides,
-    describe,
-    framework_of,
-)
-from fa2cupy.dlpack import from_producer
+from fa2cupy.frameworks import CUPY, NUMPY, dlpack, framework_of
+from fa2cupy.frameworks.base import Device, contiguous_strides, describe
+from fa2cupy.frameworks.dlpack import from_producer
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, cupy_array, host_view
 

@@ -147,8 +147,6 @@ def problem_of(head_dim: int, aligned: bool) -> AttentionProblem:
         head_dim_v=head_dim,
         dtype="bfloat16",
         causal=True,
-        window_left=-1,
-        window_right=0,
         softmax_scale=head_dim**-0.5,
         strides=tuple(strides.items()),
         aligned=aligned,

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from fa2cupy import overlap
-from fa2cupy.overlap import Extent, has_duplicates, shares_memory
+from fa2cupy.frameworks import overlap
+from fa2cupy.frameworks.overlap import Extent, has_duplicates, shares_memory
 
 
 def touched(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> list[set[int]]:

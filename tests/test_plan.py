@@ -15,10 +15,13 @@ from fa2cupy import jit
 from fa2cupy.errors import LaunchError
 from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import compile_jobs, plan_backward, plan_forward
-from fa2cupy.kernels import plan as plans
+from fa2cupy.kernels import common, compile_jobs, plan_backward, plan_forward
 from fa2cupy.kernels.params import FwdTmaParams
-from fa2cupy.kernels.tiles import BWD_TILES_SM90, FWD_TILES_SM90, SHARED_MEMORY, BwdTile
+from fa2cupy.kernels.sm80.flash_bwd import BwdTile
+from fa2cupy.kernels.sm90.flash_bwd import BWD_TILES_SM90
+from fa2cupy.kernels.sm90.flash_bwd_wide import BWD_TILES_SM90_WIDE
+from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90
+from fa2cupy.kernels.tiles import SHARED_MEMORY
 from tests.fake_driver import FakeDriver, FakeMap, fake_driver
 from tests.gpu.cases import Case, problem_of
 from tests.plan_cases import A100, B200, H200, backward_problem, main_launch, problem
@@ -36,7 +39,7 @@ def test_every_pair_of_head_dims_has_a_tile_that_fits(arch: str) -> None:
             if launch.arch != "sm_90a":  # where a row's head dims are those of its kernels
                 assert ("FA2_HEAD_DIM_V" in launch.defines) == (head_dim != head_dim_v)
         if isinstance(plan.tile, BwdTile):
-            for width in plans.padded_head_dims(plan.problem, plan.tile.split):
+            for width in common.padded_head_dims(plan.problem, plan.tile.split):
                 assert width % (16 * plan.tile.split) == 0
         else:
             assert max(head_dim, head_dim_v) <= plan.tile.head_dim
@@ -51,9 +54,8 @@ def test_jobs_of_sm90a() -> None:
     forward, backward, wide = sources
     assert len({job.label for job in own}) == len(own) == sum(map(len, sources))
     assert len(forward) == 2 * sum(map(len, FWD_TILES_SM90.values()))
-    rows_of_wide = sum(tile.wide for tile in BWD_TILES_SM90)
     # Wide ones always from zeros; the others, if not deterministic, or not, but shared full ones always.
-    assert len(backward) == 2 * 11 * (len(BWD_TILES_SM90) - rows_of_wide) and len(wide) == 2 * 8 * rows_of_wide
+    assert len(backward) == 2 * 11 * len(BWD_TILES_SM90) and len(wide) == 2 * 8 * len(BWD_TILES_SM90_WIDE)
     assert {job.defines["FA2_HEAD_DIM"] for job in compile_jobs("sm_90a", False) if job.arch == "sm_90a"} == {64, 128}
     compiled = [(job.name, job.arch, dict(job.defines)) for job in jobs]
     launches = (main_launch(plan_forward(problem(head_dim=128, causal=True), H200)),)
@@ -66,7 +68,7 @@ def test_jobs_of_sm90a() -> None:
 
 @pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
 def test_jobs_of_a_head_dim_of_v_of_its_own(device: DeviceInfo) -> None:
-    arch = plans.architecture(device) + "a" * (device is H200)
+    arch = common.arch_of(device) + "a" * (device is H200)
     pairs = [job for job in compile_jobs(arch, True) if "FA2_HEAD_DIM_V" in job.defines]
     assert {(job.defines["FA2_HEAD_DIM"], job.defines["FA2_HEAD_DIM_V"]) for job in pairs} == {(192, 128)}
     assert all("head_dim 192/128" in job.label for job in pairs)

@@ -13,9 +13,10 @@ import pytest
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, plan_backward
-from fa2cupy.kernels.flash_bwd import _section_of_turns_sm90
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams
-from fa2cupy.kernels.tiles import BWD_TILES_SM90, SHARED_MEMORY, BwdTileSm90, backward_tile_sm90
+from fa2cupy.kernels.sm90.flash_bwd import BWD_TILES_SM90, BwdTileNarrow
+from fa2cupy.kernels.sm90.flash_bwd_wide import BWD_TILES_SM90_WIDE, BwdTileWide
+from fa2cupy.kernels.tiles import SHARED_MEMORY
 from tests.gpu.cases import Case, problem_of
 from tests.plan_cases import A100, H200, backward, backward_problem, named, params_of
 
@@ -205,14 +206,14 @@ def test_which_backward(head_dims: tuple[int, int], options: dict[str, Any], obj
     wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v, **options)
     plan = plan_backward(wanted, H200, False)
     main = named(plan, "flash_bwd")
-    assert plan.why_not_sm90 == objection and plan.family == ("sm80" if objection else "sm90")
+    assert plan.objection == objection and plan.family == ("sm80" if objection else "sm90")
     assert main.source == f"{plan.family}/flash_bwd.cu" and main.arch == ("sm_90" if objection else "sm_90a")
     assert f"  sm_{plan.family[2:]} kernel" + (f": {objection}" if objection else "") in str(plan).splitlines()
     if objection:
         with pytest.raises(InvalidArgument, match=re.escape(objection)):
             plan_backward(wanted, H200, False, family="sm90")
     else:
-        assert plan_backward(wanted, H200, False, why_not_sm90="NVRTC is no good").family == "sm80"
+        assert plan_backward(wanted, H200, False, compiler=lambda arch: "no" * (arch == "sm_90a")).family == "sm80"
     assert plan_backward(wanted, A100, False).family == "sm80"
 
 
@@ -224,7 +225,7 @@ def test_wide_heads_of_sm90(head_dims: tuple[int, int], row: tuple[int, int]) ->
     wanted = backward_problem(300, 200, head_dim, "bfloat16", False, head_dim_v=head_dim_v)
     plan = plan_backward(wanted, H200, False)
     tile, main = plan.tile, named(plan, "flash_bwd")
-    assert isinstance(tile, BwdTileSm90) and (tile.head_dim, tile.head_dim_v) == row
+    assert isinstance(tile, BwdTileWide) and (tile.head_dim, tile.head_dim_v) == row
     assert main.source == "sm90/flash_bwd_wide.cu" and main.config.block == (512, 1, 1)
     params = BwdTmaParams.from_buffer_copy(main.params)
     assert (params.shape.head_dim, params.head_dim_v) == head_dims
@@ -233,16 +234,20 @@ def test_wide_heads_of_sm90(head_dims: tuple[int, int], row: tuple[int, int]) ->
     assert plan_backward(wanted, H200, False, family="sm80").family == "sm80"
 
 
-@pytest.mark.parametrize("tile", BWD_TILES_SM90, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}")
-def test_rows_of_the_backward_of_sm90(tile: BwdTileSm90) -> None:
+@pytest.mark.parametrize(
+    "tile", BWD_TILES_SM90 + BWD_TILES_SM90_WIDE, ids=lambda tile: f"{tile.head_dim}/{tile.head_dim_v}"
+)
+def test_rows_of_the_backward_of_sm90(tile: BwdTileNarrow | BwdTileWide) -> None:
     assert tile.shared_mem_bytes() <= SHARED_MEMORY["sm_90"] and tile.shared_mem_bytes() % 1024 == 0
-    assert tile.block_m % 64 == 0 and tile.dq_tile_floats() == tile.block_m * -(-tile.head_dim // 64) * 64
-    assert tile.wide == (tile.head_dim > 128)
-    if tile.wide:
+    assert tile.block_m % 64 == 0 and tile.dq_tile_floats(tile.head_dim) == tile.block_m * -(-tile.head_dim // 64) * 64
+    assert tile.note.startswith(f"{tile.shared_mem_bytes() // 1024} KB")
+    if isinstance(tile, BwdTileWide):
+        assert tile.head_dim > 128
         assert tile.block_m == tile.block_n == 64 and tile.num_warps == 16
         assert tile.dq_warps == tile.dq_warps_m == 4 and tile.cluster == 2
         assert tile.dq_parts == (2 if tile.head_dim == 256 else 4)  # turns of each block, or of each of its pieces
     else:
+        assert tile.head_dim <= 128
         assert tile.block_n == 128 and tile.num_warps == 12 and tile.cluster == 1
         assert tile.dq_warps == 8 and tile.dq_parts == 2
 
@@ -315,15 +320,19 @@ def test_clusters(head_dim: int, block_n: int, cluster: int, deterministic: bool
 
 def test_sections_of_turns() -> None:
     """Of one size if the heads can be shared out so, else a few more than are needed; never more than there are."""
-    narrow, wide = backward_tile_sm90(128, 128), backward_tile_sm90(256, 256)
 
-    def sections(tile: BwdTileSm90, heads: int, steps: int) -> list[int]:
-        return [_section_of_turns_sm90(132 // tile.cluster, tile, steps, heads, causal) for causal in (False, True)]
+    def sections(head_dim: int, heads: int, steps: int) -> list[int]:
+        found = []
+        for causal in (False, True):
+            wanted = backward_problem(steps * 64, steps * 64, head_dim, "bfloat16", causal, 1, (heads, heads))
+            params = BwdTmaParams.from_buffer_copy(named(plan_backward(wanted, H200, True), "flash_bwd").params)
+            found.append(params.shape.heads_per_section)
+        return found
 
-    assert sections(narrow, 512, 8) == [16, 64] and sections(narrow, 16, 256) == [2, 16]
-    assert sections(wide, 256, 8) == [8, 32] and sections(wide, 32, 64) == [2, 8]
-    assert sections(wide, 509, 8) == [6, 26]
-    assert sections(narrow, 3, 1) == [3, 3]
+    assert sections(128, 512, 8) == [16, 64] and sections(128, 16, 256) == [2, 16]
+    assert sections(256, 256, 8) == [8, 32] and sections(256, 32, 64) == [2, 8]
+    assert sections(256, 509, 8) == [6, 26]
+    assert sections(128, 3, 1) == [3, 3]
 
 
 def test_workspace_of_turns() -> None:
@@ -332,19 +341,17 @@ def test_workspace_of_turns() -> None:
     blocks = 2 * 8 * 4096 // 64
     statistics, dq = blocks * 64 * 4, blocks * 64 * 128 * 4
     assert plan.workspace_bytes == 2 * statistics + dq + blocks * 2 * 4
-    assert [pointer for pointer in named(plan, "flash_bwd_preprocess").pointers if pointer[0] == 9][:4] == [
-        (9, 0),
-        (9, statistics),
-        (9, 2 * statistics),
-        (9, 2 * statistics + dq),
-    ]
+    workspaces = [each for each in named(plan, "flash_bwd_preprocess").pointers if each.position == 9][:4]
+    assert [each.add_bytes for each in workspaces] == [0, statistics, 2 * statistics, 2 * statistics + dq]
+    names = ("lse_log2", "softmax_d", "dq_accum", "dq_turn")
+    assert [each.offset for each in workspaces] == [getattr(BwdParams, name).offset for name in names]
 
 
 def test_launches_of_the_backward_of_sm90() -> None:
     wanted = backward_problem(350, 300, 96, "float16", True, 2, (8, 2), head_dim_v=72)
     plan = plan_backward(wanted, H200, False)
     tile, main = plan.tile, named(plan, "flash_bwd")
-    assert isinstance(tile, BwdTileSm90) and tile.head_dim == 96 and plan.splits == 4
+    assert isinstance(tile, BwdTileNarrow) and tile.head_dim == 96 and plan.splits == 4
     assert main.config.grid == (3 * 2 * 2 * 4, 1, 1) and main.config.block == (384, 1, 1)
     assert main.defines["FA2_HEAD_DIM"] == main.defines["FA2_HEAD_DIM_V"] == 96
     assert [(each.position, each.add_bytes) for each in main.tensor_maps] == [
@@ -362,8 +369,11 @@ def test_launches_of_the_backward_of_sm90() -> None:
     assert [each.spec.dtype for each in main.tensor_maps] == ["float16"] * 4 + ["float32"] * 2
     assert [each.offset for each in main.tensor_maps] == [128 * number for number in range(6)]
     beside = named(plan, "flash_bwd_preprocess")
-    assert beside.pointers[9:11] == tuple((each.position, each.add_bytes) for each in main.tensor_maps[4:])
-    assert main.pointers == beside.pointers[7:9] + beside.pointers[11:] and beside.arch == "sm_90"
+    where = {field: beside.pointers[place][1:] for place, (field, *_) in enumerate(BwdParams._fields_[:15])}
+    assert [where["lse_log2"], where["softmax_d"]] == [each[1:3] for each in main.tensor_maps[4:]]
+    own = ("dk", "dv", "dq_accum", "dq_turn", "dk_partial", "dv_partial")
+    assert main.pointers == tuple((getattr(BwdTmaParams, name).offset, *where[name]) for name in own)
+    assert [each.offset for each in beside.pointers] == list(range(0, 15 * 8, 8)) and beside.arch == "sm_90"
     params, same = BwdTmaParams.from_buffer_copy(main.params), BwdParams.from_buffer_copy(beside.params)
     assert ctypes.sizeof(BwdTmaParams) % 64 == 0 and BwdTmaParams.dk.offset == 768
     for name in ("shape", "dk_strides", "dv_strides"):

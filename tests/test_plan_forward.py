@@ -9,13 +9,14 @@ import pytest
 
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import plan as plans
-from fa2cupy.kernels import plan_forward
+from fa2cupy.kernels import common, plan_backward, plan_forward
 from fa2cupy.kernels.params import FillParams, FwdParams, FwdTmaParams
-from fa2cupy.kernels.tiles import FWD_TILES_SM90, SHARED_MEMORY, FwdTile, FwdTileSm90, forward_tile_sm90
+from fa2cupy.kernels.sm80.flash_fwd import FwdTile
+from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90, FwdTileSm90, rows_for
+from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.problem import AttentionProblem
 from tests.gpu.cases import Case, problem_of
-from tests.plan_cases import A100, B200, H200, main_launch, problem, with_strides
+from tests.plan_cases import A100, B200, H200, backward_problem, main_launch, problem, with_strides
 
 NEGATIVE = with_strides(problem(), k=(76800, -256, 64))
 
@@ -69,10 +70,10 @@ def test_which_forward(wanted: AttentionProblem, device: DeviceInfo, family: str
         return
     plan = plan_forward(wanted, device, family=family)
     launch = main_launch(plan)
-    assert plan.why_not_sm90 == objection
+    assert plan.objection == objection
     if objection:
         assert plan.family == "sm80" and isinstance(plan.tile, FwdTile) and launch.tensor_maps == ()
-        assert (launch.source, launch.arch) == ("sm80/flash_fwd.cu", plans.architecture(device))
+        assert (launch.source, launch.arch) == ("sm80/flash_fwd.cu", common.arch_of(device))
         assert f"  sm_80 kernel: {objection}" in str(plan).splitlines()
     else:
         assert plan.family == "sm90" and isinstance(plan.tile, FwdTileSm90) and len(launch.tensor_maps) == 4
@@ -80,10 +81,20 @@ def test_which_forward(wanted: AttentionProblem, device: DeviceInfo, family: str
         assert "  sm_90 kernel" in str(plan).splitlines()
 
 
-def test_objections_from_outside() -> None:
-    plan = plan_forward(problem(), H200, why_not_sm90="NVRTC is no good")
+def test_objections_of_a_compiler() -> None:
+    asked = []
+
+    def compiler(arch: str) -> str:
+        asked.append(arch)
+        return "NVRTC is no good" if arch == "sm_90a" else ""
+
+    plan = plan_forward(problem(), H200, compiler=compiler)
     assert plan.family == "sm80" and "sm_80 kernel: NVRTC is no good" in str(plan)
-    assert "device 0 (A100)" in plan_forward(problem(), A100, why_not_sm90="NVRTC is no good").why_not_sm90
+    assert "device 0 (A100)" in plan_forward(problem(), A100, compiler=compiler).objection
+    assert asked == ["sm_90a", "sm_90", "sm_80"]
+    plan_forward(problem(5, 0), H200, compiler=compiler)  # nothing that it could not compile
+    plan_backward(backward_problem(5, 0, 64, "bfloat16", False), H200, False, compiler=compiler)
+    assert len(asked) == 3
 
 
 def test_a_given_tile_chooses_its_kernel() -> None:
@@ -117,7 +128,7 @@ def test_rows_of_sm90(causal: bool) -> None:
         (200, 256),
         (256, 256),
     ):
-        row = forward_tile_sm90(head_dim, head_dim, causal, 1000)
+        row = rows_for(head_dim, head_dim, causal, 1000)[0]
         assert (row.head_dim, row.head_dim_v) == (served, 0)
     for head_dim, head_dim_v, pair in (
         (192, 128, (192, 128)),
@@ -129,7 +140,7 @@ def test_rows_of_sm90(causal: bool) -> None:
         (256, 128, (256, 0)),
         (8, 256, (256, 0)),
     ):
-        row = forward_tile_sm90(head_dim, head_dim_v, causal, 1000)
+        row = rows_for(head_dim, head_dim_v, causal, 1000)[0]
         assert (row.head_dim, row.head_dim_v) == pair
     for row in FWD_TILES_SM90[causal]:
         assert (row.head_dim, row.head_dim_v) in ((64, 0), (96, 0), (128, 0), (192, 128), (192, 0), (256, 0))
@@ -152,7 +163,7 @@ def test_rows_of_short_sequences(causal: bool) -> None:
         (256, 2048, (128, 64, 1, True), (128, 64 if causal else 80, 1, causal)),
     ):
         for seqlen, wanted in ((seqlen_q, kept), (seqlen_q + 1, expected)):
-            row = forward_tile_sm90(head_dim, head_dim, causal, seqlen)
+            row = rows_for(head_dim, head_dim, causal, seqlen)[0]
             assert (row.block_m, row.block_n, row.num_q_stages, row.own_o) == wanted, (head_dim, seqlen)
         assert not row.short
 
@@ -221,7 +232,7 @@ def test_maps_skip_the_queries_that_see_no_key(empty: int) -> None:
         assert [each.spec.box for each in maps] == [(64, 64), (64, tile.block_n), (64, tile.block_n), (64, 64)]
         assert {each.spec.dtype for each in maps} == {"bfloat16"}
         assert {each.spec.strides_bytes[0] for each in maps} == {q_row}
-        assert launch.pointers == ((4, empty * 4),)
+        assert launch.pointers == ((512, 4, empty * 4),)
         assert FwdTmaParams.from_buffer_copy(launch.params).shape.seqlen_q == 200
         assert [each.name for each in plan.launches] == ["flash_fwd"] + ["fill_empty"] * bool(empty)
 

@@ -6,8 +6,7 @@ import dataclasses
 
 import pytest
 
-from fa2cupy.kernels import BackwardPlan, plan_backward, plan_forward
-from fa2cupy.kernels import plan as plans
+from fa2cupy.kernels import BackwardPlan, order, plan_backward, plan_forward
 from fa2cupy.kernels.params import BwdTmaParams, FwdParams, FwdTmaParams
 from tests.gpu.cases import Case, problem_of
 from tests.plan_cases import H200, backward, backward_problem, main_launch, named, params_of, problem
@@ -29,8 +28,8 @@ def section_of(plan: BackwardPlan) -> int:
 )
 def test_sections(heads: int, blocks_per_head: int, heads_in_l2: int, section: int) -> None:
     bytes_per_head = H200.l2_bytes // heads_in_l2 if heads_in_l2 else 2 * H200.l2_bytes
-    assert plans.heads_per_section(H200, True, heads, blocks_per_head, bytes_per_head) == section
-    assert plans.heads_per_section(H200, False, heads, blocks_per_head, bytes_per_head) == 1
+    assert order.heads_per_section(H200, True, heads, blocks_per_head, bytes_per_head) == section
+    assert order.heads_per_section(H200, False, heads, blocks_per_head, bytes_per_head) == 1
 
 
 def test_sections_count_the_heads_of_a_block() -> None:
@@ -74,12 +73,12 @@ def test_turns_are_a_section_apart() -> None:
     ],
 )
 def test_even_sections(heads: int, tiles_per_head: int, section: int) -> None:
-    assert plans.heads_per_even_section(H200.sm_count, True, heads, tiles_per_head) == section
-    assert plans.heads_per_even_section(H200.sm_count, False, heads, tiles_per_head) == 1
+    assert order.heads_per_even_section(H200.sm_count, True, heads, tiles_per_head) == section
+    assert order.heads_per_even_section(H200.sm_count, False, heads, tiles_per_head) == 1
 
 
 def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) -> float:
-    """Tile by tile as `Schedule` of sm90/flash_fwd.cu and `tile_of` of common/block_range.cuh have them."""
+    """Tile by tile as `Schedule` of sm90/flash_fwd.cu and `tile_of` of common/schedule.cuh have them."""
     tiles, work = heads * tiles_per_head, [0] * blocks
     for block in range(blocks):
         for rounds in range(64):  # enough to tell
@@ -114,7 +113,7 @@ def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) ->
 def test_largest_share(heads: int, tiles_per_head: int, section: int) -> None:
     blocks = min(H200.sm_count, heads * tiles_per_head)
     expected = largest_share(blocks, heads, tiles_per_head, section)
-    assert plans._largest_share(H200.sm_count, heads, tiles_per_head, section) == pytest.approx(expected, rel=1e-12)
+    assert order._largest_share(H200.sm_count, heads, tiles_per_head, section) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sections_of_either_kernel() -> None:

@@ -23,3 +23,6 @@ struct Accumulator {
 
 FA2_DEVICE int accumulator_row() { return lane_id() / 4; }
 FA2_DEVICE int accumulator_col() { return lane_id() % 4 * 2; }
+// Row and column of element (i, j, e) from this thread's first one on.
+FA2_DEVICE constexpr int row_of(int i, int e) { return 16 * i + e / 2 * 8; }
+FA2_DEVICE constexpr int col_of(int j, int e) { return 8 * j + e % 2; }

@@ -61,6 +61,11 @@ constexpr bool kClearDq = FA2_CLEAR_DQ;  // its sum begins with zeros, not with 
 #ifdef FA2_NUM_STAGES
 constexpr int kStages = FA2_NUM_STAGES;  // buffers of Q and dO: with 2, the next block is copied under this one
 #endif
+#ifdef FA2_DLSE
+enum { kDlse = FA2_DLSE };  // there is a gradient of lse
+#else
+enum { kDlse = 0 };  // no constexpr bool: NVRTC makes a symbol of each, and ptxas another kernel
+#endif
 #ifdef FA2_CLUSTER
 constexpr int kCluster = FA2_CLUSTER;  // thread blocks that take neighbouring key blocks together (sm_90)
 #endif
@@ -76,6 +81,12 @@ constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key blo
 
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
+#endif
+
+#ifdef FA2_SKIPS_TILES
+enum { kSkipsTiles = FA2_SKIPS_TILES };  // there may be tiles that meet no block
+#else
+enum { kSkipsTiles = 0 };
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

@@ -8,7 +8,7 @@ struct Strides {
   int64_t batch, row, head;
 };
 
-// Which part of the problem a thread block works on (block_range.cuh).
+// The whole problem. Which part of it a thread block works on: schedule.cuh and visit.cuh.
 struct Shape {
   int batch, num_heads, num_heads_k;
   int seqlen_q, seqlen_k, head_dim;
@@ -73,6 +73,17 @@ struct BwdParams {
   int splits;
   int head_dim_v;
 };
+
+// What a backward adds for a gradient of lse; empty without one.
+template <bool kGiven>
+struct DlseParams {};
+template <>
+struct DlseParams<true> {
+  const float* dlse;  // (batch, num_heads, seqlen_q), of all queries: the first of those in `shape` is dlse_first_row
+  Strides dlse_strides;
+  int dlse_first_row;
+};
+struct PreprocessParams : BwdParams, DlseParams<kDlse> {};
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.

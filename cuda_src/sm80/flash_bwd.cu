@@ -13,8 +13,9 @@
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
-#include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
+#include "common/schedule.cuh"
+#include "common/score.cuh"
 #include "sm80/tile.cuh"
 
 static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -53,8 +54,8 @@ FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
 
 // P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key.
 template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int first_key,
-                            int first_query, int first_col) {
+FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Sequence& sequence,
+                            int first_key, int first_query, int first_col) {
 #pragma unroll
   for (int j = 0; j < kSCols / 8; ++j) {
     const int col = first_col + 8 * j + accumulator_col();
@@ -65,23 +66,11 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
       for (int e = 0; e < 4; ++e) {
         float p = ex2(fmaf(acc.x[i][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
         if constexpr (kMasked) {
-          const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
-          if (first_query + col + e % 2 < query_begin(shape, key)) p = 0.f;
+          const Position<true> position{first_query + first_col + accumulator_col(), first_key + accumulator_row()};
+          if (position.query(i, j, e) < query_begin(sequence, position.key(i, j, e))) p = 0.f;
         }
         acc.x[i][j][e] = p;
       }
-  }
-}
-
-// dS^T = P^T * (dP^T - D), in place of dP^T.
-FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM], int first_col) {
-#pragma unroll
-  for (int j = 0; j < kSCols / 8; ++j) {
-    const float2 d = *reinterpret_cast<const float2*>(softmax_d + first_col + 8 * j + accumulator_col());
-#pragma unroll
-    for (int i = 0; i < kKeyTiles; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_dp.x[i][j][e] = acc_p.x[i][j][e] * (acc_dp.x[i][j][e] - (e % 2 == 0 ? d.x : d.y));
   }
 }
 
@@ -131,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int n_block = kDeterministic && kCausal ? n_blocks - 1 - tile.block : tile.block;
-  const int first_key = n_block * kBlockN, keys = shape.seqlen_k - first_key;
+  const Sequence& sequence = sequence_of(shape, tile.batch);
+  const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
   // Which part of dK and dV this is (kPartialDkv). Computed at the end, it takes the loop two registers more.
@@ -154,11 +144,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   struct Step {
     int head, m_block, stage;
   };
-  const BlockRange range = query_blocks(shape, n_block);
+  const QueryVisit visit = query_blocks(sequence, n_block);
   const int last_head = (tile.head + 1) * heads - 1;
   auto next_of = [&](const Step& step) {
-    const bool last = step.m_block + 1 == range.end;
-    return Step{step.head + last, last ? range.begin : step.m_block + 1, (step.stage + 1) % kStages};
+    const bool last = step.m_block + 1 == visit.end;
+    return Step{step.head + last, last ? visit.begin : step.m_block + 1, (step.stage + 1) % kStages};
   };
   auto tile_index = [&](const Step& step) {  // among all tiles of queries
     return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + step.m_block;
@@ -168,12 +158,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   auto load_q = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
     load_tile(smem.q[step.stage], params.q + tile.batch * qs.batch + step.head * qs.head + first_query * qs.row, qs.row,
-              step.head <= last_head ? shape.seqlen_q - first_query : 0, shape.head_dim, part, parts);
+              step.head <= last_head ? sequence.seqlen_q - first_query : 0, shape.head_dim, part, parts);
   };
   auto load_dout = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
     load_tile(smem.dout[step.stage], params.dout + tile.batch * dos.batch + step.head * dos.head + first_query * dos.row,
-              dos.row, step.head <= last_head ? shape.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
+              dos.row, step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
   };
   auto load_statistics = [&](const Step& step) {
     copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
@@ -191,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   acc_dk.clear();
   acc_dv.clear();
   auto compute_p = [&](AccS& acc, int stage, int m_block, auto masked) {
-    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, shape, first_key + key_row,
+    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, sequence, first_key + key_row,
                                          m_block * kBlockM, s_col);
   };
 
@@ -202,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // starts within a turn, at its diagonal, is the first in it: the others have started at least kBlockN queries earlier.
   auto my_turn = [&](int m_block) {
     if (!kCausal) return n_block;
-    return key_blocks(shape, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
+    return key_blocks(sequence, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
   };
   int* turn_to_pass = nullptr;
   // Orders the dQ of the whole block, which is done with it, before the turn of the next one: red.release and the barrier
@@ -211,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     if (kDeterministic && turn_to_pass && threadIdx.x == kNumThreads - 32) red_release_add(turn_to_pass, 1);
   };
 
-  const bool any = range.begin < range.end;
-  Step step{tile.head * heads, range.begin, 0};
+  const bool any = visit.begin < visit.end;
+  Step step{tile.head * heads, visit.begin, 0};
   if (any) load_queries(step);
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
@@ -225,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     AccS acc_p;
     acc_p.clear();
     gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
-    if (m_block < range.mask_to) {
+    if (m_block < visit.mask_to) {
       compute_p(acc_p, stage, m_block, True{});
     } else {
       compute_p(acc_p, stage, m_block, False{});
@@ -236,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage], s_col);
+    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
@@ -259,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     cp_async_commit_group();  // all of the next step
     // dQ += dS K
     add_dq(params.dq_accum + tile_index(step) * kDqTileFloats, smem);
-    turn_to_pass = block_in_turn + 1 == kTurnBlocks || m_block + 1 == range.end ? turn : nullptr;
+    turn_to_pass = block_in_turn + 1 == kTurnBlocks || m_block + 1 == visit.end ? turn : nullptr;
     // dK += dS^T Q
     const auto smem_q = operand_b(smem.q[stage], 0, d_col);
     if constexpr (kSplit == 1) {

@@ -10,7 +10,8 @@
 //
 // K and V have one buffer each; each is filled while the product that needs the other one runs. The copies are issued in
 // parts, between the steps of that product.
-#include "common/block_range.cuh"
+#include "common/mask.cuh"
+#include "common/schedule.cuh"
 #include "common/softmax.cuh"
 #include "sm80/tile.cuh"
 
@@ -56,21 +57,6 @@ struct QOperand {
   }
 };
 
-// -inf where a query does not see a key. `row` and `col`: of this thread's first element.
-FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
-#pragma unroll
-  for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int end = key_end(shape, row + 16 * i + 8 * h) - col;
-#pragma unroll
-      for (int j = 0; j < kSTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (8 * j + e >= end) acc_s.x[i][j][2 * h + e] = -kInfinity;
-    }
-}
-
 FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t stride, int row, int rows, float scale_log2) {
   if (accumulator_col() != 0) return;  // four lanes hold the same row
 #pragma unroll
@@ -86,10 +72,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
   const Tile2 tile = tile_of(blockIdx.x, m_blocks, shape.num_heads, shape);
   const int m_block = kCausal ? m_blocks - 1 - tile.block : tile.block;  // the longest first
+  const Sequence& sequence = sequence_of(shape, tile.batch);
   const int head_k = tile.head / (shape.num_heads / shape.num_heads_k);
 
   const Strides &qs = params.q_strides, &ks = params.k_strides, &vs = params.v_strides, &os = params.out_strides;
-  const int first_query = m_block * kBlockM, queries = shape.seqlen_q - first_query;
+  const int first_query = m_block * kBlockM, queries = sequence.seqlen_q - first_query;
   const Element* gmem_q = params.q + tile.batch * qs.batch + tile.head * qs.head + first_query * qs.row;
   const Element* gmem_k = params.k + tile.batch * ks.batch + head_k * ks.head;
   const Element* gmem_v = params.v + tile.batch * vs.batch + head_k * vs.head;
@@ -101,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
 
   // Keys of block n, or a part of them; of block -1, zeros: nobody reads them, and there is no branch in the loop. Only the
   // last block may have rows past the end.
-  auto keys_from = [&](int n) { return n < 0 ? 0 : shape.seqlen_k - n * kBlockN; };
+  auto keys_from = [&](int n) { return n < 0 ? 0 : sequence.seqlen_k - n * kBlockN; };
   auto load_k = [&](int n, auto whole, int part = 0, int parts = 1) {
     load_tile<decltype(whole)::value>(smem.k, gmem_k + n * kBlockN * ks.row, ks.row, keys_from(n), shape.head_dim, part,
                                       parts);
@@ -111,9 +98,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
                                       parts);
   };
 
-  const BlockRange range = key_blocks(shape, m_block);
+  const KeyVisit visit = key_blocks(sequence, m_block);
+  if (kSkipsTiles && visit.begin >= visit.end) return;
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_k(range.end - 1, False{});
+  load_k(visit.end - 1, False{});
   cp_async_commit_group();
 
   QOperand operand_q{smem_q};
@@ -146,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
           for (int e = 0; e < 4; ++e) acc_s.x[i][j][e] *= params.scale_softmax_log2;
     }
     if constexpr (decltype(masked)::value) {
-      mask_scores(acc_s, shape, first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col());
+      mask_scores(acc_s, sequence, {first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()});
     }
     softmax.update(acc_s, acc_o, scale_log2);
     cp_async_wait_group<0>();  // V(n) landed
@@ -155,9 +143,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) { load_k(n - 1, True{}, k, kKeySteps); });
     cp_async_commit_group();
   };
-  int n = range.end - 1;
-  for (; n >= range.mask_from; --n) step(n, True{}, False{});
-  for (; n >= range.begin; --n) step(n, False{}, True{});
+  int n = visit.end - 1;
+  for (; n >= visit.mask_from; --n) step(n, True{}, False{});
+  for (; n >= visit.begin; --n) step(n, False{}, True{});
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
   softmax.finish(acc_o);

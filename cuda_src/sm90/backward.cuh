@@ -2,7 +2,7 @@
 // and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
-#include "common/block_range.cuh"
+#include "common/schedule.cuh"
 #include "sm90/tile.cuh"
 
 // A tile: key block n_block, and the steps that it takes: all query blocks that meet it, of one query head after the other, or a
@@ -50,7 +50,7 @@ constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !k
 // launch order, in alternating direction. Sections of a causal problem alternate too, from long to short and from short to
 // long, the last one from long to short: so all finish at about the same time. Deterministic: always in the order of the
 // turns, see wait_for_turn.
-struct Schedule {
+struct Tiles {
   int round = 0;
   FA2_DEVICE int place() const {
     const int clusters = read_nctaid() / kCluster, cluster = read_ctaid() / kCluster;  // anew: no registers to keep them in
@@ -69,30 +69,33 @@ struct Schedule {
     const int linear = place();
     round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
     const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
-    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * n_blocks);
+    const int sections_left = sections_after(linear, n_blocks, rows, shape);
     const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
     const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
     const int n_block = first_block + cluster_rank();
-    const BlockRange range = query_blocks(shape, first_block);  // of all of the cluster: its first key block has most
+    const Sequence& sequence = sequence_of(shape, tile.batch);
+    const QueryVisit visit = query_blocks(sequence, first_block);  // of all of the cluster: its first key block has most
     const int heads = shape.num_heads / shape.num_heads_k, head_k = tile.head / splits;
-    const int head_steps = range.end - range.begin, steps = heads * head_steps;
+    const int head_steps = visit.end - visit.begin, steps = heads * head_steps;
     const int split = tile.head % splits;
     const int first = steps * split / splits, end = steps * (split + 1) / splits;
-    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(range.end, n_blocks) % range.end : 0;
+    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(visit.end, n_blocks) % visit.end : 0;
     work = {n_block,
             head_k,
             tile.batch,
-            range.begin,
-            range.end,
-            kCluster > 1 ? query_blocks(shape, n_block).mask_to : range.mask_to,
+            visit.begin,
+            visit.end,
+            kCluster > 1 ? query_blocks(sequence, n_block).mask_to : visit.mask_to,
             end - first,
             head_k * heads + first / head_steps,
-            range.begin + first % head_steps + stagger,
-            range.begin + stagger,
+            visit.begin + first % head_steps + stagger,
+            visit.begin + stagger,
             (tile.batch * parts + tile.head) * kCluster * n_blocks + n_block};
     return true;
   }
 };
+using Schedule = Visited<Tiles>;
+static_assert(!kSkipsTiles, "more() does not look ahead, and a thread block takes its first tile for granted");
 
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.

@@ -19,6 +19,7 @@
 // thread block for every tile, because whoever waits for a turn must know that the others have started.)
 // docs/backward.md draws the pipeline and says who waits for whom.
 #include "common/dq_accum.cuh"
+#include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
@@ -160,28 +161,19 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
 
 // P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
 template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Shape& shape, int key,
-                            int first_query) {
-  const int first_col = first_query + accumulator_col();
-  const int begin[2] = {query_begin(shape, key) - first_col, query_begin(shape, key + 8) - first_col};
+FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Sequence& sequence,
+                            int key, int first_query) {
+  const Position<true> position{first_query + accumulator_col(), key};
+  const int begin[2] = {query_begin(sequence, position.key(0, 0, 0)) - position.first_query,
+                        query_begin(sequence, position.key(0, 0, 2)) - position.first_query};
 #pragma unroll
   for (int j = 0; j < kBlockM / 8; ++j) {
     const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
-      acc.x[0][j][e] = kMasked && 8 * j + e % 2 < begin[e / 2] ? 0.f : p;
+      acc.x[0][j][e] = kMasked && col_of(j, e) < begin[e / 2] ? 0.f : p;
     }
-  }
-}
-
-// dS^T = P^T * (dP^T - D), in place of dP^T.
-FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[kBlockM]) {
-#pragma unroll
-  for (int j = 0; j < kBlockM / 8; ++j) {
-    const float2 d = *reinterpret_cast<const float2*>(softmax_d + 8 * j + accumulator_col());
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - (e % 2 == 0 ? d.x : d.y));
   }
 }
 
@@ -270,7 +262,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
       store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
     } else {
       const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-      const int row = work.n_block * kBlockN + warp_row, rows = shape.seqlen_k - row;
+      const int row = work.n_block * kBlockN + warp_row, rows = sequence_of(shape, work.batch).seqlen_k - row;
       store_gradient(params.dk + work.batch * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows, shape.head_dim,
                      acc_dk, params.softmax_scale);
       store_gradient(params.dv + work.batch * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
@@ -282,18 +274,19 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
   auto compute_step = [&](auto due, auto more) {
     constexpr bool kDue = decltype(due)::value, kMore = decltype(more)::value;
     const bool last = step.left == 1;  // of its tile
+    const Sequence& sequence = sequence_of(shape, work.batch);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
     if (step.m_block < work.mask_to) {
-      recompute_p<true>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, shape, key, first_query);
+      recompute_p<true>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, sequence, key, first_query);
     } else {
-      recompute_p<false>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, shape, key, first_query);
+      recompute_p<false>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, sequence, key, first_query);
     }
     pin(acc_s);
     wgmma_wait_group<0>();  // dP(m)
     pin(acc_dp);
     if (last && leader) mbarrier_arrive(smem.v_empty);
-    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage]);
+    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage] + accumulator_col());
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn

@@ -15,6 +15,7 @@
 // What a tile of 64 keys adds to dQ in L2 would be the limit. So two thread blocks, a cluster, take neighbouring tiles, and
 // the same queries at the same time: each sends its dS to the other, and sums other columns of dQ over the keys of both.
 #include "common/dq_accum.cuh"
+#include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
@@ -117,31 +118,6 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, P
 
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
 
-// P = exp2(scale_log2 * S - lse_log2), of the rows that are 8 * h below this thread's first one.
-FA2_DEVICE void recompute_p(AccS& acc, int h, float lse_log2, float scale_log2) {
-#pragma unroll
-  for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-    for (int e = 2 * h; e < 2 * h + 2; ++e) acc.x[0][j][e] = ex2(fmaf(acc.x[0][j][e], scale_log2, -lse_log2));
-}
-
-// P = 0 where a query does not see a key, of the same rows. `end`: the first key that is not seen, from this thread's first on.
-FA2_DEVICE void mask_p(AccS& acc, int h, int end) {
-#pragma unroll
-  for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      if (8 * j + e >= end) acc.x[0][j][2 * h + e] = 0.f;
-}
-
-// dS = P * (dP - D), in place of dP.
-FA2_DEVICE void differentiate_softmax(AccS& acc_dp, const AccS& acc_p, const float (&softmax_d)[2]) {
-#pragma unroll
-  for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - softmax_d[e / 2]);
-}
-
 // One warpgroup: P and dS of every step, a warp 16 queries.
 FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
   const Shape& shape = params.shape;
@@ -188,7 +164,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
     const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < work.mask_to) mask_p(acc_s, h, key_end(shape, query + 8 * h) - key);
+      if (step.m_block < work.mask_to) mask_p(acc_s, h, sequence_of(shape, work.batch), {query, key});
       pin(acc_s);
     };
     issue_dp(False{});
@@ -202,7 +178,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
     const float softmax_d[2] = {statistics[row], statistics[row + 8]};
     wgmma_wait_group<0>();  // dP
     pin(acc_dp);
-    differentiate_softmax(acc_dp, acc_s, softmax_d);
+    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d);
     announce(smem.p_full[p_stage]);
     if constexpr (kMore) issue_s(False{});
     // Released by both sum_gradient of the other block: its ds_peer is free. And so is ds here: the other block has sent what they
@@ -344,7 +320,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
       const int row = work.n_block * kBlockN + warp_row;
       Element* target = (kSecond ? params.dk : params.dv) + work.batch * strides.batch + work.head_k * strides.head;
-      store_gradient(target + row * strides.row + col, strides.row, params.shape.seqlen_k - row,
+      store_gradient(target + row * strides.row + col, strides.row, sequence_of(params.shape, work.batch).seqlen_k - row,
                      (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };

@@ -15,7 +15,8 @@
 // Q's buffer is filled again after the tile's last scores.
 //
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
-#include "common/block_range.cuh"
+#include "common/mask.cuh"
+#include "common/schedule.cuh"
 #include "common/softmax.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
@@ -60,15 +61,15 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
 
-// A tile: query block m_block of a head, and its key blocks [0, end), of which those from mask_from on need a mask.
+// A tile: query block m_block of a head, and the key blocks that it meets, the last of them first.
 struct Work {
   int m_block, head, batch;
-  int end, mask_from;
+  KeyVisit visit;
 };
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
 // long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time.
-struct Schedule {
+struct Tiles {
   int round = 0;
   FA2_DEVICE bool next(const Shape& shape, Work& work) {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
@@ -76,13 +77,13 @@ struct Schedule {
     const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
     if (linear >= m_blocks * rows) return false;
     const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
-    const int sections_left = (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * m_blocks);
+    const int sections_left = sections_after(linear, m_blocks, rows, shape);
     const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
-    const BlockRange range = key_blocks(shape, m_block);
-    work = {m_block, tile.head, tile.batch, range.end, range.mask_from};
+    work = {m_block, tile.head, tile.batch, key_blocks(sequence_of(shape, tile.batch), m_block)};
     return true;
   }
 };
+using Schedule = Visited<Tiles>;
 
 // Keys and values of all tiles, one thread.
 FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
@@ -92,7 +93,7 @@ FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
   Ring<kKvStages> ring;
   while (schedule.next(shape, work)) {
     const int head_k = work.head / (shape.num_heads / shape.num_heads_k);
-    for (int n = work.end - 1; n >= 0; --n, ring.advance()) {
+    for (int n = work.visit.end - 1; n >= work.visit.begin; --n, ring.advance()) {
       mbarrier_wait(smem.k_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its S
       mbarrier_arrive_expect_tx(smem.k_full[ring.stage], smem.k[0].kBytes);
       load_tile(smem.k[ring.stage], params.k, smem.k_full[ring.stage], n * kBlockN, head_k, work.batch);
@@ -134,19 +135,6 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
     } else {
       load_next(ring.stage);
     }
-  }
-}
-
-// -inf where a query does not see a key. `row` and `col`: of this thread's first element.
-FA2_DEVICE void mask_scores(AccS& acc_s, const Shape& shape, int row, int col) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int end = key_end(shape, row + 8 * h) - col;
-#pragma unroll
-    for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (8 * j + e >= end) acc_s.x[0][j][2 * h + e] = -kInfinity;
   }
 }
 
@@ -196,11 +184,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     if (kOwnO && leader) mbarrier_arrive(smem.q_empty[group][q.stage]);
   };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, shape, work.m_block * kBlockM + row, n * kBlockN + accumulator_col());
+    mask_scores(acc_s, sequence_of(shape, work.batch), {work.m_block * kBlockM + row, n * kBlockN + accumulator_col()});
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
-    if (work.end - 1 >= work.mask_from) mask(work, work.end - 1);
+    if (work.visit.end - 1 >= work.visit.mask_from) mask(work, work.visit.end - 1);
     softmax = Softmax<1>();
     float alpha[2];
     softmax.exponentiate(acc_s, alpha, scale_log2);
@@ -210,7 +198,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     issue_s();
     wgmma_wait_group<0>();
     finish_s();
-    if (work.end == 1) release_q();
+    if (work.visit.end == work.visit.begin + 1) release_q();
     start_softmax(work);
     to_fragments(frag_p, acc_s);
   };
@@ -222,7 +210,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       float* lse = params.lse + work.batch * params.lse_strides.batch + work.head * params.lse_strides.head;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (first_query + row + 8 * h < shape.seqlen_q)
+        if (first_query + row + 8 * h < sequence_of(shape, work.batch).seqlen_q)
           lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
     }
     if constexpr (kOwnO) {  // the warpgroups take turns
@@ -258,7 +246,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       first = false;
       wgmma_wait_group<1>();  // S(n)
       finish_s();
-      if (n == 0) release_q();
+      if (n == work.visit.begin) release_q();
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2);
@@ -268,9 +256,9 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       to_fragments(frag_p, acc_s);
       softmax.rescale(acc_o, alpha);
     };
-    int n = work.end - 2;
-    for (; n >= work.mask_from; --n) step(n, True{});
-    for (; n >= 0; --n) step(n, False{});
+    int n = work.visit.end - 2;
+    for (; n >= work.visit.mask_from; --n) step(n, True{});
+    for (; n >= 0; --n) step(n, False{});  // 0 is visit.begin; by that name one kernel (192/128) becomes another
 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
@@ -286,7 +274,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       more_after = schedule.next(shape, after);
       wgmma_wait_group<1>();  // S of the next tile
       finish_s();
-      if (next.end == 1) release_q();
+      if (next.visit.end == next.visit.begin + 1) release_q();
       start_softmax(next);
       pin(acc_s);
       wgmma_wait_group<0>();  // the last O += P V

@@ -1,12 +1,13 @@
-// Before the backward: D = rowsum(dO * O) (Dao 2023, algorithm 2, line 4), lse in base 2, and zeros for dQ or its turns.
+// Before the backward: D = rowsum(dO * O) (Dao 2023, algorithm 2, line 4), lse in base 2, and zeros for dQ or its turns. A gradient
+// of lse is taken off D: lse has the derivative P, so that dS = P * (dP - D) gains P * dlse.
 //
 // One thread block per kBlockM query rows of a head; a row is shared by the lanes that hold its 16-byte chunks. Heads are taken
 // from the last to the first: what flash_bwd begins with is the last that has been touched, and still in L2.
-#include "common/block_range.cuh"
 #include "common/dq_accum.cuh"
 #include "common/ptx.cuh"
+#include "common/visit.cuh"
 
-static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(PreprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kLanesPerRow = ceil_pow2(kHeadDimV / 8);
 constexpr int kRowsPerPass = kNumThreads / kLanesPerRow, kPasses = ceil_div(kBlockM, kRowsPerPass);
@@ -31,7 +32,18 @@ FA2_DEVICE Chunk load_chunk(const Element* row, int col, int cols) {
   return chunk;
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ BwdParams params) {
+// The gradient of lse of query `row` of those that are here; 0 where nobody gave one. A template, so that it is compiled only then.
+template <typename Params>
+FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
+  if constexpr (kDlse) {
+    const Strides& strides = params.dlse_strides;
+    return params.dlse[batch * strides.batch + head * strides.head + (params.dlse_first_row + row) * strides.row];
+  } else {
+    return 0.f;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ PreprocessParams params) {
   griddepcontrol_launch_dependents();  // flash_bwd may start: it waits before it needs what is written here
   const Shape& shape = params.shape;
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
@@ -64,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
 #pragma unroll
       for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
       const int row = (first + pass) * kRowsPerPass + pass_row;
+      if (kDlse && row < rows && col == 0) d -= dlse_of(params, batch, head, first_row + row);
       if (row < kBlockM && col == 0) params.softmax_d[tile * kBlockM + row] = d;
     }
   }

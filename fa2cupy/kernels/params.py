@@ -1,12 +1,19 @@
 """Twins of the structs in cuda_src/common/params.cuh. Their sizes are compared at compile time.
 
-Tensor maps come first, then the pointers: a packed struct is an array of 8-byte words, of which the leading ones change
-from call to call.
+Tensor maps come first, since they are aligned to 64 bytes; pointers may lie anywhere.
+
+What a `Spec` adds is a block, a struct of its own, behind the kernel's struct. The rule, by which both sides agree on
+every offset: a part (the kernel's struct, or a block) is a plain struct, without bases, constructors or default values
+of members, and each part starts behind the whole of the one before, the bytes that fill it up to a multiple of its
+alignment included. So a composed struct has parts, and never the fields of parts side by side: in CUDA the parts are
+its bases, in order (`struct Params : FwdParams, WindowParams`), here its members (`composed`). A part that is absent is
+an empty base there, and nothing here.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint64
 
@@ -19,6 +26,7 @@ __all__ = [
     "Shape",
     "Strides3",
     "TensorMap",
+    "composed",
     "pack_strides",
 ]
 
@@ -52,6 +60,7 @@ class FwdParams(ctypes.Structure):
 
 
 TensorMap = c_uint64 * 16
+_MAP_ALIGNMENT = 64
 
 
 class FwdTmaParams(ctypes.Structure):
@@ -115,3 +124,21 @@ def pack_strides(name: str, strides: Sequence[int]) -> Strides3:
     else:
         batch, row, head = strides
     return Strides3(batch, row, head)
+
+
+@functools.cache
+def composed(base: type[ctypes.Structure], blocks: tuple[type[ctypes.Structure], ...]) -> type[ctypes.Structure]:
+    """The struct that has `base` and then each block as a member of the block's name, whose fields are its own too."""
+    parts = [(part.__name__, part) for part in (base, *blocks)]
+    has_maps = any(kind is TensorMap for _, kind, *_ in base._fields_)
+
+    class Parts(ctypes.Structure):
+        _fields_ = parts
+
+    fill = -ctypes.sizeof(Parts) % (_MAP_ALIGNMENT if has_maps else ctypes.alignment(Parts))
+
+    class Composed(ctypes.Structure):
+        _anonymous_ = tuple(name for name, _ in parts)
+        _fields_ = (*parts, *((("_fill", ctypes.c_uint8 * fill),) if fill else ()))
+
+    return Composed

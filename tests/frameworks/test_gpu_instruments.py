@@ -123,9 +123,10 @@ def test_plans_are_made_for_every_case_of_the_plan() -> None:
 
 def test_the_plan_is_what_runs() -> None:
     """`problem_of` foresees the problem that the public functions will make of the arrays."""
-    from fa2cupy.arrays import TORCH, Device
-    from fa2cupy.calls import FORWARD
     from fa2cupy.first_call import _problem as problem_of_call
+    from fa2cupy.frameworks import TORCH
+    from fa2cupy.frameworks.base import Device
+    from fa2cupy.operations import FORWARD
 
     for case in [USUAL, replace(USUAL, head_dim_v=56), *list(cases.random_cases("float16", 30))]:
         arena = runner.Arena(case, CPU)

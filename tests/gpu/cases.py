@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fa2cupy.arrays import Device, TensorRef
-from fa2cupy.problem import AttentionProblem, Options, Sizes
+from fa2cupy.frameworks.base import Device, TensorRef
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
 __all__ = [
@@ -180,7 +181,7 @@ def head_dim_v_cases(dtype: str, head_dim: int, head_dim_v: int) -> Iterator[Cas
 
 
 def split_cases(dtype: str, head_dim: int) -> Iterator[Case]:
-    """Many query heads on few keys, which several thread blocks share (kernels/flash_bwd.py); the last needs it not."""
+    """Many query heads on few keys, which several thread blocks share (kernels/backward.py); the last needs it not."""
     for number, (seqlen_q, seqlen_k, batch, heads) in enumerate(
         (
             (300, 4096, 1, (32, 1)),  # several query heads a block, on a GPU of about a hundred multiprocessors

@@ -30,9 +30,10 @@ SOURCES = (
     "cuda_src/**/*.cuh",
     "fa2cupy/kernels/**/*.py",
     "fa2cupy/jit/**/*.py",
+    "fa2cupy/frameworks/**/*.py",
     *(
         f"fa2cupy/{module}.py"
-        for module in ("arrays", "attention", "calls", "dlpack", "first_call", "jax_arrays", "overlap", "problem")
+        for module in ("attention", "calls", "first_call", "operations", "options", "prepared", "problem", "spec")
     ),
 )
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from fa2cupy.arrays import Device, TensorRef
+from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.jit import source as source_module
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import plan_backward, plan_forward
-from fa2cupy.kernels.plan import KernelLaunch, Plan
-from fa2cupy.kernels.tiles import SHARED_MEMORY, FwdTileSm90
-from fa2cupy.problem import AttentionProblem, Options
+from fa2cupy.kernels import KernelLaunch, Plan, plan_backward, plan_forward
+from fa2cupy.kernels.sm90.flash_fwd import FwdTileSm90
+from fa2cupy.kernels.tiles import SHARED_MEMORY
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem
+from fa2cupy.spec import SoftmaxSpec
 from tests import reference
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Case
@@ -32,15 +35,17 @@ class HostCase:
     """A case and the GPU that its plan is made for.
 
     flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
+    dlse: the backward is given a gradient of lse, too.
     """
 
     case: Case
     arch: str = "sm_90"
     flip: bool = False
     tile: FwdTileSm90 | None = None
+    dlse: bool = False
 
     def __str__(self) -> str:
-        own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "")
+        own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "") + " dlse" * self.dlse
         return f"{self.case} {self.arch}" + own
 
 
@@ -122,7 +127,7 @@ class Prepared:
 def prepare(host_case: HostCase, backward: bool) -> Prepared:
     """Inputs, outputs, plan and reference of a case. Query rows that see no key hold NaN."""
     case = host_case.case
-    names = BACKWARD if backward else FORWARD
+    names = (BACKWARD if backward else FORWARD) + ("dlse",) * host_case.dlse
     tensors = {name: _tensor(host_case, name) for name in names}
     numbers = reference.make_inputs(
         case.seed,
@@ -146,8 +151,18 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         if name in ("q", "dout"):
             view[:, :empty] = 0xFFFF
         values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
+    if host_case.dlse:  # NaN of rows that see no key, as of their q and dout
+        dlse = tensors["dlse"].values
+        dlse[...] = np.random.default_rng(case.seed).standard_normal(dlse.shape)
+        dlse[:, :, :empty] = np.nan
     expected = reference.expect(
-        values["q"], values["k"], values["v"], values.get("dout"), causal=case.causal, scale=case.softmax_scale
+        values["q"],
+        values["k"],
+        values["v"],
+        values.get("dout"),
+        causal=case.causal,
+        scale=case.softmax_scale,
+        dlse=tensors["dlse"].values if host_case.dlse else None,
     )
     if backward:
         bound = expected.bounds["out"]
@@ -157,7 +172,11 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         tensors["lse"].values[...] = expected.lse
     options = Options.checked(case.causal, case.softmax_scale, case.layout, None, case.deterministic)
     refs = {name: tensor.ref() for name, tensor in tensors.items()}
-    problem = AttentionProblem.from_refs(refs, gpu_cases.sizes_of(case), case.dtype, options)
+    dense = {name: ref for name, ref in refs.items() if name != "dlse"}
+    problem = AttentionProblem.from_refs(dense, gpu_cases.sizes_of(case), case.dtype, options)
+    if host_case.dlse:
+        batch, head, row = tensors["dlse"].strides
+        problem = dataclasses.replace(problem, softmax=SoftmaxSpec((batch, head, row), empty))
     gpu = device(host_case.arch)
     plan = plan_backward(problem, gpu, case.deterministic) if backward else plan_forward(problem, gpu, host_case.tile)
     workspace = Tensor((plan.workspace_bytes // 4,), (1,), "float32")
@@ -173,6 +192,9 @@ def _bshd(values: np.ndarray, layout: str) -> np.ndarray:
 
 def _tensor(host_case: HostCase, name: str) -> Tensor:
     case = host_case.case
+    if name == "dlse":  # seqlen outermost: any strides will do
+        batch, heads = case.batch, case.heads[0]
+        return Tensor((batch, heads, case.seqlen_q), (1, batch, batch * heads), "float32")
     place = gpu_cases.place(case, name)
     strides = place.strides
     if host_case.flip:  # the last dimension, and seqlen of lse, stay as they are
@@ -199,7 +221,7 @@ def execute(
     outputs = {name: prepared.tensors[name] for name in prepared.results}
     for tensor in (*outputs.values(), prepared.workspace):
         tensor.poison()
-    names = BACKWARD if prepared.backward else FORWARD
+    names = (BACKWARD if prepared.backward else FORWARD) + ("dlse",) * prepared.host_case.dlse
     pointers = tuple(prepared.tensors[name].pointer for name in names)
     if prepared.backward:
         pointers += (prepared.workspace.pointer,)

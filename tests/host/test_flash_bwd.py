@@ -7,12 +7,19 @@ import dataclasses
 import pytest
 
 from fa2cupy.kernels import BackwardPlan
-from tests.gpu.cases import DTYPES
+from tests.gpu.cases import DTYPES, Case
 from tests.host import cases
+from tests.host.build import Mutation
 from tests.host.kernel_run import HostCase, check, prepare
+from tests.host.run import Schedule
 from tests.reference import HEAD_DIM_PAIRS
 
 BACKWARD = True
+LSE_GRADIENTS = (
+    (Case(150, 70, 64, "bfloat16", True, heads=(4, 2)), "sm_90"),
+    (Case(70, 70, 192, "bfloat16", False), "sm_90"),
+    (Case(70, 33, 40, "float16", True), "sm_80"),
+)
 USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
 COVERING = cases.covering_groups(BACKWARD)
 
@@ -95,3 +102,13 @@ def test_long_lengths(head_dim: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_random_cases(dtype: str) -> None:
     run_all(cases.some_random_cases(250, (32, 40, 59, 64, 111, 128, 192, 256), dtype))
+
+
+@pytest.mark.parametrize("case, arch", LSE_GRADIENTS)
+def test_gradient_of_lse(case: Case, arch: str) -> None:
+    """Queries that see no key, whose dlse is NaN, among them."""
+    host_case = HostCase(case, arch, dlse=True)
+    check(host_case, BACKWARD, schedules=(Schedule.LOWEST_FIRST,))
+    wrong = Mutation("smxx/flash_bwd_preprocess.cu", "d -= dlse_of", "d += dlse_of")
+    with pytest.raises(AssertionError):
+        check(host_case, BACKWARD, schedules=(Schedule.LOWEST_FIRST,), mutation=wrong)

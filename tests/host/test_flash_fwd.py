@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fa2cupy.kernels.tiles import FWD_TILES_SM90, FwdTileSm90
+from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90, FwdTileSm90
 from tests.gpu.cases import DTYPES, Case
 from tests.host import cases
 from tests.host.kernel_run import HostCase, check

@@ -1,0 +1,64 @@
+"""JAX arrays, concrete or traced. XLA owns their memory, outputs and workspaces and chooses the stream: `fa2cupy.xla`
+computes with them. They cannot be written, so that `out=` and its like do not exist here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
+from fa2cupy.frameworks.base import Device, Framework, contiguous_strides
+
+__all__ = ["JAX", "is_traced"]
+
+
+def is_traced(array: Any) -> bool:
+    return any(base.__name__ == "Tracer" for base in type(array).__mro__)
+
+
+class _Jax(Framework):
+    name = "JAX"
+
+    def check(self, array: Any, argument: str) -> None:
+        if not isinstance(array.dtype, np.dtype):
+            raise InvalidType(f"{argument} has dtype {array.dtype}, which is not supported")
+        if not is_traced(array) and array.is_deleted():
+            raise InvalidArgument(f"{argument} was deleted or donated: its memory is gone")
+
+    def device(self, array: Any, argument: str) -> Device:
+        """Of the devices that an array is sharded over the first; of a traced array, of which nobody knows, the CPU."""
+        if is_traced(array):
+            return Device("cpu", 0)
+        device = min(array.devices(), key=lambda each: each.id)
+        if device.platform == "cpu":
+            return Device("cpu", int(device.id))
+        if device.platform not in ("gpu", "cuda"):
+            raise UnsupportedDevice(f"{argument} is on a {device.platform} device: CUDA GPUs and the CPU are supported")
+        kind = array.sharding.memory_kind
+        if kind not in (None, "device"):
+            raise UnsupportedDevice(f"{argument} is in {kind!r} memory: jax.device_put it into 'device' memory")
+        return Device("cuda", int(device.local_hardware_id))
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype.name)
+
+    def itemsize(self, array: Any) -> int:
+        return int(array.dtype.itemsize)
+
+    def byte_strides(self, array: Any) -> tuple[int, ...]:
+        # What a jitted function receives, whatever the layout of the array is.
+        return tuple(stride * array.dtype.itemsize for stride in contiguous_strides(array.shape))
+
+    def pointer(self, array: Any, argument: str) -> int:
+        return 0  # known to XLA's callback only, which aligns buffers to 64 bytes or more
+
+    def to_numpy(self, array: Any) -> np.ndarray:
+        raise TypeError("JAX arrays are computed by XLA's call into fa2cupy.xla")
+
+    def from_numpy(self, array: np.ndarray, dtype: str, like: Any) -> Any:
+        raise TypeError("JAX arrays are computed by XLA's call into fa2cupy.xla")
+
+
+JAX = _Jax()

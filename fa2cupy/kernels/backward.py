@@ -1,0 +1,296 @@
+"""What the kernels of one backward agree on: how its work is counted and shared out, its parameters and workspace, and
+the defines that binaries have in common.
+
+Three kernels: smxx/flash_bwd_preprocess.cu, the main one (flash_bwd of sm80 or sm90), smxx/flash_bwd_postprocess.cu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from fa2cupy.jit.driver import DeviceInfo
+from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.kernels import common
+from fa2cupy.kernels.common import Where
+from fa2cupy.kernels.launch import CompileJob, KernelLaunch
+from fa2cupy.kernels.params import BwdParams, pack_strides
+from fa2cupy.kernels.tiles import tile_bytes
+from fa2cupy.problem import AttentionProblem
+from fa2cupy.spec import Row
+
+__all__ = [
+    "ARRAYS",
+    "WORKSPACES",
+    "Backward",
+    "BwdRow",
+    "Defines",
+    "Order",
+    "Work",
+    "adding_defines",
+    "config",
+    "main_defines",
+    "main_jobs",
+    "modes",
+    "row_label",
+    "side_defines",
+    "splits_of_heads",
+]
+
+ARRAYS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+WORKSPACES = ("lse_log2", "softmax_d", "dq_accum", "dq_turn", "dk_partial", "dv_partial")  # as they lie there
+_ALIGNMENT = 256  # bytes, of each
+
+# Where key blocks are few, several thread blocks share each: a wave and a half of them is enough.
+_ENOUGH_WAVES = 1.5
+
+Defines = dict[str, int | str]
+# (causal, blocks of keys, deterministic, partial) -> whether sums of dQ begin with zeros
+Cleared = Callable[[bool, int, bool, bool], bool]
+
+
+class BwdRow(Row, Protocol):
+    """A row of the backward's tables.
+
+    cluster: thread blocks that take neighbouring key blocks together. dq_parts: parts of a tile of dQ that count their
+    turns by themselves. dq_unit: columns of dQ that no two warps share. dq_warps: warps that share a tile of dQ,
+    dq_warps_m of them along its rows.
+    """
+
+    @property
+    def cluster(self) -> int: ...
+    @property
+    def dq_parts(self) -> int: ...
+    @property
+    def dq_unit(self) -> int: ...
+    @property
+    def dq_warps(self) -> int: ...
+    @property
+    def dq_warps_m(self) -> int: ...
+    @property
+    def spill_bytes(self) -> int: ...
+    def dq_tile_floats(self, head_dim: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do, counted in tiles of a row. empty: leading queries that see no key, and are left out."""
+
+    problem: AttentionProblem
+    device: DeviceInfo
+    deterministic: bool
+    tile: BwdRow
+    empty: int
+
+    @property
+    def rows(self) -> int:
+        return self.problem.seqlen_q - self.empty
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.problem.num_heads // self.problem.num_heads_k
+
+    @property
+    def m_blocks(self) -> int:
+        return -(-self.rows // self.tile.block_m)
+
+    @property
+    def n_blocks(self) -> int:
+        """Of a cluster each."""
+        return -(-self.problem.seqlen_k // (self.tile.cluster * self.tile.block_n))
+
+    @property
+    def query_tiles(self) -> int:
+        return self.m_blocks * self.problem.num_heads * self.problem.batch
+
+    @property
+    def key_heads(self) -> int:
+        return self.problem.num_heads_k * self.problem.batch
+
+    @property
+    def key_tiles(self) -> int:
+        """Of a cluster each."""
+        return self.n_blocks * self.key_heads
+
+    @property
+    def clusters(self) -> int:
+        """That run at once, one thread block on a multiprocessor."""
+        return self.device.sm_count // self.tile.cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Who does what, and when.
+
+    splits: thread blocks (clusters) among which the queries that meet a key block, of all its query heads, are shared
+    out; each beyond the first costs a float32 part of dK and dV, which the postprocess sums. section: heads whose key
+    blocks are interleaved. cleared: sums of dQ begin with zeros; else the first key block writes, and all others wait
+    for it. overlap: the main kernel, and the one after it, start beside the one before.
+    """
+
+    splits: int
+    section: int
+    cleared: bool
+    overlap: bool = False
+
+    @property
+    def partial(self) -> bool:
+        return self.splits > 1
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Work and order, the struct that all of its kernels are given (the main one of sm_90 a part of it), and pointers.
+
+    head_dims: what the kernels are compiled for, head_dim_v 0 where it is the same. pointers: by the fields of params.
+    """
+
+    work: Work
+    order: Order
+    head_dims: tuple[int, int]
+    params: BwdParams
+    names: tuple[str, ...]
+    pointers: Mapping[str, Where]
+    skipped: Mapping[str, int]
+    workspace_bytes: int
+
+    @classmethod
+    def of(cls, work: Work, order: Order, head_dims: tuple[int, int]) -> Backward:
+        problem = work.problem
+        strides = dict(problem.strides)
+        params = BwdParams()
+        for name in ARRAYS:
+            setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
+        params.shape = common.shape_params(problem, work.rows, order.section)
+        params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
+        params.softmax_scale = problem.softmax_scale
+        params.splits = order.splits
+        params.head_dim_v = problem.head_dim_v
+        names = common.pointer_names(problem, ARRAYS)
+        skipped = common.skipped_bytes(problem, work.empty)
+        offsets, workspace_bytes = _workspace(work, order, head_dims)
+        pointers = {name: (names.index(name), skipped.get(name, 0)) for name in ARRAYS}
+        pointers |= {name: (len(names), offset) for name, offset in offsets.items()}
+        return cls(work, order, head_dims, params, names, pointers, skipped, workspace_bytes)
+
+    @property
+    def side_defines(self) -> Defines:
+        work = self.work
+        return side_defines(
+            work.tile, work.problem.dtype, *self.head_dims, work.problem.aligned, work.device.cc >= (9, 0)
+        )
+
+    def launch(self, kernel: tuple[str, str], arch: str, defines: Defines, config: LaunchConfig) -> KernelLaunch:
+        """Of a kernel that gets the whole struct."""
+        return common.kernel_launch(
+            self.work.problem, kernel, arch, defines, config, self.params, self.pointers, self.names
+        )
+
+
+def config(blocks: int, warps: int, shared_mem_bytes: int = 0, overlap: bool = False) -> LaunchConfig:
+    return LaunchConfig((blocks, 1, 1), (32 * warps, 1, 1), (1, 1, 1), shared_mem_bytes, overlap)
+
+
+def splits_of_heads(work: Work) -> int:
+    """Among how many blocks the query heads of a key head are shared out: as few as are enough.
+
+    sm_80, and deterministic ones: parts of a head would wait for each other's turns.
+    """
+    divisors = (n for n in range(1, work.group + 1) if work.group % n == 0)
+    return next((n for n in divisors if work.key_tiles * n >= _ENOUGH_WAVES * work.clusters), work.group)
+
+
+def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[dict[str, int], int]:
+    """Byte offsets of `WORKSPACES`, and the size of all."""
+    tile, (head_dim, head_dim_v) = work.tile, head_dims
+    statistics = work.query_tiles * tile.block_m * 4
+    dq = work.query_tiles * tile.dq_tile_floats(head_dim) * 4
+    turns = work.query_tiles * tile.dq_parts * 4
+    partial_rows = work.key_tiles * order.splits * tile.cluster * tile.block_n if order.partial else 0
+    dk, dv = (partial_rows * width * 4 for width in (head_dim, head_dim_v or head_dim))
+    offsets, end = {}, 0
+    for name, size in zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True):
+        offsets[name] = end
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def adding_defines(tile: BwdRow, cleared: bool) -> Defines:
+    """Of those who begin sums of dQ."""
+    return {"FA2_DQ_PARTS": tile.dq_parts, "FA2_CLEAR_DQ": int(cleared)}
+
+
+def side_defines(tile: BwdRow, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, vector_red: bool) -> Defines:
+    """Of the kernels beside the main one: what all of them agree on, and no more, so that binaries are shared.
+
+    FA2_SHARED_BYTES are those of `SharedMemory` in smxx/flash_bwd_postprocess.cu.
+    """
+    return common.common_defines(dtype, head_dim, head_dim_v, aligned) | {
+        "FA2_BLOCK_M": tile.block_m,
+        "FA2_BLOCK_N": tile.cluster * tile.block_n,
+        "FA2_NUM_WARPS": tile.dq_warps,
+        "FA2_DQ_WARPS": tile.dq_warps,
+        "FA2_DQ_WARPS_M": tile.dq_warps_m,
+        "FA2_DQ_UNIT": tile.dq_unit,
+        "FA2_VECTOR_RED": int(vector_red),
+        "FA2_CAUSAL": 0,
+        "FA2_PARAMS_BYTES": ctypes.sizeof(BwdParams),
+        "FA2_SHARED_BYTES": tile_bytes(tile.block_m, head_dim),
+    }
+
+
+def main_defines(
+    tile: BwdRow, side: Mapping[str, int | str], causal: bool, deterministic: bool, partial: bool
+) -> Defines:
+    """Of main kernels, with those of both `side_defines` and `adding_defines`."""
+    return dict(side) | {
+        "FA2_NUM_WARPS": tile.num_warps,
+        "FA2_CAUSAL": int(causal),
+        "FA2_DETERMINISTIC": int(deterministic),
+        "FA2_PARTIAL_DKV": int(partial),
+    }
+
+
+def row_label(dtype: str, head_dim: int, head_dim_v: int, tile: BwdRow) -> str:
+    """Of the jobs of a row."""
+    shape = f"{tile.block_m}x{tile.block_n}x{tile.num_warps}"
+    return f"{dtype} {common.head_dim_label(head_dim, head_dim_v)} {shape}"
+
+
+def modes(cleared: Cleared) -> list[tuple[bool, bool, bool, bool]]:
+    """All (cleared, deterministic, causal, partial) that occur, with few blocks of keys and with many."""
+    both = (False, True)
+    return sorted(
+        {
+            (cleared(causal, n_blocks, deterministic, partial), deterministic, causal, partial)
+            for n_blocks, deterministic, causal, partial in itertools.product((1, 99), both, both, both)
+        }
+    )
+
+
+def main_jobs(
+    kernel: tuple[str, str],
+    arch: str,
+    label: str,
+    tile: BwdRow,
+    cleared: Cleared,
+    defines: Callable[[bool, bool, bool, bool], Defines],
+) -> list[CompileJob]:
+    """A main kernel for a row: causal and full, deterministic and not, writing dk and dv or a part of them.
+
+    defines: of (cleared, deterministic, causal, partial).
+    """
+    jobs = []
+    for mode in modes(cleared):
+        clear, deterministic, causal, partial = mode
+        kind = ("causal" if causal else "full") + " deterministic" * deterministic + " partial" * partial
+        kind += " from zeros" * clear
+        main = defines(*mode)
+        shared = int(main["FA2_SHARED_BYTES"])
+        jobs.append(CompileJob(*kernel, arch, main, f"backward {label} {kind}", shared, tile.spill_bytes))
+    return jobs

@@ -1,0 +1,227 @@
+"""From a problem and a device to a plan: the first kernel that nothing speaks against. And plans that are ready to run.
+
+`FORWARD` and `BACKWARD` list the main kernels, the best first, and each says for itself what it cannot do (`objection`)
+and which of its rows it would take (`rows`). A row may be refused by a `Spec` of the problem, and a whole kernel by the
+compiler that is at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from fa2cupy import env, jit, log
+from fa2cupy.errors import InvalidArgument
+from fa2cupy.jit import driver
+from fa2cupy.jit.driver import DeviceInfo
+from fa2cupy.kernels import backward, common
+from fa2cupy.kernels.backward import Backward, Defines, Order, Work
+from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Launchable
+from fa2cupy.kernels.plan import BackwardPlan, ForwardPlan, Plan
+from fa2cupy.kernels.sm80 import flash_bwd as bwd_sm80
+from fa2cupy.kernels.sm80 import flash_fwd as fwd_sm80
+from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90
+from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide
+from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90
+from fa2cupy.kernels.sm90 import tma
+from fa2cupy.kernels.smxx import fill_empty, flash_bwd_postprocess, flash_bwd_preprocess
+from fa2cupy.problem import AttentionProblem
+from fa2cupy.spec import Row
+
+__all__ = ["BACKWARD", "FORWARD", "bound_plan", "plan_backward", "plan_call", "plan_forward"]
+
+Compiler = Callable[[str], str]  # what is wrong with compiling for an architecture, or the empty string
+
+
+class MainKernel(Protocol):
+    """The host of a main kernel: a module of sm80/ or sm90/. ROW: the class of its rows, which say its family."""
+
+    ROW: Any
+
+    def arch(self, device: DeviceInfo) -> str: ...
+    def objection(self, problem: AttentionProblem, device: DeviceInfo) -> str: ...
+    def rows(self, problem: AttentionProblem, device: DeviceInfo) -> Sequence[Row]: ...
+
+
+class ForwardKernel(MainKernel, Protocol):
+    def launch(self, problem: AttentionProblem, device: DeviceInfo, tile: Any, empty: int) -> KernelLaunch: ...
+    def compile_jobs(self, arch: str, dtype: str) -> list[CompileJob]: ...
+
+
+class BackwardKernel(MainKernel, Protocol):
+    def head_dims(self, problem: AttentionProblem, tile: Any) -> tuple[int, int]: ...
+    def order(self, work: Work) -> Order: ...
+    def launch(self, whole: Backward, tile: Any) -> KernelLaunch: ...
+    def cleared(self, causal: bool, n_blocks: int, deterministic: bool, partial: bool) -> bool: ...
+    def rows_ahead(self, arch: str) -> Iterable[tuple[Any, int, int]]: ...
+    def compile_jobs(
+        self, arch: str, label: str, tile: Any, head_dim: int, head_dim_v: int, side: Defines
+    ) -> list[CompileJob]: ...
+
+
+FORWARD: tuple[ForwardKernel, ...] = (fwd_sm90, fwd_sm80)
+BACKWARD: tuple[BackwardKernel, ...] = (bwd_sm90, bwd_sm90_wide, bwd_sm80)
+
+_Kernel = TypeVar("_Kernel", bound=MainKernel)
+
+
+def any_compiler(arch: str) -> str:
+    """Of a `Compiler` that nothing is wrong with."""
+    return ""
+
+
+def plan_forward(
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    tile: Row | None = None,
+    family: str | None = None,
+    *,
+    compiler: Compiler = any_compiler,
+) -> ForwardPlan:
+    """How to compute `problem` on `device`. Needs no GPU.
+
+    tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
+    InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
+    """
+    empty = problem.empty_rows
+    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
+    kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
+    launches: tuple[KernelLaunch, ...] = ()
+    if busy:
+        launches += (kernel.launch(problem, device, tile, empty),)
+    names = common.pointer_names(problem, common.FORWARD_ARRAYS)
+    launches += fill_empty.launches(problem, device, "out", empty, names, with_lse=True)
+    return ForwardPlan(problem, launches, 0, tile, objection)
+
+
+def plan_backward(
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    deterministic: bool,
+    tile: backward.BwdRow | None = None,
+    family: str | None = None,
+    *,
+    compiler: Compiler = any_compiler,
+) -> BackwardPlan:
+    """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
+    empty = problem.empty_rows
+    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0  # then there are keys
+    kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
+    launches: tuple[KernelLaunch, ...] = ()
+    workspace_bytes, splits = 0, 1
+    if busy:
+        work = Work(problem, device, deterministic, row, empty)
+        whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
+        workspace_bytes, splits = whole.workspace_bytes, whole.order.splits
+        launches += (
+            flash_bwd_preprocess.launch(whole),
+            kernel.launch(whole, row),
+            flash_bwd_postprocess.launch(whole),
+        )
+    names = common.pointer_names(problem, backward.ARRAYS)
+    launches += fill_empty.launches(problem, device, "dq", empty, names)
+    if problem.seqlen_q == empty:  # no query sees any key
+        for name in ("dk", "dv"):
+            launches += fill_empty.launches(problem, device, name, problem.seqlen_k, names)
+    return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
+
+
+def _choose(
+    kernels: Sequence[_Kernel],
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    tile: Row | None,
+    family: str | None,
+    compiler: Compiler,
+) -> tuple[_Kernel, Any, str]:
+    """The kernel, its row, and what speaks against the families in front of it."""
+    if tile is not None:
+        return next(kernel for kernel in kernels if isinstance(tile, kernel.ROW)), tile, ""
+    objections: dict[str, str] = {}
+    for kernel in kernels:
+        own = kernel.ROW.family
+        if family not in (None, own):
+            objections[own] = f"{env.KERNEL.name}={family}"
+            continue
+        row, objection = _row(kernel, problem, device)
+        if row is not None:
+            objection = compiler(kernel.arch(device))
+            if not objection:
+                return kernel, row, "; ".join(why for other, why in objections.items() if other != own)
+        if objection:
+            objections.setdefault(own, objection)
+    if family is None:
+        said = "; ".join(f"{own}: {why}" for own, why in objections.items())
+        raise InvalidArgument(f"no kernel can compute this: {said}")
+    other = next(own for own in objections if own != family)
+    raise InvalidArgument(
+        f"{env.KERNEL.name}={family} is impossible here: {objections[family]}; use {other}, or unset it"
+    )
+
+
+def _row(kernel: MainKernel, problem: AttentionProblem, device: DeviceInfo) -> tuple[Row | None, str]:
+    """The first row that no spec objects to; or None and what speaks against the kernel, if not merely that it has no
+    rows for this, but another kernel of its family has."""
+    objection = kernel.objection(problem, device)
+    if objection:
+        return None, objection
+    for row in kernel.rows(problem, device):
+        objections = [why for spec in problem.specs if (why := spec.objection(row))]
+        if not objections:
+            return row, ""
+        objection = objection or objections[0]  # the best row's
+    return None, objection
+
+
+@functools.lru_cache(maxsize=1024)
+def bound_plan(
+    operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None
+) -> tuple[Launchable, int]:
+    """(what launches the problem, bytes of workspace). `family`: FA2CUPY_KERNEL, which chooses the plan."""
+    plan = plan_call(operation, problem, device_index, deterministic, family)
+    launchable = _bind(plan, device_index)
+    if family is None and any(launch.arch == tma.ARCH for launch in plan.launches):
+        # Binding may have loaded NVRTC, and found another one than the cache remembered.
+        again = plan_call(operation, problem, device_index, deterministic, family)
+        if again != plan:
+            plan, launchable = again, _bind(again, device_index)
+    return launchable, plan.workspace_bytes
+
+
+def _bind(plan: Plan, device_index: int) -> Launchable:
+    if env.debug():
+        log.debug(plan)
+    return plan.bind(device_index)
+
+
+def plan_call(
+    operation: str, problem: AttentionProblem, device_index: int, deterministic: bool, family: str | None
+) -> Plan:
+    """The plan of a call ('attention' or 'attention_backward') on a GPU of this machine, with its NVRTC."""
+    device = driver.device_info(device_index)
+    compiler = functools.partial(_nvrtc_objection, family)
+    if operation == "attention_backward":
+        return plan_backward(problem, device, deterministic, family=family, compiler=compiler)
+    return plan_forward(problem, device, family=family, compiler=compiler)
+
+
+_UPGRADE = (
+    "A driver of CUDA 13.0 or newer ends that, and so does NVRTC 12.9.86 or newer, where torch does not pin an older "
+    "one: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
+)
+
+
+def _nvrtc_objection(family: str | None, arch: str) -> str:
+    """What is wrong with this process's NVRTC as far as wgmma goes, said once; nothing if the family was asked for.
+
+    Without loading NVRTC if the cache knows which one it is.
+    """
+    objection = jit.wgmma_objection(jit.expected_nvrtc_build()) if arch == tma.ARCH else ""
+    if not objection:
+        return ""
+    if family is not None:
+        log.warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
+        return ""
+    log.warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
+    return objection

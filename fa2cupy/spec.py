@@ -1,0 +1,98 @@
+"""What a problem may ask for beyond dense attention, and what the planner has to know of it: a feature is a `Spec`."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["DlseParams", "Row", "SoftmaxSpec", "Spec"]
+
+
+class Row(Protocol):
+    """What all rows of tile tables have. block_m query rows x block_n keys; note: the reason, with its measurement.
+
+    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row.
+    """
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def num_warps(self) -> int: ...
+    @property
+    def note(self) -> str: ...
+
+
+class Spec:
+    """One optional field of `AttentionProblem`: None where it is absent, else a frozen dataclass of this class.
+
+    It holds what the plan depends on (hashable, no arrays). Whatever it leaves as it is here does not concern it.
+    """
+
+    __slots__ = ()
+
+    def reaches(self, source: str) -> bool:
+        """Whether the kernel of that source ("sm80/flash_fwd.cu") has its defines and its block of parameters."""
+        return True
+
+    def defines(self) -> dict[str, int | str]:
+        """What the kernels are compiled with."""
+        return {}
+
+    def params(self) -> ctypes.Structure | None:
+        """Its block of a kernel's parameters (the rules are in kernels/params.py), filled in but for its pointers."""
+        return None
+
+    def arrays(self) -> tuple[str, ...]:
+        """Names of its arrays, in the order in which a call hands over their pointers: behind those of dense attention,
+        spec by spec in the order of the problem's fields (which is that of the keywords), in front of the workspace.
+        Its block has a field for each.
+        """
+        return ()
+
+    def objection(self, row: Row) -> str:
+        """What speaks against computing it with a row of a tile table, or the empty string."""
+        return ""
+
+
+class DlseParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("dlse", ctypes.c_uint64),
+        ("dlse_batch", ctypes.c_int64),
+        ("dlse_row", ctypes.c_int64),
+        ("dlse_head", ctypes.c_int64),
+        ("dlse_first_row", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SoftmaxSpec(Spec):
+    """What a row's statistics take in, of a backward: dlse, a gradient of lse, which is taken off D.
+
+    dlse: its strides in elements along batch, num_heads, seqlen_q; any will do, 0 too. empty: leading query rows that
+    see no key, and whose gradients are 0 whatever dlse is.
+    """
+
+    dlse: tuple[int, int, int]
+    empty: int = 0
+
+    def reaches(self, source: str) -> bool:
+        return source == "smxx/flash_bwd_preprocess.cu"
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_DLSE": 1}
+
+    def params(self) -> DlseParams:
+        batch, head, row = self.dlse
+        return DlseParams(0, batch, row, head, self.empty)
+
+    def arrays(self) -> tuple[str, ...]:
+        return ("dlse",)
