@@ -26,6 +26,7 @@ from fa2cupy.errors import (
     UnsupportedDevice,
 )
 from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
+from fa2cupy.merge import merge_attention
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "backward_workspace_bytes",
     "forward_workspace_bytes",
     "install_as_flash_attn",
+    "merge_attention",
     "report",
     "uninstall_flash_attn",
 ]
