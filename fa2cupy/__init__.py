@@ -25,6 +25,8 @@ from fa2cupy.errors import (
     NotTaken,
     UnsupportedDevice,
 )
+from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
+from fa2cupy.merge import merge_attention
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,10 @@ __all__ = [
     "attention_vjp",
     "backward_workspace_bytes",
     "forward_workspace_bytes",
+    "install_as_flash_attn",
+    "merge_attention",
     "report",
+    "uninstall_flash_attn",
 ]
 
 # Modules that import a framework, as attributes after `import fa2cupy` alone; those that are there are offered.

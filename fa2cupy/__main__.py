@@ -1,4 +1,4 @@
-"""``python -m fa2cupy demo | env | compile | plan``."""
+"""``python -m fa2cupy demo | env | compile | plan | run``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import fa2cupy
-from fa2cupy.cli import compile, demo, env, plan
+from fa2cupy.cli import compile, demo, env, plan, run
 from fa2cupy.errors import Fa2Error
 
 # What NumPy's BLAS may read when it is imported.
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fa2cupy", description="Exact FlashAttention for your arrays.")
     parser.add_argument("--version", action="version", version=f"fa2cupy {fa2cupy.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | env | compile | plan")
-    for module in (demo, env, compile, plan):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | env | compile | plan | run")
+    for module in (demo, env, compile, plan, run):
         help_line = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         command = commands.add_parser(module.__name__.rpartition(".")[2], help=help_line, description=help_line)
         module.add_arguments(command)

@@ -1,10 +1,10 @@
 """Keep torch.compile out of what launches: kernels go by pointer and NumPy computes, neither can be traced.
 
 torch may be imported after fa2cupy, and the first call of all may come from a function that is being compiled. So
-`attention`, what looks at its keywords and what decides which way it goes (`torch/dispatch.py`) are traced, as far as
-the operator that they come to; a function that launches leaves the graph by the mark that torch.compiler.disable puts
-on functions; and at the first call under a loaded Dynamo that is not being traced, Dynamo is told to run every other
-file as it is.
+`attention`, what looks at its keywords, what decides which way it goes (`torch/dispatch.py`) and flash_attn's
+functions above it are traced, as far as the operator that they come to; a function that launches leaves the graph by
+the mark that torch.compiler.disable puts on functions; and at the first call under a loaded Dynamo that is not being
+traced, Dynamo is told to run every other file as it is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from typing import TypeVar
 
 __all__ = ["constant", "leave", "tell", "told"]
 
+# Functions marked `constant` must be in these too.
 _TRACED = frozenset(
     {
         f"fa2cupy.{name}"
-        for name in ("attention", "checks", "doors", "keywords", "options", "torch.dispatch", "torch.sdpa")
+        for name in (
+            "attention",
+            "checks",
+            "doors",
+            "flash_attn",
+            "keywords",
+            "options",
+            "torch.dispatch",
+            "torch.sdpa",
+            "torch.sharding",
+        )
     }
 )
 

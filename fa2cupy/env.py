@@ -28,6 +28,11 @@ CACHE_DIR = Variable(
 DEBUG = Variable(
     "FA2CUPY_DEBUG", "1 logs each new plan (to stderr without a handler) and compiles with -lineinfo; 0 does not", "0"
 )
+FLASH_ATTN = Variable(
+    "FA2CUPY_FLASH_ATTN",
+    "1 or force: Python starts with fa2cupy in flash_attn's place; set by `python -m fa2cupy run`, which says how",
+    "flash_attn is what is installed",
+)
 KERNEL = Variable(
     "FA2CUPY_KERNEL",
     "sm80 or sm90 forces that family of kernels; sm90, which is the forward's, is an error where it is impossible",
@@ -40,7 +45,7 @@ STRICT = Variable(
     "0",
 )
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, KERNEL, STRICT)
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, FLASH_ATTN, KERNEL, STRICT)
 
 FAMILIES = ("sm80", "sm90")
 

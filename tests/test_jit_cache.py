@@ -391,6 +391,7 @@ def test_nvrtc_is_remembered_while_its_file_is_the_same(directory: Path, tmp_pat
     assert disk.recall_nvrtc() is None
     disk.remember_nvrtc(None, NVRTC)
     assert disk.recall_nvrtc() is None
+    assert disk.remembered_builds() == [NVRTC]
     disk.remember_nvrtc(str(library), NVRTC)
     assert disk.recall_nvrtc() == NVRTC
     with monkeypatch.context() as patched:

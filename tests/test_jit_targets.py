@@ -32,8 +32,8 @@ def set_driver(fake: FakeDriver, version: int) -> None:
     ("build", "new_driver", "old_driver", "objection"),
     [
         ("11.8.89 CL-1", "sm_90a", "sm_90a", "does not know sm_90a"),
-        ("12.0.140 CL-1", "sm_90a", "sm_90a", ""),
-        ("12.4.127 CL-1", "sm_90a", "sm_90a", ""),
+        ("12.0.140 CL-1", "compute_90a", "sm_90a", ""),
+        ("12.4.127 CL-1", "compute_90a", "sm_90a", ""),
         ("12.5.82 CL-1", "compute_90a", "sm_90a", "may make wrong code"),
         ("12.6.77 CL-1", "compute_90a", "sm_90a", "may make wrong code"),
         ("12.8.61", "compute_90a", "sm_90a", "may make wrong code"),

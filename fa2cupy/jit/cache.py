@@ -177,24 +177,21 @@ class DiskCache:
         return []
 
     def remember_nvrtc(self, path: str | None, build: str) -> None:
-        """Note the build of the library file that was loaded."""
-        if self.directory is None or path is None or self.recall_nvrtc() == build:
+        """Note the build of the library file that was loaded; without a path it is not recalled, but still known."""
+        if self.directory is None or self.recall_nvrtc() == build:
             return
         known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             loaded = json.loads(self._nvrtc_file().read_bytes())
             known = loaded if isinstance(loaded, dict) else {}
         with contextlib.suppress(OSError):  # store() says it when the directory cannot be written
-            status = Path(path).stat()
-            known.pop(_environment(), None)
-            latest = dict(list(known.items())[-31:])
-            latest[_environment()] = {
-                "path": path,
-                "size": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "build": build,
-            }
-            _write(self._nvrtc_file(), json.dumps(latest, indent=1).encode())
+            entry: dict[str, Any] = {"path": path, "build": build}
+            if path is not None:
+                status = Path(path).stat()
+                entry |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+            if known.pop(_environment(), None) != entry:
+                latest = {**dict(list(known.items())[-31:]), _environment(): entry}
+                _write(self._nvrtc_file(), json.dumps(latest, indent=1).encode())
 
     def _nvrtc_file(self) -> Path:
         if self.directory is None:

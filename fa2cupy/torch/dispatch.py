@@ -25,7 +25,7 @@ from fa2cupy.torch.function import eager
 from fa2cupy.torch.operators import forward_op
 from fa2cupy.torch.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
 
-__all__ = ["way"]
+__all__ = ["cast", "way"]
 
 # (q, k, v, options, return_lse) -> out or (out, lse); options: causal, softmax_scale, layout, dtype, deterministic
 Way = Callable[[Any, Any, Any, tuple[Any, ...], bool], Any]
@@ -49,7 +49,8 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
 def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
     """Inside torch.compile or export. What is wrong with the options is said by the operator's fake kernel."""
     causal, softmax_scale, layout, dtype, deterministic = options
-    q, k, v = _cast(q, k, v)
+    sharding.register()
+    q, k, v = cast(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
     out, lse = forward_op(q, k, v, causal, scale, layout, dtype, deterministic)
     return (out, lse) if return_lse else out
@@ -64,7 +65,7 @@ def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) ->
             raise InvalidType(f"{name} is a nested tensor: pass a torch.Tensor with one length")
     checked = Options.checked(*options)
     sharding.register()
-    q, k, v = _cast(q, k, v)
+    q, k, v = cast(q, k, v)
     scale = checked.softmax_scale
     out, lse = forward_op(
         q, k, v, checked.causal, None if scale is None else float(scale), checked.layout, checked.dtype,
@@ -74,7 +75,7 @@ def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) ->
 
 
 def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
-    q, k, v = _cast(q, k, v)
+    q, k, v = cast(q, k, v)
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return eager(q, k, v, options, return_lse)
     return _straight(q, k, v, options, return_lse)
@@ -86,7 +87,7 @@ def _straight(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool
     return (out, lse) if return_lse else out
 
 
-def _cast(*tensors: Any) -> tuple[Any, ...]:
+def cast(*tensors: Any) -> tuple[Any, ...]:
     """As autocast casts the inputs of torch's SDPA: floating ones on its device, but for float64."""
     device = tensors[0].device.type
     if not _casts(device):

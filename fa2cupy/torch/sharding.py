@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from fa2cupy import dynamo
+
 __all__ = ["register"]
 
 _registered = False
 
 
+@dynamo.constant
 def register() -> None:
-    """Tell DTensor about the operators, once, if it is loaded."""
+    """Tell DTensor about the operators, once, if it is loaded; while torch.compile traces, too."""
     global _registered
     if _registered or "torch.distributed.tensor" not in sys.modules:
         return

@@ -149,8 +149,8 @@ def _swapped(*tensors: Any) -> tuple[Any, ...]:
     return tuple(tensor.transpose(1, 2) for tensor in tensors)
 
 
-def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> tuple[Any, Any]:
-    """out, lse (contiguous)."""
+def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
+    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     counts.took(_DOOR)
@@ -160,15 +160,15 @@ def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> tuple
         if layout == "bshd":
             out, lse = call(FORWARD, [*_swapped(q, k, v), None, None], None, options)
             return out.transpose(1, 2), lse
-        out = None if layout else _empty_like(q, v.shape[3])
-        out, lse = call(FORWARD, [q, k, v, out, None], None, options)
-    return out, lse
+        out, lse = call(FORWARD, [q, k, v, None, None], None, options)
+        return out if layout else _laid_out(out, q, swapped), lse
 
 
 def _backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, unseen: int = 0
-) -> tuple[Any, Any, Any]:
-    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0."""
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, *,
+    unseen: int = 0, swapped: bool = False,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     counts.took(_DOOR_BACKWARD)
@@ -178,16 +178,33 @@ def _backward(
         if layout == "bshd":
             inputs = [*_swapped(dout, q, k, v, out), lse, None, None, None]
             dq, dk, dv = _swapped(*call(BACKWARD, inputs, None, options))
-        elif layout:
-            dq, dk, dv = call(BACKWARD, [dout, q, k, v, out, lse, None, None, None], None, options)
-        else:
-            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-            seen = k.shape[2] - unseen
-            outputs = [dq, *(x[:, :, :seen] for x in (dk, dv))]
-            call(BACKWARD, [dout, q, k[:, :, :seen], v[:, :, :seen], out, lse, *outputs], None, options)
-            for gradient in (dk, dv):
-                gradient[:, :, seen:].zero_()
-    return dq, dk, dv
+            return dq, dk, dv
+        seen = k.shape[2] - unseen
+        inputs = [dout, q, k[:, :, :seen], v[:, :, :seen], out, lse, None, None, None]
+        dq, dk, dv = call(BACKWARD, inputs, None, options)
+        if layout:
+            return dq, dk, dv
+        return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
+
+
+def _laid_out(result: Any, like: Any, swapped: bool) -> Any:
+    """A copy of a result with the strides that torch's meta functions give it: those of `empty_like` the operator's
+    tensor, or of its order for another head_dim. Rows that `like` has and the result has not are 0."""
+    if swapped:
+        like = like.transpose(1, 2)
+    if like.shape[3] == result.shape[3]:
+        copy = torch.empty_like(like)
+    else:
+        shape, strides, step = (*like.shape[:3], result.shape[3]), [0] * 4, 1
+        for dim in sorted(range(4), key=lambda dim: (like.stride(dim), -dim)):
+            strides[dim] = step
+            step *= shape[dim]
+        copy = torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+    copy = copy.transpose(1, 2) if swapped else copy
+    seen = result.shape[2]
+    copy[:, :, :seen].copy_(result)
+    copy[:, :, seen:].zero_()
+    return copy
 
 
 def _random_state(q: Any) -> tuple[Any, Any, Any]:
@@ -197,17 +214,6 @@ def _random_state(q: Any) -> tuple[Any, Any, Any]:
         torch.empty((), dtype=torch.uint64, device=q.device),
         torch.empty(0, dtype=q.dtype, device=q.device),
     )
-
-
-def _empty_like(q: Any, head_dim: int) -> Any:
-    """As torch's meta functions lay `out` out: in the order of the query's strides."""
-    if q.shape[3] == head_dim:
-        return torch.empty_like(q)
-    shape, strides, step = (*q.shape[:3], head_dim), [0] * 4, 1
-    for dim in sorted(range(4), key=q.stride().__getitem__):
-        strides[dim] = step
-        step *= shape[dim]
-    return torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,7 +289,8 @@ def _cudnn_backward(native: Native) -> Kernel:
                 is_causal, scale=scale,
             )  # fmt: skip
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
-        return _backward(dout, q, k, v, out, lse, is_causal, scale, k.shape[2] - q.shape[2] if is_causal else 0)
+        unseen = k.shape[2] - q.shape[2] if is_causal else 0
+        return _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
 
     return kernel
 
@@ -318,7 +325,7 @@ def _flash(native: Native) -> Kernel:
                 **more,
             )  # fmt: skip
         q, k, v = _swapped(q, k, v)
-        out, lse = _forward(q, k, v, is_causal, scale)
+        out, lse = _forward(q, k, v, is_causal, scale, swapped=True)
         return out.transpose(1, 2), lse, *_random_state(q)
 
     return kernel
@@ -337,7 +344,7 @@ def _flash_backward(native: Native) -> Kernel:
                 scale=scale, **more,
             )  # fmt: skip
         dout, q, k, v, out = _swapped(dout, q, k, v, out)
-        return _swapped(*_backward(dout, q, k, v, out, lse, is_causal, scale))
+        return _swapped(*_backward(dout, q, k, v, out, lse, is_causal, scale, swapped=True))
 
     return kernel
 
@@ -377,7 +384,7 @@ def _cpu_backward(native: Native) -> Kernel:
         if why:
             return native(why, keyset, dout, q, k, v, out, lse, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
         unseen = k.shape[2] - q.shape[2] if is_causal else 0
-        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale, unseen)
+        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
         return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
 
     return kernel

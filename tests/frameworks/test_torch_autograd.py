@@ -494,6 +494,15 @@ def test_compiled_calls_that_launch_leave_the_graph(case: Case) -> None:
         torch.compile(backward, backend="aot_eager", fullgraph=True)()
 
 
+def test_compile_keywords_that_mean_nothing(case: Case) -> None:
+    compiled = torch.compile(
+        lambda *x: fa2cupy.attention(*x, causal=True, window_size=(-1, -1), softcap=0.0, mask=None),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    case.check(compiled(*case.qkv))
+
+
 def test_compile_numpy(case: Case) -> None:
     q, k, v = (x.numpy() for x in case.detached)
     got = torch.compile(lambda q, k, v: fa2cupy.attention(q, k, v, causal=True), backend="aot_eager")(q, k, v)

@@ -6,10 +6,13 @@ import dataclasses
 
 import pytest
 
+from fa2cupy.kernels import common, plan_forward
 from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90, FwdTileSm90
 from tests.gpu.cases import DTYPES, Case
 from tests.host import cases
-from tests.host.kernel_run import HostCase, check
+from tests.host.build import Mutation
+from tests.host.kernel_run import HostCase, check, device, execute, judge, prepare
+from tests.host.run import Schedule
 from tests.reference import HEAD_DIM_PAIRS
 
 BACKWARD = False
@@ -104,3 +107,29 @@ def test_long_lengths(head_dim: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_random_cases(dtype: str) -> None:
     run_all(cases.some_random_cases(250, (32, 40, 59, 64, 111, 128, 192, 256), dtype))
+
+
+@pytest.mark.parametrize(
+    "case, arch",
+    [
+        (Case(520, 70, 64, "bfloat16", True, heads=(4, 2)), "sm_90"),
+        (Case(520, 70, 256, "float16", True, heads=(2, 2)), "sm_90"),
+        (Case(330, 100, 128, "bfloat16", True), "sm_80"),
+    ],
+)
+def test_queries_that_see_no_key(case: Case, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to the kernel, which plans never do: tiles that meet no key block are skipped, and keep what was there; in
+    the tile after them such rows become 0, and -inf in lse."""
+    prepared = prepare(HostCase(case, arch), BACKWARD)
+    main, fill = prepared.plan.launches
+    monkeypatch.setattr(common, "empty_rows", lambda problem: 0)
+    (whole,) = plan_forward(prepared.plan.problem, device(arch), prepared.plan.tile).launches
+    assert whole.name == main.name and case.seqlen_q - case.seqlen_k > prepared.plan.tile.block_m
+    whole = dataclasses.replace(whole, defines={**whole.defines, "FA2_UNSEEN_ROWS": 1})
+    prepared = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, launches=(fill, whole)))
+    execute(prepared, Schedule.LOWEST_FIRST)
+    judge(prepared)
+    unguarded = Mutation("common/softmax.cuh", "kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp", "rcp")
+    execute(prepared, Schedule.LOWEST_FIRST, mutation=unguarded)
+    with pytest.raises(AssertionError):
+        judge(prepared)
