@@ -41,7 +41,7 @@ constexpr bool kOwnO = FA2_OWN_O;             // O has a buffer of its own, that
 constexpr bool kTurns = FA2_TURNS;            // warpgroups issue their products in turn
 #endif
 #ifdef FA2_SCALE_FIRST
-constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
+constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scores are scaled before anything else is done with them (score.cuh)
 #endif
 #ifdef FA2_Q_STEPS_IN_REGS
 constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q that are read once and stay in registers
