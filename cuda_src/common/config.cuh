@@ -83,10 +83,10 @@ constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key blo
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
 
-#ifdef FA2_SKIPS_TILES
-enum { kSkipsTiles = FA2_SKIPS_TILES };  // there may be tiles that meet no block
+#ifdef FA2_UNSEEN_ROWS
+enum { kUnseenRows = FA2_UNSEEN_ROWS };  // there may be rows that see nothing, and tiles of nothing else
 #else
-enum { kSkipsTiles = 0 };
+enum { kUnseenRows = 0 };
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   };
 
   const KeyVisit visit = key_blocks(sequence, m_block);
-  if (kSkipsTiles && visit.begin >= visit.end) return;
+  if (kUnseenRows && visit.begin >= visit.end) return;
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
   load_k(visit.end - 1, False{});
   cp_async_commit_group();
