@@ -147,7 +147,7 @@ FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
-FILL = "smxx/fill_empty.cu"
+FILL = "smxx/fill_unseen.cu"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
 MUTANTS = [
