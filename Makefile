@@ -17,10 +17,10 @@ GPU_PYTHON := $(if $(NAMED_PYTHON),$(PYTHON),$(BIN)/python)
 GPU_SETUP := $(if $(NAMED_PYTHON),,venv-gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo env test test-all compile-all lint gpu-test gpu-sanitize gpu-pending bench clean venv-demo venv-test venv-gpu check-g++ nvrtc-releases
+.PHONY: help demo env test test-all compile-all lint gpu-test gpu-sanitize gpu-pending bench same-binaries new-binaries clean venv-demo venv-test venv-gpu check-g++ nvrtc-releases
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: venv-demo  ## exact attention on this machine's GPU, or its CPU: computed, checked, timed, drawn
 	@$(BIN)/python -m fa2cupy demo
@@ -28,10 +28,10 @@ demo: venv-demo  ## exact attention on this machine's GPU, or its CPU: computed,
 env: venv-demo  ## what a bug report needs
 	@$(BIN)/python -m fa2cupy env
 
-test: lint check-g++ nvrtc-releases  ## lint, then every test that needs no GPU; under 15 minutes on 2 cores
+test: lint check-g++ nvrtc-releases  ## lint, then the tests that need no GPU: 6:30 on 2 quiet cores, 10 minutes at most, ever
 	$(PYTEST) -m "not slow" --ignore=tests/gpu --ignore=tests/frameworks tests
 
-test-all: lint check-g++ nvrtc-releases  ## the same with the large sizes of tests/host, and every tile row compiled
+test-all: lint check-g++ nvrtc-releases  ## the same, tests/host with whole products and large sizes, every tile row compiled
 	$(PYTEST) --ignore=tests/gpu --ignore=tests/frameworks tests
 
 compile-all: venv-test nvrtc-releases  ## compile every tile row for every architecture with NVRTC 12 and 13
@@ -52,6 +52,12 @@ gpu-pending: venv-test  ## no GPU at hand: mark the record as pending, REASON=".
 
 bench: $(GPU_SETUP)  ## ours and the installed peers, interleaved in one run
 	$(GPU_PYTHON) benchmarks/bench.py
+
+same-binaries: venv-test  ## every plain binary against those of a commit, REV=...; EVERY=8 for an eighth
+	@$(BIN)/python tools/binaries.py "$(REV)" --every $(or $(EVERY),1)
+
+new-binaries: venv-test nvrtc-releases  ## binaries are to differ: renew tests/binaries, REASON="..."
+	@$(BIN)/python -m tests.digests "$(REASON)"
 
 clean:  ## remove .venv, build products and tool caches (not the kernel cache)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

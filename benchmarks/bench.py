@@ -4,6 +4,7 @@
     python benchmarks/bench.py --modes bwd --head-dims 128      a part of the grid
     python benchmarks/bench.py --cases gqa,thin,head_dims,wide  extra cells
     python benchmarks/bench.py --part 1/2                       half of the cells; prints the command for the rest
+    python benchmarks/bench.py --against REV [--json PATH]      this tree and another as the only two: against.py
 
 How it is timed is in timing.py, what each library is in peers.py, what a record holds in results.py.
 """
@@ -14,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import against, peers, plot, results, timing
 from benchmarks import cases as case_module
-from benchmarks import peers, plot, results
 from benchmarks.cases import Case
 from benchmarks.timing import Clock, TorchClock, take_turns
 from fa2cupy.jit import compiler
@@ -33,6 +34,8 @@ GEMM_SIZE = 8192
 GEMM_FLOPS = 2.0 * GEMM_SIZE**3
 # Root-mean-square difference between two right answers in bfloat16, relative: a sanity check, not a test.
 AGREEMENT = 2e-2
+# Two commits: shorter bursts, of which three repeats of the whole grid take four minutes at most.
+AGAINST_BURST_MS, AGAINST_CALLS, AGAINST_WARM_UP = 12.0, 3, 2
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -60,10 +63,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", type=fraction, default=(1, 1), metavar="i/n", help="measure every n-th cell only")
     parser.add_argument("--run", help="the run that this command continues (default: a new one)")
     parser.add_argument("--bursts", type=int, default=8, help="bursts of each library in each cell")
-    parser.add_argument("--burst-ms", type=float, default=20.0, help="about how long a burst is (5 to 25 calls)")
+    parser.add_argument("--burst-ms", type=float, help="about how long a burst is (default: 20; against a commit, 12)")
+    parser.add_argument("--against", metavar="REV", help="a commit, or a directory with its tree, as the only peer")
+    parser.add_argument("--json", type=Path, help="with --against: everything that was measured, in this file")
     parser.add_argument("--out", type=Path, help="file or directory (default: benchmarks/results/<gpu>.jsonl)")
     parser.add_argument("--commit", help="default: what git says")
     args = parser.parse_args(arguments)
+    args.burst_ms = args.burst_ms or (AGAINST_BURST_MS if args.against else 20.0)
+    if args.json and not args.against:
+        parser.error("--json is for --against; other runs are written to --out")
     unknown = [p for p in args.peers if p not in peers.NAMES]
     if unknown:
         parser.error(f"unknown peer {unknown[0]!r}: {', '.join(peers.NAMES)}")
@@ -79,31 +87,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def estimated_seconds(
-    cases: Sequence[Case], libraries: int, bursts: int, burst_ms: float, tflops: float = 300.0
+    cases: Sequence[Case],
+    libraries: int,
+    bursts: int,
+    burst_ms: float,
+    tflops: float = 300.0,
+    min_calls: int = timing.MIN_CALLS,
 ) -> float:
     """What a run takes if every library reaches `tflops`: bursts, delays, warm-up, and the set-up of each cell."""
     total = 0.0
     for case in cases:
         ms = case.flops / tflops / 1e9
-        calls = max(5, min(25, round(burst_ms / ms)))
+        calls = max(min_calls, min(timing.MAX_CALLS, round(burst_ms / ms)))
         # 3 calls to warm up, 3 to choose the length of a burst, 1 to be checked.
         total += libraries * (bursts * (calls * ms + 6.0) + 7 * ms + 10.0) / 1e3 + 0.4
     return total
 
 
-def compile_ours(cases: Sequence[Case]) -> None:
+def compile_ours(cases: Sequence[Case], package: Any = None) -> None:
     """Compile our kernels for the cases at once, by a small call of each kind in threads of its own."""
     kinds = sorted({replace(c, batch=1, seqlen=256) for c in cases}, key=lambda c: c.label)
     with ThreadPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda c: peers.calls(c, peers.make_tensors(c), ["fa2cupy"]), kinds))
+        list(pool.map(lambda c: peers.ours(c, peers.make_tensors(c), package=package)(), kinds))
 
 
-def check_agreement(case: Case, calls: dict[str, Any], names: Sequence[str]) -> None:
+def check_agreement(
+    case: Case, calls: Mapping[str, Any], names: Sequence[str], all_ours: Sequence[str] | None = None
+) -> None:
     """RuntimeError when ours differs from the first peer that runs the case: a wrong kernel's speed means nothing."""
-    other = next((n for n in names if n in calls and not n.startswith("fa2cupy")), None)
+    if all_ours is None:
+        all_ours = [n for n in calls if n.startswith("fa2cupy")]
+    other = next((n for n in names if n in calls and n not in all_ours), None)
     if other is None:
         return
-    for ours in (n for n in calls if n.startswith("fa2cupy")):
+    for ours in all_ours:
         got, expected = calls[ours](), calls[other]()
         pairs = [(got, expected)] if case.mode == "fwd" else list(zip(got, expected, strict=True))
         for name, (x, y) in zip(("out",) if case.mode == "fwd" else ("dq", "dk", "dv"), pairs, strict=True):
@@ -135,6 +152,52 @@ def measure(
     return {name: t.ms for name, t in timings.items()}, workspaces, refused, remark
 
 
+def measure_against(
+    cases: Sequence[Case], clock: Clock, bursts: int, burst_ms: float, packages: Mapping[str, Any]
+) -> against.Times:
+    """One repeat: cell -> milliseconds of ours and of the other. `packages`: both, in this order."""
+    times = {}
+    names = list(packages)
+    for case in cases:
+        tensors = peers.make_tensors(case)
+        calls = {name: peers.ours(case, tensors, package=package) for name, package in packages.items()}
+        check_agreement(case, calls, names, (names[0],))
+        found = take_turns(
+            calls, clock, bursts=bursts, burst_ms=burst_ms, warm_up=AGAINST_WARM_UP, min_calls=AGAINST_CALLS
+        )
+        times[case.label] = found[names[0]].ms, found[names[1]].ms
+        del tensors, calls
+    return times
+
+
+def run_against(args: argparse.Namespace) -> int:
+    """Print how the two compare and whether they are level; 1 if not."""
+    import torch
+
+    import fa2cupy
+
+    other, name = against.load(args.against)
+    packages = {results.OURS: fa2cupy, against.OTHER: other}
+    cases, gpu, commit = args.selected, torch.cuda.get_device_name(), args.commit or results.commit()
+    seconds = against.REPEATS * estimated_seconds(cases, 2, args.bursts, args.burst_ms, min_calls=AGAINST_CALLS)
+    print(f"commit {commit} against {name}, {gpu}, NVRTC {compiler.nvrtc_build()}")
+    print(f"{len(cases)} cells, {against.REPEATS} repeats, about {seconds:.0f} s after compiling", flush=True)
+    start = time.monotonic()
+    for package in packages.values():
+        compile_ours(cases, package)
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    clock, repeats = TorchClock(), []
+    for number in range(against.REPEATS):
+        repeats.append(measure_against(cases, clock, args.bursts, args.burst_ms, packages))
+        torch.cuda.empty_cache()
+        print(f"repeat {number + 1}: {time.monotonic() - start:.0f} s", flush=True)
+    verdict = against.judge(repeats)
+    if args.json:
+        against.write(args.json, repeats, verdict, commit=commit, against=name, gpu=gpu)
+    print(f"\n{verdict}")
+    return 0 if verdict.ok else 1
+
+
 def measure_gemm(clock: Clock, bursts: int, burst_ms: float) -> float:
     """Milliseconds of an 8192^3 bfloat16 product of random matrices: what the tensor cores sustain in this run."""
     import torch
@@ -153,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"the benchmark needs {error.name}: pip install {error.name}")
     if not torch.cuda.is_available():
         sys.exit("the benchmark needs a GPU, and torch sees none")
+    if args.against:
+        return run_against(args)
     gpu = torch.cuda.get_device_name()
     path = args.out or results.RESULTS
     if path.suffix != ".jsonl":

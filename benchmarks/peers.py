@@ -28,6 +28,7 @@ __all__ = [
     "calls",
     "kernel_family",
     "make_tensors",
+    "ours",
     "probe",
     "warm_fa4_cache",
     "workspace_bytes",
@@ -82,14 +83,16 @@ def probe(names: Iterable[str]) -> dict[str, str]:
     return absent
 
 
-def _ours(case: Case, t: Tensors, deterministic: bool = False) -> Call:
-    import fa2cupy
+def ours(case: Case, t: Tensors, deterministic: bool = False, package: Any = None) -> Call:
+    """A call of `package`: fa2cupy, or the same of another commit."""
+    if package is None:
+        import fa2cupy as package
 
     q, k, v = t.q.detach(), t.k.detach(), t.v.detach()
     if case.mode == "fwd":
-        return lambda: fa2cupy.attention(q, k, v, causal=case.causal, return_lse=True)[0]
-    out, lse = fa2cupy.attention(q, k, v, causal=case.causal, return_lse=True)
-    return lambda: fa2cupy.attention_backward(
+        return lambda: package.attention(q, k, v, causal=case.causal, return_lse=True)[0]
+    out, lse = package.attention(q, k, v, causal=case.causal, return_lse=True)
+    return lambda: package.attention_backward(
         t.dout, q, k, v, out, lse, causal=case.causal, deterministic=deterministic
     )
 
@@ -144,8 +147,8 @@ def _torch_call(case: Case, t: Tensors, forward: Call) -> Call:
 
 
 _MAKERS: dict[str, Callable[[Case, Tensors], Call]] = {
-    "fa2cupy": _ours,
-    "fa2cupy-deterministic": lambda case, t: _ours(case, t, deterministic=True),
+    "fa2cupy": ours,
+    "fa2cupy-deterministic": lambda case, t: ours(case, t, deterministic=True),
     "fa2": _sdpa("FLASH_ATTENTION"),
     "cudnn": _sdpa("CUDNN_ATTENTION"),
     "fa3": _fa3,

@@ -8,7 +8,8 @@ from benchmarks.cases import Case
 from fa2cupy import kernels
 from fa2cupy.frameworks.base import Device, TensorRef, contiguous_strides
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.problem import AttentionProblem, Options, Sizes
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem, Sizes
 
 __all__ = ["plan_of", "problem_of"]
 

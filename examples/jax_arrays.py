@@ -1,4 +1,4 @@
-"""JAX arrays in, JAX arrays out, outside jit, forward and backward."""
+"""JAX: fa2cupy.attention under jit and grad, beside jax.nn's own."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,14 @@ k = jax.random.normal(keys[1], (2, 256, 2, 64), dtype)
 v = jax.random.normal(keys[2], (2, 256, 2, 64), dtype)
 dout = jax.random.normal(keys[3], q.shape, dtype)
 
-out, lse = fa2cupy.attention(q, k, v, causal=True, return_lse=True)
-dq, dk, dv = fa2cupy.attention_backward(dout, q, k, v, out, lse, causal=True)
+
+@jax.jit
+def ours(q, k, v, dout):
+    out, pullback = jax.vjp(lambda q, k, v: fa2cupy.attention(q, k, v, causal=True), q, k, v)
+    return out, *pullback(dout)
+
+
+out, dq, dk, dv = ours(q, k, v, dout)
 
 
 def by_jax(q, k, v):

@@ -1,35 +1,48 @@
-"""The public functions. Their docstrings are the specification; `calls.py` does the work."""
+"""The public functions. Their docstrings are the specification; `calls.py` does the work.
+
+Their signatures are in `attention.pyi` for type checkers and in `keywords.py` for help(). At run time dense attention's
+keywords have names here and everything else that is given lands in two more, so that a dense call, whatever the number
+of features, finds with one test that there are none.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from fa2cupy import calls, dynamo, operations
-from fa2cupy.problem import check_flag, unexpected_keyword
+from fa2cupy import doors, dynamo
+from fa2cupy.calls import call
+from fa2cupy.checks import check_flag
+from fa2cupy.keywords import public
+from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
+from fa2cupy.options import RawOptions, given
 
-__all__ = ["attention", "attention_backward", "backward_workspace_bytes"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "backward_workspace_bytes",
+    "forward_workspace_bytes",
+]
 
-_FORWARD_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "return_lse", "out", "lse_out", "workspace")
-_BACKWARD_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "deterministic", "dq", "dk", "dv", "workspace")
-_SIZE_KEYWORDS = ("causal", "softmax_scale", "layout", "dtype", "deterministic")
 
-
-@dynamo.leave
+@public
 def attention(
     q: Any,
     k: Any,
     v: Any,
-    *,
+    *positional: object,
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     out: Any = None,
     lse_out: Any = None,
     workspace: Any = None,
-    **unexpected: object,
+    **keywords: Any,
 ) -> Any:
     """softmax(softmax_scale * q k^T) v, exactly. Layout "bshd": q is (batch, seqlen_q, num_heads, head_dim).
     causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
@@ -51,18 +64,25 @@ def attention(
             too. One copy is made of an input whose last dimension is not contiguous (or whose strides are not
             multiples of its item size).
         dtype: "bfloat16" says what uint16 arrays hold; the results are then uint16 too. Otherwise None.
+        deterministic: as in `attention_backward`, for gradients that are taken through this call; the forward always
+            repeats its bits.
         return_lse: also return the log-sum-exp, which `attention_backward` needs.
         out: where to put the result: of the inputs' framework, device and dtype, of out's shape, the last dimension
             contiguous, no element twice, no element shared with another argument (interleaved slices of one buffer
             are fine). Not for JAX, whose arrays are immutable.
         lse_out: where to put the log-sum-exp; likewise.
-        workspace: one contiguous block of memory of the same framework and device. The forward needs none today.
+        workspace: one contiguous block of memory of the same framework and device, of at least
+            `forward_workspace_bytes` bytes, which is 0 today.
 
     Returns:
         out, (batch, seqlen_q, num_heads, head_dim_v) in the layout and dtype of q; with return_lse=True (out, lse).
         lse is the natural logarithm of sum(exp(scores)): (batch, num_heads, seqlen_q) in either layout, float32
         (float64 for float64 inputs). The kind of array that went in comes back (CuPy or NumPy for other `__dlpack__`
         producers), new ones C-contiguous. A row that sees no key has out = 0 and lse = -inf. Same inputs, same bits.
+
+    torch:
+        Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
+        and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA.
 
     Where and when:
         On the arrays' device, queued on the current stream of that device (JAX: XLA's), whichever device is current.
@@ -73,22 +93,30 @@ def attention(
 
     Raises:
         ValueError or TypeError (from `fa2cupy.errors`), before anything is launched, for arguments that are not as
-        described; also for a torch tensor that requires grad while grad mode is on (autograd does not see this call:
-        use torch.no_grad() and `attention_backward`), a FakeTensor, a JAX tracer. UnsupportedDevice below sm_80,
+        described; also for a JAX tracer, and for a torch tensor that requires grad beside out=, lse_out= or workspace=
+        while grad mode is on. Differentiating twice and forward-mode autograd raise. UnsupportedDevice below sm_80,
         MissingDependency without CuPy, NVRTC or a driver, CompilationError, LaunchError.
     """
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
-    if unexpected:
-        raise unexpected_keyword("attention", unexpected, _FORWARD_KEYWORDS)
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
-    options = (causal, softmax_scale, layout, dtype)
-    operation = operations.FORWARD if return_lse else operations.FORWARD_OUT
-    out, lse = calls.call(operation, [q, k, v, out, lse_out], workspace, options)
+    if deterministic is not False:
+        deterministic = check_flag("deterministic", deterministic)
+    operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
+    options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
+    if positional or keywords:
+        operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
+    dense = not (operation.extra or options[5])  # what goes beyond has no gradient through torch yet
+    if dense and doors.has_torch() and out is None and lse_out is None and workspace is None:
+        way = doors.torch_way(q, k, v)
+        if way is not None:
+            return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    out, lse = call(operation, arrays, workspace, options)
     return (out, lse) if return_lse else out
 
 
+@public
 @dynamo.leave
 def attention_backward(
     dout: Any,
@@ -97,7 +125,7 @@ def attention_backward(
     v: Any,
     out: Any,
     lse: Any,
-    *,
+    *positional: object,
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
@@ -107,7 +135,7 @@ def attention_backward(
     dk: Any = None,
     dv: Any = None,
     workspace: Any = None,
-    **unexpected: object,
+    **keywords: Any,
 ) -> tuple[Any, Any, Any]:
     """The gradients dq, dk, dv of `attention`. Layout "bshd": dout is (batch, seqlen_q, num_heads, head_dim_v).
     causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
@@ -119,6 +147,7 @@ def attention_backward(
         out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs).
         causal, softmax_scale, layout, dtype: as they were given to `attention`.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
+        dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.
         dq, dk, dv: where to put the results, of the shapes of q, k and v; the rules are those of `attention`'s out.
         workspace: one contiguous block of at least `backward_workspace_bytes` bytes, 256-byte aligned, any contents,
             of the inputs' framework and device. None allocates it. Needed with CuPy arrays inside a graph capture.
@@ -131,33 +160,117 @@ def attention_backward(
     """
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    if unexpected:
-        raise unexpected_keyword("attention_backward", unexpected, _BACKWARD_KEYWORDS)
-    options = (causal, softmax_scale, layout, dtype, deterministic)
-    dq, dk, dv = calls.call(operations.BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv], workspace, options)
+    operation, arrays = BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv]
+    options: RawOptions = (causal, softmax_scale, layout, dtype, deterministic, ())
+    if positional or keywords:
+        operation, arrays, options = given("attention_backward", operation, arrays, options, positional, keywords)
+    dq, dk, dv = call(operation, arrays, workspace, options)
     return dq, dk, dv
 
 
+@public
 @dynamo.leave
-def backward_workspace_bytes(
+def attention_vjp(
     q: Any,
     k: Any,
     v: Any,
-    *,
+    *positional: object,
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
     dtype: str | None = None,
     deterministic: bool = False,
-    **unexpected: object,
+    return_lse: bool = False,
+    out: Any = None,
+    lse_out: Any = None,
+    workspace: Any = None,
+    **keywords: Any,
+) -> tuple[Any, Callable[..., tuple[Any, Any, Any]]]:
+    """`attention` and its pullback, for arrays without autograd. Layout "bshd", as in `attention`.
+    causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
+
+        out, pullback = fa2cupy.attention_vjp(q, k, v, causal=True)
+        dq, dk, dv = pullback(dout)
+
+    Args, Where and when, Raises: as `attention`; a torch tensor must not require grad.
+
+    Returns:
+        What `attention` returns, (batch, seqlen_q, num_heads, head_dim_v) or with lse, and a function pullback(dout,
+        dlse=None) that returns what `attention_backward` does; dlse, float32 (batch, num_heads, seqlen_q), is the
+        gradient of lse. The pullback holds q, k, v, out and lse, reads them when it is called, and may be called again.
+    """
+    return_lse = check_flag("return_lse", return_lse)
+    deterministic = check_flag("deterministic", deterministic)
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
+    arrays = [q, k, v, out, lse_out]
+    operation, arrays, options = given("attention_vjp", FORWARD, arrays, options, positional, keywords)
+    out, lse = call(operation, arrays, workspace, options)
+
+    def pullback(dout: Any, dlse: Any = None) -> tuple[Any, Any, Any]:
+        gradients: tuple[Any, Any, Any] = attention_backward(
+            dout, q, k, v, out, lse, causal=causal, softmax_scale=softmax_scale, layout=layout, dtype=dtype,
+            deterministic=deterministic, dlse=dlse, **keywords,
+        )  # fmt: skip
+        return gradients
+
+    return (out, lse) if return_lse else out, pullback
+
+
+@public
+@dynamo.leave
+def forward_workspace_bytes(
+    q: Any,
+    k: Any,
+    v: Any,
+    *positional: object,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    layout: str = "bshd",
+    dtype: str | None = None,
+    deterministic: bool = False,
+    **keywords: Any,
+) -> int:
+    """Bytes that `attention` needs as workspace= for these arguments: 0 today. Layout "bshd", as in `attention`.
+    causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
+    """
+    check_flag("deterministic", deterministic)
+    options = (causal, softmax_scale, layout, dtype, False, ())
+    return _workspace_bytes("forward_workspace_bytes", FORWARD, [q, k, v], options, positional, keywords)
+
+
+@public
+@dynamo.leave
+def backward_workspace_bytes(
+    q: Any,
+    k: Any,
+    v: Any,
+    *positional: object,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    layout: str = "bshd",
+    dtype: str | None = None,
+    deterministic: bool = False,
+    **keywords: Any,
 ) -> int:
     """Bytes that `attention_backward` needs as workspace= for these arguments. Layout "bshd"; 0 for arrays on the CPU.
     causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
     """
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
-    if unexpected:
-        raise unexpected_keyword("backward_workspace_bytes", unexpected, _SIZE_KEYWORDS)
+    options = (causal, softmax_scale, layout, dtype, deterministic, ())
+    return _workspace_bytes("backward_workspace_bytes", BACKWARD, [q, k, v], options, positional, keywords)
+
+
+def _workspace_bytes(
+    function: str,
+    operation: Operation,
+    arrays: list[Any],
+    options: RawOptions,
+    positional: tuple[object, ...],
+    keywords: dict[str, Any],
+) -> int:
     from fa2cupy.first_call import workspace_bytes
 
-    return workspace_bytes((q, k, v), (causal, softmax_scale, layout, dtype, deterministic))
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    return workspace_bytes(*given(function, operation, arrays, options, positional, keywords))

@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from fa2cupy.operations import Operation
+from fa2cupy.options import RawOptions
 from fa2cupy.prepared import PREPARED, framework_by_type, signature_key
 
 __all__ = ["call"]
 
 
-def call(operation: Operation, arrays: list[Any], workspace: Any, options: tuple[object, ...]) -> list[Any]:
+def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOptions) -> list[Any]:
     """Run the operation and return the outputs, the caller's or new ones (or whatever held a scratch output).
 
-    arrays: inputs and outputs, None for an output to allocate. options: those of `Options.checked`.
+    arrays: those of `operation.names()`, None for an output to allocate.
     """
     framework = framework_by_type.get(type(arrays[0]))
     if framework is not None:

@@ -1,7 +1,7 @@
 """Attention on the CPU: the tiled algorithm of FlashAttention-2 in NumPy, for arrays that are NumPy's.
 
 The names are the paper's: S = Q K^T, P = exp(S - m), l = rowsum(P), O = P V / l, the saved log-sum-exp L; and backward
-D = rowsum(dO * O), dP = dO V^T, dS = P * (dP - D). docs/algorithm.md explains both passes beside the kernels.
+D = rowsum(dO * O) - dL, dP = dO V^T, dS = P * (dP - D). docs/algorithm.md explains both passes beside the kernels.
 
 Inside, arrays are (n, g, seqlen, d): n counts the pairs (batch, key head), g the query heads that share that key head,
 so that grouped heads (GQA) need no repeated K and their dK and dV add up by themselves. A tile folds g into its rows:
@@ -96,12 +96,14 @@ def backward(
     *,
     causal: bool,
     softmax_scale: float,
+    dlse: Array | None = None,
     dq: Array | None = None,
     dk: Array | None = None,
     dv: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """dq, dk, dv in the shapes and dtypes of q, k, v, written where given; `out` and `lse` are what `forward` gave.
 
+    dlse, the gradient of lse, is taken off D: dL/dS = P, so that dS = P * (dP - D) gains P * dlse.
     As in the kernel, the outer loop is over key blocks, which own dK and dV; dQ is added up over them.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
@@ -109,7 +111,9 @@ def backward(
     num_heads_k = k.shape[2]
     Q, K, V, dO = (_load(x, num_heads_k) for x in (q[:, first:], k, v, dout[:, first:]))
     D = np.sum(dO * _load(out[:, first:], num_heads_k), axis=-1, keepdims=True)
-    L = _load(lse[:, :, first:].swapaxes(1, 2)[..., None], num_heads_k)
+    if dlse is not None:
+        D -= _load_rows(dlse[:, :, first:], num_heads_k)
+    L = _load_rows(lse[:, :, first:], num_heads_k)
     Q, scale = _positive_scale(Q, softmax_scale)
     shift, rest = _split_lse(L, scale)
     dQ, dK, dV = np.zeros_like(Q), np.zeros_like(K), np.zeros_like(V)
@@ -222,6 +226,11 @@ def _load(x: Array, num_heads_k: int) -> Array:
     if _is_bfloat16(x):
         x = (x.view(np.uint16).astype(np.uint32, order="C") << 16).view(np.float32)
     return np.ascontiguousarray(x, _compute_dtype(x)).reshape(batch * num_heads_k, group, seqlen, d)
+
+
+def _load_rows(x: Array, num_heads_k: int) -> Array:
+    """`_load` of one number a row: (batch, heads, seqlen) -> (batch x num_heads_k, heads / num_heads_k, seqlen, 1)."""
+    return _load(x.swapaxes(1, 2)[..., None], num_heads_k)
 
 
 def _store(x: Array, out: Array) -> None:

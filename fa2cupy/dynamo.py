@@ -1,17 +1,38 @@
-"""Keep torch.compile out of this package: kernels are launched by pointer, NumPy computes, neither can be traced.
+"""Keep torch.compile out of what launches: kernels go by pointer and NumPy computes, neither can be traced.
 
-torch may be imported after fa2cupy, and the first call of all may come from a function that is being compiled. So a
-public function leaves the graph by the mark that torch.compiler.disable puts on functions, and at its first call under
-a loaded Dynamo tells it to run everything else here as it is.
+torch may be imported after fa2cupy, and the first call of all may come from a function that is being compiled. So
+`attention`, what looks at its keywords, what decides which way it goes (`torch/dispatch.py`) and flash_attn's
+functions above it are traced, as far as the operator that they come to; a function that launches leaves the graph by
+the mark that torch.compiler.disable puts on functions; and at the first call under a loaded Dynamo that is not being
+traced, Dynamo is told to run every other file as it is.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["leave", "tell", "told"]
+__all__ = ["constant", "leave", "tell", "told"]
+
+# Functions marked `constant` must be in these too.
+_TRACED = frozenset(
+    {
+        f"fa2cupy.{name}"
+        for name in (
+            "attention",
+            "checks",
+            "doors",
+            "flash_attn",
+            "keywords",
+            "options",
+            "torch.dispatch",
+            "torch.sdpa",
+            "torch.sharding",
+        )
+    }
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -25,9 +46,21 @@ def leave(function: _Function) -> _Function:
     return function
 
 
+def constant(function: _Function) -> _Function:
+    """Mark a function: torch.compile calls it while it traces, rather than trace it, and goes on with its result."""
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010 - what torch.compiler.assume_constant_result does
+    return function
+
+
 @leave
 def tell() -> None:
-    """Tell Dynamo, which is loaded, to trace no file of this package."""
+    """Tell Dynamo, which is loaded, to trace no file of this package but those of `_TRACED`."""
     global told
-    sys.modules["torch._dynamo"].trace_rules.add("fa2cupy")
+    import fa2cupy.torch
+
+    add = sys.modules["torch._dynamo"].trace_rules.add
+    for package in (fa2cupy, fa2cupy.torch):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if module.name not in _TRACED and module.name != "fa2cupy.torch":
+                add(module.name)
     told = True

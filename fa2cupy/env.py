@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fa2cupy.errors import InvalidArgument
 
-__all__ = ["VARIABLES", "Variable", "cache_dir", "current", "debug", "kernel"]
+__all__ = ["STRICT", "VARIABLES", "Variable", "cache_dir", "current", "debug", "kernel", "strict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,27 @@ CACHE_DIR = Variable(
     "directory of compiled kernels; one that others can write is not trusted",
     "$XDG_CACHE_HOME/fa2cupy, else ~/.cache/fa2cupy",
 )
-DEBUG = Variable("FA2CUPY_DEBUG", "1 prints each new plan and compiles with -lineinfo; 0 does not", "0")
+DEBUG = Variable(
+    "FA2CUPY_DEBUG", "1 logs each new plan (to stderr without a handler) and compiles with -lineinfo; 0 does not", "0"
+)
+FLASH_ATTN = Variable(
+    "FA2CUPY_FLASH_ATTN",
+    "1 or force: Python starts with fa2cupy in flash_attn's place; set by `python -m fa2cupy run`, which says how",
+    "flash_attn is what is installed",
+)
 KERNEL = Variable(
     "FA2CUPY_KERNEL",
     "sm80 or sm90 forces that family of kernels; sm90, which is the forward's, is an error where it is impossible",
     "by the GPU and the arrays",
 )
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, KERNEL)
+STRICT = Variable(
+    "FA2CUPY_STRICT",
+    "1 makes a call an error that would fall back to another library's kernels (torch's SDPA taken over); 0 counts it",
+    "0",
+)
+
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, FLASH_ATTN, KERNEL, STRICT)
 
 FAMILIES = ("sm80", "sm90")
 
@@ -56,12 +69,21 @@ def cache_dir() -> Path:
 
 def debug() -> bool:
     """Whether plans are printed and kernels carry line information. InvalidArgument for anything but 0 or 1."""
-    value = _read(DEBUG).lower()
+    return _flag(DEBUG)
+
+
+def strict() -> bool:
+    """Whether a call that would fall back to another library's kernels is an error. InvalidArgument as `debug`."""
+    return _flag(STRICT)
+
+
+def _flag(variable: Variable) -> bool:
+    value = _read(variable).lower()
     if value in _TRUE:
         return True
     if not value or value in _FALSE:
         return False
-    raise InvalidArgument(f"{DEBUG.name}={value!r} is not understood: use 1 or 0")
+    raise InvalidArgument(f"{variable.name}={value!r} is not understood: use 1 or 0")
 
 
 def kernel() -> str | None:

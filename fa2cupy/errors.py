@@ -1,4 +1,4 @@
-"""Every exception that fa2cupy raises on purpose.
+"""Every exception that fa2cupy raises on purpose, and its warning.
 
 All derive from `Fa2Error` and from the built-in exception that a caller would catch anyway.
 """
@@ -10,16 +10,22 @@ from __future__ import annotations
 __all__ = [
     "CompilationError",
     "Fa2Error",
+    "Fa2Warning",
     "InvalidArgument",
     "InvalidType",
     "LaunchError",
     "MissingDependency",
+    "NotTaken",
     "UnsupportedDevice",
 ]
 
 
 class Fa2Error(Exception):
     """Base of all errors raised by fa2cupy."""
+
+
+class Fa2Warning(RuntimeWarning):
+    """Something works, but not as well as it could; the message says what to do."""
 
 
 class InvalidArgument(Fa2Error, ValueError):
@@ -51,6 +57,10 @@ class CompilationError(Fa2Error, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments need help to cross a process pool
         return _rebuild_compilation_error, (self.message, self.log, self.context)
+
+
+class NotTaken(Fa2Error, RuntimeError):
+    """A call would have fallen back to another library's kernels, which FA2CUPY_STRICT=1 forbids."""
 
 
 class LaunchError(Fa2Error, RuntimeError):

@@ -6,13 +6,14 @@ Nothing is launched or allocated before all of them have passed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from fa2cupy import env
 from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
-from fa2cupy.frameworks import framework_of, jax
+from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import (
     ITEMSIZE,
     Device,
@@ -23,9 +24,10 @@ from fa2cupy.frameworks.base import (
     describe,
 )
 from fa2cupy.frameworks.dlpack import from_producer
+from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.frameworks.overlap import has_duplicates
-from fa2cupy.kernels.planner import bound_plan, plan_call
-from fa2cupy.operations import BACKWARD, Operation
+from fa2cupy.operations import Operation
+from fa2cupy.options import Options, RawOptions
 from fa2cupy.prepared import (
     PREPARED,
     PreparedCall,
@@ -34,31 +36,33 @@ from fa2cupy.prepared import (
     signature_key,
     workspace_block,
 )
-from fa2cupy.problem import AttentionProblem, Options, Sizes, check_dtypes
+from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
 
 __all__ = ["first_call"]
 
 Arrays = dict[str, Any]
 
 
-def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_options: tuple[Any, ...]) -> list[Any]:
+def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_options: RawOptions) -> list[Any]:
     options = Options.checked(*raw_options)
     named = dict(zip(operation.names(), raw_arrays, strict=True))
     framework, arrays = _one_framework(
-        {name: array for name, array in named.items() if array is not None or name in operation.inputs}
+        {name: array for name, array in named.items() if array is not None or name not in operation.outputs}
     )
     given = {name: arrays[name] for name in operation.outputs if name in arrays}
-    if framework.name == "JAX" and (given or workspace is not None):
+    if framework is JAX and (given or workspace is not None):
         name = next(iter(given), "workspace")
         raise InvalidArgument(
             f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
         )
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
-    device = _one_device(refs)
-    dtype = check_dtypes(refs, options)
-    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
-    for name in refs:
-        sizes.check_shape(name, refs[name].shape, options.layout)
+    device = _one_device({name: ref for name, ref in refs.items() if not is_traced(ref.owner)} or refs)
+    refs = {name: dataclasses.replace(ref, device=device) for name, ref in refs.items()}
+    dtype, sizes = _check_arrays(operation, refs, options)
+    if framework is JAX:  # XLA allocates and calls back for the computation
+        from fa2cupy.xla import door
+
+        return door.call(operation, arrays, options)
     framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
@@ -70,15 +74,14 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
             blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
             check_overlap([*blocks, block], {"workspace"})
         compute = host.backward if operation.is_backward else host.forward
-        results = compute(framework, arrays, sizes, dtype, options)
+        results = compute(framework, arrays, sizes, dtype, options, operation.extra)
         for array in given.values():
             framework.written(array)
         return results
     from fa2cupy.jit import driver
 
     driver.device_info(device.index)  # no driver, or a GPU that is too old, before anything is copied or allocated
-    if not isinstance(framework, GpuFramework):  # JAX: XLA allocates and calls back for the launch
-        return _call_jax(operation, framework, arrays, sizes, dtype, options, device)
+    assert isinstance(framework, GpuFramework)
     with driver.device_guard(device.index):
         arrays = _copy_where_needed(operation, framework, arrays, device)
     ordered = _ordered(operation, arrays)
@@ -135,6 +138,18 @@ def _one_device(refs: Mapping[str, TensorRef]) -> Device:
     return refs[first].device
 
 
+def _check_arrays(operation: Operation, refs: Mapping[str, TensorRef], options: Options) -> tuple[str, Sizes]:
+    """The dtype and the lengths of the problem; raises where dtypes or shapes do not fit together."""
+    dense = {name: ref for name, ref in refs.items() if name not in operation.extra}
+    dtype = check_dtypes(dense, options)
+    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+    for name, ref in dense.items():
+        sizes.check_shape(name, ref.shape, options.layout)
+    for name in operation.extra:
+        check_array(name, refs[name], sizes, dtype)
+    return dtype, sizes
+
+
 def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, TensorRef], given: Arrays) -> None:
     """What strides and pointers must fulfil."""
     for name, ref in refs.items():
@@ -163,7 +178,7 @@ def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, Tenso
 def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Arrays, device: Device) -> Arrays:
     """Copies of the inputs whose last dimension is not contiguous; the other arrays as they are."""
     copies: Arrays = {}
-    for name in operation.inputs:
+    for name in (*operation.inputs, *operation.extra):
         if not framework.has_contiguous_rows(arrays[name]) or not framework.is_strided_by_element(arrays[name]):
             if not framework.allocates_in_capture and framework.is_capturing(
                 framework.stream(device.index)(device.index), device.index
@@ -186,6 +201,7 @@ def _prepare(
     device: Device,
 ) -> PreparedCall:
     from fa2cupy.jit import driver
+    from fa2cupy.kernels.planner import bound_plan
 
     problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
     stream = framework.stream(device.index)
@@ -217,11 +233,12 @@ def _prepare(
         launchable=launchable,
         device_index=device.index,
         first_output=len(operation.inputs),
+        results=slice(len(operation.inputs), len(operation.inputs) + len(operation.outputs)),
         fresh=tuple(fresh),
         given=frozenset(name for name in operation.outputs if name in arrays),
         extents=tuple(framework.extent(arrays[name]) if name in arrays else None for name in names),
         workspace_bytes=needed,
-        takes_workspace=operation.is_backward,
+        takes_workspace=operation.is_backward or needed > 0,
         allocate_workspace=framework.allocator((needed,), "uint8", arrays["q"]),
         address=framework.address,
         no_capture=bool(fresh or needed) and not framework.allocates_in_capture,
@@ -242,44 +259,31 @@ def _problem(
 ) -> AttentionProblem:
     """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout, aligned."""
     tensors = {}
-    for name in operation.names():
+    for name in operation.inputs + operation.outputs:
         if name in arrays:
             ref = framework.ref(arrays[name], name)
         else:
             shape = sizes.shape(name, options.layout)
             ref = TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
         tensors["lse" if name == "lse_out" else name] = ref
-    return AttentionProblem.from_refs(tensors, sizes, dtype, options)
+    problem = AttentionProblem.from_refs(tensors, sizes, dtype, options)
+    if operation.extra or options.features:
+        extra = {name: framework.ref(arrays[name], name) for name in operation.extra}
+        problem = with_features(problem, {**dict(options.features), **extra})
+        assert problem.extra_arrays == operation.extra, "the specs of a problem stand in the order of the keywords"
+    return problem
 
 
-def _call_jax(
-    operation: Operation,
-    framework: Framework,
-    arrays: Arrays,
-    sizes: Sizes,
-    dtype: str,
-    options: Options,
-    device: Device,
-) -> list[Any]:
-    problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
-    launchable, needed = bound_plan(operation.name, problem, device.index, options.deterministic, env.kernel())
-    storage = framework.dtype(arrays["q"])
-    outputs = tuple(
-        (sizes.shape(name, options.layout), "float32" if name == "lse_out" else storage) for name in operation.outputs
-    )
-    workspace = needed if operation.is_backward else None
-    return jax.run(jax.Configuration(outputs, workspace, device.index, launchable), tuple(arrays.values()))
-
-
-def workspace_bytes(inputs: tuple[Any, Any, Any], raw_options: tuple[Any, ...]) -> int:
-    """Bytes of workspace that the backward of q, k, v needs."""
+def workspace_bytes(operation: Operation, raw_arrays: list[Any], raw_options: RawOptions) -> int:
+    """Bytes of workspace that the operation needs. `raw_arrays`: q, k, v and its extra inputs."""
     options = Options.checked(*raw_options)
-    framework, arrays = _one_framework(dict(zip(("q", "k", "v"), inputs, strict=True)))
+    framework, arrays = _one_framework(dict(zip(("q", "k", "v", *operation.extra), raw_arrays, strict=True)))
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
     device = _one_device(refs)
-    dtype = check_dtypes(refs, options)
-    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+    dtype, sizes = _check_arrays(operation, refs, options)
     if device.kind == "cpu":
         return 0
-    problem = _problem(BACKWARD, framework, arrays, sizes, dtype, options, device)
-    return plan_call(BACKWARD.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes
+    from fa2cupy.kernels.planner import plan_call
+
+    problem = _problem(operation, framework, arrays, sizes, dtype, options, device)
+    return plan_call(operation.name, problem, device.index, options.deterministic, env.kernel()).workspace_bytes

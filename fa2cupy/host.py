@@ -9,7 +9,8 @@ import numpy as np
 
 from fa2cupy import cpu
 from fa2cupy.frameworks.base import Framework
-from fa2cupy.problem import Options, Sizes, softmax_scale
+from fa2cupy.options import Options
+from fa2cupy.problem import Sizes, softmax_scale
 
 __all__ = ["backward", "forward"]
 
@@ -36,6 +37,11 @@ class _Host:
         in_order = self._options.layout == "bshd" or name in ("lse", "lse_out")
         return array if in_order else array.transpose(0, 2, 1, 3)
 
+    def features(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """What a call has beyond dense attention, by keyword: options, and the arrays called `names` as they are."""
+        arrays = {name: self._framework.to_numpy(self._arrays[name]) for name in names}
+        return {**dict(self._options.features), **arrays}
+
     def result(self, name: str) -> Any:
         """What the caller gets for the output `name`."""
         if name in self._arrays:
@@ -48,19 +54,35 @@ class _Host:
         return self._dtype
 
 
-def forward(framework: Framework, arrays: Mapping[str, Any], sizes: Sizes, dtype: str, options: Options) -> list[Any]:
-    """out, lse of q, k, v."""
+def forward(
+    framework: Framework,
+    arrays: Mapping[str, Any],
+    sizes: Sizes,
+    dtype: str,
+    options: Options,
+    extra: tuple[str, ...] = (),
+) -> list[Any]:
+    """out, lse of q, k, v and the `extra` arrays."""
     host = _Host(framework, arrays, sizes, dtype, options)
     q, k, v, out, lse = (host.tensor(name) for name in ("q", "k", "v", "out", "lse_out"))
-    cpu.forward(q, k, v, causal=options.causal, softmax_scale=softmax_scale(sizes, options), out=out, lse=lse)
+    scale = softmax_scale(sizes, options)
+    cpu.forward(q, k, v, causal=options.causal, softmax_scale=scale, out=out, lse=lse, **host.features(extra))
     return [host.result("out"), host.result("lse_out")]
 
 
-def backward(framework: Framework, arrays: Mapping[str, Any], sizes: Sizes, dtype: str, options: Options) -> list[Any]:
-    """dq, dk, dv of dout, q, k, v, out, lse."""
+def backward(
+    framework: Framework,
+    arrays: Mapping[str, Any],
+    sizes: Sizes,
+    dtype: str,
+    options: Options,
+    extra: tuple[str, ...] = (),
+) -> list[Any]:
+    """dq, dk, dv of dout, q, k, v, out, lse and the `extra` arrays."""
     host = _Host(framework, arrays, sizes, dtype, options)
     inputs = [host.tensor(name) for name in ("dout", "q", "k", "v", "out", "lse")]
     dq, dk, dv = (host.tensor(name) for name in ("dq", "dk", "dv"))
     scale = softmax_scale(sizes, options)
-    cpu.backward(*inputs, causal=options.causal, softmax_scale=scale, dq=dq, dk=dk, dv=dv)
+    features = host.features(extra)
+    cpu.backward(*inputs, causal=options.causal, softmax_scale=scale, dq=dq, dk=dk, dv=dv, **features)
     return [host.result(name) for name in ("dq", "dk", "dv")]

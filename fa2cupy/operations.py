@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 __all__ = ["BACKWARD", "FORWARD", "FORWARD_OUT", "Operation"]
 
@@ -12,20 +13,32 @@ class Operation:
     """The forward or the backward: its array arguments, in the order in which the kernels take their pointers.
 
     scratch: outputs that nobody gets unless they are given, so that memory is enough for them.
+    extra: further inputs, of the keywords beyond dense attention that a call was given, in the keyword table's order.
+    They stand behind the outputs, so that the pointers of dense attention keep their places.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     scratch: frozenset[str] = frozenset()
+    extra: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """Of all its arrays."""
-        return self.inputs + self.outputs
+        return self.inputs + self.outputs + self.extra
 
     @property
     def is_backward(self) -> bool:
         return self.name == "attention_backward"
+
+    def extended(self, extra: tuple[str, ...]) -> Operation:
+        """The operation with these further inputs; the same object for the same names, as a part of a call's key."""
+        return _extended(self, extra) if extra else self
+
+
+@functools.cache
+def _extended(operation: Operation, extra: tuple[str, ...]) -> Operation:
+    return replace(operation, extra=operation.extra + extra)
 
 
 FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"))

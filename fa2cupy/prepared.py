@@ -7,7 +7,6 @@ checked at every call.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import framework_of
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, Framework, GpuFramework, describe
 from fa2cupy.frameworks.overlap import Extent, has_duplicates, shares_memory
+from fa2cupy.locks import Lock
 from fa2cupy.operations import Operation
+from fa2cupy.options import RawOptions
 
 __all__ = [
     "PREPARED",
@@ -41,7 +42,7 @@ class PreparedCall:
     """Everything about one signature that does not depend on pointers.
 
     fresh: (position among all arrays, allocator, address of what it allocates) of each output not given.
-    extents: of all arrays, in pointer order; for new outputs None.
+    results: where the outputs are among all arrays. extents: of all arrays, in pointer order; for new outputs None.
     workspace_bytes: 0 if the kernels need none; takes_workspace: whether there is a pointer to one all the same.
     no_capture: it allocates what cannot be allocated inside a CUDA graph capture.
     is_current: whether `guard` has nothing to do.
@@ -53,6 +54,7 @@ class PreparedCall:
     launchable: Launchable
     device_index: int
     first_output: int
+    results: slice
     fresh: tuple[tuple[int, Callable[[], Any], Callable[[Any], int]], ...]
     given: frozenset[str]
     extents: tuple[Extent | None, ...]
@@ -77,10 +79,10 @@ class PreparedCall:
             with self.guard(self.device_index):
                 self._launch(arrays, pointers, workspace)
         if self.given:
-            for name, array in zip(operation.outputs, arrays[self.first_output :], strict=True):
+            for name, array in zip(operation.outputs, arrays[self.results], strict=True):
                 if name in self.given:
                     self.framework.written(array)
-        return arrays[self.first_output :]
+        return arrays[self.results]
 
     def _launch(self, arrays: list[Any], pointers: list[int], workspace: Any) -> None:
         """Allocate and launch. The device's context is current."""
@@ -125,7 +127,7 @@ class _PreparedCalls:
 
     def __init__(self, capacity: int) -> None:
         self._calls: dict[Any, PreparedCall] = {}
-        self._capacity, self._lock = capacity, threading.Lock()
+        self._capacity, self._lock = capacity, Lock()
         self.get = self._calls.get
 
     def put(self, key: Any, prepared: PreparedCall) -> None:
@@ -146,12 +148,13 @@ PREPARED = _PreparedCalls(MAX_PREPARED)
 framework_by_type: dict[type, GpuFramework] = {}  # types that a prepared call exists for
 
 
-def signature_key(operation: Operation, signature: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...]:
+def signature_key(operation: Operation, signature: tuple[Any, ...], options: RawOptions) -> tuple[Any, ...]:
     """The key of `PREPARED`. With types, since 1 == True: causal=1 is an error after causal=True too.
 
-    Of causal, softmax_scale and deterministic, that is: nothing but a string equals a layout or a dtype.
+    Of causal, softmax_scale and deterministic, that is: nothing but a string equals a layout or a dtype, and the values
+    of features were checked.
     """
-    return operation, options, type(options[0]), type(options[1]), type(options[-1]), signature
+    return operation, options, type(options[0]), type(options[1]), type(options[4]), signature
 
 
 def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:

@@ -2,131 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
-
-from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
-from fa2cupy.frameworks.base import TensorRef, describe
+from fa2cupy.checks import LAYOUTS
+from fa2cupy.declared import FLOAT32_ON_GPU
+from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks.base import TensorRef
+from fa2cupy.keywords import KEYWORDS
+from fa2cupy.options import Options
 from fa2cupy.spec import SoftmaxSpec, Spec
 
 __all__ = [
+    "ARRAY_RULES",
     "MAX_HEAD_DIM",
+    "MAX_LENGTH",
+    "SPECS",
+    "ArrayRule",
     "AttentionProblem",
-    "Options",
     "Sizes",
     "Strides",
-    "check_flag",
-    "unexpected_keyword",
+    "check_array",
+    "check_dtypes",
+    "softmax_scale",
+    "with_features",
 ]
 
 Strides = tuple[int, int, int]  # in elements, between (batch, seqlen, head) neighbours; lse: (batch, head, seqlen)
 
 MAX_HEAD_DIM = 256
 # Lengths, batch and heads: leaves the kernels' 32-bit counters room to round up to a tile. Offsets are 64-bit.
-_MAX_LENGTH = 2**30
-_LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
+MAX_LENGTH = 2**30
 _DTYPES = {"cuda": ("float16", "bfloat16"), "cpu": ("float16", "bfloat16", "float32", "float64")}
 # The kernels take the scale times log2(e) as float32.
 _MAX_GPU_SCALE = 2e38
-
-# What attention functions elsewhere call our keywords, and what they have that is not here yet.
-_RENAMED = {
-    "is_causal": "causal",
-    "scale": "softmax_scale",
-    "sm_scale": "softmax_scale",
-    "return_softmax_lse": "return_lse",
-    "return_attn_probs": "return_lse",
-    "lse": "lse_out",
-    "softmax_lse": "lse_out",
-}
-_NOT_YET = frozenset(
-    {"attn_mask", "bias", "mask", "dropout_p", "window_size", "softcap", "alibi_slopes", "enable_gqa", "block_table"}
-)
-
-
-def check_flag(name: str, value: object) -> bool:
-    """`value` as a bool; NumPy's bool is one."""
-    if value is True or value is False:
-        return value is True
-    if isinstance(value, np.bool_):
-        return bool(value)
-    raise InvalidType(f"{name}={value!r} is a {describe(value)}: True or False is needed")
-
-
-def unexpected_keyword(function: str, keywords: Mapping[str, object], allowed: tuple[str, ...]) -> Fa2Error:
-    """The error for keywords that `function` does not have."""
-    name = next(iter(keywords))
-    if name in _NOT_YET:
-        hint = (
-            "GQA needs no keyword: k and v may have fewer heads" if name == "enable_gqa" else "it is not supported yet"
-        )
-        return InvalidType(f"{function}() has no keyword {name!r}: {hint}; allowed: {', '.join(allowed)}")
-    close = [_RENAMED[name]] if _RENAMED.get(name) in allowed else difflib.get_close_matches(name, allowed, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
-    return InvalidType(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The keywords of a call, checked. `dtype` names what uint16 arrays hold, or is None."""
-
-    causal: bool
-    softmax_scale: float | None
-    layout: str
-    dtype: str | None
-    deterministic: bool = False
-
-    @classmethod
-    def checked(
-        cls, causal: object, softmax_scale: object, layout: object, dtype: object, deterministic: object = False
-    ) -> Options:
-        """From what the user gave, of any type."""
-        if not isinstance(layout, str):
-            raise InvalidType(f"layout={layout!r} is a {describe(layout)}: 'bshd' or 'bhsd' is needed")
-        if layout not in _LAYOUTS:
-            raise InvalidArgument(f"layout={layout!r} is unknown: 'bshd' or 'bhsd' is needed")
-        if dtype is not None and not isinstance(dtype, str):
-            raise InvalidType(
-                f"dtype={dtype!r} is a {describe(dtype)}: None, or 'bfloat16' for uint16 arrays, is needed"
-            )
-        return cls(
-            check_flag("causal", causal),
-            _checked_scale(softmax_scale),
-            layout,
-            dtype,
-            check_flag("deterministic", deterministic),
-        )
-
-    def dtype_of(self, ref: TensorRef) -> str:
-        """The dtype that the elements of a 16-bit array hold, for an argument whose own dtype may be uint16."""
-        return self.dtype if ref.dtype == "uint16" and self.dtype is not None else ref.dtype
-
-
-def _checked_scale(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, (bool, np.bool_)):
-        raise InvalidType(f"softmax_scale={value!r} is a bool: None or a real number is needed")
-    if not isinstance(value, (numbers.Real, np.floating, np.integer)):
-        if hasattr(value, "__dlpack__") or hasattr(value, "ndim"):
-            raise InvalidType(
-                f"softmax_scale is a {describe(value)}: a Python number is needed (reading an array from a GPU would "
-                "wait for it)"
-            )
-        raise InvalidType(f"softmax_scale={value!r} is a {describe(value)}: None or a real number is needed")
-    try:
-        scale = float(value)
-    except OverflowError:
-        scale = math.inf
-    if not math.isfinite(scale):
-        raise InvalidArgument(f"softmax_scale={value!r} is not supported: it must be finite")
-    return scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +67,18 @@ class Sizes:
         if shapes["k"][3] != head_dim:
             raise InvalidArgument(
                 f"k has head_dim {shapes['k'][3]} but q has {head_dim}: they must be equal "
-                f"(layout={layout!r} means {_LAYOUTS[layout]})"
+                f"(layout={layout!r} means {LAYOUTS[layout]})"
             )
         for axis, what in ((1, "seqlen"), (2, "num_heads")):
             if shapes["v"][axis] != shapes["k"][axis]:
                 raise InvalidArgument(
                     f"v has {what} {shapes['v'][axis]} but k has {shapes['k'][axis]}: they must be equal "
-                    f"(layout={layout!r} means {_LAYOUTS[layout]})"
+                    f"(layout={layout!r} means {LAYOUTS[layout]})"
                 )
         if num_heads % num_heads_k if num_heads_k else num_heads:
             raise InvalidArgument(
                 f"q has {num_heads} heads and k has {num_heads_k}: the number of query heads must be a multiple of the "
-                f"number of key heads (layout={layout!r} means {_LAYOUTS[layout]})"
+                f"number of key heads (layout={layout!r} means {LAYOUTS[layout]})"
             )
         for name, what, length in (
             ("q", "batch", batch),
@@ -176,8 +86,8 @@ class Sizes:
             ("k", "seqlen", seqlen_k),
             ("q", "num_heads", num_heads),
         ):
-            if length > _MAX_LENGTH:
-                raise InvalidArgument(f"{name} has {what} {length}, which is not supported: at most {_MAX_LENGTH}")
+            if length > MAX_LENGTH:
+                raise InvalidArgument(f"{name} has {what} {length}, which is not supported: at most {MAX_LENGTH}")
         return cls(batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v)
 
     def shape(self, name: str, layout: str) -> tuple[int, ...]:
@@ -220,8 +130,9 @@ def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
             if options.dtype != "bfloat16":
                 raise InvalidArgument(f"dtype={options.dtype!r} but {name} is uint16, which can only hold 'bfloat16'")
         elif ref.dtype not in _DTYPES[kind]:
-            later = " (for now)" if kind == "cuda" and ref.dtype in ("float32", "float64") else ""
-            raise InvalidType(f"{name} has dtype {ref.dtype}, which is not supported: {place}{later} {supported}")
+            if kind == "cuda" and ref.dtype in _DTYPES["cpu"]:
+                raise FLOAT32_ON_GPU.error(name=name, dtype=ref.dtype)
+            raise InvalidType(f"{name} has dtype {ref.dtype}, which is not supported: {place} {supported}")
         elif options.dtype not in (None, ref.dtype):
             raise InvalidArgument(
                 f"dtype={options.dtype!r} but {name} has dtype {ref.dtype}: dtype is for uint16 arrays"
@@ -233,20 +144,82 @@ def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
     return options.dtype_of(refs[first])
 
 
+@dataclass(frozen=True, slots=True)
+class ArrayRule:
+    """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
+
+    shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
+    dtypes: likewise, by the problem's dtype.
+    """
+
+    expected: str
+    shapes: Callable[[Sizes], Collection[tuple[int, ...]]]
+    dtypes: Callable[[str], Collection[str]]
+
+
+# By keyword.
+ARRAY_RULES: dict[str, ArrayRule] = {
+    "dlse": ArrayRule(
+        "(batch, num_heads, seqlen_q)",
+        lambda sizes: (sizes.shape("lse", "bshd"),),
+        lambda dtype: ("float64" if dtype == "float64" else "float32",),
+    ),
+}
+
+
+# By keyword: an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of it. Fields
+# with specs that have arrays stand in the order of the table of keywords.
+SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
+    "dlse": lambda problem, ref: replace(problem, softmax=SoftmaxSpec(_strides_of(ref), problem.empty_rows)),
+}
+
+
+def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> AttentionProblem:
+    """The problem with what a call asks for beyond dense attention. InvalidArgument for what no kernel can do yet."""
+    for name, value in given.items():
+        if name not in SPECS:
+            raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
+        problem = SPECS[name](problem, value)
+    arrays = [name for spec in problem.specs for name in spec.arrays()]
+    assert arrays == [name for name in given if KEYWORDS[name].check is None], "fields in another order than the table"
+    return problem
+
+
+def check_array(name: str, ref: TensorRef, sizes: Sizes, dtype: str) -> None:
+    """InvalidArgument or InvalidType unless the array fits its rule."""
+    rule = ARRAY_RULES[name]
+    if ref.shape not in rule.shapes(sizes):
+        raise InvalidArgument(f"{name} has shape {ref.shape}: {rule.expected} is needed")
+    if ref.dtype not in rule.dtypes(dtype):
+        raise InvalidType(f"{name} has dtype {ref.dtype}: {' or '.join(rule.dtypes(dtype))} is needed")
+
+
 def _bshd(name: str, shape: tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
     if len(shape) != 4:
-        hint = ""
-        if len(shape) == 2:
-            indices = "None, :, None, :" if layout == "bshd" else "None, None, :, :"
-            hint = f"; for one head of one sequence pass {name}[{indices}]"
-        elif len(shape) == 3:
-            indices = ":, :, None, :" if layout == "bshd" else ":, None, :, :"
-            hint = f"; pass {name}[None] for a batch of one, or {name}[{indices}] for one head"
+        hint = _rank_hint(name, shape, layout)
         raise InvalidArgument(
-            f"{name} has {len(shape)} dimensions, shape {shape}: 4 are needed, {_LAYOUTS[layout]}{hint}"
+            f"{name} has {len(shape)} dimensions, shape {shape}: 4 are needed, {LAYOUTS[layout]}{hint}"
         )
     batch, first, second, width = shape
     return (batch, first, second, width) if layout == "bshd" else (batch, second, first, width)
+
+
+def _rank_hint(name: str, shape: tuple[int, ...], layout: str) -> str:
+    """What an array of another rank than 4 may be, and how it is passed."""
+    if len(shape) == 2:
+        indices = "None, :, None, :" if layout == "bshd" else "None, None, :, :"
+        return f"; for one head of one sequence pass {name}[{indices}]"
+    if len(shape) != 3:
+        return ""
+    split = f"{name}.reshape({shape[0]}, {shape[1]}, num_heads, head_dim)"
+    split += "" if layout == "bshd" else " with layout='bshd'"
+    if shape[2] > MAX_HEAD_DIM:  # longer than any head: several side by side
+        return f"; if its last dimension holds all heads, pass {split}"
+    indices = ":, :, None, :" if layout == "bshd" else ":, None, :, :"
+    return (
+        f"; pass {name}[None] for a batch of one, {name}[{indices}] for one head, or {split} if its last dimension "
+        "holds all heads (packed sequences, with cu_seqlens_q and cu_seqlens_k, are not supported yet)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,10 +248,22 @@ class AttentionProblem:
     softmax: SoftmaxSpec | None = None
 
     @property
+    def empty_rows(self) -> int:
+        """Leading query rows that see no key. The kernels never see them."""
+        if self.seqlen_k == 0:
+            return self.seqlen_q
+        return max(0, self.seqlen_q - self.seqlen_k) if self.causal else 0
+
+    @property
     def specs(self) -> tuple[Spec, ...]:
         """Those that are there, in the order of the fields."""
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if isinstance(value, Spec))
+
+    @property
+    def extra_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays beyond those of dense attention, in the order of a call's pointers."""
+        return tuple(name for spec in self.specs for name in spec.arrays())
 
     def __str__(self) -> str:
         """Only what is there."""
@@ -321,9 +306,14 @@ def softmax_scale(sizes: Sizes, options: Options) -> float:
     return sizes.head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale
 
 
-def _kernel_strides(name: str, ref: TensorRef, layout: str) -> Strides:
+def _strides_of(ref: TensorRef) -> Strides:
+    """Of an array's first three dimensions. Those of size 1 are junk by contract in several libraries: never kept."""
     if 0 in ref.shape:
         return 0, 0, 0
-    # Strides of dimensions of size 1 are junk by contract in several libraries: never kept.
     first, second, third = (0 if n == 1 else s for n, s in zip(ref.shape[:3], ref.strides[:3], strict=True))
+    return first, second, third
+
+
+def _kernel_strides(name: str, ref: TensorRef, layout: str) -> Strides:
+    first, second, third = _strides_of(ref)
     return (first, second, third) if layout == "bshd" or name == "lse" else (first, third, second)

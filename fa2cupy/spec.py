@@ -51,7 +51,9 @@ class Spec:
 
     def arrays(self) -> tuple[str, ...]:
         """Names of its arrays, in the order in which a call hands over their pointers: behind those of dense attention,
-        spec by spec in the order of the problem's fields, in front of the workspace. Its block has a field for each."""
+        spec by spec in the order of the problem's fields (which is that of the keywords), in front of the workspace.
+        Its block has a field for each.
+        """
         return ()
 
     def objection(self, row: Row) -> str:

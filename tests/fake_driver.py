@@ -35,6 +35,12 @@ class Launch(ctypes.Structure):
     )
 
 
+class Load(ctypes.Structure):
+    """One recorded module: the context that it was loaded in, how its image starts, the function that was asked for."""
+
+    _fields_ = (("context", ctypes.c_uint64), ("image", ctypes.c_ubyte * 16), ("function", ctypes.c_char * 64))
+
+
 class FakeMap(ctypes.Structure):
     """What the fake driver writes as a tensor map: the arguments that it was given, and how many maps came before."""
 
@@ -75,6 +81,10 @@ class FakeDriver:
     @property
     def launches(self) -> list[Launch]:
         return list((Launch * 4096).in_dll(self.library, "fake_launches")[: self["launch_count"]])
+
+    @property
+    def loads(self) -> list[Load]:
+        return list((Load * 64).in_dll(self.library, "fake_loads")[: self["load_count"]])
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from fa2cupy.frameworks import CUPY
 from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
 from fa2cupy.kernels import planner
+from fa2cupy.kernels.common import pointer_names
 from fa2cupy.prepared import PREPARED
 from fa2cupy.problem import AttentionProblem
 
@@ -98,7 +99,11 @@ class Launch:
 
     def run(self) -> None:
         p = self.problem
-        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name != "workspace"}
+        extra = ("workspace", "dlse")
+        arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name not in extra}
+        if p.softmax is not None:
+            shape, steps = (p.batch, p.num_heads, p.seqlen_q), tuple(4 * step for step in p.softmax.dlse)
+            arrays["dlse"] = view(self.pointers["dlse"], shape, steps, np.float32)
         if "dout" not in arrays:
             cpu.forward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
         else:
@@ -117,7 +122,10 @@ class FakePlan:
 
     def bind(self, device_index: int) -> Any:
         self.gpu.binds += 1
-        names = FORWARD_NAMES if self.deterministic is None else (*BACKWARD_NAMES, "workspace")
+        names = FORWARD_NAMES if self.deterministic is None else BACKWARD_NAMES
+        names = pointer_names(self.problem, names)
+        if self.deterministic is not None or self.workspace_bytes:
+            names += ("workspace",)
 
         def launch(pointers: tuple[int, ...], stream: int) -> None:
             assert len(pointers) == len(names)
@@ -143,6 +151,7 @@ class FakeGpu:
     capturing: bool = False
     compute: bool = True
     workspace_bytes: int = 1024
+    forward_workspace_bytes: int = 0
     launches_of_plans: tuple[Any, ...] = ()
     binds: int = 0
     plans: list[FakePlan] = field(default_factory=list)
@@ -156,7 +165,7 @@ class FakeGpu:
     def plan_forward(
         self, problem: AttentionProblem, device: Any, family: str | None, compiler: Callable[[str], str]
     ) -> FakePlan:
-        return self._plan(problem, 0, None, family, compiler)
+        return self._plan(problem, self.forward_workspace_bytes, None, family, compiler)
 
     def plan_backward(
         self,

@@ -35,15 +35,24 @@ typedef struct {
 } Map;
 _Static_assert(sizeof(Map) == 128, "as long as a CUtensorMap");
 
-enum { kMaxLaunches = 4096, kMaxDevices = 4, kStackDepth = 8 };
+/* A module that was loaded: where, and how its image starts. Its handle is 0x9000 + its number. */
+typedef struct {
+  uint64_t context;
+  unsigned char image[16];
+  char function[64];
+} Load;
+
+enum { kMaxLaunches = 4096, kMaxLoads = 64, kMaxDevices = 4, kStackDepth = 8 };
 
 /* Set by the tests. */
 int fake_init_status, fake_version, fake_device_count, fake_launch_status, fake_set_attribute_status, fake_record;
-int fake_encode_status;
+int fake_encode_status, fake_load_status;
 int fake_cc[kMaxDevices][2];
 int fake_params_bytes;
 /* Read by the tests. */
 Launch fake_launches[kMaxLaunches];
+Load fake_loads[kMaxLoads];
+int fake_load_count, fake_init_count;
 int fake_launch_count, fake_retain_count, fake_push_count, fake_last_attribute[2], fake_encode_count;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -51,17 +60,21 @@ static __thread void* stack[kStackDepth];
 static __thread int depth;
 
 void fake_reset(void) {
-  fake_init_status = fake_encode_status = fake_launch_status = fake_set_attribute_status = 0;
+  fake_init_status = fake_encode_status = fake_load_status = fake_launch_status = fake_set_attribute_status = 0;
   fake_version = 12040;
   fake_device_count = 2;
   fake_record = 1;
   for (int i = 0; i < kMaxDevices; ++i) fake_cc[i][0] = 9, fake_cc[i][1] = 0;
   fake_params_bytes = 0;
+  fake_load_count = fake_init_count = 0;
   fake_launch_count = fake_retain_count = fake_push_count = fake_encode_count = depth = 0;
   fake_last_attribute[0] = fake_last_attribute[1] = 0;
 }
 
-CUresult cuInit(unsigned flags) { return flags ? 1 : fake_init_status; }
+CUresult cuInit(unsigned flags) {
+  ++fake_init_count;
+  return flags ? 1 : fake_init_status;
+}
 CUresult cuDriverGetVersion(int* version) { *version = fake_version; return 0; }
 CUresult cuDeviceGetCount(int* count) { *count = fake_device_count; return 0; }
 CUresult cuDeviceGet(int* device, int ordinal) {
@@ -117,6 +130,24 @@ CUresult cuFuncSetAttribute(void* function, int attribute, int value) {
   fake_last_attribute[0] = attribute;
   fake_last_attribute[1] = value;
   return depth ? fake_set_attribute_status : 201;
+}
+CUresult cuModuleLoadData(void** module, const unsigned char* image) {
+  if (!depth) return 201;
+  if (fake_load_status) return fake_load_status;
+  pthread_mutex_lock(&mutex);
+  const int number = fake_load_count++ % kMaxLoads;
+  fake_loads[number].context = (uint64_t)(uintptr_t)stack[depth - 1];
+  memcpy(fake_loads[number].image, image, sizeof fake_loads[number].image);
+  pthread_mutex_unlock(&mutex);
+  *module = (void*)(uintptr_t)(0x9000 + number);
+  return 0;
+}
+CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
+  const uintptr_t number = (uintptr_t)module - 0x9000;
+  if (number >= kMaxLoads) return 1;
+  strncpy(fake_loads[number].function, name, sizeof fake_loads[number].function - 1);
+  *function = (void*)(0xA000 + number);
+  return 0;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** params, void** extra) {
   if (!fake_record) return fake_launch_status;

@@ -13,9 +13,8 @@ import pytest
 
 import fa2cupy
 import fa2cupy.jit
-from fa2cupy.errors import InvalidArgument
-from fa2cupy.jit import compiler
-from fa2cupy.kernels import planner
+from fa2cupy import log
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.prepared import PREPARED
 from tests.dlpack_producer import Producer
 from tests.fake_gpu import FakeGpu, FakePlan, aligned_empty, cupy_array, host_view, to_cupy
@@ -561,7 +560,7 @@ def test_kernel_family_reaches_the_plan(gpu: FakeGpu, monkeypatch: pytest.Monkey
         assert gpu.plans[-1].family == family
 
 
-GOOD, BAD = "13.0.88 CL-1", "12.8.93 CL-2"
+GOOD, BAD = "13.0.88 CL-1", "11.8.89 CL-2"
 
 
 @pytest.fixture
@@ -570,7 +569,7 @@ def wgmma(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     builds = [GOOD]
     gpu.compute, gpu.launches_of_plans = False, (SimpleNamespace(arch="sm_90a"),)
     monkeypatch.setattr(fa2cupy.jit, "expected_nvrtc_build", lambda: builds[-1])
-    planner._warn_once.cache_clear()
+    log.warn_once.cache_clear()
     return builds
 
 
@@ -594,17 +593,17 @@ def test_bad_nvrtc_means_sm80_kernels_and_one_warning(gpu: FakeGpu, wgmma: list[
         warnings.simplefilter("always")
         forwards(3)
     (warning,) = caught
-    assert warning.category is RuntimeWarning
-    for words in ("NVRTC 12.8.93", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
+    assert warning.category is fa2cupy.Fa2Warning
+    for words in ("NVRTC 11.8.89", "sm_80 kernels are used", "12.9.86 or newer", "pip install"):
         assert words in str(warning.message)
     assert gpu.binds == 3
-    assert [plan.objection for plan in gpu.plans if not plan.launches] == [compiler.wgmma_objection(BAD)] * 3
+    assert [plan.objection for plan in gpu.plans if not plan.launches] == [fa2cupy.jit.wgmma_objection(BAD)] * 3
 
 
 def test_bad_nvrtc_that_is_asked_for(gpu: FakeGpu, wgmma: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wgmma.append(BAD)
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm90")
-    with pytest.warns(RuntimeWarning, match=r"NVRTC 12\.8\.93.* but FA2CUPY_KERNEL=sm90 asks for it"):
+    with pytest.warns(RuntimeWarning, match=r"NVRTC 11\.8\.89.* but FA2CUPY_KERNEL=sm90 asks for it"):
         forwards(2)
     assert gpu.binds == 2 and all(plan.launches for plan in gpu.plans)
 
@@ -623,15 +622,15 @@ def test_nvrtc_that_is_not_the_one_remembered(gpu: FakeGpu, wgmma: list[str], mo
     assert gpu.binds == 2 and not gpu.plans[-1].launches
 
 
-def test_debug_prints_each_plan_once(
-    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_debug_logs_each_plan_once(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu.compute = False
     monkeypatch.setenv("FA2CUPY_DEBUG", "1")
     q = cupy_array((1, 6, 1, 16), np.float16)
     fa2cupy.attention(q, q, q)
     fa2cupy.attention(q, q, q)
-    assert capsys.readouterr().err.count("AttentionProblem(") == 1
+    assert [record.name for record in caplog.records if "AttentionProblem(" in record.message] == ["fa2cupy"]
 
 
 def test_threads(gpu: FakeGpu) -> None:
@@ -679,3 +678,65 @@ def test_results_keep_the_name_of_their_dtype(gpu: FakeGpu) -> None:
         out = fa2cupy.attention(array, array, array, **keywords)
         assert out.dtype == array.dtype
         assert dtype_name(out) == "bfloat16"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention_vjp
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_vjp(gpu: FakeGpu, layout: str, on_gpu: bool) -> None:
+    """What attention returns, and attention_backward with the same options."""
+    x = make_inputs(21, 5, 7, dtype="float16", heads=(4, 2), head_dim=16)
+    q, k, v, dout = (a if layout == "bshd" else np.ascontiguousarray(a.transpose(0, 2, 1, 3)) for a in x)
+    if on_gpu:
+        q, k, v, dout = map(to_cupy, (q, k, v, dout))
+    options = {"causal": True, "softmax_scale": 0.3, "layout": layout}
+    out, lse = fa2cupy.attention(q, k, v, return_lse=True, **options)
+    wanted = fa2cupy.attention_backward(dout, q, k, v, out, lse, deterministic=True, **options)
+    got, pullback = fa2cupy.attention_vjp(q, k, v, deterministic=True, **options)
+    (_, same), _ = fa2cupy.attention_vjp(q, k, v, return_lse=True, **options)
+    see = host_view if on_gpu else np.asarray
+    assert type(got) is type(q) and (see(got) == see(out)).all() and (see(same) == see(lse)).all()
+    for _ in range(2):
+        for mine, other in zip(pullback(dout), wanted, strict=True):
+            assert type(mine) is type(q) and (see(mine) == see(other)).all()
+    if on_gpu:
+        assert gpu.last.deterministic
+    with_dlse = fa2cupy.attention_backward(dout, q, k, v, out, lse, dlse=lse, **options)
+    for mine, other in zip(pullback(dout, lse), with_dlse, strict=True):
+        assert (see(mine) == see(other)).all()
+    assert (see(with_dlse[0]) != see(wanted[0])).any()
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(5, 7), (7, 5), (1, 3), (4, 0)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_dlse_of_any_strides(gpu: FakeGpu, seqlen_q: int, seqlen_k: int, order: tuple[int, ...]) -> None:
+    """On a GPU its strides reach the kernels; rows that see no key take nothing of it, whatever it is there."""
+    x = make_inputs(22, seqlen_q, seqlen_k, dtype="float16", heads=(4, 2), head_dim=16)
+    dlse = np.random.default_rng(23).standard_normal((x.q.shape[0], 4, seqlen_q)).astype(np.float32)
+    wanted = expect(*x, causal=True, dlse=dlse)
+    dlse[:, :, : max(0, seqlen_q - seqlen_k) if seqlen_k else seqlen_q] = np.nan
+    for place in (np.asarray, to_cupy):
+        q, k, v, dout = map(place, x)
+        out, lse = fa2cupy.attention(q, k, v, causal=True, return_lse=True)
+        given = dlse.transpose(order).copy().transpose(np.argsort(order))
+        if place is to_cupy:
+            given = to_cupy(dlse, order=order)
+        results = fa2cupy.attention_backward(dout, q, k, v, out, lse, causal=True, dlse=given)
+        see = host_view if place is to_cupy else np.asarray
+        wanted.check(**{name: see(array) for name, array in zip(("dq", "dk", "dv"), results, strict=True)})
+    assert gpu.last.problem.softmax is not None and "dlse" in gpu.last.pointers
+
+
+def test_dlse_is_checked() -> None:
+    q = np.ones((1, 3, 2, 8), np.float16)
+    out, lse = fa2cupy.attention(q, q, q, return_lse=True)
+    _, pullback = fa2cupy.attention_vjp(q, q, q)
+    with pytest.raises(InvalidArgument, match=r"dlse has shape \(1, 3, 2\): \(batch, num_heads, seqlen_q\) is needed"):
+        pullback(out, lse.transpose(0, 2, 1))
+    with pytest.raises(InvalidType, match="dlse has dtype float64: float32 is needed"):
+        pullback(out, lse.astype(np.float64))
+    with pytest.raises(InvalidType, match="dlse is a float"):
+        pullback(out, 1.0)

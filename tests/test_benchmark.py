@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import bench, cases, host_cost, peers, plot, results, timing, variants
+from benchmarks import against, bench, cases, host_cost, peers, plot, results, timing, variants
 from benchmarks.cases import Case
 from fa2cupy import jit
 from fa2cupy.jit import driver
@@ -74,7 +75,7 @@ def test_kernel_family_is_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
     assert peers.kernel_family(case) == "sm80"
     monkeypatch.delenv("FA2CUPY_KERNEL")
-    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "12.6.85 CL-1")
+    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "11.8.89 CL-1")
     with warnings.catch_warnings(record=True):
         assert peers.kernel_family(case) == "sm80"
 
@@ -384,6 +385,136 @@ def test_arguments_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_whole_run_fits_a_command_of_ten_minutes() -> None:
     seconds = bench.estimated_seconds(cases.grid(), libraries=5, bursts=8, burst_ms=20.0)
     assert 60 < seconds < 400
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two commits
+
+
+def _repeats(*changes: dict[str, float]) -> list[dict[str, tuple[float, float]]]:
+    """Repeats of the grid in which both take as long, but for the named cells: ours takes as much more."""
+    return [
+        {c.label: (case_ms * change.get(c.label, change.get(c.mode, 1.0)), case_ms) for c in cases.grid()}
+        for change in changes
+        for case_ms in (2.0,)
+    ]
+
+
+def test_level_is_within_half_a_percent_and_without_a_lost_cell() -> None:
+    first, other = cases.grid()[0].label, cases.grid()[1].label
+    same = against.judge(_repeats({}, {}, {}))
+    assert same.ok and same.directions == pytest.approx({"fwd": 1.0, "bwd": 1.0}) and str(same).endswith("\nlevel")
+    # a mean: 0.4% is level, 0.6% is not, in one direction alone; faster is no objection
+    assert against.judge(_repeats(*[{"bwd": 1.004}] * 3)).ok
+    slower = against.judge(_repeats(*[{"bwd": 1.006}] * 3))
+    assert not slower.ok and slower.slower == ("bwd",) and slower.lost == ()
+    assert "bwd, mean of 36 cells: 0.9940 of the other's speed, slower" in str(slower)
+    assert str(slower).endswith("\nNOT LEVEL")
+    faster = against.judge(_repeats(*[{"fwd": 0.9}] * 3))
+    assert faster.ok and "fwd, mean of 36 cells: 1.1111 of the other's speed, faster" in str(faster)
+    # a cell: by more than 1.5% in every repeat
+    lost = against.judge(_repeats(*[{first: 1.016, other: 1.014}] * 3))
+    assert lost.lost == (first,) and not lost.ok and not lost.slower and f"lost: {first}: 0.98" in str(lost)
+    assert against.judge(_repeats({first: 1.02}, {first: 1.2}, {first: 1.014})).ok
+    assert against.judge(_repeats(*[{first: 0.5}] * 3)).ok
+    for wrong in ([], [*_repeats({}), {first: (1.0, 1.0)}]):
+        with pytest.raises(ValueError, match="the same cells"):
+            against.judge(wrong)
+
+
+def test_both_trees_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tree's calls are the other's: each package is asked for its own, and checked against the other."""
+    clock = FakeClock({"fa2cupy": 2.0, "fa2cupy_other": 1.0}, {"fa2cupy": 0.01, "fa2cupy_other": 0.01})
+    packages = clock.contestants()
+    checked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(peers, "make_tensors", lambda case: None)
+    monkeypatch.setattr(peers, "ours", lambda case, tensors, package: package)
+    monkeypatch.setattr(bench, "check_agreement", lambda case, calls, names, ours: checked.append((*names, *ours)))
+    chosen = cases.grid()[:2]
+    times = bench.measure_against(chosen, clock, 4, 12.0, packages)
+    assert list(times) == [c.label for c in chosen]
+    assert all(1.9 < one / other < 2.1 for one, other in times.values())
+    assert checked == [("fa2cupy", "fa2cupy_other", "fa2cupy")] * 2
+
+
+def test_three_repeats_of_the_grid_fit_four_minutes() -> None:
+    args = bench.parse(["--against", "HEAD"])
+    seconds = bench.estimated_seconds(args.selected, 2, args.bursts, args.burst_ms, min_calls=bench.AGAINST_CALLS)
+    assert len(args.selected) == 72 and 60 < against.REPEATS * seconds < 240
+    with pytest.raises(SystemExit):
+        bench.parse(["--json", "x.json"])
+
+
+def test_another_tree_is_imported_beside_ours(tmp_path: Path) -> None:
+    """Under a name of its own, late imports and all, and with its own CUDA sources."""
+    tree = tmp_path / "tree"
+    for folder in ("fa2cupy", "cuda_src"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "cuda_src" / "mark.cu").write_text("// theirs\n")
+    (tree / "fa2cupy" / "late.py").write_text("def module():\n    from fa2cupy.jit import source\n    return source\n")
+    program = (
+        "import sys\n"
+        "from benchmarks import against\n"
+        "import fa2cupy\n"
+        f"other, name = against.load({str(tree)!r})\n"
+        "from fa2cupy_other import late\n"
+        "from fa2cupy.jit import source\n"
+        "import numpy as np\n"
+        "q = np.random.default_rng(0).standard_normal((1, 8, 2, 16)).astype(np.float16)\n"
+        "assert (other.attention(q, q, q) == fa2cupy.attention(q, q, q)).all()\n"
+        "files = {m.__name__: getattr(m, '__file__', None) or '' for m in list(sys.modules.values())}\n"
+        "own = [name for name, file in files.items() if 'against-' in file]\n"
+        "assert own and all(n.startswith('fa2cupy_other') for n in own), own\n"
+        "assert late.module() is not source and other is not fa2cupy\n"
+        "assert late.module().load('mark.cu').code == b'// theirs\\n'\n"
+        "print(name, late.module().__name__, source.root(), late.module().root().parent)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    name, module, ours, theirs = done.stdout.split()
+    assert (name, module, ours) == (str(tree), "fa2cupy_other.jit.source", str(ROOT / "cuda_src"))
+    assert not Path(theirs).exists(), "the copy goes with the process"
+
+
+def test_neither_a_commit_nor_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"neither a directory nor a commit|git cannot be asked"):
+        against._copy("no-such-commit", tmp_path)
+    with pytest.raises(SystemExit, match="no package fa2cupy"):
+        against._copy(str(tmp_path), tmp_path)
+
+
+def test_host_cost_of_two_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, each kind of array; a backward's calls are fewer, since it is of several launches."""
+    clock = [0.0]
+    calls: Counter[str] = Counter()
+
+    def call(name: str, us: float) -> Callable[[int], None]:
+        def one(number: int) -> None:
+            calls[name] += 1
+            clock[0] += us / 1e6
+
+        return one
+
+    def contestants(packages: dict[str, object]) -> dict[str, Callable[[int], None]]:
+        return {
+            f"{mode}:{package}, {kind}": call(f"{mode}:{package}, {kind}", us * (1.02 if "other" in package else 1))
+            for mode, us in (("fwd", 15.0), ("bwd", 40.0))
+            for kind in ("torch tensors", "CuPy arrays")
+            for package in packages
+        }
+
+    monkeypatch.setattr(host_cost, "contestants", contestants)
+    packages = {"fa2cupy": None, "fa2cupy_other": None}
+    repeats = host_cost.compare(packages, lambda: None, 2, lambda: clock[0])
+    assert len(repeats) == against.REPEATS
+    assert list(repeats[0]) == ["fwd:torch tensors", "fwd:CuPy arrays", "bwd:torch tensors", "bwd:CuPy arrays"]
+    assert repeats[0]["bwd:CuPy arrays"] == pytest.approx((40.0, 40.8))
+    assert calls["fwd:fa2cupy, CuPy arrays"] == 3 * 4 * host_cost.CALLS
+    assert calls["bwd:fa2cupy_other, CuPy arrays"] == 3 * 4 * host_cost.BACKWARD_CALLS
+    verdict = against.judge(repeats)
+    assert verdict.ok and verdict.directions == pytest.approx({"fwd": 1.02, "bwd": 1.02})
+    swapped = against.judge([{name: (b, a) for name, (a, b) in each.items()} for each in repeats])
+    assert swapped.slower == ("fwd", "bwd") and len(swapped.lost) == 4
 
 
 def test_variants_multiply_out() -> None:

@@ -52,7 +52,7 @@ def test_demo_without_matplotlib_and_tqdm(
 def test_demo_takes_the_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _hide(monkeypatch, "cupy")
     backend, why = demo.choose_backend("auto")
-    assert not backend.is_gpu and "CuPy cannot be imported" in why
+    assert not backend.is_gpu and "CuPy is not installed" in why
     with pytest.raises(UnsupportedDevice, match="--device gpu"):
         demo.choose_backend("gpu")
 
@@ -62,7 +62,7 @@ def test_demo_reports_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     x = np.ones((1, 64, 4, 32), np.float32)
     call = byte_model.AttentionCall(x, x, x, x, np.full((1, 4, 64), 5, np.float32), x, x, x, x)
-    said = demo.draw(tmp_path / "file" / "picture.png", [1.0], call, b"x" * 64)
+    said = demo.draw(tmp_path / "file" / "picture.png", [1.0], 1, call, b"x" * 64)
     assert "cannot be written" in said and "--output" in said
 
 

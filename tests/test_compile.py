@@ -1,4 +1,5 @@
-"""Every row of the tile tables compiles, without a spill that its row does not declare, and without a warning.
+"""Every row of the tile tables compiles, without a spill that its row does not declare, and without a warning, to the
+binary that it was (digests.py).
 
 With NVRTC 12.9 and 13.0, whichever CuPy is installed (`python -m tests.nvrtc` fetches what is missing), and without a
 GPU. `make test` compiles a sample (compile_worker.in_sample), `make compile-all` everything; the kernel cache keeps it.
@@ -6,7 +7,6 @@ GPU. `make test` compiles a sample (compile_worker.in_sample), `make compile-all
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,8 +18,8 @@ import pytest
 from fa2cupy.jit import DeviceInfo, compile_many
 from fa2cupy.kernels import CompileJob, plan_backward, plan_forward
 from fa2cupy.problem import AttentionProblem
-from tests import nvrtc
-from tests.compile_worker import ARCHS
+from tests import digests, nvrtc
+from tests.compile_worker import ARCHS, compile_rows
 
 # Largest dynamic plus static shared memory of a block, bytes (CUDA C++ Programming Guide, compute capabilities).
 SHARED_MEMORY = {
@@ -35,24 +35,6 @@ SHARED_MEMORY = {
 each_nvrtc_and_arch = pytest.mark.parametrize(
     ("release", "arch"), [(release, arch) for arch in ARCHS for release in nvrtc.DISTRIBUTIONS]
 )
-
-
-def compile_rows(release: str, arch: str, which: str) -> list[dict[str, Any]]:
-    library = nvrtc.library(release)
-    assert library is not None, f"NVRTC {release} is not here: {sys.executable} -m tests.nvrtc"
-    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    # Keeps the cache's note of "the NVRTC that this environment finds" to this folder.
-    paths = [str(library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
-    worker = subprocess.run(
-        [sys.executable, "-m", "tests.compile_worker", str(library.parent), release, arch, which, str(threads)],
-        env={**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(path for path in paths if path)},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert worker.returncode == 0, worker.stderr
-    return [json.loads(line) for line in worker.stdout.splitlines()]
 
 
 def objections(row: dict[str, Any]) -> list[str]:
@@ -71,21 +53,23 @@ def objections(row: dict[str, Any]) -> list[str]:
     return [f"{row['arch']} {row['name']} {row['label']}: {objection}" for objection in found]
 
 
-def check(rows: list[dict[str, Any]]) -> None:
+def check(release: str, arch: str, which: str) -> None:
+    build, rows = compile_rows(release, arch, which)
     assert rows
     found = [objection for row in rows for objection in objections(row)]
+    found += digests.objections(build, arch, rows)
     assert not found, "\n" + "\n".join(found)
 
 
 @each_nvrtc_and_arch
 def test_sample_of_rows(release: str, arch: str) -> None:
-    check(compile_rows(release, arch, "sample"))
+    check(release, arch, "sample")
 
 
 @pytest.mark.slow
 @each_nvrtc_and_arch
 def test_all_rows(release: str, arch: str) -> None:
-    check(compile_rows(release, arch, "all"))
+    check(release, arch, "all")
 
 
 @pytest.mark.parametrize("swapped", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -377,17 +377,28 @@ def test_results_go_where_they_are_wanted(dtype, layout):
 # Properties
 
 
+@pytest.mark.parametrize("with_dlse", [False, True])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k", "causal"), [(6, 9, False), (6, 9, True), (9, 6, True)])
-def test_gradients_are_finite_differences(seqlen_q, seqlen_k, causal):
-    q, k, v, dout = inputs = make_inputs(2, seqlen_q, seqlen_k, dtype="float64", heads=(4, 2), head_dim=5, head_dim_v=4)
-    results = run(inputs, causal, 0.8)
+def test_gradients_are_finite_differences(seqlen_q, seqlen_k, causal, with_dlse):
+    q, k, v, dout = make_inputs(2, seqlen_q, seqlen_k, dtype="float64", heads=(4, 2), head_dim=5, head_dim_v=4)
+    options = {"causal": causal, "softmax_scale": 0.8}
+    out, lse = cpu.forward(q, k, v, **options)
+    seen = np.isfinite(lse)  # the other rows have no key: whatever dlse is there, it is not read
+    dlse = np.where(seen, np.random.default_rng(3).standard_normal(lse.shape), np.nan) if with_dlse else None
+    gradients = cpu.backward(dout, q, k, v, out, lse, dlse=dlse, **options)
+    results = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+    def loss(q, k, v):
+        out, lse = cpu.forward(q, k, v, **options)
+        return np.sum(dout * out) + (np.sum((dlse * lse)[seen]) if with_dlse else 0)
+
     for n, name in enumerate(("dq", "dk", "dv")):
         for place in np.random.default_rng(n).permutation(results[name].size)[:25]:
             losses = []
             for step in (1e-5, -1e-5):
                 moved = [x.copy() for x in (q, k, v)]
                 moved[n].flat[place] += step
-                losses.append(np.sum(dout * cpu.forward(*moved, causal=causal, softmax_scale=0.8)[0]))
+                losses.append(loss(*moved))
             assert results[name].flat[place] == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6, abs=1e-8)
 
 

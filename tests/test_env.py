@@ -40,6 +40,15 @@ def test_debug_that_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         env.debug()
 
 
+def test_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.strict() is False
+    monkeypatch.setenv("FA2CUPY_STRICT", "1")
+    assert env.strict() is True
+    monkeypatch.setenv("FA2CUPY_STRICT", "very")
+    with pytest.raises(InvalidArgument, match="FA2CUPY_STRICT='very' is not understood"):
+        env.strict()
+
+
 def test_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.kernel() is None
     for value, expected in (("sm80", "sm80"), ("sm90", "sm90"), (" SM90 ", "sm90"), ("", None)):

@@ -85,6 +85,7 @@ def backward_fails(kind: type[Fa2Error], *words: str, **arguments: Any) -> None:
         ((5, 16), "{}[None, :, None, :]"),
         ((2, 5, 16), "{}[:, :, None, :]"),
         ((2, 5, 16), "{}[None]"),
+        ((2, 5, 16), "{}.reshape(2, 5, num_heads, head_dim) if its last dimension holds all heads"),
         ((2, 5, 4, 16, 1), "(batch, seqlen, num_heads, head_dim)"),
         ((), "4 are needed"),
     ],
@@ -92,6 +93,15 @@ def backward_fails(kind: type[Fa2Error], *words: str, **arguments: Any) -> None:
 def test_rank(make: Any, name: str, shape: tuple[int, ...], hint: str) -> None:
     words = name, f"{len(shape)} dimensions", str(shape), hint.format(name)
     fails(InvalidArgument, *words, **inputs(make, **{name: shape}))
+
+
+def test_all_heads_in_one_dimension(make: Any) -> None:
+    """(batch, seqlen, num_heads * head_dim), as a projection leaves it, is neither one head nor a batch of one."""
+    for layout, named in (("bshd", ""), ("bhsd", " with layout='bshd'")):
+        with pytest.raises(InvalidArgument) as caught:
+            fa2cupy.attention(**inputs(make, q=(2, 5, 512)), layout=layout)
+        assert f"pass q.reshape(2, 5, num_heads, head_dim){named}" in str(caught.value)
+        assert "None" not in str(caught.value)
 
 
 def test_rank_hint_follows_the_layout(make: Any) -> None:
@@ -307,35 +317,6 @@ def test_layout(make: Any) -> None:
     fails(InvalidArgument, "layout='BSHD'", "'bshd' or 'bhsd'", **inputs(make), layout="BSHD")
     for value in (None, 5, ["bshd"]):
         fails(InvalidType, f"layout={value!r}", "'bshd' or 'bhsd'", **inputs(make), layout=value)
-
-
-@pytest.mark.parametrize(
-    ("keyword", "words"),
-    [
-        ("is_causal", ("did you mean 'causal'?",)),
-        ("scale", ("did you mean 'softmax_scale'?",)),
-        ("sm_scale", ("did you mean 'softmax_scale'?",)),
-        ("softmax_scal", ("did you mean 'softmax_scale'?",)),
-        ("lse", ("did you mean 'lse_out'?",)),
-        ("dropout_p", ("not supported yet", "allowed: causal")),
-        ("attn_mask", ("not supported yet",)),
-        ("window_size", ("not supported yet",)),
-        ("enable_gqa", ("k and v may have fewer heads",)),
-        ("zzz", ("allowed: causal, softmax_scale, layout",)),
-    ],
-)
-def test_unknown_keywords(make: Any, keyword: str, words: tuple[str, ...]) -> None:
-    fails(InvalidType, "attention() ", repr(keyword), *words, **inputs(make), **{keyword: True})
-
-
-def test_unknown_keywords_of_the_others(make: Any) -> None:
-    backward_fails(
-        InvalidType, "attention_backward()", "did you mean 'causal'?", **backward_inputs(make), is_causal=True
-    )
-    size = fa2cupy.backward_workspace_bytes
-    fails(
-        InvalidType, "backward_workspace_bytes()", "did you mean 'causal'?", call=size, **inputs(make), is_causal=True
-    )
 
 
 def test_an_option_is_checked_after_an_equal_one_was_seen(gpu: FakeGpu) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,12 +41,35 @@ print(out.dtype, bits.dtype, set(bits.ravel().tolist()) == {{0x3F80}})
     assert run(code.format(libraries=LIBRARIES)) == "float16 uint16 True"
 
 
+def test_doors_are_offered_when_they_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fa2cupy.torch` after `import fa2cupy` alone: imported when it is asked for, unknown where it does not exist."""
+    import fa2cupy
+
+    missing = [door for door in fa2cupy._DOORS if not (Path(fa2cupy.__file__).parent / door).exists()]
+    monkeypatch.setattr(fa2cupy, "_DOORS", (*fa2cupy._DOORS, "door_one", "door_two", "door_three"))
+    monkeypatch.setattr(fa2cupy, "__path__", [*fa2cupy.__path__, str(tmp_path)])
+    (tmp_path / "door_one.py").write_text("opened = True\n")
+    (tmp_path / "door_three.py").write_text("import no_such_framework\n")
+    assert {"door_one", "door_three", "attention", "__version__"} <= set(dir(fa2cupy))
+    assert not {"door_two", *missing} & set(dir(fa2cupy))
+    assert "fa2cupy.door_one" not in sys.modules
+    assert fa2cupy.door_one.opened  # type: ignore[attr-defined]
+    for name in ("door_two", "no_door", *missing):
+        with pytest.raises(AttributeError, match=f"module 'fa2cupy' has no attribute '{name}'"):
+            getattr(fa2cupy, name)
+    with pytest.raises(ModuleNotFoundError, match="no_such_framework"):
+        fa2cupy.door_three  # type: ignore[attr-defined]  # noqa: B018
+    del sys.modules["fa2cupy.door_one"], fa2cupy.door_one  # type: ignore[attr-defined]
+
+
 def test_public_names() -> None:
     import fa2cupy
+    from fa2cupy.keywords import FUNCTIONS
 
     for name in fa2cupy.__all__:
         assert getattr(fa2cupy, name) is not None
-    for function in (fa2cupy.attention, fa2cupy.attention_backward, fa2cupy.backward_workspace_bytes):
+    for name in FUNCTIONS:
+        function = getattr(fa2cupy, name)
         first, second = (function.__doc__ or "").splitlines()[:2]
         assert 'Layout "bshd"' in first
         assert "bottom-right" in second

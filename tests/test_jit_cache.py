@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 import warnings
@@ -17,7 +16,8 @@ from typing import Any
 import pytest
 
 import fa2cupy
-from fa2cupy.jit import cache, compiler
+from fa2cupy.errors import MissingDependency
+from fa2cupy.jit import cache, compiler, nvrtc
 from fa2cupy.jit.cache import DiskCache, cache_key, open_cache
 from fa2cupy.jit.compiler import Cubin, KernelResources
 from fa2cupy.jit.source import Source
@@ -72,20 +72,111 @@ def test_ptx_round_trip(directory: Path) -> None:
     assert entry.cubin == ptx
 
 
-def test_only_the_owner_may_look(directory: Path) -> None:
-    old = os.umask(0)
+def modes(path: Path) -> list[int]:
+    return [each.stat().st_mode & 0o777 for each in (path, *sorted(path.iterdir()))]
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"),
+    [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0, 0o755, 0o644), (0o027, 0o750, 0o640)],
+)
+def test_fault_modes_follow_the_umask_and_never_let_others_write(
+    directory: Path, umask: int, folder: int, file: int
+) -> None:
+    """A cache that root fills and ships is for everybody, or, with another umask, for nobody else."""
+    old = os.umask(umask)
     try:
-        path = stored(directory)
+        stored(directory)
+        with open_cache().lock(KEY):
+            assert modes(directory) == [folder, file, file, file]
     finally:
         os.umask(old)
-    assert directory.stat().st_mode & 0o777 == 0o700
-    assert path.stat().st_mode & 0o077 == 0
 
 
-def test_missing_parents_are_private_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_parents_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FA2CUPY_CACHE_DIR", str(tmp_path / "a" / "b" / "c"))
     assert open_cache().directory == tmp_path / "a" / "b" / "c"
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a").stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.parametrize("what", ["record", "binary"])
+def test_fault_unreadable_is_not_called_damaged(directory: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """What another user filled with umask 077: said once in these words, and left as it is."""
+    binary = stored(directory)
+    record = directory / f"{KEY}.json"
+    denied = record if what == "record" else binary
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:  # root, as whom the tests may run, reads everything
+        if path == denied:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.warns(
+        RuntimeWarning, match=r"cannot read its kernel cache .*Permission denied.*chmod -R a\+rX"
+    ) as said:
+        assert open_cache().load(KEY) is None
+        assert open_cache().load(KEY) is None
+    assert len(said) == 1 and "damaged" not in str(said[0].message)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert open_cache().load(KEY) is not None
+
+
+def test_fault_files_of_killed_processes_go_after_an_hour(directory: Path) -> None:
+    open_cache()
+    names = {age: (f".{age}.tmp", f"{age}.lock") for age in (10, 3000, 3700, 10**6)}
+    now = time.time()
+    for age, both in names.items():
+        for name in both:
+            (directory / name).write_bytes(b"half")
+            os.utime(directory / name, (now - age, now - age))
+    stored(directory)
+    left = {path.name for path in directory.iterdir()}
+    assert left >= {*names[10], *names[3000]}
+    assert not left & {*names[3700], *names[10**6]}
+
+
+def test_fault_relative_directory_without_a_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    before = Path.cwd()
+    monkeypatch.setenv("FA2CUPY_CACHE_DIR", "relative")
+    os.chdir(gone)
+    try:
+        gone.rmdir()
+        assert opened_with_one_warning("no kernel cache .*No such file.*FA2CUPY_CACHE_DIR can name").directory is None
+        entry = build(SOURCE, "sm_80", DEFINES)
+    finally:
+        os.chdir(before)
+    assert (entry.path, entry.compiled) == (None, True)
+
+
+def test_fault_full_cache_without_nvrtc(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped to where no NVRTC is, and other paths are set: what is in it is used, whatever made it."""
+    library = tmp_path / "libnvrtc.so.12"
+    library.write_bytes(b"nvrtc")
+    disk = open_cache()
+    disk.remember_nvrtc(str(library), "12.4.127 CL-0")
+    monkeypatch.setenv("PYTHONPATH", "/where/it/was/filled")
+    disk.remember_nvrtc(str(library), NVRTC)
+    assert disk.remembered_builds() == [NVRTC, "12.4.127 CL-0"]
+    disk.store(cache_key(SOURCE, "sm_80", DEFINES, "12.4.127 CL-0"), CUBIN, {})
+    library.unlink()
+    monkeypatch.setenv("PYTHONPATH", "/where/it/is/used")
+    monkeypatch.setattr(compiler, "_build", "")
+
+    def missing() -> None:
+        raise MissingDependency("NVRTC was not found")
+
+    monkeypatch.setattr(nvrtc, "load", missing)
+    assert sys.modules["fa2cupy.jit.kernel"].expected_nvrtc_build() == NVRTC
+    entry = build(SOURCE, "sm_80", DEFINES)
+    assert (entry.cubin, entry.compiled) == (CUBIN, False)
+    with pytest.raises(MissingDependency):
+        build(SOURCE, "sm_86", DEFINES)
 
 
 def damage_truncate(record: Path, binary: Path) -> None:
@@ -204,8 +295,9 @@ def test_key_covers_what_makes_the_binary(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def opened_with_one_warning(match: str) -> DiskCache:
-    with pytest.warns(RuntimeWarning, match=match):
+    with pytest.warns(fa2cupy.Fa2Warning, match=match) as caught:
         disk = open_cache()
+    assert {warning.filename for warning in caught} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_cache().directory is disk.directory
@@ -216,7 +308,7 @@ def opened_with_one_warning(match: str) -> DiskCache:
 def test_directory_that_others_can_write_is_not_used(directory: Path, mode: int) -> None:
     stored(directory)
     directory.chmod(mode)
-    disk = opened_with_one_warning(r"does not use its kernel cache .*others can write to it \(mode 7..\).*chmod 700")
+    disk = opened_with_one_warning(r"does not use its kernel cache .*others can write to it \(mode 7..\).*chmod go-w")
     assert disk.directory is None
     entry = build(SOURCE, "sm_80", DEFINES)
     assert (entry.path, entry.compiled) == (None, True)
@@ -263,10 +355,14 @@ def test_directory_that_cannot_be_written(directory: Path, monkeypatch: pytest.M
     """Such as one that root filled for everybody: what is there is used, the rest is compiled, and said once."""
     stored(directory)
 
-    def mkstemp(**_: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+    open_ = os.open
 
-    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    def refuse(path: Any, flags: int, *args: Any, **keywords: Any) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        return open_(path, flags, *args, **keywords)
+
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.warns(RuntimeWarning, match="cannot write to its kernel cache .*Permission denied"):
         entry = build(SOURCE, "sm_80", DEFINES)
     assert (entry.path, entry.compiled) == (None, True)
@@ -295,6 +391,7 @@ def test_nvrtc_is_remembered_while_its_file_is_the_same(directory: Path, tmp_pat
     assert disk.recall_nvrtc() is None
     disk.remember_nvrtc(None, NVRTC)
     assert disk.recall_nvrtc() is None
+    assert disk.remembered_builds() == [NVRTC]
     disk.remember_nvrtc(str(library), NVRTC)
     assert disk.recall_nvrtc() == NVRTC
     with monkeypatch.context() as patched:

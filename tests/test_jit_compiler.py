@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import os
 import pickle
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +18,10 @@ from typing import Any
 import pytest
 
 from fa2cupy.errors import CompilationError, MissingDependency
-from fa2cupy.jit import compile_many, compiler
+from fa2cupy.jit import compile_many, compiler, nvrtc
+from fa2cupy.jit.cupy import cupy_or_none, require_cupy
+from fa2cupy.jit.nvrtc import NvrtcError
 from fa2cupy.jit.source import Source
-
-pytest.importorskip("cupy", reason="CuPy is the way to NVRTC")
 
 REVERSE = Source(
     "sm80/reverse.cu",
@@ -65,6 +69,104 @@ def test_cubin_ends_where_its_elf_header_says() -> None:
         if number(header + 4, 4) != 8:  # SHT_NOBITS takes no room
             ends.append(number(header + 24, 8) + number(header + 32, 8))
     assert max(ends) == len(image)
+
+
+@pytest.mark.usefixtures("no_memory_of_nvrtc")
+def test_nvrtc_by_ctypes_is_nvrtc_by_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in cubins, PTX, errors, and logs but for the time that ptxas took."""
+    pytest.importorskip("cupy")
+
+    def everything() -> list[Any]:
+        found: list[Any] = [compiler.nvrtc_build(), Path(compiler.nvrtc_path() or "").resolve()]
+        for arch in ("sm_80", "sm_90a", "sm_199"):
+            cubin = compiler.compile(REVERSE, arch, DEFINES)
+            found.append((cubin.image, re.sub(r"[\d.]+ ms", "", cubin.log), cubin.kernels, cubin.is_ptx))
+        with pytest.raises(CompilationError) as caught:
+            compiler.compile(REVERSE, "sm_80", {**DEFINES, "FA2_BLOCK": 1})
+        return [*found, nvrtc.load().architectures(), nvrtc.load().version(), str(caught.value)]
+
+    monkeypatch.setattr(compiler, "_build", "")
+    by_cupy = everything()
+    assert type(nvrtc.load()).__name__ == "_CupyNvrtc"
+    nvrtc.load.cache_clear()
+    monkeypatch.setattr(nvrtc, "cupy_or_none", lambda: None)
+    monkeypatch.setattr(compiler, "_build", "")
+    by_ctypes = everything()
+    assert type(nvrtc.load()).__name__ == "_CtypesNvrtc"
+    assert by_ctypes == by_cupy
+
+
+def test_nvrtc_is_found_beside_torch_alone(tmp_path: Path) -> None:
+    """Without CuPy: in the wheels that torch and JAX bring, in torch's own folder, or where CUDA_PATH says."""
+    library = compiler.nvrtc_path()
+    assert library is not None
+    release = re.search(r"libnvrtc\.so\.(\d+)", Path(library).name)
+    assert release is not None
+    builtins_ = list(Path(library).parent.glob("libnvrtc-builtins.so.*"))
+    places = {
+        "wheel": "site/nvidia/cuda_nvrtc/lib/libnvrtc.so." + release[1],
+        "wheel of CUDA 13": "site/nvidia/cu13/lib/libnvrtc.so." + release[1],
+        "torch": f"site/torch/lib/libnvrtc-0a1b2c3d.so.{release[1]}",
+        "CUDA_PATH": "cuda/lib64/libnvrtc.so." + release[1],
+    }
+    code = """
+        import sys
+        for name in [*sys.modules]:
+            if name.partition(".")[0] in ("nvidia", "torch"):
+                del sys.modules[name]
+        sys.modules["cupy"] = None  # an import of it fails
+        sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")]
+        from fa2cupy.jit import Source, compiler
+        cubin = compiler.compile(Source("k.cu", b'extern "C" __global__ void k(int* p) { *p = 1; }'), "sm_90a", {})
+        print(compiler.nvrtc_path(), cubin.is_ptx, *cubin.kernels, cubin.build)
+    """
+    for place in places.values():
+        file = tmp_path / place
+        file.parent.mkdir(parents=True)
+        file.symlink_to(library)
+        for extra in builtins_:
+            (file.parent / extra.name).symlink_to(extra)
+        (file.parent / "libnvrtc.alt.so.12").write_text("not this one")
+        (file.parent.parent.parent / "__init__.py").touch() if "torch" in place else None
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *numpy_only(tmp_path)])}
+        environment.pop("LD_LIBRARY_PATH", None)
+        environment["CUDA_PATH"] = str(tmp_path / "cuda")
+        found = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.split() == [str(file), "False", "k", *compiler.nvrtc_build().split()]
+        file.unlink()
+
+
+def numpy_only(folder: Path) -> list[str]:
+    """Places where the package and NumPy, but nothing else, can be imported from."""
+    import numpy
+
+    alone = folder / "numpy_only"
+    alone.mkdir(exist_ok=True)
+    where = Path(numpy.__file__).parent
+    for name in ("numpy", "numpy.libs"):
+        if not (alone / name).exists() and (where.parent / name).exists():
+            (alone / name).symlink_to(where.parent / name)
+    return [str(alone), str(Path(__file__).parent.parent)]
+
+
+def test_order_in_which_nvrtc_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The newest that the driver takes; one that is too new for it comes last, one that is too old never."""
+    files = [tmp_path / f"libnvrtc.so.{version}" for version in ("12", "13", "11.2")]
+    files.append(tmp_path / "libnvrtc-builtins.so.12.9")
+    monkeypatch.setattr(nvrtc, "_is_loaded", lambda name: False)
+    monkeypatch.setattr(nvrtc, "_files", lambda: iter(files))
+    own = [str(file) for file in files]
+    for version, order in (
+        ((12, 8), [own[0], "libnvrtc.so.12", own[1], "libnvrtc.so.13"]),
+        ((13, 1), [own[1], "libnvrtc.so.13", own[0], "libnvrtc.so.12"]),
+    ):
+        monkeypatch.setattr(nvrtc.driver, "driver_version", lambda version=version: version)
+        assert list(nvrtc._candidates()) == order
+    monkeypatch.setattr(nvrtc, "_is_loaded", lambda name: name.endswith("12"))
+    assert next(nvrtc._candidates()) == "libnvrtc.so.12"  # what torch has loaded
 
 
 def test_spills_and_warnings_are_seen() -> None:
@@ -159,7 +261,7 @@ def test_device_newer_than_nvrtc_gets_ptx() -> None:
     assert cubin.is_ptx
     assert cubin.image.endswith(b"}\n\0")
     assert cubin.kernels == {}
-    newest = max(compiler._nvrtc().getSupportedArchs())
+    newest = max(nvrtc.load().architectures())
     assert f".target sm_{newest}\n".encode() in cubin.image
     assert b".visible .entry reverse(" in cubin.image
 
@@ -178,12 +280,11 @@ def test_misspelt_architecture(arch: str) -> None:
 
 @pytest.fixture
 def no_memory_of_nvrtc() -> Iterator[None]:
-    compiler._nvrtc.cache_clear()
+    nvrtc.load.cache_clear()
     yield
-    compiler._nvrtc.cache_clear()
+    nvrtc.load.cache_clear()
 
 
-@pytest.mark.usefixtures("no_memory_of_nvrtc")
 def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(error: Exception) -> None:
         original: Callable[..., Any] = builtins.__import__
@@ -197,22 +298,30 @@ def test_no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patched:
         monkeypatch = patched
-        fail(ModuleNotFoundError("No module named 'cupy'", name="cupy"))
-        with pytest.raises(MissingDependency, match=r"CuPy is needed .* pip install 'fa2cupy\[cuda1[23]\]'$"):
-            compiler.compile(REVERSE, "sm_80", DEFINES)
-        fail(ImportError("libsomething.so: cannot open shared object file"))
-        with pytest.raises(MissingDependency, match=r"CuPy cannot be imported: pip install .*\n.*libsomething"):
-            compiler.compile(REVERSE, "sm_80", DEFINES)
-        fail(ModuleNotFoundError("No module named 'numpy'", name="numpy"))
-        with pytest.raises(MissingDependency, match=r"CuPy cannot be imported \(No module named 'numpy'\)"):
-            compiler.compile(REVERSE, "sm_80", DEFINES)
-        fail(PermissionError(13, "Permission denied", "/nowhere/.cupy"))
-        with pytest.raises(MissingDependency, match="set CUPY_CACHE_DIR to a directory that can be written"):
-            compiler.compile(REVERSE, "sm_80", DEFINES)
+        for error, match in (
+            (
+                ModuleNotFoundError("No module named 'cupy'", name="cupy"),
+                r"CuPy is not installed: .*'fa2cupy\[cuda1[23]\]'$",
+            ),
+            (ImportError("libsomething.so: not found"), r"CuPy cannot be imported: pip install .*\n.*libsomething"),
+            (
+                ModuleNotFoundError("No module named 'numpy'", name="numpy"),
+                r"cannot be imported \(No module named 'numpy'",
+            ),
+            (
+                PermissionError(13, "Permission denied", "/.cupy"),
+                "set CUPY_CACHE_DIR to a directory that can be written",
+            ),
+        ):
+            fail(error)
+            assert cupy_or_none() is None
+            with pytest.raises(MissingDependency, match=match):
+                require_cupy()
 
 
 @pytest.mark.usefixtures("no_memory_of_nvrtc")
-def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_cupy", [False, True])
+def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch, with_cupy: bool, tmp_path: Path) -> None:
     import cupy
 
     class DynamicLibNotFoundError(RuntimeError):
@@ -221,16 +330,20 @@ def test_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_version() -> None:
         raise DynamicLibNotFoundError('Failure finding "libnvrtc.so"')
 
+    broken = tmp_path / "libnvrtc.so.12"
+    broken.write_text("not a library")
     monkeypatch.setattr(cupy.cuda, "nvrtc", SimpleNamespace(getVersion=get_version))
-    with pytest.raises(
-        MissingDependency, match=r"NVRTC was not found: pip install 'fa2cupy\[cuda1[23]\]'\nFailure finding"
-    ):
+    monkeypatch.setattr(nvrtc, "cupy_or_none", lambda: cupy if with_cupy else None)
+    monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(("libnvrtc.so.that-is-nowhere", str(broken))))
+    with pytest.raises(MissingDependency, match=r"NVRTC was not found: pip install 'fa2cupy\[cuda1[23]\]'\n") as caught:
         compiler.compile(REVERSE, "sm_80", DEFINES)
+    assert ('Failure finding "libnvrtc.so"' in str(caught.value)) == with_cupy
+    assert str(broken) in str(caught.value) and "nowhere" not in str(caught.value)
 
 
 def test_nvrtc_without_its_builtins() -> None:
     log = "nvrtc: error: failed to open libnvrtc-builtins.so.13.0.\n  Make sure that it is installed correctly.\0"
-    error = compiler._failure(RuntimeError("7"), log, REVERSE, "sm_80", {}, "")
+    error = compiler._failure(NvrtcError("7", log), REVERSE, "sm_80", {}, "")
     assert isinstance(error, MissingDependency)
     assert "NVRTC is installed incompletely: pip install 'fa2cupy[cuda1" in str(error)
 
@@ -279,30 +392,6 @@ def test_compile_many_stops_when_nvrtc_is_missing(monkeypatch: pytest.MonkeyPatc
     def missing() -> None:
         raise MissingDependency("NVRTC was not found")
 
-    monkeypatch.setattr(compiler, "_nvrtc", missing)
+    monkeypatch.setattr(nvrtc, "load", missing)
     with pytest.raises(MissingDependency):
         compile_many([Job(REVERSE, "reverse", "sm_80", DEFINES, str(number)) for number in range(8)])
-
-
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        ("11.8.89 CL-1", "does not know sm_90a"),
-        ("12.0.140 CL-1", ""),
-        ("12.4.127 CL-1", ""),
-        ("12.5.82 CL-1", "makes slow code"),
-        ("12.6.20 CL-1", "makes slow code"),
-        ("12.6.85 CL-35059454", "makes slow code"),
-        ("12.8.61", "may make wrong code"),
-        ("12.8.93 CL-1", "may make wrong code"),
-        ("12.9.41 CL-1", "may make wrong code"),
-        ("12.9", "may make wrong code"),  # no third number: perhaps 41
-        ("12.9.86 CL-36037853", ""),
-        ("13.0.48 CL-1", ""),
-        ("13.0", ""),
-        ("13.2.51 CL-1", ""),
-    ],
-)
-def test_nvrtc_releases_for_wgmma(build: str, words: str) -> None:
-    objection = compiler.wgmma_objection(build)
-    assert (words in objection and f"NVRTC {build} " in objection) if words else objection == ""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fa2cupy.errors import CompilationError, LaunchError, MissingDependency, UnsupportedDevice
-from fa2cupy.jit import LaunchConfig, cache, compiler
+from fa2cupy.jit import LaunchConfig, cache, compiler, modules
 from fa2cupy.jit.compiler import Cubin, KernelResources
 from fa2cupy.jit.source import Source
 from tests.fake_driver import FakeDriver, fake_driver
@@ -97,7 +97,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
 @pytest.fixture
 def cupy(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     module = FakeCupy(fake)
-    monkeypatch.setattr(compiler, "require_cupy", lambda: module)
+    monkeypatch.setattr(modules, "cupy_or_none", lambda: module)
     return module
 
 

@@ -9,14 +9,14 @@ import pytest
 
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import common, plan_forward
+from fa2cupy.kernels import common, plan_backward, plan_forward
 from fa2cupy.kernels.params import FillParams, FwdParams, FwdTmaParams
 from fa2cupy.kernels.sm80.flash_fwd import FwdTile
 from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90, FwdTileSm90, rows_for
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.problem import AttentionProblem
 from tests.gpu.cases import Case, problem_of
-from tests.plan_cases import A100, B200, H200, main_launch, problem, with_strides
+from tests.plan_cases import A100, B200, H200, backward_problem, main_launch, problem, with_strides
 
 NEGATIVE = with_strides(problem(), k=(76800, -256, 64))
 
@@ -92,7 +92,8 @@ def test_objections_of_a_compiler() -> None:
     assert plan.family == "sm80" and "sm_80 kernel: NVRTC is no good" in str(plan)
     assert "device 0 (A100)" in plan_forward(problem(), A100, compiler=compiler).objection
     assert asked == ["sm_90a", "sm_90", "sm_80"]
-    plan_forward(problem(5, 0), H200, compiler=compiler)  # nothing to compile
+    plan_forward(problem(5, 0), H200, compiler=compiler)  # nothing that it could not compile
+    plan_backward(backward_problem(5, 0, 64, "bfloat16", False), H200, False, compiler=compiler)
     assert len(asked) == 3
 
 

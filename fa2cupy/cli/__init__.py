@@ -1,1 +1,1 @@
-"""The subcommands of ``python -m fa2cupy``: demo, env, compile and plan."""
+"""The subcommands of ``python -m fa2cupy``: demo, env, compile, plan and run."""

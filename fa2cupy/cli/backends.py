@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fa2cupy
+from fa2cupy.errors import Fa2Error
+from fa2cupy.jit import driver, expected_nvrtc_build
+from fa2cupy.jit.cupy import require_cupy
 
 Array = NDArray[Any]
 
@@ -69,12 +72,23 @@ def cpu() -> Backend:
     )
 
 
+def missing() -> str:
+    """What of driver, CuPy and NVRTC is missing here, each with its remedy; empty if nothing is."""
+    reasons = []
+    for find in (driver.device_count, require_cupy, expected_nvrtc_build):
+        try:
+            find()
+        except Fa2Error as error:
+            reasons.append(" ".join(str(error).split()))
+    return "; ".join(reasons)
+
+
 def gpu() -> Backend | str:
     """The GPU backend in bfloat16 (float16 without ml_dtypes), or the reason why there is none."""
-    try:
-        import cupy
-    except ImportError as error:
-        return f"CuPy cannot be imported ({error})".replace("\n", " ")
+    if reason := missing():
+        return reason
+    import cupy
+
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -6,10 +6,11 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from fa2cupy import env, kernels
+from fa2cupy import kernels
+from fa2cupy.cli.arguments import at_least_one
 from fa2cupy.cli.progress import counter
 from fa2cupy.errors import Fa2Error
-from fa2cupy.jit import CompileResult, compile_many, compiler, driver
+from fa2cupy.jit import CompileResult, cache, compile_many, compiler, driver
 from fa2cupy.kernels import CompileJob
 
 HEADER = ("arch", "kernel", "registers", "shared", "spills", "seconds", "warnings")
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``compile``."""
     parser.add_argument("--arch", action="append", metavar="sm_XY", help="repeatable; default: this machine's GPUs")
     parser.add_argument("--quick", action="store_true", help="only head_dim 64 and 128 in bfloat16")
-    parser.add_argument("--jobs", type=int, metavar="N", help="compilations at a time (default: one per core)")
+    parser.add_argument("--jobs", type=at_least_one, metavar="N", help="compilations at a time (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     cached = sum(result.cached for result in results)
     print(
         f"{len(results) - cached - len(failures)} compiled, {cached} were in the cache, {len(failures)} failed, "
-        f"{time.perf_counter() - start:.1f} s; cache: {env.cache_dir()}"
+        f"{time.perf_counter() - start:.1f} s; cache: {cache.open_cache().directory or 'none'}"
     )
     return 1 if failures else 0
 

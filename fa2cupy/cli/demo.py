@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import fa2cupy
 from fa2cupy.cli import backends, byte_model
+from fa2cupy.cli.arguments import at_least_one
 from fa2cupy.cli.backends import Backend
 from fa2cupy.cli.byte_model import AttentionCall
 from fa2cupy.cli.progress import progress
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``demo``."""
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
     parser.add_argument("--output", type=Path, default=Path("fa2cupy-demo.png"), help="where the picture goes")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of the small model ({STEPS})")
+    parser.add_argument(
+        "--steps", type=at_least_one, default=STEPS, help=f"training steps of the small model ({STEPS})"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         compile_kernels(backend)
     good, losses, call, text = byte_case(backend, args.steps)
     good &= grouped_query_case(backend)
-    print(draw(args.output, losses, call, text))
+    print(draw(args.output, losses, args.steps, call, text))
     print(f"done in {time.perf_counter() - start:.1f} s")
     if not good:
         print("An error is larger than the format explains. Please report it with the output of: python -m fa2cupy env")
@@ -97,9 +100,8 @@ def byte_case(backend: Backend, steps: int) -> tuple[bool, list[float], Attentio
             break
     elapsed = time.perf_counter() - start
     last = sum(losses[-5:]) / len(losses[-5:])
-    print(
-        f"   loss {losses[0]:.2f} -> {last:.2f} bits per byte in {len(losses)} steps, {elapsed:.1f} s (a guess costs 8)"
-    )
+    change = f"{losses[0]:.2f} -> {last:.2f} bits per byte"
+    print(f"   loss {change} in {done(losses, steps)}, {elapsed:.1f} s (a guess costs 8)")
     good = True
     for layer, call in enumerate(calls, 1):
         good &= report_error(f"layer {layer}", backend, call, LIMIT_TRAINED)
@@ -184,7 +186,20 @@ def plain_formula(q: Array, k: Array, v: Array, dout: Array) -> tuple[Array, Arr
     return out, dq, dk, dv
 
 
-def draw(path: Path, losses: list[float], call: AttentionCall, text: bytes) -> str:
+def done(losses: list[float], steps: int) -> str:
+    """How much training there was, in words."""
+    few = len(losses) < steps
+    return f"{len(losses)} of {steps} steps" if few else f"{steps} step{'' if steps == 1 else 's'}"
+
+
+def titles(losses: list[float], steps: int, head: int) -> tuple[str, str]:
+    """Of the two halves of the picture. A model that had no time to learn is not said to have learnt."""
+    after = done(losses, steps)
+    loss = f"Loss over {after}" + " (the time was up)" * (len(losses) < steps)
+    return f"Attention of layer {byte_model.NUM_LAYERS}, head {head + 1}, after {after}: exp(S - lse)", loss
+
+
+def draw(path: Path, losses: list[float], steps: int, call: AttentionCall, text: bytes) -> str:
     """Save the picture: an attention map of the trained model, and its loss. Returns what to tell the user."""
     try:
         import matplotlib
@@ -205,12 +220,13 @@ def draw(path: Path, losses: list[float], call: AttentionCall, text: bytes) -> s
     left.set_xticks(range(n), labels, family="monospace", fontsize=7)
     left.set_yticks(range(n), labels, family="monospace", fontsize=7)
     left.set(xlabel="key: what was read", ylabel="query: where the next byte is predicted")
-    left.set_title(f"Attention of layer {byte_model.NUM_LAYERS}, head {head + 1}, exp(S - lse)")
+    left_title, right_title = titles(losses, steps, head)
+    left.set_title(left_title)
     bar = figure.colorbar(image, ax=left, shrink=0.8, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
     bar.ax.set_yticklabels(["0", "0.1", "0.5", "1"])
     right.plot(range(1, len(losses) + 1), losses, color="black")
     right.set(xlabel="training step", ylabel="loss, bits per byte", ylim=(0, None))
-    right.set_title("The model learns from the gradients")
+    right.set_title(right_title)
     right.spines[["top", "right"]].set_visible(False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,10 +84,22 @@ def _gpu(index: int) -> str:
 
 
 def _nvrtc() -> Lines:
-    from fa2cupy.jit import compiler
+    from fa2cupy.errors import MissingDependency
+    from fa2cupy.jit import compiler, targets
+    from fa2cupy.jit.cupy import require_cupy
 
-    yield "NVRTC", compiler.nvrtc_build()
+    build = compiler.nvrtc_build()
+    yield "NVRTC", build
     yield "found in", compiler.nvrtc_path() or "(not known)"
+    try:
+        require_cupy()
+        yield "reached through", "CuPy"
+    except MissingDependency as error:
+        yield "reached through", f"ctypes, for torch and JAX: {' '.join(str(error).split())[:200]}"
+    if objection := targets.wgmma_objection(build):
+        yield "Hopper kernels", f"none: {objection}"
+    elif targets.target("sm_90a", build) != "sm_90a":
+        yield "Hopper kernels", "PTX, assembled by the driver when they are loaded"
 
 
 def _cache() -> Lines:

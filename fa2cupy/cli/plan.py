@@ -13,7 +13,8 @@ from fa2cupy.jit import driver
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.tiles import SHARED_MEMORY
-from fa2cupy.problem import AttentionProblem, Options, Sizes
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem, Sizes
 
 # A GPU of each architecture: name, multiprocessors, MiB of L2 cache.
 GPUS = {

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fa2cupy.errors import InvalidType
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, GpuFramework, describe
+from fa2cupy.frameworks.dlpack import ReadOnly
 from fa2cupy.frameworks.numpy import Numpy
 
 __all__ = ["CUPY"]
@@ -26,6 +27,8 @@ class _Cupy(Numpy, GpuFramework):
     def check(self, array: Any, argument: str) -> None:
         if not hasattr(array, "data") or not hasattr(array, "strides"):  # cupyx.scipy.sparse and the like
             raise InvalidType(f"{argument} is a {describe(array)}: a cupy.ndarray is needed")
+        if array.size and not array.data.ptr:
+            raise InvalidArgument(f"{argument} has no memory: its pointer is null")
 
     def device(self, array: Any, argument: str) -> Device:
         return Device("cuda", array.data.device_id)
@@ -34,7 +37,7 @@ class _Cupy(Numpy, GpuFramework):
         return int(array.data.ptr)
 
     def readonly(self, array: Any) -> bool:
-        return False
+        return isinstance(getattr(array.data.mem, "_owner", None), ReadOnly)
 
     def contiguous(self, array: Any) -> Any:
         return array.copy(order="C")
@@ -49,6 +52,8 @@ class _Cupy(Numpy, GpuFramework):
             else:
                 memory = array.data
                 pointer = memory.ptr
+                if not pointer and array.size:
+                    raise InvalidArgument("no memory")  # the first call's checks say whose
                 key.append((type(array), array.shape, array.strides, array.dtype, memory.device_id, pointer & 15))
                 pointers.append(pointer)
         return tuple(key), pointers

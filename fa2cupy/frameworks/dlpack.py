@@ -16,13 +16,14 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType, MissingDependency, UnsupportedDevice
 from fa2cupy.frameworks.overlap import Extent
 
-__all__ = ["CPU", "CUDA", "CUDA_HOST", "CUDA_MANAGED", "DLPackView", "from_producer", "read"]
+__all__ = ["CPU", "CUDA", "CUDA_HOST", "CUDA_MANAGED", "DLPackView", "ReadOnly", "from_producer", "read"]
 
 # DLDeviceType
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 
 _DTYPE_NAMES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _READ_ONLY = 1  # bit of DLManagedTensorVersioned.flags
+_VERSION = (1, 0)  # asked for: without it a producer cannot say that its memory is read-only, and must refuse
 _MAJOR_VERSION = 1  # of the versioned struct that this module knows
 
 
@@ -73,6 +74,13 @@ class DLPackView:
     itemsize: int
     device: tuple[int, int]
     readonly: bool
+    owner: object
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOnly:
+    """Owner of memory that must not be written, where its array cannot say so (CuPy's)."""
+
     owner: object
 
 
@@ -133,10 +141,11 @@ def from_producer(array: Any, argument: str) -> Any:
     if kind in (CPU, CUDA_HOST):
         return _numpy_over(_capsule(array, argument, {}), argument)
     if kind in (CUDA, CUDA_MANAGED):
-        from fa2cupy.jit import compiler, driver
+        from fa2cupy.jit import driver
+        from fa2cupy.jit.cupy import require_cupy
 
         driver.device_info(index)  # no driver, no such device: said clearly before CuPy is asked
-        cupy = compiler.require_cupy()
+        cupy = require_cupy()
         stream = cupy.cuda.get_current_stream(index).ptr or 1  # 1: the legacy default stream, in DLPack's numbers
         return _cupy_over(cupy, _capsule(array, argument, {"stream": stream}), argument)
     raise UnsupportedDevice(f"{argument} is on DLPack device type {kind}: CUDA (2, 13) and CPU (1, 3) are supported")
@@ -144,7 +153,11 @@ def from_producer(array: Any, argument: str) -> Any:
 
 def _capsule(array: Any, argument: str, keywords: dict[str, Any]) -> DLPackView:
     try:
-        return read(array.__dlpack__(**keywords))
+        try:
+            capsule = array.__dlpack__(**keywords, max_version=_VERSION)
+        except TypeError:  # a producer from before DLPack 1.0
+            capsule = array.__dlpack__(**keywords)
+        return read(capsule)
     except InvalidType as error:
         raise InvalidType(f"{argument}: {error}") from error
     except Exception as error:  # the producer's own code: anything can come out of it
@@ -169,7 +182,10 @@ def _dtype_of(view: DLPackView, argument: str) -> np.dtype:
 def _placement(view: DLPackView, argument: str) -> tuple[np.dtype, tuple[int, ...], Extent]:
     dtype = _dtype_of(view, argument)
     strides = tuple(stride * view.itemsize for stride in view.strides)
-    return dtype, strides, Extent.of(view.shape, strides, view.itemsize)
+    extent = Extent.of(view.shape, strides, view.itemsize)
+    if not view.ptr and not extent.empty:
+        raise InvalidArgument(f"{argument} has no memory: the pointer in its DLPack capsule is null")
+    return dtype, strides, extent
 
 
 def _numpy_over(view: DLPackView, argument: str) -> np.ndarray:
@@ -185,5 +201,6 @@ def _numpy_over(view: DLPackView, argument: str) -> np.ndarray:
 
 def _cupy_over(cupy: Any, view: DLPackView, argument: str) -> Any:
     dtype, strides, extent = _placement(view, argument)
-    memory = cupy.cuda.UnownedMemory(view.ptr + extent.low, extent.high - extent.low, view.owner, view.device[1])
+    owner = ReadOnly(view.owner) if view.readonly else view.owner
+    memory = cupy.cuda.UnownedMemory(view.ptr + extent.low, extent.high - extent.low, owner, view.device[1])
     return cupy.ndarray(view.shape, dtype, cupy.cuda.MemoryPointer(memory, -extent.low), strides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -14,6 +15,9 @@ from fa2cupy.frameworks.base import Device, GpuFramework, describe
 
 __all__ = ["TORCH"]
 
+# No memory lies below, so that only what has none needs a closer look: its address is its offset.
+_LOW = 1 << 40
+
 
 class _Torch(GpuFramework):
     name = "PyTorch"
@@ -23,8 +27,8 @@ class _Torch(GpuFramework):
         kind = type(array)
         if any(base.__name__ == "FakeTensor" for base in kind.__mro__):
             raise InvalidType(
-                f"{argument} is a FakeTensor: fa2cupy cannot be traced by torch.compile; "
-                "call it outside the compiled function, or through torch.compiler.disable"
+                f"{argument} is a FakeTensor, which has no memory: what can be traced is fa2cupy.attention without "
+                "out=, lse_out= and workspace="
             )
         if kind.__torch_dispatch__ not in (
             torch.Tensor.__torch_dispatch__,
@@ -39,7 +43,25 @@ class _Torch(GpuFramework):
             raise InvalidType(f"{argument} has layout {array.layout}: only torch.strided is supported")
         if array.is_neg():  # float16 parts of a conjugated complex tensor: the sign is not in memory yet
             raise InvalidType(f"{argument} is a lazily negated view: pass {argument}.resolve_neg()")
-        self.pointer(array, argument)
+        if array.device.type in ("cpu", "cuda"):
+            self._check_memory(array, argument)
+
+    def _check_memory(self, array: Any, argument: str) -> None:
+        pointer = self.pointer(array, argument)
+        if not array.numel():
+            return
+        if pointer == array.storage_offset() * array.element_size():
+            raise InvalidArgument(
+                f"{argument} has no memory: its storage was freed (resize_(0), as FSDP does), or it is a functional "
+                "tensor of torch.func.functionalize; a tensor with its values in memory is needed"
+            )
+        last = sum((n - 1) * step for n, step in zip(array.shape, array.stride(), strict=True))
+        needed = (array.storage_offset() + last + 1) * array.element_size()
+        held = array.untyped_storage().nbytes()
+        if held < needed:
+            raise InvalidArgument(
+                f"{argument} reaches beyond its memory: its storage was resized to {held} bytes, {needed} are needed"
+            )
 
     def device(self, array: Any, argument: str) -> Device:
         kind = array.device.type
@@ -81,6 +103,8 @@ class _Torch(GpuFramework):
                 pointers.append(0)
             else:
                 pointer = array.data_ptr()
+                if pointer < _LOW and pointer == array.storage_offset() * array.element_size() and array.numel():
+                    raise InvalidArgument("no memory")  # the first call's checks say whose
                 # Strides that follow from the shape are not asked for: a bool is cheaper to make, hash and compare.
                 strides = array.is_contiguous() or array.stride()
                 key.append((type(array), array.shape, strides, array.dtype, array.get_device(), pointer & 15))
@@ -88,18 +112,42 @@ class _Torch(GpuFramework):
         return tuple(key), pointers
 
     @functools.cached_property
+    def _tracing(self) -> tuple[Callable[[], bool], Callable[[], int], Callable[[], bool]]:
+        """Whether torch.jit.trace is at work; how many dispatch modes are, and whether before dispatch (make_fx)."""
+        c = sys.modules["torch"]._C
+        included = functools.partial(c._dispatch_tls_is_dispatch_key_included, c.DispatchKey.PreDispatch)
+        return c._is_tracing, c._len_torch_dispatch_stack, included
+
+    def _refuse_tracing(self, function: str) -> None:
+        torch = sys.modules["torch"]
+        if torch.jit.is_tracing():
+            tracer = "torch.jit.trace"
+        elif importlib.import_module("torch.fx.experimental.proxy_tensor").get_proxy_mode() is not None:
+            tracer = "make_fx"
+        else:  # a mode that only looks on
+            return
+        raise InvalidType(
+            f"{tracer} does not see fa2cupy.{function} and would keep this one result for every input: call it outside "
+            "the traced function"
+        )
+
+    @functools.cached_property
     def _autograd(self) -> tuple[Callable[[], bool], Any]:
         torch = sys.modules["torch"]
         return torch.is_grad_enabled, torch.autograd.forward_ad
 
     def check_call(self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]) -> None:
+        is_tracing, dispatch_modes, before_dispatch = self._tracing
+        if is_tracing() or dispatch_modes() or before_dispatch():
+            self._refuse_tracing(function)
         is_grad_enabled, forward_ad = self._autograd
         if is_grad_enabled():
             for i, array in enumerate(arrays):
                 if array is not None and array.requires_grad:
+                    hint = " leave out=, lse_out= and workspace= out, or" if function == "attention" else ""
                     raise InvalidArgument(
-                        f"{names()[i]} requires grad, but autograd does not see fa2cupy.{function}: use "
-                        "torch.no_grad() or .detach(), and fa2cupy.attention_backward for gradients"
+                        f"{names()[i]} requires grad, but what fa2cupy.{function} writes here has no graph:{hint} use "
+                        "torch.no_grad() or .detach()"
                     )
         if forward_ad._current_level >= 0:
             for i, array in enumerate(arrays):

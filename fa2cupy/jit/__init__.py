@@ -4,10 +4,11 @@ Nothing here knows about attention, and importing it imports neither CuPy nor an
 """
 
 from fa2cupy.jit.batch import CompileResult, Job, compile_many
-from fa2cupy.jit.compiler import Cubin, KernelResources, wgmma_objection
-from fa2cupy.jit.driver import DeviceInfo, Launcher, device_guard, device_info, driver_version, launch
-from fa2cupy.jit.kernel import Kernel, LaunchConfig, expected_nvrtc_build, kernel, kernels
+from fa2cupy.jit.compiler import Cubin, KernelResources
+from fa2cupy.jit.driver import DeviceInfo, LaunchConfig, Launcher, device_guard, device_info, driver_version, launch
+from fa2cupy.jit.kernel import Kernel, expected_nvrtc_build, kernel, kernels
 from fa2cupy.jit.source import Source
+from fa2cupy.jit.targets import wgmma_objection
 from fa2cupy.jit.tensor_map import TensorMapSpec
 
 __all__ = [

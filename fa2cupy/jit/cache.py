@@ -5,33 +5,34 @@
     <directory>/<key>.lock          while a process compiles; others wait for it
     <directory>/nvrtc.json          build string of each NVRTC library file that was ever loaded
 
-Loading a binary is running code, so a directory that others could have written is not used. Files are written under
-another name, synced and renamed; a binary is named by its own digest, so two writers cannot mix theirs up. The key
-covers everything that makes the binary. Nothing is pickled.
+Loading a binary is running code, so a directory that others could have written is not used, and what is made here is
+never writable for others; who may read it is the umask's to say. Files are written under another name, synced and
+renamed; a binary is named by its own digest, so two writers cannot mix theirs up. The key covers everything that makes
+the binary. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import secrets
 import stat
 import sys
-import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fa2cupy import env
+from fa2cupy import env, log
 from fa2cupy.jit import compiler
 from fa2cupy.jit.compiler import Cubin, Defines, KernelResources
 from fa2cupy.jit.source import Source
+from fa2cupy.locks import Lock, close_in_child, keep_open
 
 fcntl: ModuleType | None
 try:
@@ -44,6 +45,7 @@ __all__ = ["DiskCache", "Entry", "cache_key", "open_cache"]
 _SCHEMA = 1
 _LOCK_TIMEOUT = 120.0  # seconds: far above one compilation; whoever waits longer compiles for itself
 _LOCK_POLL = 0.02
+_STALE = 3600.0  # seconds after which a file that is there for moments only is a killed process's
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,10 @@ class Entry:
     compiled: bool
 
 
-def cache_key(source: Source, arch: str, defines: Defines, build: str) -> str:
+def cache_key(source: Source, target: str, defines: Defines, build: str) -> str:
     """sha256 over all that makes a binary: schema, package version, source bytes, options with defines, NVRTC build."""
     version = getattr(sys.modules.get("fa2cupy"), "__version__", "")
-    parts = (_SCHEMA, version, source.digest, compiler.options(arch, defines), build)
+    parts = (_SCHEMA, version, source.digest, compiler.options(target, defines), build)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -69,7 +71,7 @@ class DiskCache:
         self.directory = directory
 
     def load(self, key: str) -> Entry | None:
-        """The entry, if it is there and whole. A damaged one is deleted."""
+        """The entry, if it is there and whole. A damaged one is deleted; one that cannot be read is left alone."""
         if self.directory is None:
             return None
         record_path = self.directory / f"{key}.json"
@@ -88,7 +90,14 @@ class DiskCache:
             whole = hashlib.sha256(image).hexdigest() == path.stem and cubin.is_ptx == (path.suffix == ".ptx")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except OSError as error:
+            _warn_once(
+                self.directory,
+                f"fa2cupy cannot read its kernel cache {self.directory} ({error}), so each process compiles anew; let "
+                f"its owner make it readable (chmod -R a+rX), or let {env.CACHE_DIR.name} name another directory.",
+            )
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not whole:
             self.discard(key)
@@ -108,6 +117,7 @@ class DiskCache:
             "build": cubin.build,
             "seconds": round(cubin.seconds, 3),
         }
+        _sweep(self.directory)
         try:
             _write(self.directory / name, cubin.image)
             _write(self.directory / f"{key}.json", json.dumps(record, indent=1).encode())
@@ -141,7 +151,7 @@ class DiskCache:
         try:
             yield
         finally:
-            if descriptor is not None:
+            if descriptor is not None and keep_open(descriptor):
                 with contextlib.suppress(OSError):
                     (self.directory / f"{key}.lock").unlink()  # type: ignore[operator]  # before the lock is given up
                 os.close(descriptor)
@@ -159,25 +169,29 @@ class DiskCache:
                 return str(known["build"])
         return None
 
+    def remembered_builds(self) -> list[str]:
+        """Of every NVRTC that filled this cache, here or where it came from, the latest first."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            known = json.loads(self._nvrtc_file().read_bytes())
+            return list(dict.fromkeys(str(entry["build"]) for entry in reversed(known.values())))
+        return []
+
     def remember_nvrtc(self, path: str | None, build: str) -> None:
-        """Note the build of the library file that was loaded."""
-        if self.directory is None or path is None or self.recall_nvrtc() == build:
+        """Note the build of the library file that was loaded; without a path it is not recalled, but still known."""
+        if self.directory is None or self.recall_nvrtc() == build:
             return
         known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             loaded = json.loads(self._nvrtc_file().read_bytes())
             known = loaded if isinstance(loaded, dict) else {}
         with contextlib.suppress(OSError):  # store() says it when the directory cannot be written
-            status = Path(path).stat()
-            known.pop(_environment(), None)
-            latest = dict(list(known.items())[-31:])
-            latest[_environment()] = {
-                "path": path,
-                "size": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "build": build,
-            }
-            _write(self._nvrtc_file(), json.dumps(latest, indent=1).encode())
+            entry: dict[str, Any] = {"path": path, "build": build}
+            if path is not None:
+                status = Path(path).stat()
+                entry |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+            if known.pop(_environment(), None) != entry:
+                latest = {**dict(list(known.items())[-31:]), _environment(): entry}
+                _write(self._nvrtc_file(), json.dumps(latest, indent=1).encode())
 
     def _nvrtc_file(self) -> Path:
         if self.directory is None:
@@ -189,19 +203,26 @@ def open_cache() -> DiskCache:
     """The cache in the directory that the environment names, made if need be; a warning, once, if it is not used."""
     try:
         directory = env.cache_dir()
-    except RuntimeError as error:  # no home directory
-        _warn_once(None, f"fa2cupy has no kernel cache ({error}); {env.CACHE_DIR.name} can name a directory.")
+    except (RuntimeError, OSError) as error:  # no home directory; a relative path from a working directory that is gone
+        _warn_once(
+            None,
+            f"fa2cupy has no kernel cache ({error}), so each process compiles anew; {env.CACHE_DIR.name} can name a "
+            "directory.",
+        )
         return DiskCache(None)
+    advice = ""
     try:
         _make(directory)
         objection = _objection(directory)
+        if objection:
+            advice = "make the directory yours, and writable for you alone (chmod go-w), or "
     except OSError as error:
         objection = str(error)
     if objection:
         _warn_once(
             directory,
-            f"fa2cupy does not use its kernel cache {directory}: {objection}. Each process compiles anew; make the "
-            f"directory yours alone (chmod 700), or let {env.CACHE_DIR.name} name another.",
+            f"fa2cupy does not use its kernel cache {directory}: {objection}. Each process compiles anew; "
+            f"{advice}let {env.CACHE_DIR.name} name another.",
         )
         return DiskCache(None)
     return DiskCache(directory)
@@ -216,7 +237,7 @@ def _make(directory: Path) -> None:
         directory = directory.parent
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process; if it is a file, the next step says so
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=0o755)
 
 
 def _objection(directory: Path) -> str:
@@ -235,17 +256,30 @@ def _objection(directory: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    # Not tempfile's, which only their owner may read.
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(temporary).unlink()
+            temporary.unlink()
         raise
+
+
+@functools.cache
+def _sweep(directory: Path) -> None:
+    """Remove what killed processes left behind; once per process."""
+    end = time.time() - _STALE
+    with contextlib.suppress(OSError):
+        for path in [*directory.glob(".*.tmp"), *directory.glob("*.lock")]:
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < end:
+                    path.unlink()
 
 
 def _acquire(path: Path, timeout: float) -> int | None:
@@ -255,9 +289,10 @@ def _acquire(path: Path, timeout: float) -> int | None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError:
             return None
+        close_in_child(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us deletes the file; a lock on a deleted file excludes nobody.
@@ -269,8 +304,8 @@ def _acquire(path: Path, timeout: float) -> int | None:
         except FileNotFoundError:
             waited = False
         except OSError:  # a file system without locks
-            os.close(descriptor)
-            return None
+            deadline = 0.0
+        keep_open(descriptor)
         os.close(descriptor)
         if time.monotonic() > deadline:
             return None
@@ -286,7 +321,7 @@ def _environment() -> str:
 
 
 _warned: set[Path | None] = set()
-_warned_lock = threading.Lock()
+_warned_lock = Lock()
 
 
 def _warn_once(directory: Path | None, message: str) -> None:
@@ -294,4 +329,4 @@ def _warn_once(directory: Path | None, message: str) -> None:
         if directory in _warned:
             return
         _warned.add(directory)
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    log.warn(message)

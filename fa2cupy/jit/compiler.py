@@ -1,34 +1,31 @@
-"""NVRTC: a `Source` for one architecture becomes a `Cubin`. Needs CuPy and NVRTC, but neither a GPU nor a driver.
+"""A `Source` for one architecture becomes a `Cubin`. Needs NVRTC, but neither a GPU nor a driver.
 
-`cupy.cuda.nvrtc` is driven directly, because CuPy's own compiler appends an `-arch` of its own, hides the log, and
-cannot name sm_90a. The log is read on success too: registers, spills and ptxas' warnings are only there.
+NVRTC's log is read on success too: registers, spills and ptxas' warnings are only there.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fa2cupy import env
 from fa2cupy.errors import CompilationError, MissingDependency
-from fa2cupy.jit import driver
+from fa2cupy.jit import driver, nvrtc, targets
+from fa2cupy.jit.nvrtc import NvrtcError
 from fa2cupy.jit.source import Source
+from fa2cupy.locks import Lock
 
 __all__ = [
     "Cubin",
+    "Defines",
     "KernelResources",
     "compile",
     "nvrtc_build",
+    "nvrtc_is_loaded",
     "nvrtc_path",
     "options",
-    "require_cupy",
-    "wgmma_objection",
 ]
 
 ELF_MAGIC = b"\x7fELF"
@@ -53,7 +50,7 @@ class KernelResources:
 
 @dataclass(frozen=True, slots=True)
 class Cubin:
-    """A compiled source: a cubin, or PTX text (with its final NUL) for a device that is newer than NVRTC.
+    """A compiled source: a cubin, or PTX text (with its final NUL), which the driver assembles.
 
     `kernels` maps names to resources, and is empty for PTX; `build` is NVRTC's ("12.9.86 CL-36037853").
     """
@@ -69,47 +66,47 @@ class Cubin:
         return not self.image.startswith(ELF_MAGIC)
 
     @property
+    def serialised(self) -> bool:
+        """Whether ptxas made every wgmma wait for the one before it (C7510, C7515, ...), which is slow."""
+        return any("wgmma" in warning and "serialized" in warning for warning in self.warnings)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """The log's warnings: the compiler's, and ptxas' `C75xx` (wgmma serialised and the like)."""
         return tuple(line.strip() for line in self.log.splitlines() if _WARNING.search(line))
 
 
 def options(arch: str, defines: Defines) -> tuple[str, ...]:
-    """Every NVRTC option, for `arch` (sm_80, sm_90a, ...) and macros given by their full names."""
+    """Every NVRTC option, for `arch` (sm_80, compute_90a, ...) and macros given by their full names."""
     debug = ("-lineinfo",) if env.debug() else ()
     return (f"-arch={arch}", *_OPTIONS, *debug, *(f"-D{name}={defines[name]}" for name in sorted(defines)))
 
 
 def compile(source: Source, arch: str, defines: Defines, *, context: str = "") -> Cubin:
     """Compile; CompilationError, with the log and `context`, if NVRTC refuses; MissingDependency without NVRTC."""
-    nvrtc = _nvrtc()
+    loaded = nvrtc.load()
     target = _target(arch)
     started = time.perf_counter()
-    names = tuple(name.encode() for name, _ in source.headers)
-    contents = tuple(content for _, content in source.headers)
-    program = nvrtc.createProgram(source.code.decode(), source.path, contents, names)
     try:
-        try:
-            nvrtc.compileProgram(program, options(target, defines))
-        except nvrtc.NVRTCError as error:
-            raise _failure(error, nvrtc.getProgramLog(program), source, target, defines, context) from None
-        log = nvrtc.getProgramLog(program).rstrip("\0 \n")
-        # Both getters strip the last byte, which is NUL in a cubin as well as in PTX.
-        image = (nvrtc.getPTX if target.startswith("compute") else nvrtc.getCUBIN)(program) + b"\0"
-    finally:
-        nvrtc.destroyProgram(program)
+        image, log = loaded.compile(
+            source.code, source.path, source.headers, options(target, defines), ptx=target.startswith("compute")
+        )
+    except NvrtcError as error:
+        raise _failure(error, source, target, defines, context) from None
+    log = log.rstrip("\0 \n")
     return Cubin(image, log, _resources(log), nvrtc_build(), time.perf_counter() - started)
 
 
 def _target(arch: str) -> str:
-    """`arch`, or the newest virtual architecture below it when this NVRTC is older than the device."""
+    """`arch`, or a virtual architecture: its own where the driver is to assemble it, the newest below it where NVRTC
+    is older than the device."""
     match = _ARCH.fullmatch(arch)
     if not match:
         raise CompilationError(f"{arch!r} is not an architecture: it is written like sm_80 or sm_90a")
     number, suffix = int(match[1]), match[2]
-    known = _nvrtc().getSupportedArchs()
+    known = nvrtc.load().architectures()
     if number in known:
-        return arch
+        return targets.target(arch, nvrtc_build())
     older = [candidate for candidate in known if candidate < number]
     if suffix or not older:
         raise CompilationError(
@@ -119,9 +116,9 @@ def _target(arch: str) -> str:
 
 
 def _failure(
-    error: Exception, log: str, source: Source, target: str, defines: Defines, context: str
+    error: NvrtcError, source: Source, target: str, defines: Defines, context: str
 ) -> CompilationError | MissingDependency:
-    log = log.strip("\0 \n")
+    log = error.log.strip("\0 \n")
     if "libnvrtc-builtins" in log or "nvrtc-builtins64" in log:
         return MissingDependency(f"NVRTC is installed incompletely: pip install '{driver.pip_extra()}'\n{log}")
     macros = " ".join(f"{name}={defines[name]}" for name in sorted(defines))
@@ -156,37 +153,7 @@ def _resources(log: str) -> dict[str, KernelResources]:
     return kernels
 
 
-def require_cupy() -> Any:
-    """The cupy module; MissingDependency that says what to install, or what keeps it from being imported."""
-    try:
-        import cupy
-    except ModuleNotFoundError as error:
-        if error.name != "cupy":
-            raise MissingDependency(f"CuPy cannot be imported ({error}): pip install '{driver.pip_extra()}'") from error
-        raise MissingDependency(f"CuPy is needed for arrays on a GPU: pip install '{driver.pip_extra()}'") from None
-    except ImportError as error:
-        raise MissingDependency(f"CuPy cannot be imported: pip install '{driver.pip_extra()}'\n{error}") from error
-    except OSError as error:  # CuPy makes its cache directory when it is imported
-        raise MissingDependency(
-            f"CuPy cannot be imported ({error}): set CUPY_CACHE_DIR to a directory that can be written"
-        ) from error
-    return cupy
-
-
-@functools.cache
-def _nvrtc() -> Any:
-    """`cupy.cuda.nvrtc`, with NVRTC itself loaded."""
-    require_cupy()
-    from cupy.cuda import nvrtc
-
-    try:
-        nvrtc.getVersion()  # the first call finds and loads the library, and has many ways to fail
-    except Exception as error:
-        raise MissingDependency(f"NVRTC was not found: pip install '{driver.pip_extra()}'\n{error}") from error
-    return nvrtc
-
-
-_build_lock = threading.Lock()
+_build_lock = Lock()
 _build = ""
 
 
@@ -196,21 +163,18 @@ def nvrtc_build() -> str:
     Its own version query has no third number, and 12.9.41 and 12.9.86 make different code; PTX names its maker.
     """
     global _build
-    nvrtc = _nvrtc()
+    loaded = nvrtc.load()
     with _build_lock:
         if not _build:
-            program = nvrtc.createProgram("", "empty.cu", (), ())
             try:
-                nvrtc.compileProgram(program, ("-arch=compute_80",))
-                header = nvrtc.getPTX(program).decode(errors="replace")
-            except nvrtc.NVRTCError as error:
+                ptx, _ = loaded.compile(b"", "empty.cu", (), ("-arch=compute_80",), ptx=True)
+            except NvrtcError as error:
                 raise MissingDependency(
-                    f"NVRTC does not work ({error}): pip install '{driver.pip_extra()}'\n{nvrtc.getProgramLog(program)}"
+                    f"NVRTC does not work ({error}): pip install '{driver.pip_extra()}'\n{error.log}"
                 ) from error
-            finally:
-                nvrtc.destroyProgram(program)
+            header = ptx.decode(errors="replace")
             version, build = re.search(r"\bV(\d+\.\d+\.\d+)", header), re.search(r"Compiler Build ID: (\S+)", header)
-            fallback = ".".join(map(str, nvrtc.getVersion()))
+            fallback = ".".join(map(str, loaded.version()))
             _build = f"{version[1] if version else fallback} {build[1] if build else ''}".rstrip()
         return _build
 
@@ -220,27 +184,6 @@ def nvrtc_is_loaded() -> bool:
     return bool(_build)
 
 
-def wgmma_objection(build: str) -> str:
-    """Why an NVRTC (its `nvrtc_build`) is not to compile wgmma kernels, or the empty string.
-
-    sm_90a came with 12.0. 12.5 and 12.6 put waits into loops of wgmma, which makes them slow; 12.8.0 to 12.9.0 have
-    been reported to miscompile causal attention. 12.9.86 (CUDA 12.9.1) and everything after it are good.
-    """
-    version = tuple(int(number) for number in build.split()[0].split("."))
-    if version < (12, 0):
-        return f"NVRTC {build} does not know sm_90a"
-    if (12, 5) <= version < (12, 7):
-        return f"NVRTC {build} makes slow code of wgmma loops"
-    if (12, 8) <= version < (12, 9, 86):
-        return f"NVRTC {build} may make wrong code of wgmma loops"
-    return ""
-
-
 def nvrtc_path() -> str | None:
-    """File of the NVRTC in use, or None where CuPy did not find it through cuda-pathfinder (conda). Loads NVRTC."""
-    _nvrtc()
-    try:
-        path = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvrtc").abs_path
-    except Exception:  # no pathfinder, or it sees no NVRTC where CuPy's own search does: merely nothing to remember
-        return None
-    return str(path) if path else None
+    """File of the NVRTC in use, or None where that is not known: merely nothing to remember. Loads NVRTC."""
+    return nvrtc.load().path()

@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager
 from ctypes import byref, c_char_p, c_int, c_uint, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fa2cupy.declared import GPU_TOO_OLD
 from fa2cupy.errors import LaunchError, MissingDependency, UnsupportedDevice
-
-if TYPE_CHECKING:
-    from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.locks import Lock
 
 __all__ = [
     "DeviceInfo",
+    "LaunchConfig",
     "Launcher",
     "call",
     "context_check",
@@ -31,6 +31,7 @@ __all__ = [
     "device_info",
     "driver_version",
     "launch",
+    "load_function",
     "pip_extra",
     "set_max_dynamic_shared_memory",
 ]
@@ -65,11 +66,28 @@ def _library_names() -> tuple[str, ...]:
     return ("nvcuda.dll",) if os.name == "nt" else ("libcuda.so.1",)
 
 
+def _open() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
+    for name in _library_names():
+        try:
+            return ctypes.CDLL(name), ctypes.PyDLL(name)
+        except OSError:
+            continue
+    raise MissingDependency(
+        f"no CUDA driver: {_library_names()[0]} was not found; install the NVIDIA driver "
+        "(arrays of NumPy, and of torch and JAX on the CPU, need none)"
+    )
+
+
 class _Driver:
     """The entry points of libcuda, initialised (cuInit)."""
 
     def __init__(self) -> None:
-        library, gil_held = self._open()
+        if _used_before_fork:
+            raise LaunchError(
+                "CUDA cannot be used in a process that was forked from one that has used it: start it with the "
+                "'spawn' or 'forkserver' method"
+            )
+        library, gil_held = _open()
         self.launch_kernel_ex: Callable[..., int] = library.cuLaunchKernelEx
         # Never blocks, so the GIL need not be given up and taken back (about 30 ns each way).
         self.get_current_context: Callable[..., int] = gil_held.cuCtxGetCurrent
@@ -78,10 +96,7 @@ class _Driver:
         self._library = library
         # What CuPy, torch and JAX use; kept for the life of the process.
         self.primary_contexts: dict[int, int] = {}
-        self._lock = threading.Lock()
-        version = c_int()
-        self.call("cuDriverGetVersion", byref(version))
-        self.version = (version.value // 1000, version.value % 1000 // 10)
+        self._lock = Lock()
         status = library.cuInit(0)
         self.usable = status == _SUCCESS
         if not self.usable and status != _NO_DEVICE:
@@ -89,18 +104,6 @@ class _Driver:
                 f"the CUDA driver cannot be initialised: {self.describe(status)}; reinstall the NVIDIA driver, "
                 "or restart the machine if it was just upgraded"
             )
-
-    @staticmethod
-    def _open() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
-        for name in _library_names():
-            try:
-                return ctypes.CDLL(name), ctypes.PyDLL(name)
-            except OSError:
-                continue
-        raise MissingDependency(
-            f"no CUDA driver: {_library_names()[0]} was not found; install the NVIDIA driver "
-            "(arrays of NumPy, and of torch and JAX on the CPU, need none)"
-        )
 
     def describe(self, status: int) -> str:
         """`CUDA_ERROR_INVALID_VALUE (1: invalid argument)` for a CUresult."""
@@ -152,14 +155,36 @@ def _driver() -> _Driver:
     return _Driver()
 
 
+_used_before_fork = False
+
+
+def _after_fork_in_child() -> None:
+    """CUDA that was initialised in the parent is of no use here; else the child starts like any other process."""
+    global _used_before_fork
+    _used_before_fork = _used_before_fork or _driver.cache_info().currsize > 0
+    _driver.cache_clear()
+    device_info.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def call(name: str, *args: Any) -> None:
     """Call an entry point of libcuda; LaunchError unless it succeeds. MissingDependency without a driver."""
     _driver().call(name, *args)
 
 
 def driver_version() -> tuple[int, int]:
-    """Newest CUDA version that the driver supports, such as (12, 4). MissingDependency without a driver."""
-    return _driver().version
+    """Newest CUDA version that the driver supports, such as (12, 4). MissingDependency without a driver.
+
+    Does not initialise CUDA, after which a forked child could not use it.
+    """
+    library, _ = _open()
+    version = c_int()
+    if library.cuDriverGetVersion(byref(version)) != _SUCCESS:
+        raise MissingDependency("the CUDA driver does not tell its version; reinstall the NVIDIA driver")
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def device_count() -> int:
@@ -197,10 +222,7 @@ def device_info(index: int) -> DeviceInfo:
         l2_bytes=attribute(_L2_CACHE_SIZE),
     )
     if info.cc < MIN_COMPUTE_CAPABILITY:
-        raise UnsupportedDevice(
-            f"device {index} ({info.name}) has compute capability {info.cc[0]}.{info.cc[1]}: "
-            "8.0 or newer is needed (A100, RTX 30 series, or later)"
-        )
+        raise GPU_TOO_OLD.error(index=index, name=info.name, major=info.cc[0], minor=info.cc[1])
     return info
 
 
@@ -274,6 +296,21 @@ def device_guard(index: int) -> AbstractContextManager[None]:
     if current.value == context:
         return _ALREADY_CURRENT
     return _PushedContext(driver, context)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """Grid in blocks, block in threads, dynamic shared memory in bytes.
+
+    `cluster` is what the source's `__cluster_dims__` says; the launch itself does not need it. `overlaps_previous`: the
+    kernel waits itself (griddepcontrol.wait) for the one before it in the stream, and may start beside it.
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    shared_mem_bytes: int = 0
+    overlaps_previous: bool = False
 
 
 class _CUlaunchAttribute(ctypes.Structure):
@@ -367,6 +404,15 @@ class Launcher:
 def launch(function: int, config: LaunchConfig, params_address: int, stream: int) -> None:
     """Launch once; where the same launch comes back, keep a `Launcher`."""
     Launcher(function, config)(params_address, stream)
+
+
+def load_function(image: bytes, name: str) -> int:
+    """CUfunction of a cubin or of PTX with its final NUL, in the current context. The module is never unloaded."""
+    driver = _driver()
+    module, function = c_void_p(), c_void_p()
+    driver.call("cuModuleLoadData", byref(module), image)
+    driver.call("cuModuleGetFunction", byref(function), module, name.encode())
+    return function.value or 0
 
 
 def set_max_dynamic_shared_memory(function: int, size: int) -> None:

@@ -6,76 +6,85 @@ Where CUDA binaries come from and how they are loaded; it does not know what the
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-from fa2cupy import env
+from fa2cupy import env, log
 from fa2cupy.errors import CompilationError, LaunchError, MissingDependency
-from fa2cupy.jit import cache, compiler, driver
+from fa2cupy.jit import cache, compiler, driver, modules, targets
 from fa2cupy.jit import source as source_module
 from fa2cupy.jit.cache import Entry
 from fa2cupy.jit.compiler import Cubin, Defines, KernelResources
+from fa2cupy.jit.driver import LaunchConfig
 from fa2cupy.jit.source import Source
+from fa2cupy.locks import Lock
 
 __all__ = ["Kernel", "LaunchConfig", "build", "expected_nvrtc_build", "kernel", "kernels"]
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchConfig:
-    """Grid in blocks, block in threads, dynamic shared memory in bytes.
-
-    `cluster` is what the source's `__cluster_dims__` says; the launch itself does not need it. `overlaps_previous`: the
-    kernel waits itself (griddepcontrol.wait) for the one before it in the stream, and may start beside it.
-    """
-
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    cluster: tuple[int, int, int] = (1, 1, 1)
-    shared_mem_bytes: int = 0
-    overlaps_previous: bool = False
 
 
 def build(source: Source, arch: str, defines: Defines, *, context: str = "") -> Entry:
     """The binary of a source, from the disk cache or else compiled (and stored).
 
-    NVRTC is loaded only when something has to be compiled, or when its build is not known yet.
+    NVRTC is loaded only when something has to be compiled, or when its build is not known yet. Where there is none,
+    what any NVRTC made for this source will do: a cache may have been filled elsewhere.
     """
     disk = cache.open_cache()
+
+    def key(nvrtc_build: str) -> str:
+        return cache.cache_key(source, targets.target(arch, nvrtc_build), defines, nvrtc_build)
+
     if not compiler.nvrtc_is_loaded() and (remembered := disk.recall_nvrtc()):
-        entry = disk.load(cache.cache_key(source, arch, defines, remembered))
+        entry = disk.load(key(remembered))
         if entry is not None:
             return entry
-    nvrtc_build = compiler.nvrtc_build()
+    try:
+        nvrtc_build = compiler.nvrtc_build()
+    except MissingDependency:
+        for remembered in _usable_builds(disk):
+            entry = disk.load(key(remembered))
+            if entry is not None:
+                return entry
+        raise
     if not _driver_objection(nvrtc_build, is_ptx=False):  # else another process may well find a better one
         disk.remember_nvrtc(compiler.nvrtc_path(), nvrtc_build)
-    key = cache.cache_key(source, arch, defines, nvrtc_build)
-    entry = disk.load(key)
+    entry = disk.load(key(nvrtc_build))
     if entry is not None:
         return entry
-    with disk.lock(key):
-        entry = disk.load(key)  # by the process that held the lock
+    with disk.lock(key(nvrtc_build)):
+        entry = disk.load(key(nvrtc_build))  # by the process that held the lock
         if entry is not None:
             return entry
         cubin = compiler.compile(source, arch, defines, context=context)
-        path = disk.store(key, cubin, {"source": source.path, "arch": arch, "defines": dict(defines)})
+        path = disk.store(key(nvrtc_build), cubin, {"source": source.path, "arch": arch, "defines": dict(defines)})
         return Entry(cubin, path, compiled=True)
 
 
 def expected_nvrtc_build() -> str:
     """Build of the NVRTC in use, or, before this process has loaded one, of the one that the cache remembers.
 
-    Loads NVRTC where neither is known: then whatever is asked for next has to be compiled anyway.
+    Loads NVRTC where neither is known: then whatever is asked for next has to be compiled anyway. Where there is none
+    to load, the latest that the cache has heard of.
     """
-    if not compiler.nvrtc_is_loaded() and (remembered := cache.open_cache().recall_nvrtc()):
+    disk = cache.open_cache()
+    if not compiler.nvrtc_is_loaded() and (remembered := disk.recall_nvrtc()):
         return remembered
-    return compiler.nvrtc_build()
+    try:
+        return compiler.nvrtc_build()
+    except MissingDependency:
+        for remembered in _usable_builds(disk):
+            return remembered
+        raise
+
+
+def _usable_builds(disk: cache.DiskCache) -> list[str]:
+    """Of all NVRTC that ever filled the cache, latest first, without those that are too new for the driver."""
+    return [build for build in disk.remembered_builds() if not _driver_objection(build, is_ptx=False)]
 
 
 def _discard(source: Source, arch: str, defines: Defines, cubin: Cubin) -> None:
-    cache.open_cache().discard(cache.cache_key(source, arch, defines, cubin.build))
+    key = cache.cache_key(source, targets.target(arch, cubin.build), defines, cubin.build)
+    cache.open_cache().discard(key)
 
 
 class Kernel:
@@ -87,8 +96,8 @@ class Kernel:
         self._entry = entry
         self._functions: dict[int, int] = {}
         self._shared_memory: dict[int, int] = {}
-        self._modules: list[Any] = []  # unloaded when they die
-        self._lock = threading.Lock()
+        self._modules: list[object] = []  # unloaded when they die
+        self._lock = Lock()
 
     def __repr__(self) -> str:
         return f"Kernel({self.name!r}, {self._source.path!r}, {self.arch!r}, {self.resources})"
@@ -118,37 +127,34 @@ class Kernel:
             return function
 
     def _load(self, device_index: int) -> int:
-        cupy = compiler.require_cupy()
-        driver.device_info(device_index)  # says in our words what CuPy would say in its own
+        driver.device_info(device_index)
         if objection := _driver_objection(self.cubin.build, self.cubin.is_ptx):
             raise MissingDependency(objection)
+        if self.cubin.serialised:
+            log.warn_once(
+                f"NVRTC {self.cubin.build} serialises wgmma in {self.name}, which is slow (see docs/debugging.md): a "
+                "driver of CUDA 13.0 or newer, or NVRTC 12.9.86 or newer, makes it fast"
+            )
         try:
-            with cupy.cuda.Device(device_index):
-                try:
-                    return self._load_module(cupy)
-                except cupy.cuda.driver.CUDADriverError:
-                    if self._entry.compiled:
-                        raise
-                # What was on disk is whole by its digest, and yet this driver refuses it: make it anew, once.
-                _discard(self._source, self.arch, self._defines, self.cubin)
-                self._entry = build(self._source, self.arch, self._defines, context=self._context)
-                return self._load_module(cupy)
-        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            try:
+                return self._load_module(device_index)
+            except modules.ImageError:
+                if self._entry.compiled:
+                    raise
+            # What was on disk is whole by its digest, and yet this driver refuses it: make it anew, once.
+            _discard(self._source, self.arch, self._defines, self.cubin)
+            self._entry = build(self._source, self.arch, self._defines, context=self._context)
+            return self._load_module(device_index)
+        except LaunchError as error:
             raise LaunchError(
                 f"{self.name} of {self._source.path} for {self.arch} cannot be loaded on device {device_index}: {error}"
             ) from error
 
-    def _load_module(self, cupy: Any) -> int:
-        path = self._entry.path
-        if path is not None:
-            module = cupy.RawModule(path=str(path))
-            function = module.get_function(self.name).kernel
-        else:
-            module = cupy.cuda.function.Module()
-            module.load(self.cubin.image)
-            function = module.get_function(self.name)
-        self._modules.append((module, function))
-        return int(function.ptr)
+    def _load_module(self, device_index: int) -> int:
+        path = None if self.cubin.is_ptx else self._entry.path
+        function, owner = modules.load(self.cubin.image, path, self.name, device_index)
+        self._modules.append(owner)
+        return function
 
 
 def _driver_objection(nvrtc_build: str, is_ptx: bool) -> str:
@@ -176,14 +182,14 @@ class _Memo:
 
     def __init__(self) -> None:
         self._values: dict[Hashable, Any] = {}
-        self._locks: dict[Hashable, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[Hashable, Lock] = {}
+        self._lock = Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with contextlib.suppress(KeyError):
             return self._values[key]
         with self._lock:
-            lock = self._locks.setdefault(key, threading.Lock())
+            lock = self._locks.setdefault(key, Lock())
         with lock:
             if key not in self._values:
                 self._values[key] = make()

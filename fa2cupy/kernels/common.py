@@ -18,7 +18,6 @@ __all__ = [
     "Where",
     "arch_of",
     "common_defines",
-    "empty_rows",
     "forward_label",
     "head_dim_label",
     "kernel_launch",
@@ -64,13 +63,6 @@ def forward_label(dtype: str, head_dim: int, head_dim_v: int, causal: bool, tile
     return f"forward {dtype} {head_dim_label(head_dim, head_dim_v)} {kind} {shape}"
 
 
-def empty_rows(problem: AttentionProblem) -> int:
-    """Leading query rows that see no key. The kernels never see them."""
-    if problem.seqlen_k == 0:
-        return problem.seqlen_q
-    return max(0, problem.seqlen_q - problem.seqlen_k) if problem.causal else 0
-
-
 def skipped_bytes(problem: AttentionProblem, empty: int) -> dict[str, int]:
     """Bytes that `empty` query rows take, of each array that has query rows."""
     sizes = {}
@@ -96,7 +88,7 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
 
 def pointer_names(problem: AttentionProblem, dense: Iterable[str]) -> tuple[str, ...]:
     """Of the arrays of a call, in the order of its pointers; `dense`: those that every call has."""
-    return *dense, *(name for spec in problem.specs for name in spec.arrays())
+    return *dense, *problem.extra_arrays
 
 
 def kernel_launch(

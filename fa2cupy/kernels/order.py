@@ -1,4 +1,4 @@
-"""In which order thread blocks take tiles (`tile_of` in cuda_src/common/block_range.cuh): how many heads are a section,
+"""In which order thread blocks take tiles (`tile_of` in cuda_src/common/schedule.cuh): how many heads are a section,
 whose tiles are interleaved."""
 
 from __future__ import annotations

@@ -8,12 +8,10 @@ compiler that is at hand.
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from fa2cupy import env, jit
+from fa2cupy import env, jit, log
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import driver
 from fa2cupy.jit.driver import DeviceInfo
@@ -86,7 +84,7 @@ def plan_forward(
     tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
     InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
     """
-    empty = common.empty_rows(problem)
+    empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
     launches: tuple[KernelLaunch, ...] = ()
@@ -107,7 +105,7 @@ def plan_backward(
     compiler: Compiler = any_compiler,
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
-    empty = common.empty_rows(problem)
+    empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0  # then there are keys
     kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
     launches: tuple[KernelLaunch, ...] = ()
@@ -193,7 +191,7 @@ def bound_plan(
 
 def _bind(plan: Plan, device_index: int) -> Launchable:
     if env.debug():
-        print(plan, file=sys.stderr)
+        log.debug(plan)
     return plan.bind(device_index)
 
 
@@ -209,7 +207,8 @@ def plan_call(
 
 
 _UPGRADE = (
-    "Upgrade NVRTC to 12.9.86 or newer: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
+    "A driver of CUDA 13.0 or newer ends that, and so does NVRTC 12.9.86 or newer, where torch does not pin an older "
+    "one: pip install 'nvidia-cuda-nvrtc-cu12>=12.9.86' (of CUDA 13: nvidia-cuda-nvrtc)"
 )
 
 
@@ -222,12 +221,7 @@ def _nvrtc_objection(family: str | None, arch: str) -> str:
     if not objection:
         return ""
     if family is not None:
-        _warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
+        log.warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
         return ""
-    _warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
+    log.warn_once(f"{objection}, so the sm_80 kernels are used, which are slower on this GPU. {_UPGRADE}")
     return objection
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -2,7 +2,7 @@
 
 The kernels of sm_80 have a table per class of shared memory (bytes per block): 99 KiB (sm_86, sm_89, sm_120), 163 KiB
 (sm_80), 227 KiB (sm_90, sm_100). The wgmma kernels, which only sm_90 runs, have tables of their own. Rejected rows are
-in docs/tuning.md with their numbers.
+in docs/lab with their numbers.
 
 Rows are found by the larger of head_dim and head_dim_v, unless they say otherwise. A head_dim_v of 0 is the same as
 head_dim.

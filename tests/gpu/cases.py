@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fa2cupy.frameworks.base import Device, TensorRef
-from fa2cupy.problem import AttentionProblem, Options, Sizes
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
 __all__ = [

@@ -33,7 +33,7 @@ SOURCES = (
     "fa2cupy/frameworks/**/*.py",
     *(
         f"fa2cupy/{module}.py"
-        for module in ("attention", "calls", "first_call", "operations", "prepared", "problem", "spec")
+        for module in ("attention", "calls", "first_call", "operations", "options", "prepared", "problem", "spec")
     ),
 )
 

@@ -15,7 +15,8 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import KernelLaunch, Plan, plan_backward, plan_forward
 from fa2cupy.kernels.sm90.flash_fwd import FwdTileSm90
 from fa2cupy.kernels.tiles import SHARED_MEMORY
-from fa2cupy.problem import AttentionProblem, Options
+from fa2cupy.options import Options
+from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import SoftmaxSpec
 from tests import reference
 from tests.gpu import cases as gpu_cases

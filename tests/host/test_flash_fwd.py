@@ -17,6 +17,7 @@ from tests.reference import HEAD_DIM_PAIRS
 
 BACKWARD = False
 USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
+COVERING = cases.covering_groups(BACKWARD)
 
 
 def run_all(host_cases: list[HostCase]) -> None:
@@ -27,27 +28,15 @@ def run_all(host_cases: list[HostCase]) -> None:
             check(dataclasses.replace(host_case, arch="sm_80"), BACKWARD)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", cases.USUAL_HEAD_DIMS)
-def test_head_dims(head_dim: int, dtype: str) -> None:
-    run_all(cases.head_dim_cases(head_dim, dtype))
-
-
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
-def test_head_dims_of_v(head_dim: int, head_dim_v: int) -> None:
-    run_all(cases.head_dim_v_cases(head_dim, head_dim_v))
+@pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in COVERING.items()])
+def test_covering_array(host_cases: list[HostCase]) -> None:
+    for host_case in host_cases:
+        check(host_case, BACKWARD)
 
 
 @pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in USUAL_SPECIALS])
 def test_special_cases(host_cases: list[HostCase]) -> None:
     run_all(host_cases)
-
-
-@pytest.mark.parametrize(
-    "head_dim, arch, dtype", [(64, "sm_86", "bfloat16"), (256, "sm_86", "float16"), (128, "sm_80", "float16")]
-)
-def test_other_tiles(head_dim: int, arch: str, dtype: str) -> None:
-    run_all(cases.arch_cases(head_dim, arch, dtype))
 
 
 @pytest.mark.parametrize(
@@ -59,12 +48,16 @@ def test_other_tiles(head_dim: int, arch: str, dtype: str) -> None:
     ],
 )
 def test_rows_of_hopper(causal: bool, tile: FwdTileSm90) -> None:
-    """Each thread block has four tiles, more than any row has buffers of Q: of one block of keys, of two, of more."""
+    """Each thread block has four tiles, more than any row has buffers of Q: of one block of keys, of two, of more.
+
+    Rows take turns in dtype, which is another binary.
+    """
     m, n = tile.block_m, tile.block_n
-    usual = Case(m // 2 + 1, n - 3, tile.head_dim, "bfloat16", causal, 2, (8, 2), head_dim_v=tile.head_dim_v or None)
+    dtype = DTYPES[(FWD_TILES_SM90[causal].index(tile) + causal) % 2]
+    usual = Case(m // 2 + 1, n - 3, tile.head_dim, dtype, causal, 2, (8, 2), head_dim_v=tile.head_dim_v or None)
     for case in (
         usual,
-        dataclasses.replace(usual, seqlen_q=m + 9, seqlen_k=m + 9, batch=1, heads=(8, 8), dtype="float16", seed=1),
+        dataclasses.replace(usual, seqlen_q=m + 9, seqlen_k=m + 9, batch=1, heads=(8, 8), seed=1),
         dataclasses.replace(usual, seqlen_q=m + 77, seqlen_k=m + 2 * n + 3, batch=1, heads=(8, 1), seed=2),
     ):
         check(HostCase(case, tile=tile), BACKWARD)
@@ -78,21 +71,21 @@ def test_own_o_of_three_warpgroups(causal: bool) -> None:
         check(HostCase(Case(seqlen_q, seqlen_k, 64, "float16", causal, 1, (8, 2), seed=seqlen_k), tile=tile), BACKWARD)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lengths(dtype: str) -> None:
-    run_all(cases.length_cases(64, dtype, 1 << 16))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_random_cases(dtype: str) -> None:
-    run_all(cases.some_random_cases(20, (59, 64, 128), dtype))
+def test_lengths() -> None:
+    run_all(cases.length_cases(64, DTYPES, 1 << 16))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", cases.OTHER_HEAD_DIMS)
-def test_other_head_dims(head_dim: int, dtype: str) -> None:
+@pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
+def test_head_dims(head_dim: int, dtype: str) -> None:
     run_all(cases.head_dim_cases(head_dim, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
+def test_head_dims_of_v(head_dim: int, head_dim_v: int) -> None:
+    run_all(cases.head_dim_v_cases(head_dim, head_dim_v))
 
 
 @pytest.mark.slow
@@ -107,7 +100,7 @@ def test_all_tiles(head_dim: int, arch: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_long_lengths(head_dim: int, dtype: str) -> None:
-    run_all(cases.length_cases(head_dim, dtype, 1 << 20))
+    run_all(cases.length_cases(head_dim, (dtype,), 1 << 20))
 
 
 @pytest.mark.slow

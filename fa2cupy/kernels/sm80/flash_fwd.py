@@ -94,7 +94,7 @@ def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTile]:
     """Of the smallest head_dim that is large enough, the best first: those whose grid fills the GPU, then the rest."""
     table = FWD_TILES[shared_memory_class(device.shared_mem_optin)]
     served = rows_for(table, max(problem.head_dim, problem.head_dim_v))
-    seqlen_q = problem.seqlen_q - common.empty_rows(problem)
+    seqlen_q = problem.seqlen_q - problem.empty_rows
     heads = problem.batch * problem.num_heads
     filling = [tile for tile in served if -(-seqlen_q // tile.block_m) * heads > device.sm_count]
     return filling + [tile for tile in reversed(served) if tile not in filling]

@@ -121,7 +121,7 @@ def _section_of_turns(clusters: int, steps: int, heads: int, turns: Callable[[in
     """Heads whose blocks are interleaved if dQ is added in turn; `steps` of a block; `turns`: as in `order`.
 
     Turns cost less than in sm_80. A causal block comes to its first turn before the block in front of it does, so that
-    more heads are best. Measured: docs/tuning.md.
+    more heads are best. Measured: docs/lab/hopper_backward.md.
     """
     return heads_per_turn_section(clusters * turns(steps), heads)
 

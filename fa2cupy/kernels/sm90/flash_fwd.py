@@ -109,7 +109,7 @@ def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
 
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTileSm90]:
     """The best first."""
-    seqlen_q = problem.seqlen_q - common.empty_rows(problem)
+    seqlen_q = problem.seqlen_q - problem.empty_rows
     return rows_for(problem.head_dim, problem.head_dim_v, problem.causal, seqlen_q)
 
 

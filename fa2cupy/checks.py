@@ -1,0 +1,71 @@
+"""Checks of keywords' values, each of which names the keyword, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks.base import describe
+
+__all__ = ["LAYOUTS", "check_dtype", "check_flag", "check_layout", "check_scale", "shown"]
+
+LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
+
+
+def shown(name: str, value: object) -> str:
+    """A keyword and its value as an error names them. No array is printed: on a GPU that would wait for it."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python itself refuses to print very long ones
+        return f"{name}=<an int of {value.bit_length()} bits>"
+    if (hasattr(value, "ndim") or hasattr(value, "__dlpack__")) and not isinstance(value, np.generic):
+        return f"{name}, a {describe(value)},"
+    text = repr(value)
+    return f"{name}={text}" if len(text) <= 60 else f"{name}, a {describe(value)},"
+
+
+def check_flag(name: str, value: object) -> bool:
+    """`value` as a bool; NumPy's bool is one."""
+    if value is True or value is False:
+        return value is True
+    if isinstance(value, np.bool_):
+        return bool(value)
+    raise InvalidType(f"{shown(name, value)} is a {describe(value)}: True or False is needed")
+
+
+def check_layout(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: 'bshd' or 'bhsd' is needed")
+    if value not in LAYOUTS:
+        raise InvalidArgument(f"{shown(name, value)} is unknown: 'bshd' or 'bhsd' is needed")
+    return value
+
+
+def check_dtype(name: str, value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None, or 'bfloat16' for uint16 arrays, is needed")
+
+
+def check_scale(name: str, value: Any) -> float | None:
+    """None or a finite number."""
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        raise InvalidType(f"{name}={value!r} is a bool: None or a real number is needed")
+    if not isinstance(value, (numbers.Real, np.floating, np.integer)):
+        if hasattr(value, "__dlpack__") or hasattr(value, "ndim"):
+            raise InvalidType(
+                f"{name} is a {describe(value)}: a Python number is needed (reading an array from a GPU would "
+                "wait for it)"
+            )
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None or a real number is needed")
+    try:
+        scale = float(value)
+    except OverflowError:
+        scale = math.inf
+    if not math.isfinite(scale):
+        raise InvalidArgument(f"{shown(name, value)} is not supported: it must be finite")
+    return scale

@@ -1,0 +1,119 @@
+"""Functions with the signatures of jax.nn and flax, computed by `fa2cupy.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from fa2cupy.attention import attention
+from fa2cupy.errors import InvalidArgument
+
+__all__ = ["dot_product_attention", "flax_attention"]
+
+
+def dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """`jax.nn.dot_product_attention`: layout BTNH, query is (batch, seqlen_q, num_heads, head_dim), or TNH.
+    is_causal is **top-left** aligned as there: query i sees keys j <= i (`fa2cupy.attention`: bottom-right).
+
+    Args:
+        query, key, value: (batch, seqlen, heads, head_dim) or (seqlen, heads, head_dim); key and value may have fewer
+            heads.
+        bias, mask, query_seq_lengths, key_value_seq_lengths, local_window_size: as there, as far as `fa2cupy.attention`
+            has bias=, mask=, seqused_q=, seqused_k= and window_size=; what it has not yet is an error that names it.
+        scale: None is head_dim ** -0.5.
+        is_causal: with seqlen_q != seqlen_k, or lengths, an error until masks can express it.
+        implementation: accepted and ignored: it is always fa2cupy.
+        return_residual: also return the log-sum-exp, (batch, seqlen_q, num_heads) float32 (float64 of float64).
+
+    Returns:
+        out of query's shape (with value's last dimension) and dtype; with return_residual=True (out, residual). A row
+        that sees no key is 0 here, mean(value) there.
+
+    Raises: ValueError or TypeError for what is said above, and as `fa2cupy.attention`.
+    """
+    is_single = query.ndim == 3
+    if is_single:
+        query, key, value = query[None], key[None], value[None]
+    if is_causal and query.ndim == 4 and key.ndim == 4:
+        if query.shape[1] != key.shape[1]:
+            raise InvalidArgument(
+                f"is_causal=True with {query.shape[1]} queries and {key.shape[1]} keys: jax.nn aligns them at "
+                "the first key, fa2cupy.attention at the last, and no mask can say the former yet; use equal lengths "
+                "or fa2cupy.attention(causal=True), which is bottom-right aligned"
+            )
+        if query_seq_lengths is not None or key_value_seq_lengths is not None:
+            raise InvalidArgument(
+                "is_causal=True with query_seq_lengths or key_value_seq_lengths: jax.nn aligns queries and keys at the "
+                "first key, fa2cupy.attention at the last used one; not supported until masks can say the former"
+            )
+    options: dict[str, Any] = {"bias": bias, "mask": mask, "seqused_q": query_seq_lengths}
+    options |= {"seqused_k": key_value_seq_lengths, "window_size": _window(local_window_size, is_causal)}
+    given = {name: value for name, value in options.items() if value is not None}
+    out, lse = attention(query, key, value, causal=is_causal, softmax_scale=scale, return_lse=True, **given)
+    residual = jnp.swapaxes(lse, 1, 2)
+    if is_single:
+        out, residual = out[0], residual[0]
+    return (out, residual) if return_residual else out
+
+
+def _window(local_window_size: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int] | None:
+    """(left, right), each without the query's own key, as jax.nn counts too."""
+    if local_window_size is None:
+        return None
+    left, right = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
+    return int(left), 0 if is_causal else int(right)
+
+
+def flax_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    **options: Any,
+) -> Any:
+    """For flax's MultiHeadDotProductAttention(attention_fn=fa2cupy.jax.flax_attention), linen's and nnx's.
+    Layout (batch..., seqlen, num_heads, head_dim); no causal keyword: `functools.partial(flax_attention, causal=True)`.
+
+    Args:
+        query, key, value: any number of batch dimensions.
+        bias, mask: as `fa2cupy.attention` has them; an error that names them until then.
+        dropout_rate: has to be 0 unless deterministic is True.
+        dtype: computed in, None for query's. precision, broadcast_dropout, dropout_rng, module: not used.
+        options: further keywords of `fa2cupy.attention`: causal, softmax_scale, ...
+
+    Returns: out of query's shape, with value's last dimension.
+    """
+    if dropout_rate and not deterministic:
+        raise InvalidArgument(
+            f"dropout_rate={dropout_rate!r} is not supported yet: 0.0, or deterministic=True, is needed"
+        )
+    if dtype is not None:
+        query, key, value = (array.astype(dtype) for array in (query, key, value))
+    batch = query.shape[:-3]
+    q, k, v = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
+    given = {name: value for name, value in (("bias", bias), ("mask", mask)) if value is not None}
+    out = attention(q, k, v, **given, **options)
+    return out.reshape(*batch, *out.shape[1:])

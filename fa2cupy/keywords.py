@@ -1,0 +1,304 @@
+"""Every keyword of the public functions, in one table: signatures, checks, errors, hints and docs come from it.
+
+A keyword to come (`since` is None) is known already: its neutral values are accepted and mean "absent", any other is
+"not supported yet". docs/recipes.md says how a keyword is added.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fa2cupy.checks import check_dtype, check_flag, check_layout, check_scale, shown
+from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+
+__all__ = [
+    "FUNCTIONS",
+    "KEYWORDS",
+    "OTHER_NAMES",
+    "Keyword",
+    "is_neutral",
+    "not_supported",
+    "public",
+    "signature",
+    "too_many_by_position",
+    "unknown",
+]
+
+_FORWARD = ("attention", "attention_vjp")
+_BACKWARD = ("attention_backward",)
+_SIZES = ("forward_workspace_bytes", "backward_workspace_bytes")
+_ALL = (*_FORWARD, *_BACKWARD, *_SIZES)
+_CACHE = ("KVCache", "attention_with_kvcache")
+_ATTEND = ("KVCache.attend", "attention_with_kvcache")
+_PROBABILITIES = ("attention_probabilities",)
+
+# Functions that are there: their arrays, and what they return.
+FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "attention": (("q", "k", "v"), "A | tuple[A, A]"),
+    "attention_vjp": (("q", "k", "v"), "tuple[A | tuple[A, A], Callable[..., tuple[A, A, A]]]"),
+    "attention_backward": (("dout", "q", "k", "v", "out", "lse"), "tuple[A, A, A]"),
+    "forward_workspace_bytes": (("q", "k", "v"), "int"),
+    "backward_workspace_bytes": (("q", "k", "v"), "int"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Keyword:
+    """One keyword.
+
+    type: its annotation. functions: those that take it. meaning: one line, for the table in docs/usage.md.
+    since: the version that has it, None for one to come. neutral: values that mean the same as leaving it out.
+    check: makes of (name, value) what the call goes on with, or raises; None for an array, which is checked as one.
+    """
+
+    name: str
+    type: str
+    default: object
+    functions: tuple[str, ...]
+    meaning: str
+    since: str | None = None
+    neutral: tuple[object, ...] = (None,)
+    check: Callable[[str, Any], Any] | None = None
+
+
+_NO_WINDOW = (None, -1, (-1, -1), (None, None), (-1, None), (None, -1))
+
+_TABLE = (
+    Keyword(
+        "causal", "bool", False, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "query i sees keys j <= i + seqlen_k - seqlen_q (bottom-right aligned)", "0.1", (False,), check_flag,
+    ),
+    Keyword(
+        "window_size", "tuple[int, int] | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "(left, right): keys up to so many before and after the query; -1 is unlimited", neutral=_NO_WINDOW,
+    ),
+    Keyword(
+        "softmax_scale", "float | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "a finite number, of either sign or 0; None is head_dim ** -0.5", "0.1", (None,), check_scale,
+    ),
+    Keyword(
+        "softcap", "float | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "scores become softcap * tanh(score / softcap)", neutral=(None, 0.0),
+    ),
+    Keyword("score_mod", "ScoreMod | None", None, (*_ALL, *_PROBABILITIES), "a function of each score"),
+    Keyword(
+        "alibi_slopes", "A | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "slope * distance is taken off each score; (num_heads,) or (batch, num_heads), float32",
+    ),
+    Keyword(
+        "bias", "A | None", None, (*_ALL, *_PROBABILITIES),
+        "added to the scores; each of (batch, num_heads, seqlen_q, seqlen_k) or 1",
+    ),
+    Keyword(
+        "mask", "A | BlockMask | None", None, (*_ALL, *_PROBABILITIES),
+        "True where a query attends to a key, or a BlockMask",
+    ),
+    Keyword("sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)"),
+    Keyword("dropout_p", "float", 0.0, _ALL, "probability of dropping a P", neutral=(None, 0.0)),
+    Keyword("dropout_seed", "A | tuple[int, int] | None", None, _ALL, "what is dropped: (seed, offset)"),
+    Keyword("cu_seqlens_q", "A | None", None, (*_ALL, *_PROBABILITIES, *_ATTEND), "starts of packed query sequences"),
+    Keyword("cu_seqlens_k", "A | None", None, (*_ALL, *_PROBABILITIES), "starts of packed key sequences"),
+    Keyword("seqused_q", "A | None", None, (*_ALL, *_PROBABILITIES), "queries in use of a sequence; (batch,)"),
+    Keyword("seqused_k", "A | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES), "keys in use of a sequence; (batch,)"),
+    Keyword(
+        "leftpad_k", "A | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES), "first key in use of a sequence; (batch,)"
+    ),
+    Keyword("segment_ids", "A | tuple[A, A] | None", None, _ALL, "a query sees the keys of its own id"),
+    Keyword("max_seqlen_q", "int | None", None, _ALL, "a hint: the longest packed query sequence"),
+    Keyword("max_seqlen_k", "int | None", None, _ALL, "a hint: the longest packed key sequence"),
+    Keyword(
+        "layout", "str", "bshd", (*_ALL, *_CACHE, *_PROBABILITIES),
+        '"bshd" or "bhsd": the order of batch, seqlen, num_heads, head_dim', "0.1", (), check_layout,
+    ),
+    Keyword(
+        "dtype", "str | None", None, (*_ALL, *_PROBABILITIES),
+        '"bfloat16" says what uint16 arrays hold', "0.1", (None,), check_dtype,
+    ),
+    Keyword("precision", "str | None", None, _ALL, 'of float32 arrays on a GPU: "float32" or "tf32"'),
+    Keyword(
+        "deterministic", "bool", False, _ALL,
+        "same inputs, same gradients, bit for bit; the forward always repeats its bits", "0.1", (False,), check_flag,
+    ),
+    Keyword(
+        "batch_invariant", "bool", False, _ALL, "no bit depends on the other sequences", neutral=(False, None)
+    ),
+    Keyword(
+        "return_lse", "bool", False, (*_FORWARD, *_ATTEND), "also return the log-sum-exp", "0.1", (False,), check_flag
+    ),
+    Keyword("out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the result", "0.1"),
+    Keyword("lse_out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the log-sum-exp", "0.1"),
+    Keyword("dlse", "A | None", None, _BACKWARD, "gradient of the loss with respect to lse", "0.2"),
+    Keyword(
+        "grad_of", "tuple[str, ...]", (), _BACKWARD, '"bias", "sinks": further gradients to return', neutral=(None, ())
+    ),
+    Keyword("dq", "A | None", None, _BACKWARD, "where to put the gradient of q", "0.1"),
+    Keyword("dk", "A | None", None, _BACKWARD, "where to put the gradient of k", "0.1"),
+    Keyword("dv", "A | None", None, _BACKWARD, "where to put the gradient of v", "0.1"),
+    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias"),
+    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks"),
+    Keyword(
+        "workspace", "A | None", None, (*_FORWARD, *_BACKWARD, *_ATTEND),
+        "one block of memory of at least `forward_workspace_bytes`, `backward_workspace_bytes`", "0.1",
+    ),
+    Keyword("block_table", "A | None", None, _CACHE, "pages of each sequence; (batch, pages)"),
+    Keyword("indptr", "A | None", None, _CACHE, "pages of each sequence in `indices`, as starts"),
+    Keyword("indices", "A | None", None, _CACHE, "page numbers"),
+    Keyword("kv_dtype", "str | None", None, _CACHE, '"float8_e4m3fn" or "int8": what the cache holds'),
+    Keyword("k_scale", "A | float | None", None, _CACHE, "what quantised keys are multiplied by"),
+    Keyword("v_scale", "A | float | None", None, _CACHE, "what quantised values are multiplied by"),
+    Keyword("cache_seqlens", "A | None", None, _ATTEND, "keys in the cache before the new ones; (batch,)"),
+    Keyword("cache_batch_idx", "A | None", None, _ATTEND, "the cache's row of each sequence; (batch,)"),
+    Keyword("rotary", "tuple[A, A, str] | None", None, _ATTEND, '(cos, sin, "neox" or "interleaved")'),
+    Keyword("split_size", "int | None", None, _ATTEND, "keys of one part, for bits that do not depend on the batch"),
+    Keyword("reduce", "str | None", None, _PROBABILITIES, '"received", "entropy", "max" or "mean_heads"'),
+    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", neutral=()),
+    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", neutral=()),
+    Keyword("like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"), "an array whose device is taken"),
+    Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
+    Keyword(
+        "max_partial", "int | None", None,
+        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"), "room for partial blocks",
+    ),
+)  # fmt: skip
+
+KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
+
+# What keywords are called elsewhere: (ours, a remark). Hints, not aliases.
+_WINDOWS = (
+    "(127, 0) sees 128 keys, the query's own among them, as Mistral counts; (128, 0) sees 128 before it and its own"
+)
+_EITHER = "mask is for booleans, bias for numbers that are added"
+OTHER_NAMES: dict[str, tuple[tuple[str, ...], str]] = {
+    "is_causal": (("causal",), ""),
+    "scale": (("softmax_scale",), ""),
+    "sm_scale": (("softmax_scale",), ""),
+    "scaling": (("softmax_scale",), ""),
+    "return_softmax_lse": (("return_lse",), ""),
+    "return_attn_probs": (("return_lse",), ""),
+    "return_residual": (("return_lse",), ""),
+    "lse": (("lse_out",), ""),
+    "softmax_lse": (("lse_out",), ""),
+    "attn_mask": (("mask", "bias"), _EITHER),
+    "attention_mask": (("mask", "bias"), _EITHER),
+    "attn_bias": (("bias",), ""),
+    "block_mask": (("mask",), ""),
+    "key_padding_mask": (("seqused_k", "mask"), "seqused_k counts the keys in use of each sequence"),
+    "learnable_sink": (("sinks",), ""),
+    "s_aux": (("sinks",), ""),
+    "logits_soft_cap": (("softcap",), ""),
+    "local_window_size": (("window_size",), _WINDOWS),
+    "sliding_window": (("window_size",), _WINDOWS),
+    "window": (("window_size",), _WINDOWS),
+    "dropout": (("dropout_p",), ""),
+    "dropout_rate": (("dropout_p",), ""),
+    "query_seq_lengths": (("seqused_q",), ""),
+    "key_value_seq_lengths": (("seqused_k",), ""),
+    "page_table": (("block_table",), ""),
+}
+_NOT_NEEDED = {
+    "enable_gqa": "grouped heads need none, k and v may have fewer heads than q",
+    "num_splits": "how the work is split is chosen for each GPU",
+}
+
+
+def is_neutral(keyword: Keyword, value: object) -> bool:
+    """Whether `value` means the same as leaving the keyword out. No array is compared."""
+    if isinstance(value, (tuple, list)):
+        value = tuple(value)
+        if not all(item is None or _is_number(item) for item in value):
+            return False
+    elif isinstance(value, (bool, np.bool_)):
+        return any(neutral is bool(value) for neutral in keyword.neutral)
+    elif value is not None and not _is_number(value):
+        return False
+    return any(neutral is not False and neutral == value for neutral in keyword.neutral)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signatures
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def signature(function: str) -> inspect.Signature:
+    """What help() shows of a public function: its arrays, and the keywords that are there."""
+    arrays, result = FUNCTIONS[function]
+    positional = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="A") for name in arrays]
+    keywords = [
+        inspect.Parameter(k.name, inspect.Parameter.KEYWORD_ONLY, default=k.default, annotation=k.type)
+        for k in KEYWORDS.values()
+        if function in k.functions and k.since
+    ]
+    return inspect.Signature([*positional, *keywords], return_annotation=result)
+
+
+def public(function: _Function) -> _Function:
+    """Show the signature of a public function: at run time it takes anything, to say what is wrong with it."""
+    setattr(function, "__signature__", signature(function.__name__))  # noqa: B010 - unknown to mypy
+    return function
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def too_many_by_position(function: str, positional: tuple[object, ...]) -> Fa2Error:
+    """The error for more arguments by position than there are arrays."""
+    arrays = FUNCTIONS[function][0]
+    first = shown("one more", positional[0]).rstrip(",")
+    hint = ""
+    if hasattr(positional[0], "ndim"):
+        hint = " (the fourth of torch's SDPA is mask= or bias= here)" if function == "attention" else ""
+    return InvalidType(
+        f"{function}() takes {len(arrays)} arrays by position, {', '.join(arrays)}, and got {first}: "
+        f"everything else is given by name, as in causal=True{hint}"
+    )
+
+
+def not_supported(function: str, keyword: Keyword, value: object) -> Fa2Error:
+    """The error for a value other than a neutral one of a keyword to come."""
+    allowed = " or ".join(repr(neutral) for neutral in keyword.neutral[:3])
+    hint = f" ({_WINDOWS})" if keyword.name == "window_size" and _is_number(value) else ""
+    return InvalidArgument(
+        f"{shown(keyword.name, value)} is not supported yet: leave it out, {function}() takes {allowed} only{hint}"
+    )
+
+
+def unknown(function: str, name: str) -> Fa2Error:
+    """The error for a keyword that `function` does not have."""
+    return InvalidType(f"{function}() has no keyword {name!r}: {_hint(function, name)}")
+
+
+def _hint(function: str, name: str) -> str:
+    own = [keyword.name for keyword in KEYWORDS.values() if function in keyword.functions]
+    if name in _NOT_NEEDED:
+        return _NOT_NEEDED[name]
+    ours, remark = OTHER_NAMES.get(name, ((), ""))
+    targets = [target for target in ours if target in own]
+    if ours and not targets:
+        return _elsewhere(ours[0])
+    if not targets and name in KEYWORDS:
+        return _elsewhere(name)
+    targets = targets or difflib.get_close_matches(name, own, 1, 0.8)
+    if not targets:
+        return f"it takes {', '.join(name for name in own if KEYWORDS[name].since)}"
+    later = "" if any(KEYWORDS[target].since for target in targets) else ", not supported yet"
+    return f"did you mean {' or '.join(map(repr, targets))}{later}?" + (f" ({remark})" if remark else "")
+
+
+def _elsewhere(name: str) -> str:
+    """Whose keyword it is."""
+    there = [function for function in KEYWORDS[name].functions if function in FUNCTIONS]
+    if there and KEYWORDS[name].since:
+        return f"{name!r} is a keyword of {there[0]}()"
+    return f"{name!r} is for {KEYWORDS[name].functions[-1]}(), which is not supported yet"

@@ -1,0 +1,93 @@
+"""merge_attention: attention over all keys from attention over pieces of them.
+
+    lse = log(sum_i exp(lse_i)),   out = sum_i exp(lse_i - lse) out_i
+
+exact for any cut of the keys. In the arrays' own framework, by its own operators, so that torch and JAX differentiate
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks import JAX, TORCH, framework_of
+
+__all__ = ["merge_attention"]
+
+
+def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+    """(out, lse) over all keys from the (out, lse) of pieces of them. Layout "bshd": each out is (batch, seqlen_q,
+    num_heads, head_dim_v), each lse (batch, num_heads, seqlen_q).
+
+    Args:
+        outs: what `attention(..., return_lse=True)` gave for each piece, one or more, of one shape and dtype.
+        lses: the log-sum-exps, natural logarithms, in the same order.
+
+    Returns:
+        out in the dtype of the pieces (the sum is taken in lse's), lse in that of the lses. A piece in which a row sees
+        no key (lse = -inf) has weight 0 there; a row that sees no key in any piece has out = 0 and lse = -inf. Through
+        torch and JAX both are differentiable with respect to every out and lse.
+
+    Raises: ValueError or TypeError where the pieces do not fit together.
+    """
+    outs, lses = list(outs), list(lses)
+    if not outs or len(outs) != len(lses):
+        raise InvalidArgument(f"outs has {len(outs)} pieces and lses {len(lses)}: as many of each, and at least one")
+    framework = framework_of(outs[0])
+    if framework is None or any(framework_of(array) is not framework for array in (*outs, *lses)):
+        raise InvalidType("outs and lses must be arrays of one framework: CuPy, PyTorch, JAX or NumPy")
+    out_shape, lse_shape = tuple(outs[0].shape), tuple(lses[0].shape)
+    if len(out_shape) != 4 or lse_shape != (out_shape[0], out_shape[2], out_shape[1]):
+        raise InvalidArgument(
+            f"outs[0] has shape {out_shape} and lses[0] {lse_shape}: (batch, seqlen_q, num_heads, head_dim_v) and "
+            "(batch, num_heads, seqlen_q) are needed"
+        )
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if tuple(out.shape) != out_shape or tuple(lse.shape) != lse_shape:
+            raise InvalidArgument(
+                f"piece {i} has shapes {tuple(out.shape)} and {tuple(lse.shape)}: "
+                f"{out_shape} and {lse_shape} are needed"
+            )
+        if out.dtype != outs[0].dtype or lse.dtype != lses[0].dtype:
+            raise InvalidType(
+                f"piece {i} has dtypes {out.dtype} and {lse.dtype}: {outs[0].dtype} and {lses[0].dtype} are needed"
+            )
+    if framework is TORCH:
+        import torch
+
+        return _merge(torch, outs, lses, torch.Tensor.detach, torch.Tensor.to)
+    if framework is JAX:
+        import jax
+
+        return _merge(jax.numpy, outs, lses, jax.lax.stop_gradient, jax.lax.convert_element_type)
+    import numpy as np
+
+    namespace: Any = np
+    if framework.name == "CuPy":
+        import cupy
+
+        namespace = cupy
+    with np.errstate(divide="ignore"):
+        return _merge(namespace, outs, lses, lambda x: x, lambda x, dtype: x.astype(dtype))
+
+
+def _merge(xp: Any, outs: list[Any], lses: list[Any], constant: Any, astype: Any) -> tuple[Any, Any]:
+    maximum = lses[0]
+    for lse in lses[1:]:
+        maximum = xp.maximum(maximum, lse)
+    # The weights do not depend on what is taken off before the exponentials: a constant for derivatives.
+    shift = constant(xp.where(xp.isfinite(maximum), maximum, xp.zeros_like(maximum)))
+    weights = [xp.exp(lse - shift) for lse in lses]
+    total = sum(weights[1:], weights[0])
+    unseen = constant(total) == 0
+    divisor = xp.where(unseen, xp.ones_like(total), total)
+    lse = xp.where(unseen, xp.full_like(total, -float("inf")), xp.log(divisor) + shift)
+    out = None
+    for piece, weight in zip(outs, weights, strict=True):
+        factor = xp.swapaxes(weight / divisor, 1, 2)[..., None]
+        # A piece without keys may hold anything, NaN too: its weight is 0.
+        term = xp.where(constant(factor) == 0, xp.zeros_like(factor), factor * astype(piece, weight.dtype))
+        out = term if out is None else out + term
+    return astype(out, outs[0].dtype), lse

@@ -1,0 +1,98 @@
+"""The keywords of one call: what is checked once, and what a call may ask for beyond dense attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fa2cupy.frameworks.base import TensorRef
+from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
+from fa2cupy.operations import Operation
+
+__all__ = ["Options", "RawOptions", "given"]
+
+# What a call was given, of any type, in the order of the fields of `Options`: part of its signature.
+RawOptions = tuple[object, object, object, object, object, tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The keywords of a call, checked; arrays are not among them.
+
+    dtype: what uint16 arrays hold, or None. features: (name, value) of the options beyond dense attention that were
+    given, in the table's order, their values checked and hashable.
+    """
+
+    causal: bool
+    softmax_scale: float | None
+    layout: str
+    dtype: str | None
+    deterministic: bool = False
+    features: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def checked(
+        cls,
+        causal: object,
+        softmax_scale: object,
+        layout: object,
+        dtype: object,
+        deterministic: object = False,
+        features: tuple[tuple[str, Any], ...] = (),
+    ) -> Options:
+        """From what the user gave, of any type. `features`: from `given`, which has checked them."""
+        return cls(
+            layout=_checked("layout", layout),
+            dtype=_checked("dtype", dtype),
+            causal=_checked("causal", causal),
+            softmax_scale=_checked("softmax_scale", softmax_scale),
+            deterministic=_checked("deterministic", deterministic),
+            features=features,
+        )
+
+    def dtype_of(self, ref: TensorRef) -> str:
+        """The dtype that the elements of a 16-bit array hold, for an argument whose own dtype may be uint16."""
+        return self.dtype if ref.dtype == "uint16" and self.dtype is not None else ref.dtype
+
+
+def _checked(name: str, value: object) -> Any:
+    check = KEYWORDS[name].check
+    assert check is not None
+    return check(name, value)
+
+
+def given(
+    function: str,
+    operation: Operation,
+    arrays: list[Any],
+    options: RawOptions,
+    positional: tuple[object, ...],
+    keywords: dict[str, Any],
+) -> tuple[Operation, list[Any], RawOptions]:
+    """A dense call with all the rest that `function` was given: the operation, arrays and options of the whole.
+
+    With nothing but neutral values it is the dense call itself. Raises for what the function does not take.
+    """
+    if positional:
+        raise too_many_by_position(function, positional)
+    features: list[tuple[str, Any]] = []
+    extra: list[tuple[str, Any]] = []
+    for name, value in keywords.items():
+        keyword = KEYWORDS.get(name)
+        if keyword is None or function not in keyword.functions:
+            raise unknown(function, name)
+        if is_neutral(keyword, value):
+            continue
+        if not keyword.since:
+            raise not_supported(function, keyword, value)
+        if keyword.check is None:
+            extra.append((name, value))
+        else:
+            features.append((name, keyword.check(name, value)))
+    if not extra and not features:
+        return operation, arrays, options
+    order = list(KEYWORDS)
+    features.sort(key=lambda item: order.index(item[0]))
+    extra.sort(key=lambda item: order.index(item[0]))
+    operation = operation.extended(tuple(name for name, _ in extra))
+    return operation, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))

@@ -1,0 +1,75 @@
+"""Eager gradients: one autograd.Function around the launches."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from fa2cupy import dynamo
+from fa2cupy.calls import call
+from fa2cupy.operations import BACKWARD, FORWARD
+from fa2cupy.torch.watchers import are_watched, is_grad_enabled, is_plain
+
+__all__ = ["eager", "launch_backward", "launch_forward"]
+
+_BACKWARD_WITH_DLSE = BACKWARD.extended(("dlse",))
+
+
+def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """out, lse. options: causal, softmax_scale, layout, dtype, deterministic."""
+    out, lse = call(FORWARD, [q, k, v, None, None], None, (*options[:4], False, ()))
+    return out, lse
+
+
+def launch_backward(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...]
+) -> tuple[Any, Any, Any]:
+    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it."""
+    deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
+    operation, arrays = BACKWARD, [dout, q, k, v, out, lse, None, None, None]
+    if dlse is not None:
+        operation, arrays = _BACKWARD_WITH_DLSE, [*arrays, dlse]
+    dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, ()))
+    return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    """forward(ctx, ...) rather than setup_context, with which torch inspects a signature at every call (15 us)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+        out, lse = launch_forward(q, k, v, options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
+            return None, None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # With grad mode on (create_graph=True) the operator is taken too: it says that there is no second derivative.
+        if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
+            from fa2cupy.torch.operators import backward_op
+
+            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options)
+        else:
+            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, ctx.options)
+        return dq, dk, dv, None
+
+
+# Past torch's Python `apply`, which looks for torch.func: whoever comes here has looked.
+_apply = super(torch.autograd.Function, _Attention).apply
+
+
+def eager(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+    """out or (out, lse), with a graph."""
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    out, lse = _apply(q, k, v, options)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,234 @@
+"""The registered operators `fa2cupy::forward` and `fa2cupy::backward`: pure, of fixed arity, one node in a graph.
+
+Their autograd kernels are our own rather than `register_autograd`'s: those cannot be used under torch.func and give
+tangents of zero, silently, in forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.utils.flop_counter import register_flop_formula
+
+from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks.base import Device, TensorRef
+from fa2cupy.options import Options
+from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
+from fa2cupy.torch.function import launch_backward, launch_forward
+from fa2cupy.torch.watchers import in_forward_mode
+
+__all__ = ["backward_op", "forward_op"]
+
+_OPTIONS = "bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic"
+_BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dlse")
+
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_fixed_stride_order") if hasattr(torch.Tag, name)
+)
+_library = torch.library.Library("fa2cupy", "DEF")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_TAGS,
+)
+forward_op = torch.ops.fa2cupy.forward.default
+backward_op = torch.ops.fa2cupy.backward.default
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+def _forward(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
+    with torch.no_grad():
+        return launch_forward(q, k, v, options)
+
+
+def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *options: Any) -> tuple[Any, Any, Any]:
+    with torch.no_grad():
+        return launch_backward(dout, q, k, v, out, lse, dlse, options)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes without data
+
+
+@torch.library.register_fake("fa2cupy::forward", lib=_library)
+def _forward_shapes(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
+    sizes, layout = _checked({"q": q, "k": k, "v": v}, *options)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(sizes.shape("out", layout)), q.new_empty(sizes.shape("lse", layout), dtype=lse_dtype)
+
+
+@torch.library.register_fake("fa2cupy::backward", lib=_library)
+def _backward_shapes(*arguments: Any) -> tuple[Any, Any, Any]:
+    count = len(_BACKWARD_TENSORS)
+    tensors = dict(zip(_BACKWARD_TENSORS, arguments[:count], strict=True))
+    _checked({name: tensor for name, tensor in tensors.items() if tensor is not None}, *arguments[count:])
+    dq, dk, dv = (tensors[name].new_empty(tensors[name].shape) for name in ("q", "k", "v"))
+    return dq, dk, dv
+
+
+def _checked(
+    tensors: Mapping[str, Any], causal: bool, softmax_scale: object, layout: str, dtype: str | None, deterministic: bool
+) -> tuple[Sizes, str]:
+    """The errors of a real call that need no data. The scale, which may be a symbol here, is left to the kernels."""
+    options = Options.checked(causal, None, layout, dtype, deterministic)
+    refs = {}
+    for name, tensor in tensors.items():
+        device = Device("cuda" if tensor.device.type == "cuda" else "cpu", tensor.device.index or 0)
+        refs[name] = TensorRef(0, tuple(tensor.shape), (), str(tensor.dtype).removeprefix("torch."), device, None)
+        if refs[name].device != next(iter(refs.values())).device:
+            raise InvalidArgument(f"{name} is on {tensor.device} but {next(iter(refs))} is not: one device is needed")
+        for length in tensor.shape:
+            if isinstance(length, torch.SymInt):
+                torch._check(length <= MAX_LENGTH)  # said of a length that nobody knows yet, it can be relied on below
+    extra = {name: refs.pop(name) for name in ("dlse",) if name in refs}
+    problem_dtype = check_dtypes(refs, options)
+    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], layout)
+    for name, ref in refs.items():
+        sizes.check_shape(name, ref.shape, layout)
+    for name, ref in extra.items():
+        check_array(name, ref, sizes, problem_dtype)
+    return sizes, layout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd
+
+
+def _needs_graph(tensors: tuple[Any, ...]) -> bool:
+    """Whether a gradient, or a tangent, of one of these tensors is wanted."""
+    return in_forward_mode() or (
+        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )
+
+
+def _below_autograd(operator: Any, arguments: tuple[Any, ...], grad_mode: bool) -> Any:
+    # An autograd.Function turns grad mode off around its forward; under torch.func the next level needs it as it was.
+    with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(grad_mode):
+        return operator(*arguments)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
+        outputs = _below_autograd(forward_op, arguments, grad_mode)
+        ctx.save_for_backward(*arguments[:3], *outputs)
+        ctx.options = arguments[3:]
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+        rest = (None,) * len(ctx.options)
+        if dout is None and dlse is None:
+            return None, None, None, None, *rest
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        return None, *backward_op(dout, q, k, v, out, lse, dlse, *ctx.options), *rest
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise InvalidType(
+            "an argument of fa2cupy.attention has a tangent: forward-mode autograd (jvp, jacfwd, hessian) is not "
+            "supported, reverse mode is"
+        )
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
+        return _below_autograd(backward_op, arguments, grad_mode)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise InvalidArgument(
+            "the gradient of fa2cupy.attention has been differentiated: it has no derivative of its own (no double "
+            "backward); take the first gradient without create_graph=True, or use torch's SDPA math for this loss"
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _Forward.jvp(ctx, *tangents)
+
+
+def _autograd_kernel(function: Any, operator: Any, count: int) -> Callable[..., Any]:
+    """What runs at the Autograd key. `count`: of the operator's tensors."""
+    apply = super(torch.autograd.Function, function).apply
+
+    def kernel(*arguments: Any) -> Any:
+        grad_mode = torch.is_grad_enabled()
+        if not _needs_graph(arguments[:count]):
+            return _below_autograd(operator, arguments, grad_mode)
+        with enable_single_level_autograd_function():  # under torch.func we are one level of it, as a C++ kernel is
+            return apply(grad_mode, *arguments)
+
+    return kernel
+
+
+_library.impl("forward", _autograd_kernel(_Forward, forward_op, 3), "Autograd")
+_library.impl("backward", _autograd_kernel(_Backward, backward_op, len(_BACKWARD_TENSORS)), "Autograd")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vmap, FLOP counters
+
+
+def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
+    """The mapped dimension becomes part of the batch, which comes first in either layout and in lse."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        size = info.batch_size
+
+        def leading(x: Any, dim: int | None) -> Any:
+            return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        tensors: list[Any] = [
+            x if x is None else leading(x, dim) for x, dim in zip(arguments[:count], in_dims, strict=False)
+        ]
+        batch = tensors[0].shape[1]
+        results = operator(*(x if x is None else x.flatten(0, 1) for x in tensors), *arguments[count:])
+        return tuple(x.unflatten(0, (size, batch)) for x in results), (0,) * outputs
+
+    return rule
+
+
+torch.library.register_vmap("fa2cupy::forward", _vmap(forward_op, 3, 2), lib=_library)
+torch.library.register_vmap("fa2cupy::backward", _vmap(backward_op, len(_BACKWARD_TENSORS), 3), lib=_library)
+
+
+def _sizes_of_shapes(q: Any, k: Any, v: Any, layout: str) -> Sizes:
+    refs = [TensorRef(0, tuple(shape), (), "", Device("cpu", 0), None) for shape in (q, k, v)]
+    return Sizes.of(refs[0], refs[1], refs[2], layout)
+
+
+def _matmul_flops(sizes: Sizes, head_dims: int) -> int:
+    """Of matrix products between all queries and all keys, `head_dims` wide in all. As for torch's own attention,
+    what a mask spares is not taken off."""
+    return 2 * sizes.batch * sizes.num_heads * sizes.seqlen_q * sizes.seqlen_k * head_dims
+
+
+@register_flop_formula(torch.ops.fa2cupy.forward)
+def _forward_flops(q: Any, k: Any, v: Any, causal: bool, softmax_scale: Any, layout: str, *_: Any, **__: Any) -> int:
+    sizes = _sizes_of_shapes(q, k, v, layout)
+    return _matmul_flops(sizes, sizes.head_dim + sizes.head_dim_v)
+
+
+@register_flop_formula(torch.ops.fa2cupy.backward)
+def _backward_flops(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, causal: bool, softmax_scale: Any, layout: str,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    sizes = _sizes_of_shapes(q, k, v, layout)
+    return _matmul_flops(sizes, 3 * sizes.head_dim + 2 * sizes.head_dim_v)

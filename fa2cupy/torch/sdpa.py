@@ -1,0 +1,126 @@
+"""torch's SDPA by our kernels, as a function with its signature. `takeover.py` puts them behind torch's own.
+
+torch.compile traces this file: it holds nothing that Dynamo cannot follow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fa2cupy import counts, dynamo
+from fa2cupy.attention import attention
+from fa2cupy.errors import MissingDependency, UnsupportedDevice
+from fa2cupy.problem import MAX_HEAD_DIM
+
+__all__ = ["TOP_LEFT", "objection", "scaled_dot_product_attention"]
+
+TOP_LEFT = "causal with more queries than keys, aligned top-left, is not supported yet"
+
+_DOOR = "fa2cupy.torch.scaled_dot_product_attention"
+_DTYPES = {
+    "cuda": (torch.float16, torch.bfloat16),
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """torch.nn.functional.scaled_dot_product_attention by our kernels: (batch, num_heads, seqlen, head_dim).
+
+    is_causal is aligned top-left, as torch's: query i sees keys j <= i. What our kernels do not compute (masks,
+    dropout, float32 on a GPU, shapes that broadcast, causal with more queries than keys) goes to torch's function,
+    counted by `fa2cupy.report()` and logged the first time; FA2CUPY_STRICT=1 makes it an error. float16 and bfloat16 on
+    a GPU, on the CPU also float32 and float64. Differentiable as `fa2cupy.attention` is.
+
+    Returns (batch, num_heads, seqlen_q, head_dim_v) in the dtype of query, or of autocast. Raises as torch's function.
+    """
+    why = _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if why:
+        _fell_back(why)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    _took()
+    if is_causal and query.shape[2] < key.shape[2]:  # nobody sees the keys behind, and a square is aligned both ways
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    return attention(query, key, value, causal=is_causal, softmax_scale=scale, layout="bhsd")
+
+
+def _why_not(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool) -> str:
+    if attn_mask is not None:
+        return "attn_mask is not supported yet"
+    why = objection(q, k, v, dropout_p)
+    if why:
+        return why
+    if q.shape[1] != k.shape[1] and not enable_gqa:
+        return "fewer key heads than query heads without enable_gqa are not supported"
+    if is_causal and q.shape[2] > k.shape[2]:
+        return TOP_LEFT
+    return ""
+
+
+def objection(q: Any, k: Any, v: Any, dropout_p: float) -> str:
+    """Why our kernels do not compute the attention of these (batch, heads, seqlen, head_dim) tensors, or ''."""
+    if dropout_p:
+        return "dropout is not supported yet"
+    device = q.device.type
+    if device not in _DTYPES:
+        return f"device {device} is not supported"
+    dtype = _dtype(q)
+    if dtype not in _DTYPES[device] or _dtype(k) != dtype or _dtype(v) != dtype:
+        return f"{q.dtype}, {k.dtype}, {v.dtype} on {device} are not supported"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        return "tensors of other than 4 dimensions are not supported"
+    if not (0 < q.shape[3] <= MAX_HEAD_DIM and 0 < v.shape[3] <= MAX_HEAD_DIM):
+        return "a head_dim of 0 or above 256 is not supported"
+    if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
+        return "shapes that broadcast are not supported"
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        return "query heads that are not a multiple of the key heads are not supported"
+    return _device_objection(q.device.index or 0) if device == "cuda" else ""
+
+
+def _dtype(x: Any) -> Any:
+    """The dtype that attention sees: autocast's, where it casts."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+_objections: dict[int, str] = {}
+
+
+@dynamo.constant
+def _device_objection(index: int) -> str:
+    """Why this GPU, or what is installed, cannot run our kernels, or ''."""
+    why = _objections.get(index)
+    if why is None:
+        from fa2cupy.jit import driver
+
+        try:
+            driver.device_info(index)
+            why = ""
+        except (UnsupportedDevice, MissingDependency) as error:
+            why = str(error)
+        _objections[index] = why
+    return why
+
+
+@dynamo.constant
+def _took() -> None:
+    counts.took(_DOOR)
+
+
+@dynamo.constant
+def _fell_back(why: str) -> None:
+    counts.fell_back(_DOOR, "torch's SDPA", why)

@@ -1,0 +1,412 @@
+"""torch's own SDPA taken over: our kernels in the place of its flash and cuDNN attention in the dispatcher.
+
+cuDNN is what SDPA takes on Hopper unless it is told otherwise, so both are replaced. Everything above stays torch's:
+the choice of a backend, autograd, torch.compile and what it compiled and cached before, DTensor, ring attention. What
+we do not compute goes on to the kernels that were there; `fa2cupy.report()` counts both.
+
+Results have the shapes and strides of torch's meta functions, which Inductor asserts: out and gradients as
+`empty_like` of what they belong to, lse contiguous. In aten, causal is aligned bottom-right for the flash operators
+and top-left for cuDNN's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.attention
+
+from fa2cupy import counts, dynamo
+from fa2cupy.calls import call
+from fa2cupy.errors import InvalidArgument, MissingDependency
+from fa2cupy.operations import BACKWARD, FORWARD
+from fa2cupy.torch.sdpa import TOP_LEFT, objection
+
+__all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
+
+_DOOR, _DOOR_BACKWARD = "torch's SDPA", "torch's SDPA, backward"
+
+Kernel = Callable[..., Any]
+Native = Callable[..., Any]  # (why, keyset, *arguments, **keywords): the kernel that was there, counted
+
+
+def enable_sdpa(*, device: str = "cuda") -> None:
+    """Compute torch.nn.functional.scaled_dot_product_attention with our kernels, in this process from now on.
+
+    Where torch chooses flash or cuDNN attention, that is: float16 and bfloat16 without a mask. Other choices of
+    torch's (float32, masks) stay its own and are not seen; of what comes, dropout, and causal attention of more
+    queries than keys that is aligned top-left, go on to torch's kernels, which `fa2cupy.report()` counts and the
+    logger "fa2cupy" tells the first time. With FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Compiled functions need
+    no compiling again. Enabling twice is once.
+
+    device: "cuda"; "cpu" replaces the CPU's flash attention by NumPy, which is slow: for tests.
+
+    Raises MissingDependency for a torch that cannot keep its own kernels (before 2.9) or was built without CUDA.
+    """
+    if device not in _OPERATORS:
+        raise InvalidArgument(f"device={device!r} is not supported: 'cuda' or 'cpu' is needed")
+    with _lock:
+        if device not in _enabled:
+            _enabled[device] = _install(device)
+
+
+def disable_sdpa(*, device: str = "cuda") -> None:
+    """torch's kernels again. Without `enable_sdpa` before, nothing happens."""
+    with _lock:
+        _enabled.pop(device, None)  # a library that nobody holds takes its kernels back
+
+
+@contextmanager
+def sdpa(*, device: str = "cuda") -> Iterator[None]:
+    """`enable_sdpa` for a block of code, in all threads; a backward that runs after it is torch's own, and right."""
+    before = device in _enabled
+    enable_sdpa(device=device)
+    try:
+        yield
+    finally:
+        if not before:
+            disable_sdpa(device=device)
+
+
+class _Handle:
+    """What torch.nn.attention.activate_flash_attention_impl("fa2cupy") keeps, for restore_flash_attention_impl."""
+
+    def __init__(self) -> None:
+        enable_sdpa()
+
+    def remove(self) -> None:
+        disable_sdpa()
+
+
+def _offer_to_torch() -> None:
+    """Where torch has a register of flash attentions, ours is in it under our name."""
+    register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
+    if register is not None:
+        register("fa2cupy", register_fn=_Handle)
+
+
+_offer_to_torch()
+_lock = threading.Lock()
+_enabled: dict[str, Any] = {}  # device -> the torch.library.Library that holds our kernels
+
+
+def _install(device: str) -> Any:
+    get_kernel = getattr(torch.library, "get_kernel", None)
+    if get_kernel is None:
+        raise MissingDependency(
+            f"torch {torch.__version__} cannot keep its own SDPA behind ours: torch 2.9 or newer is needed"
+        )
+    key = device.upper()
+    library = torch.library.Library("aten", "IMPL", key)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name, make in _OPERATORS[device].items():
+            if not hasattr(torch.ops.aten, name):
+                continue
+            try:
+                native = get_kernel(f"aten::{name}", key)
+            except RuntimeError as error:
+                raise MissingDependency(f"this torch has no kernel aten::{name} for {key}: {error}") from error
+            library.impl(name, make(_counted(name, native)), key, with_keyset=True)
+    return library
+
+
+def _counted(name: str, kernel: Any) -> Native:
+    door = _DOOR_BACKWARD if "backward" in name else _DOOR
+
+    def native(why: str, keyset: Any, *arguments: Any, **keywords: Any) -> Any:
+        counts.fell_back(door, f"aten::{name}", why)
+        return kernel.call_boxed(keyset, *arguments, **keywords)
+
+    return native
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launching: (batch, heads, seqlen, head_dim) tensors in whatever order of memory
+
+
+def _order(*tensors: Any) -> str | None:
+    """The layout in which new C-contiguous tensors have the strides of `empty_like` these; None if there is none."""
+    layout = None
+    for tensor in tensors:
+        batch, heads, seqlen, head_dim = tensor.stride()
+        if head_dim != 1 or heads < 1 or seqlen < 1 or (tensor.shape[0] > 1 and batch < max(heads, seqlen)):
+            return None
+        this = "bhsd" if heads >= seqlen else "bshd"
+        if layout not in (None, this):
+            return None
+        layout = this
+    return layout
+
+
+def _swapped(*tensors: Any) -> tuple[Any, ...]:
+    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+
+
+def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
+    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    counts.took(_DOOR)
+    layout = _order(q)
+    options = (causal, scale, layout or "bhsd", None, False, ())
+    with torch.no_grad():  # autograd is above us
+        if layout == "bshd":
+            out, lse = call(FORWARD, [*_swapped(q, k, v), None, None], None, options)
+            return out.transpose(1, 2), lse
+        out, lse = call(FORWARD, [q, k, v, None, None], None, options)
+        return out if layout else _laid_out(out, q, swapped), lse
+
+
+def _backward(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, *,
+    unseen: int = 0, swapped: bool = False,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`."""
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    counts.took(_DOOR_BACKWARD)
+    layout = None if unseen else _order(q, k, v)
+    options = (causal, scale, layout or "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
+    with torch.no_grad():
+        if layout == "bshd":
+            inputs = [*_swapped(dout, q, k, v, out), lse, None, None, None]
+            dq, dk, dv = _swapped(*call(BACKWARD, inputs, None, options))
+            return dq, dk, dv
+        seen = k.shape[2] - unseen
+        inputs = [dout, q, k[:, :, :seen], v[:, :, :seen], out, lse, None, None, None]
+        dq, dk, dv = call(BACKWARD, inputs, None, options)
+        if layout:
+            return dq, dk, dv
+        return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
+
+
+def _laid_out(result: Any, like: Any, swapped: bool) -> Any:
+    """A copy of a result with the strides that torch's meta functions give it: those of `empty_like` the operator's
+    tensor, or of its order for another head_dim. Rows that `like` has and the result has not are 0."""
+    if swapped:
+        like = like.transpose(1, 2)
+    if like.shape[3] == result.shape[3]:
+        copy = torch.empty_like(like)
+    else:
+        shape, strides, step = (*like.shape[:3], result.shape[3]), [0] * 4, 1
+        for dim in sorted(range(4), key=lambda dim: (like.stride(dim), -dim)):
+            strides[dim] = step
+            step *= shape[dim]
+        copy = torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+    copy = copy.transpose(1, 2) if swapped else copy
+    seen = result.shape[2]
+    copy[:, :, :seen].copy_(result)
+    copy[:, :, seen:].zero_()
+    return copy
+
+
+def _random_state(q: Any) -> tuple[Any, Any, Any]:
+    """Seed and offset of a dropout that there is not, and the mask for debugging: what nobody reads."""
+    return (
+        torch.empty(2, dtype=torch.uint64, device=q.device),
+        torch.empty((), dtype=torch.uint64, device=q.device),
+        torch.empty(0, dtype=q.dtype, device=q.device),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operators: each function makes a kernel from the one that was there
+
+
+def _sdpa_flash(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False,
+        return_debug_mask: bool = False, *, scale: float | None = None,
+    ) -> Any:  # fmt: skip
+        why = "a debug mask is not supported" if return_debug_mask else objection(q, k, v, dropout_p)
+        if not why and q.shape[3] != v.shape[3]:
+            why = "a head_dim of v of its own is not expected here"
+        if why:
+            return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
+        out, lse = _forward(q, k, v, is_causal, scale)
+        seed, offset, mask = _random_state(q)
+        return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
+
+    return kernel
+
+
+def _sdpa_flash_backward(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
+        max_k: int, dropout_p: float, is_causal: bool, seed: Any, offset: Any, *, scale: float | None = None,
+    ) -> Any:  # fmt: skip
+        why = objection(q, k, v, dropout_p)
+        if why:
+            return native(
+                why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
+                scale=scale,
+            )  # fmt: skip
+        return _backward(dout, q, k, v, out, lse, is_causal, scale)
+
+    return kernel
+
+
+def _cudnn(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, q: Any, k: Any, v: Any, attn_bias: Any, compute_log_sumexp: bool, dropout_p: float = 0.0,
+        is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
+    ) -> Any:  # fmt: skip
+        why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
+        if return_debug_mask:
+            why = "a debug mask is not supported"
+        if why:
+            return native(
+                why, keyset, q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask,
+                scale=scale,
+            )  # fmt: skip
+        seen = q.shape[2] if is_causal else k.shape[2]
+        out, lse = _forward(q, k[:, :, :seen], v[:, :, :seen], is_causal, scale)
+        if _cudnn_lse_dims() == 4:
+            lse = lse.unsqueeze(3)
+        seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
+        return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
+
+    return kernel
+
+
+def _cudnn_backward(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, seed: Any, offset: Any, attn_bias: Any,
+        cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, *,
+        scale: float | None = None,
+    ) -> Any:  # fmt: skip
+        why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
+        if why:
+            return native(
+                why, keyset, dout, q, k, v, out, lse, seed, offset, attn_bias, cum_q, cum_k, max_q, max_k, dropout_p,
+                is_causal, scale=scale,
+            )  # fmt: skip
+        lse = lse.squeeze(3) if lse.dim() == 4 else lse
+        unseen = k.shape[2] - q.shape[2] if is_causal else 0
+        return _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
+
+    return kernel
+
+
+@functools.cache
+def _cudnn_lse_dims() -> int:
+    """Whether lse has a last dimension of 1, which depends on the version of torch."""
+    q = torch.empty(1, 1, 1, 8, dtype=torch.float16, device="meta")
+    return int(torch.ops.aten._scaled_dot_product_cudnn_attention(q, q, q, None, True)[1].dim())
+
+
+def _cudnn_objection(q: Any, k: Any, v: Any, attn_bias: Any, dropout_p: float, is_causal: bool) -> str:
+    if attn_bias is not None:
+        return "a bias is not supported yet"
+    why = objection(q, k, v, dropout_p)
+    return why or (TOP_LEFT if is_causal and q.shape[2] > k.shape[2] else "")
+
+
+def _flash(native: Native) -> Kernel:
+    """What flash attention itself takes: (batch, seqlen, heads, head_dim), or packed."""
+
+    def kernel(
+        keyset: Any, q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout_p: float,
+        is_causal: bool, return_debug_mask: bool, *, scale: float | None = None, **more: Any,
+    ) -> Any:  # fmt: skip
+        why = _flash_objection(q, k, v, cum_q, cum_k, dropout_p, more)
+        if return_debug_mask:
+            why = "a debug mask is not supported"
+        if why:
+            return native(
+                why, keyset, q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, scale=scale,
+                **more,
+            )  # fmt: skip
+        q, k, v = _swapped(q, k, v)
+        out, lse = _forward(q, k, v, is_causal, scale, swapped=True)
+        return out.transpose(1, 2), lse, *_random_state(q)
+
+    return kernel
+
+
+def _flash_backward(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
+        max_k: int, dropout_p: float, is_causal: bool, seed: Any, offset: Any, *, scale: float | None = None,
+        **more: Any,
+    ) -> Any:  # fmt: skip
+        why = _flash_objection(q, k, v, cum_q, cum_k, dropout_p, more)
+        if why:
+            return native(
+                why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
+                scale=scale, **more,
+            )  # fmt: skip
+        dout, q, k, v, out = _swapped(dout, q, k, v, out)
+        return _swapped(*_backward(dout, q, k, v, out, lse, is_causal, scale, swapped=True))
+
+    return kernel
+
+
+def _flash_objection(q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, dropout_p: float, more: dict[str, Any]) -> str:
+    """more: window_size_left, window_size_right, seqused_k, alibi_slopes, ..., of which -1 is no window."""
+    if cum_q is not None or cum_k is not None:
+        return "packed sequences are not supported yet"
+    for name, value in more.items():
+        if value is not None and not (name.startswith("window_size") and value == -1):
+            return f"{name} is not supported yet"
+    q, k, v = _swapped(q, k, v)
+    return objection(q, k, v, dropout_p)
+
+
+def _cpu(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, *,
+        attn_mask: Any = None, scale: float | None = None,
+    ) -> Any:  # fmt: skip
+        why = _cpu_objection(q, k, v, attn_mask, dropout_p, is_causal)
+        if why:
+            return native(why, keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+        seen = q.shape[2] if is_causal else k.shape[2]
+        out, lse = _forward(q, k[:, :, :seen], v[:, :, :seen], is_causal, scale)
+        return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+    return kernel
+
+
+def _cpu_backward(native: Native) -> Kernel:
+    def kernel(
+        keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dropout_p: float, is_causal: bool, *,
+        attn_mask: Any = None, scale: float | None = None,
+    ) -> Any:  # fmt: skip
+        why = _cpu_objection(q, k, v, attn_mask, dropout_p, is_causal)
+        if why:
+            return native(why, keyset, dout, q, k, v, out, lse, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+        unseen = k.shape[2] - q.shape[2] if is_causal else 0
+        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
+        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
+
+    return kernel
+
+
+def _cpu_objection(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal: bool) -> str:
+    if attn_mask is not None:
+        return "attn_mask is not supported yet"
+    return _cudnn_objection(q, k, v, None, dropout_p, is_causal)
+
+
+_OPERATORS: dict[str, dict[str, Callable[[Native], Kernel]]] = {
+    "cuda": {
+        "_scaled_dot_product_flash_attention": _sdpa_flash,
+        "_scaled_dot_product_flash_attention_backward": _sdpa_flash_backward,
+        "_scaled_dot_product_cudnn_attention": _cudnn,
+        "_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
+        "_flash_attention_forward": _flash,
+        "_flash_attention_backward": _flash_backward,
+    },
+    "cpu": {
+        "_scaled_dot_product_flash_attention_for_cpu": _cpu,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_backward,
+    },
+}

@@ -1,0 +1,390 @@
+"""fa2cupy.flash_attn's functions against the plain formula in float64, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fa2cupy
+from fa2cupy.errors import Fa2Error, InvalidArgument
+from fa2cupy.flash_attn import (
+    extension,
+    fa3,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from fa2cupy.flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward, _get_block_size_n
+from fa2cupy.flash_attn.translate import keywords
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+BATCH, HEADS, HEADS_K, DIM = 2, 4, 2, 24
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse in float64; differentiable. Rows without keys: out 0, lse +inf, as flash_attn has it."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    sq, sk = scores.shape[-2:]
+    hidden = torch.ones(sq, sk, dtype=torch.bool).triu(sk - sq + 1) if causal else torch.zeros(sq, sk, dtype=torch.bool)
+    lse = scores.masked_fill(hidden, -math.inf).logsumexp(-1)
+    lse = lse.masked_fill(hidden.all(-1), math.inf)
+    p = (scores - lse[..., None]).exp().masked_fill(hidden, 0)
+    return (p @ v).transpose(1, 2), lse
+
+
+def make(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Errors relative to the largest value; infinite values in the same places."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert torch.equal(actual.isinf(), expected.isinf())
+    finite = ~expected.isinf()
+    error = (actual[finite] - expected[finite]).abs().max() if finite.any() else 0.0
+    assert error <= tolerance * expected[finite].abs().max().clamp(min=1), error
+
+
+def check(
+    function: Callable[..., Any],
+    inputs: list[Tensor],
+    separate: Callable[..., tuple[Tensor, ...]],
+    causal: bool,
+    scale: float | None = None,
+) -> None:
+    """The function's out, lse and gradients, against the formula's over the same leaves."""
+    tolerance = TOLERANCE[inputs[0].dtype]
+    out, lse, dmask = function(*inputs, 0.0, scale, causal, return_attn_probs=True)
+    expected_out, expected_lse = formula(*separate(*inputs), causal, scale)
+    assert (out.dtype, lse.dtype, dmask.numel(), dmask.dtype) == (inputs[0].dtype, torch.float32, 0, inputs[0].dtype)
+    close(out, expected_out, tolerance)
+    close(lse, expected_lse, 2e-5)
+    assert torch.equal(function(*inputs, softmax_scale=scale, causal=causal), out)
+    (dout,) = make(tuple(out.shape), dtype=out.dtype, seed=1)
+    gradients = torch.autograd.grad(out, inputs, dout)
+    expected = torch.autograd.grad(expected_out, inputs, dout.double())
+    for gradient, value, x in zip(gradients, expected, inputs, strict=True):
+        assert gradient.dtype == x.dtype
+        assert gradient.is_contiguous()
+        close(gradient, value, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("sq", "sk"), [(17, 17), (9, 30), (30, 9)])  # the last: causal, rows without keys
+def test_separate(sq: int, sk: int, causal: bool, dtype: torch.dtype) -> None:
+    inputs = make((BATCH, sq, HEADS, DIM), *[(BATCH, sk, HEADS_K, DIM)] * 2, dtype=dtype)
+    check(flash_attn_func, inputs, lambda *x: x, causal)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+def test_kvpacked(causal: bool, dtype: torch.dtype) -> None:
+    inputs = make((BATCH, 13, HEADS, DIM), (BATCH, 21, 2, HEADS_K, DIM), dtype=dtype)
+    check(flash_attn_kvpacked_func, inputs, lambda q, kv: (q, *kv.unbind(2)), causal, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+def test_qkvpacked(causal: bool, dtype: torch.dtype) -> None:
+    inputs = make((BATCH, 19, 3, HEADS, DIM), dtype=dtype)
+    check(flash_attn_qkvpacked_func, inputs, lambda qkv: qkv.unbind(2), causal)
+
+
+def test_packed_gradients_are_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels write dq, dk and dv into it: nothing is stacked afterwards."""
+    written: list[tuple[Tensor, ...]] = []
+    real = fa2cupy.attention_backward
+
+    def backward(*arguments: Any, **options: Any) -> Any:
+        written.append((options["dq"], options["dk"], options["dv"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(fa2cupy, "attention_backward", backward)
+    (qkv,) = make((BATCH, 19, 3, HEADS, DIM))
+    (gradient,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv, causal=True).sum(), [qkv])
+    ((dq, dk, dv),) = written
+    size = HEADS * DIM * qkv.element_size()
+    assert [x.data_ptr() - gradient.data_ptr() for x in (dq, dk, dv)] == [0, size, 2 * size]
+    assert dq.stride() == gradient[:, :, 0].stride()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_through_lse(packed: bool) -> None:
+    """Which flash_attn leaves out silently."""
+    (qkv,) = make((BATCH, 11, 3, HEADS, DIM))
+    function, inputs = (flash_attn_qkvpacked_func, (qkv,)) if packed else (flash_attn_func, qkv.unbind(2))
+    for weight in (0.0, 1.0):
+        out, lse, _ = function(*inputs, causal=True, return_attn_probs=True)
+        (gradient,) = torch.autograd.grad((lse.square().sum() + out.sum()) if weight else lse.square().sum(), [qkv])
+        expected_out, expected_lse = formula(*qkv.unbind(2), True)
+        loss = expected_lse.square().sum() + weight * expected_out.sum()
+        close(gradient, torch.autograd.grad(loss, [qkv])[0], 2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast(packed: bool) -> None:
+    (qkv,) = make((BATCH, 11, 3, HEADS, DIM))
+    function, inputs = (flash_attn_qkvpacked_func, (qkv,)) if packed else (flash_attn_func, qkv.unbind(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(*inputs)
+    assert out.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), [qkv])
+    assert gradient.dtype == torch.float32
+    close(gradient, torch.autograd.grad(formula(*qkv.unbind(2), False)[0].square().sum(), [qkv])[0], 2e-2)
+
+
+def test_compiled_in_one_graph() -> None:
+    (qkv,) = make((BATCH, 11, 3, HEADS, DIM))
+
+    def both(qkv: Tensor) -> Tensor:
+        out, lse, _ = flash_attn_func(*qkv.unbind(2), causal=True, return_attn_probs=True)
+        return out * flash_attn_qkvpacked_func(qkv, window_size=(-1, 0)) + lse.sum()
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    values, gradients = zip(
+        *((out, torch.autograd.grad(out.square().sum(), [qkv])[0]) for out in (both(qkv), compiled(qkv))), strict=True
+    )
+    close(values[1], values[0], 1e-6)
+    close(gradients[1], gradients[0], 1e-6)
+
+
+def test_calls_are_counted() -> None:
+    fa2cupy.report(reset=True)
+    (qkv,) = make((BATCH, 5, 3, HEADS, DIM))
+    flash_attn_qkvpacked_func(qkv)
+    flash_attn_func(*qkv.unbind(2))
+    _flash_attn_forward(*qkv.unbind(2), 0.0, None, False, -1, -1, 0.0, None, False)
+    with pytest.raises(Fa2Error):
+        flash_attn_func(*qkv.unbind(2), dropout_p=0.1)
+    assert [(row.door, row.kernel, row.calls) for row in fa2cupy.report(reset=True)] == [("flash_attn", "fa2cupy", 3)]
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in make(*[(BATCH, HEADS, 11, DIM)] * 3))
+    check(flash_attn_func, [q, k, v], lambda *x: x, True)
+
+
+def test_no_grad_and_mixed_requires_grad() -> None:
+    q, k, v = make(*[(BATCH, 11, HEADS, DIM)] * 3)
+    with torch.no_grad():
+        assert not flash_attn_func(q, k, v).requires_grad
+    out = flash_attn_func(q, k.detach(), v.detach())
+    (dq,) = torch.autograd.grad(out.sum(), [q])
+    (expected,) = torch.autograd.grad(formula(q, k, v, False)[0].sum(), [q])
+    close(dq, expected, 2e-5)
+
+
+def test_differentiating_twice_is_refused() -> None:
+    q, k, v = make(*[(BATCH, 11, HEADS, DIM)] * 3)
+    (qkv,) = make((BATCH, 11, 3, HEADS, DIM))
+    for out, x in ((flash_attn_func(q, k, v), q), (flash_attn_qkvpacked_func(qkv), qkv)):
+        (gradient,) = torch.autograd.grad((out**2).sum(), [x], create_graph=True)
+        with pytest.raises(Fa2Error, match="no double backward"):
+            gradient.sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Below the public functions
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(9, 30), (30, 9), (130, 130)])
+def test_forward_and_backward_below(sq: int, sk: int) -> None:
+    """As ring-flash-attention calls them: by the names of their parameters, gradients into slices of buffers."""
+    q, k, v = make((BATCH, sq, HEADS, DIM), *[(BATCH, sk, HEADS_K, DIM)] * 2)
+    common = {
+        "dropout_p": 0.0,
+        "softmax_scale": 0.2,
+        "causal": True,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+    out, lse, dmask, rng_state = _flash_attn_forward(q=q, k=k, v=v, return_softmax=False, **common)
+    expected_out, expected_lse = formula(q, k, v, True, 0.2)
+    close(out, expected_out, 2e-5)
+    close(lse, expected_lse, 2e-5)
+    assert not out.requires_grad
+    assert (dmask.numel(), rng_state.dtype, rng_state.shape) == (0, torch.int64, (2,))
+    (dout,) = make(tuple(out.shape), seed=1)
+    buffers = [torch.full((BATCH, x.shape[1] + 5, *x.shape[2:]), math.nan) for x in (q, k, v)]
+    dq, dk, dv = (buffer[:, : x.shape[1]] for buffer, x in zip(buffers, (q, k, v), strict=True))
+    softmax_d = _flash_attn_backward(
+        dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, deterministic=False, **common
+    )
+    for gradient, value in zip((dq, dk, dv), torch.autograd.grad(expected_out, [q, k, v], dout.double()), strict=True):
+        close(gradient, value, 2e-5)
+    assert softmax_d.shape == (BATCH, HEADS, -(-sq // 128) * 128)
+    close(softmax_d[:, :, :sq], (dout.double() * expected_out).sum(-1).transpose(1, 2), 2e-5)
+    assert not softmax_d[:, :, sq:].any()
+
+
+def test_extension_by_position() -> None:
+    q, k, v = make((BATCH, 5, HEADS, DIM), *[(BATCH, 8, HEADS_K, DIM)] * 2)
+    given = torch.empty(BATCH, 5, HEADS, DIM)
+    out, lse, _, rng_state = extension.fwd(q, k, v, given, None, 0.0, 0.2, True, -1, -1, 0.0, False, None)
+    assert out is given
+    close(out, formula(q, k, v, True, 0.2)[0], 2e-5)
+    gradients = extension.bwd(
+        out, q, k, v, out, lse, None, None, None, None, 0.0, 0.2, True, -1, -1, 0.0, False, None, rng_state
+    )
+    expected = torch.autograd.grad(formula(q, k, v, True, 0.2)[0], [q, k, v], out.double())
+    for gradient, value in zip(gradients[:3], expected, strict=True):
+        close(gradient, value, 2e-5)
+
+
+def test_softmax_d_of_packed_rows() -> None:
+    dout, out = (x.detach() for x in make((6, 2, 8), (6, 2, 8)))
+    close(extension._softmax_d(dout, out), (dout.double() * out.double()).sum(-1).T, 2e-5)
+
+
+def test_kvcache_that_is_full() -> None:
+    q, k, v = make((BATCH, 3, HEADS, DIM), *[(BATCH, 12, HEADS_K, DIM)] * 2)
+    out, lse = flash_attn_with_kvcache(q, k, v, causal=True, return_softmax_lse=True)
+    close(out, formula(q, k, v, True)[0], 2e-5)
+    close(lse, formula(q, k, v, True)[1], 2e-5)
+    assert not out.requires_grad
+    assert torch.equal(fa3.flash_attn_with_kvcache(q, k, v, causal=True), out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is asked for
+
+
+def test_neutral_values_ask_for_nothing() -> None:
+    plain = {"causal": False, "softmax_scale": None}
+    assert keywords() == plain
+    assert keywords(0.0, None, False, (-1, -1), 0.0, None, None) == plain
+    assert keywords(window_size=None) == plain
+    assert keywords(window_size=(-5, -7), softcap=-1.0) == plain
+    assert keywords(window_size=torch.tensor([-1, -1])) == plain
+    assert keywords(window_size=(-1, 0)) == {"causal": True, "softmax_scale": None}  # flash_attn's other causal
+    assert keywords(causal=1) == {"causal": True, "softmax_scale": None}
+    assert keywords(causal=True, window_size=(3, 9))["window_size"] == (3, -1)  # causal is right = 0
+    assert keywords(causal="yes")["causal"] == "yes"  # fa2cupy.attention says what is wrong with it
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(3, 3), (2, 4), (4, 2), (1, 3), (3, 1)])
+def test_windows_that_hide_nothing_are_left_out(sq: int, sk: int) -> None:
+    i, j = torch.arange(sq)[:, None], torch.arange(sk)
+
+    def hidden(left: int, right: int) -> Tensor:
+        before, after = j < i + sk - sq - left, j > i + sk - sq + right
+        return (before & (left >= 0)) | (after & (right >= 0))
+
+    for left, right in itertools.product(range(-1, 6), repeat=2):
+        options = keywords(window_size=(left, right), sizes=(sq, sk))
+        kept_left, kept_right = options.get("window_size", (-1, -1))
+        kept_right = 0 if options["causal"] else kept_right
+        assert torch.equal(hidden(left, right), hidden(kept_left, kept_right)), (left, right)
+        assert hidden(left, right).any() or "window_size" not in options
+
+
+Q = torch.zeros(1, 4, 2, 8)
+CU = torch.tensor([0, 4], dtype=torch.int32)
+ASKED = {
+    "dropout_p": {"dropout_p": 0.1},
+    "window_size": {"window_size": (1, 0)},
+    "softcap": {"softcap": 30.0},
+    "alibi_slopes": {"alibi_slopes": torch.ones(2)},
+    "sinks": {"s_aux": torch.ones(2)},
+}
+
+
+@pytest.mark.parametrize("feature", ASKED)
+def test_features_that_are_not_there_are_named(feature: str) -> None:
+    with pytest.raises(Fa2Error, match=feature):
+        flash_attn_func(Q, Q, Q, **ASKED[feature])
+    with pytest.raises(Fa2Error, match=f"cu_seqlens_q|{feature}"):
+        flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4, **ASKED[feature])
+
+
+def test_packed_sequences_and_caches_are_named() -> None:
+    packed = Q[0, :, None].expand(4, 3, 2, 8)
+    for call in (
+        lambda: flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4),
+        lambda: flash_attn_varlen_kvpacked_func(Q[0], packed[:, :2], CU, CU, 4, 4),
+        lambda: flash_attn_varlen_qkvpacked_func(packed, CU, torch.tensor(4)),
+        lambda: fa3.flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4),
+    ):
+        with pytest.raises(Fa2Error, match="cu_seqlens_q"):
+            call()
+    with pytest.raises(Fa2Error, match="flash_attn_varlen_func: block_table is given, which is not supported yet"):
+        flash_attn_varlen_func(Q[0], Q, Q, CU, CU, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
+    for name in ("block_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "k", "rotary_cos"):
+        with pytest.raises(Fa2Error, match=f"flash_attn_with_kvcache: {name} is given, which is not supported yet"):
+            flash_attn_with_kvcache(Q, Q, Q, **{name: 0 if name == "cache_seqlens" else CU})
+    with pytest.raises(Fa2Error, match="dropout_p"):
+        _get_block_size_n(torch.device("cpu"), 64, True, False)
+
+
+def test_shapes_of_packed_tensors() -> None:
+    with pytest.raises(InvalidArgument, match=r"qkv has shape \(1, 4, 2, 2, 8\): \(batch, seqlen, 3, num_heads"):
+        flash_attn_qkvpacked_func(torch.zeros(1, 4, 2, 2, 8))
+    with pytest.raises(InvalidArgument, match=r"kv has shape \(1, 4, 2, 8\)"):
+        flash_attn_kvpacked_func(Q, Q.new_zeros(1, 4, 2, 8))
+
+
+def test_what_is_no_tensor_or_no_window() -> None:
+    array: Any = Q.numpy()
+    for name, call in (
+        ("q", lambda: flash_attn_func(array, Q, Q)),
+        ("k", lambda: flash_attn_func(Q, [1], Q)),
+        ("kv", lambda: flash_attn_kvpacked_func(Q, array)),
+        ("qkv", lambda: flash_attn_qkvpacked_func(None)),
+        ("qkv", lambda: fa3.flash_attn_qkvpacked_func(array)),
+        ("v", lambda: flash_attn_with_kvcache(Q, Q, array)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is a .*: a torch.Tensor is needed"):
+            call()
+    for window in (128, (1, 2, 3)):
+        with pytest.raises(InvalidArgument, match=r"window_size=.*: \(left, right\) is needed"):
+            flash_attn_func(Q, Q, Q, window_size=window)
+    assert keywords(None, window_size=[-1, -1], softcap=None) == {"causal": False, "softmax_scale": None}
+    with pytest.raises(InvalidArgument, match="q has 3 dimensions"):
+        flash_attn_func(Q[0], Q[0], Q[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FlashAttention-3's names
+
+
+def test_flash_attention_3() -> None:
+    q, k, v = make((BATCH, 9, HEADS, DIM), *[(BATCH, 5, HEADS_K, DIM)] * 2)
+    out, lse = fa3.flash_attn_func(q, k, v, 0.2, True, return_attn_probs=True)
+    expected_out, expected_lse = formula(q, k, v, True, 0.2)
+    close(out, expected_out, 2e-5)
+    close(lse, expected_lse.where(~expected_lse.isinf(), -expected_lse), 2e-5)
+    assert torch.equal(lse.isneginf(), expected_lse.isposinf())
+    assert torch.equal(fa3.flash_attn_func(q, k, v, 0.2, True), out)
+    with pytest.raises(InvalidArgument, match="flash_attn_func: q_descale is given, which is not supported yet"):
+        fa3.flash_attn_func(q, k, v, q_descale=torch.ones(1))
+    with pytest.raises(InvalidArgument, match="attention_chunk"):
+        fa3.flash_attn_func(q, k, v, attention_chunk=4)
+
+
+def test_flash_attention_3_packed_with_fewer_key_heads() -> None:
+    (qkv,) = make((BATCH, 9, HEADS + 2 * HEADS_K, DIM))
+    out = fa3.flash_attn_qkvpacked_func(qkv, causal=True, num_heads_q=HEADS)
+    expected = formula(*qkv.split((HEADS, HEADS_K, HEADS_K), 2), True)[0]
+    close(out, expected, 2e-5)
+    (dout,) = make(tuple(out.shape), seed=1)
+    (gradient,) = torch.autograd.grad(out, [qkv], dout)
+    close(gradient, torch.autograd.grad(expected, [qkv], dout.double())[0], 2e-5)
+    with pytest.raises(InvalidArgument, match="num_heads_q is None"):
+        fa3.flash_attn_qkvpacked_func(qkv)

@@ -1,0 +1,436 @@
+"""torch's SDPA by our kernels: as a function, and taken over in the dispatcher.
+
+The kernels for CUDA's operators are called with CPU tensors; what they return must have the shapes and strides of
+torch's own meta functions, which compiled code asserts. The CPU's operators are taken over for real.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.utils
+from torch._inductor.utils import fresh_cache
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, list_flash_attention_impls, sdpa_kernel
+from torch.testing import assert_close
+
+import fa2cupy
+from fa2cupy.errors import InvalidArgument, MissingDependency, NotTaken
+from fa2cupy.torch import disable_sdpa, enable_sdpa, scaled_dot_product_attention, sdpa, takeover
+
+aten = torch.ops.aten
+OURS, BACKWARD = ("torch's SDPA", "fa2cupy", ""), ("torch's SDPA, backward", "fa2cupy", "")
+
+
+@pytest.fixture(autouse=True)
+def from_scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FA2CUPY_STRICT", raising=False)
+    torch.compiler.reset()
+    fa2cupy.report(reset=True)
+    yield
+    disable_sdpa(device="cpu")
+
+
+def counted() -> dict[tuple[str, str, str], int]:
+    return {(row.door, row.kernel, row.why): row.calls for row in fa2cupy.report()}
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: str = "", scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bhsd out and lse in float64; causal: "", "top-left" or "bottom-right"."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    s = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if causal:
+        offset = s.shape[3] - s.shape[2] if causal == "bottom-right" else 0
+        s = s.masked_fill(torch.ones(s.shape[2:], dtype=torch.bool).triu(offset + 1), -math.inf)
+    return s.softmax(3) @ v, s.logsumexp(3)
+
+
+def tensors(
+    seqlen_q: int = 7,
+    seqlen_k: int = 7,
+    heads: tuple[int, int] = (4, 2),
+    head_dim_v: int = 8,
+    dtype: Any = torch.float16,
+) -> list[torch.Tensor]:
+    """q, k, v, dout: bhsd, C-contiguous."""
+    torch.manual_seed(seqlen_q + seqlen_k)
+    shapes = (
+        (2, heads[0], seqlen_q, 8),
+        (2, heads[1], seqlen_k, 8),
+        (2, heads[1], seqlen_k, head_dim_v),
+        (2, heads[0], seqlen_q, head_dim_v),
+    )
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_gaps(x: torch.Tensor) -> torch.Tensor:
+    """As a piece of packed q, k, v."""
+    b, h, s, d = x.shape
+    return torch.empty(b, s, 3, h, d, dtype=x.dtype)[:, :, 1].copy_(x.transpose(1, 2)).transpose(1, 2)
+
+
+def seqlen_first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+
+
+def expanded(x: torch.Tensor) -> torch.Tensor:
+    """The same values in every batch and head."""
+    return x[:1, :1].expand(x.shape)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "bhsd": lambda x: x,
+    "bshd": transposed,
+    "packed": with_gaps,
+    "sbhd": seqlen_first,
+    "expanded": expanded,
+}
+
+
+def kernel(name: str, calls: list[Any] | None = None) -> Callable[..., Any]:
+    """Our kernel for an operator; what it hands on to torch's goes to `calls`."""
+
+    def native(why: str, keyset: Any, *arguments: Any, **keywords: Any) -> Any:
+        assert calls is not None, why
+        calls.append((why, arguments, keywords))
+
+    make = takeover._OPERATORS["cuda"][name](native)
+    return lambda *arguments, **keywords: make(None, *arguments, **keywords)
+
+
+def like_meta(results: Any, operator: Any, *arguments: Any, **keywords: Any) -> None:
+    """The results have the shapes, strides and dtypes that torch's meta function gives the arguments."""
+    shadows = [
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    ]
+    for got, wanted in zip(results, operator(*shadows, **keywords), strict=True):
+        if isinstance(wanted, torch.Tensor):
+            assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+            for length, stride, other in zip(got.shape, got.stride(), wanted.stride(), strict=True):
+                assert stride == other or length < 2
+        else:
+            assert got == wanted
+
+
+def check(results: Any, wanted: Any) -> None:
+    for got, want in zip(results, wanted, strict=True):
+        assert_close(got.double(), want, rtol=4e-3, atol=4e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernels behind CUDA's operators
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flash(layout: str, causal: bool) -> None:
+    """Bottom-right aligned, as flash attention is; lengths differ."""
+    q, k, v, dout = (LAYOUTS[layout](x) for x in tensors(5, 9))
+    arguments = (q, k, v, 0.0, causal)
+    results = kernel("_scaled_dot_product_flash_attention")(*arguments, scale=0.3)
+    like_meta(results, aten._scaled_dot_product_flash_attention, *arguments, scale=0.3)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference(*leaves, "bottom-right" if causal else "", 0.3)
+    check(results[:2], (out, lse))
+    saved = (dout, q, k, v, results[0], results[1], None, None, 5, 9, 0.0, causal, *results[6:8])
+    gradients = kernel("_scaled_dot_product_flash_attention_backward")(*saved, scale=0.3)
+    for got, x in zip(gradients, (q, k, v), strict=True):
+        assert got.stride() == torch.empty_like(x).stride()
+    check(gradients, torch.autograd.grad(out, leaves, dout.double()))
+    assert counted() == {OURS: 1, BACKWARD: 1}
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (5, 9), (9, 5)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cudnn(layout: str, causal: bool, lengths: tuple[int, int]) -> None:
+    """Top-left aligned; head_dim_v of its own; more queries than keys under causal are cuDNN's."""
+    q, k, v, dout = (LAYOUTS[layout](x) for x in tensors(*lengths, head_dim_v=16))
+    handed_on: list[Any] = []
+    arguments = (q, k, v, None, True, 0.0, causal)
+    results = kernel("_scaled_dot_product_cudnn_attention", handed_on)(*arguments)
+    if causal and lengths[0] > lengths[1]:
+        assert handed_on == [("causal with more queries than keys, aligned top-left, is not supported yet",
+                              (*arguments, False), {"scale": None})]  # fmt: skip
+        return
+    like_meta(results, aten._scaled_dot_product_cudnn_attention, *arguments)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference(*leaves, "top-left" if causal else "")
+    check((results[0], results[1].reshape(lse.shape)), (out, lse))
+    saved = (dout, q, k, v, results[0], results[1], *results[6:8], None, None, None, *lengths, 0.0, causal)
+    gradients = kernel("_scaled_dot_product_cudnn_attention_backward")(*saved)
+    for got, x in zip(gradients, (q, k, v), strict=True):
+        assert got.stride() == torch.empty_like(x).stride()
+    check(gradients, torch.autograd.grad(out, leaves, dout.double()))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flash_of_its_own(layout: str, causal: bool) -> None:
+    """aten::_flash_attention_forward takes bshd."""
+    q, k, v, dout = (LAYOUTS[layout](x).transpose(1, 2) for x in tensors(5, 9))
+    arguments = (q, k, v, None, None, 5, 9, 0.0, causal, False)
+    results = kernel("_flash_attention_forward")(*arguments, scale=None, window_size_left=-1, window_size_right=None)
+    like_meta(results, aten._flash_attention_forward, *arguments)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference(*(x.transpose(1, 2) for x in leaves), "bottom-right" if causal else "")
+    check(results[:2], (out.transpose(1, 2), lse))
+    saved = (dout, q, k, v, results[0], results[1], None, None, 5, 9, 0.0, causal, *results[2:4])
+    gradients = kernel("_flash_attention_backward")(*saved)
+    for got, x in zip(gradients, (q, k, v), strict=True):
+        assert got.stride() == torch.empty_like(x).stride()
+    check(gradients, torch.autograd.grad(out.transpose(1, 2), leaves, dout.double()))
+
+
+def test_what_goes_on_to_torch() -> None:
+    """With all arguments as they came, and why."""
+    q, k, v, _ = tensors()
+    wide = torch.zeros(1, 1, 2, 264, dtype=torch.float16)
+    lengths = torch.tensor([0, 4])
+    for name, words, arguments, keywords in (
+        ("_scaled_dot_product_flash_attention", "dropout is not", (q, k, v, 0.5, True, False), {"scale": 0.1}),
+        ("_scaled_dot_product_flash_attention", "a debug mask", (q, k, v, 0.0, True, True), {"scale": None}),
+        ("_scaled_dot_product_flash_attention", "head_dim", (wide, wide, wide, 0.0, True, False), {"scale": None}),
+        ("_scaled_dot_product_flash_attention", "int32", (q.int(), k.int(), v.int(), 0.0, True, False), {"scale": 1.0}),
+        ("_scaled_dot_product_cudnn_attention", "bias", (q, k, v, q, True, 0.0, True, False), {"scale": None}),
+        ("_scaled_dot_product_cudnn_attention", "debug", (q, k, v, None, True, 0.0, True, True), {"scale": None}),
+        ("_scaled_dot_product_cudnn_attention_backward", "dropout",
+         (q, q, k, v, q, q, q, q, None, None, None, 7, 7, 0.5, True), {"scale": None}),
+        ("_scaled_dot_product_flash_attention_backward", "dropout",
+         (q, q, k, v, q, q, None, None, 7, 7, 0.5, True, q, q), {"scale": None}),
+        ("_flash_attention_forward", "packed", (q, k, v, lengths, lengths, 4, 4, 0.0, True, False), {"scale": None}),
+        ("_flash_attention_forward", "window_size_left",
+         (q, k, v, None, None, 4, 4, 0.0, True, False), {"scale": None, "window_size_left": 3}),
+        ("_flash_attention_forward", "alibi_slopes",
+         (q, k, v, None, None, 4, 4, 0.0, True, False), {"scale": None, "alibi_slopes": q}),
+        ("_flash_attention_backward", "packed",
+         (q, q, k, v, q, q, lengths, lengths, 4, 4, 0.0, True, q, q), {"scale": None, "window_size_left": None}),
+    ):  # fmt: skip
+        handed_on: list[Any] = []
+        kernel(name, handed_on)(*arguments, **keywords)
+        [(why, got, options)] = handed_on
+        assert words in why
+        assert len(got) == len(arguments) and all(a is b or a == b for a, b in zip(got, arguments, strict=True))
+        assert options == keywords
+    assert counted() == {}
+
+
+def test_every_operator_is_known_to_this_torch() -> None:
+    for device, operators in takeover._OPERATORS.items():
+        for name in operators:
+            assert hasattr(aten, name), device
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The CPU's operators, taken over
+
+
+def both_ways(call: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    q, k, v, dout = tensors(dtype=dtype)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = call(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_taken_over(dtype: torch.dtype, layout: str) -> None:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return plain(*(LAYOUTS[layout](x) for x in (q, k, v)))
+
+    native = both_ways(call, dtype)
+    assert counted() == {}
+    with sdpa(device="cpu"):
+        ours = both_ways(call, dtype)
+    assert counted() == {OURS: 1, BACKWARD: 1}
+    for got, wanted in zip(ours, native, strict=True):
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float64: 1e-12}[dtype]
+        assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    for got, wanted in zip(both_ways(call, dtype), native, strict=True):
+        assert torch.equal(got, wanted)
+    assert counted() == {OURS: 1, BACKWARD: 1}
+
+
+def test_lengths_that_differ() -> None:
+    for lengths, ours in (((5, 9), 1), ((9, 5), 0)):
+        q, k, v, _ = tensors(*lengths, dtype=torch.float32, heads=(2, 2))
+        with sdpa(device="cpu"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
+        assert_close(out.double(), reference(q, k, v, "top-left")[0], rtol=1e-5, atol=1e-5)
+        assert counted().get(OURS, 0) == ours
+        fa2cupy.report(reset=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend: str) -> None:
+    native = both_ways(plain)
+    with sdpa(device="cpu"):
+        ours = both_ways(torch.compile(plain, backend=backend, fullgraph=True))
+    assert counted() == {OURS: 1, BACKWARD: 1}
+    for got, wanted in zip(ours, native, strict=True):
+        assert_close(got, wanted)
+
+
+def test_compiled_before_it_was_enabled() -> None:
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    native = both_ways(compiled)
+    assert counted() == {}
+    enable_sdpa(device="cpu")
+    for got, wanted in zip(both_ways(compiled), native, strict=True):
+        assert_close(got, wanted)
+    assert counted() == {OURS: 1, BACKWARD: 1}
+
+
+def test_compiled_from_a_cache_made_before(tmp_path: Path) -> None:
+    """Inductor's cache knows nothing of the kernels behind an operator, and need not."""
+    hits = torch._dynamo.utils.counters["aot_autograd"]
+    with fresh_cache(dir=str(tmp_path)):
+        hits.clear()
+        native = both_ways(torch.compile(plain, backend="inductor", fullgraph=True))
+        assert counted() == {} and hits["autograd_cache_hit"] == 0
+        torch.compiler.reset()
+        enable_sdpa(device="cpu")
+        ours = both_ways(torch.compile(plain, backend="inductor", fullgraph=True))
+        assert hits["autograd_cache_hit"] == 1
+    assert counted() == {OURS: 1, BACKWARD: 1}
+    for got, wanted in zip(ours, native, strict=True):
+        assert_close(got, wanted)
+
+
+def test_enabling_and_disabling() -> None:
+    q, k, v, _ = tensors(dtype=torch.float32)
+    for _ in range(2):
+        enable_sdpa(device="cpu")
+    with sdpa(device="cpu"):
+        plain(q, k, v)
+    plain(q, k, v)
+    assert counted() == {OURS: 2}
+    for _ in range(2):
+        disable_sdpa(device="cpu")
+    plain(q, k, v)
+    with pytest.raises(KeyError), sdpa(device="cpu"):
+        plain(q, k, v)
+        raise KeyError
+    plain(q, k, v)
+    assert counted() == {OURS: 3}
+    with pytest.raises(InvalidArgument, match="device='tpu' is not supported: 'cuda' or 'cpu'"):
+        enable_sdpa(device="tpu")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a build without CUDA")
+def test_a_torch_without_cuda() -> None:
+    assert "fa2cupy" in list_flash_attention_impls()
+    for enable in (enable_sdpa, lambda: activate_flash_attention_impl("fa2cupy")):
+        with pytest.raises(
+            MissingDependency, match=r"has no kernel aten::_scaled_dot_product_flash_attention for CUDA"
+        ):
+            enable()
+    assert not takeover._enabled
+
+
+def test_fallbacks_are_counted_said_once_and_forbidden(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v, _ = tensors(dtype=torch.float32, heads=(2, 2))
+    mask = torch.zeros(7, 7)
+    wanted = functional.scaled_dot_product_attention(q, k, v, mask)
+    operator = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    with sdpa(device="cpu"), caplog.at_level(logging.WARNING, "fa2cupy"):
+        for _ in range(3):
+            assert torch.equal(functional.scaled_dot_product_attention(q, k, v, mask), wanted)
+        assert counted() == {("torch's SDPA", operator, "attn_mask is not supported yet"): 3}
+        assert [record.message for record in caplog.records] == [
+            f"torch's SDPA runs {operator}: attn_mask is not supported yet"
+        ]
+        monkeypatch.setenv("FA2CUPY_STRICT", "1")
+        with pytest.raises(NotTaken, match="attn_mask is not supported yet, and FA2CUPY_STRICT forbids it"):
+            functional.scaled_dot_product_attention(q, k, v, mask)
+        plain(q, k, v)
+
+
+def test_the_report_is_a_table() -> None:
+    assert str(fa2cupy.report()) == "no calls through fa2cupy's doors"
+    q, k, v, _ = tensors(heads=(2, 2))
+    scaled_dot_product_attention(q, k, v)
+    scaled_dot_product_attention(q, k, v)
+    scaled_dot_product_attention(q, k, v, torch.zeros(7, 7, dtype=q.dtype))
+    report = fa2cupy.report(reset=True)
+    assert [(row.kernel, row.calls) for row in report] == [("fa2cupy", 2), ("torch's SDPA", 1)]
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["door", "kernel", "calls", "why", "not", "fa2cupy"]
+    assert lines[2].endswith("1      attn_mask is not supported yet")
+    assert len(fa2cupy.report()) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The function
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(7, 7), (5, 9), (9, 5)])
+def test_function(lengths: tuple[int, int], causal: bool) -> None:
+    q, k, v, dout = tensors(*lengths, head_dim_v=16, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for function in (functional.scaled_dot_product_attention, scaled_dot_product_attention):
+        out = function(q, k, v, is_causal=causal, scale=0.3, enable_gqa=True)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for got, wanted in zip(results[1], results[0], strict=True):
+        assert_close(got, wanted)
+    fell_back = causal and lengths[0] > lengths[1]
+    assert [row.kernel for row in fa2cupy.report()] == ["torch's SDPA" if fell_back else "fa2cupy"]
+
+
+def test_what_the_function_leaves_to_torch() -> None:
+    q, k, v, _ = tensors(dtype=torch.float32, heads=(2, 2))
+    for why, arguments, keywords in (
+        ("attn_mask is not supported yet", (q, k, v, torch.zeros(7, 7)), {}),
+        ("shapes that broadcast are not supported", (q, k[:1], v[:1]), {}),
+        ("tensors of other than 4 dimensions are not supported", (q[0], k[0], v[0]), {}),
+        ("dropout is not supported yet", (q, k, v), {"dropout_p": 0.999}),
+        ("fewer key heads than query heads without enable_gqa are not supported", (q, k[:, :1], v[:, :1]), {}),
+    ):
+        fa2cupy.report(reset=True)
+        out = scaled_dot_product_attention(*arguments, **keywords)
+        assert [row.why for row in fa2cupy.report()] == [why]
+        if not keywords:
+            assert torch.equal(out, functional.scaled_dot_product_attention(*arguments))
+
+
+def test_function_under_autocast() -> None:
+    q, k, v, _ = tensors(dtype=torch.float32, heads=(2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = scaled_dot_product_attention(q, k.half(), v)
+    assert out.dtype is torch.bfloat16
+    check([out.float()], [functional.scaled_dot_product_attention(*(x.bfloat16().double() for x in (q, k.half(), v)))])
+    assert [row.kernel for row in fa2cupy.report()] == ["fa2cupy"]
+
+
+def test_function_compiled() -> None:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    native = both_ways(plain)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for got, wanted in zip(both_ways(compiled), native, strict=True):
+            assert_close(got, wanted)
+    assert [(row.kernel, row.calls) for row in fa2cupy.report()] == [("fa2cupy", 1)]

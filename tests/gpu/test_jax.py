@@ -1,0 +1,157 @@
+"""fa2cupy.attention under JAX's transformations on a GPU: XLA's stream, workspaces, command buffers; our kernels."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fa2cupy
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+pytestmark = pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="JAX has no GPU here")
+
+SHAPES = {
+    "128": ((2, 300, 6, 128), (2, 300, 3, 128)),
+    "64 wide batch": ((3, 130, 4, 64), (3, 257, 4, 64)),
+    "256": ((1, 200, 4, 256), (1, 333, 2, 256)),
+    "72 unaligned": ((1, 150, 2, 72), (1, 150, 2, 72)),
+}
+
+
+def normal(seed: int, *shape: int, dtype: str = "bfloat16") -> Any:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32), dtype)
+
+
+def inputs(name: str, dtype: str = "bfloat16") -> tuple[Any, Any, Any, Any, Any]:
+    """q, k, v, a weight for every element of out and one for every element of lse."""
+    q_shape, k_shape = SHAPES[name]
+    batch, rows, heads, _ = q_shape
+    statistics = normal(4, batch, heads, rows, dtype="float32")
+    return (*(normal(i, *s, dtype=dtype) for i, s in enumerate((q_shape, k_shape, k_shape, q_shape))), statistics)
+
+
+def loss(attention: Any, of_lse: float, q: Any, k: Any, v: Any, weight: Any, statistics: Any) -> Any:
+    out, lse = attention(q, k, v)
+    return (out.astype("float32") * weight.astype("float32")).sum() + of_lse * (lse * statistics).sum()
+
+
+def plain(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
+    """The formula in float32, bottom-right aligned."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.astype("float32") for x in (q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[3] ** -0.5
+    if causal:
+        sees = jnp.tril(jnp.ones(scores.shape[2:], bool), scores.shape[3] - scores.shape[2])
+        scores = jnp.where(sees, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, -1)
+    out = jnp.einsum("bhqk,bkhd->bqhd", jnp.exp(scores - lse[..., None]), v, precision="highest")
+    return out, lse
+
+
+def error(a: Any, b: Any) -> float:
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("of_lse", [0.0, 1.0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_jitted_gradients(name: str, causal: bool, of_lse: float) -> None:
+    x = inputs(name)
+    ours = functools.partial(fa2cupy.attention, causal=causal, return_lse=True)
+    derived = jax.jit(jax.value_and_grad(functools.partial(loss, ours, of_lse), (0, 1, 2)))
+    value, gradients = derived(*x)
+    formula = functools.partial(plain, causal=causal)
+    wanted, wanted_gradients = jax.value_and_grad(functools.partial(loss, formula, of_lse), (0, 1, 2))(*x)
+    assert abs(value - wanted) <= 0.05 * abs(float(wanted)) + 5
+    for got, right in zip(gradients, wanted_gradients, strict=True):
+        assert got.dtype == "bfloat16" and error(got, right) < 1.5e-2
+    assert 'custom_call_target="fa2cupy"' in derived.lower(*x).compile().as_text()
+
+
+def test_jitted_is_eager_bit_for_bit() -> None:
+    q, k, v, *_ = inputs("128")
+    eager = fa2cupy.attention(q, k, v, causal=True)
+    jitted = jax.jit(functools.partial(fa2cupy.attention, causal=True))
+    for _ in range(5):  # from the second on perhaps within a command buffer
+        assert bool((jitted(q, k, v) == eager).all())
+
+
+def test_many_calls_in_one_program_and_other_buffers() -> None:
+    """A chain long enough for a command buffer, run with inputs at other addresses."""
+    q, k, v, *_ = inputs("128", "float16")
+
+    def chain(attention: Any, q: Any) -> Any:
+        for _ in range(8):
+            q = q + attention(q, k, v)
+        return q
+
+    run = jax.jit(functools.partial(chain, functools.partial(fa2cupy.attention, causal=True)))
+    for seed in range(4):
+        start = normal(10 + seed, *q.shape, dtype="float16")
+        by_hand = start
+        for _ in range(8):
+            by_hand = by_hand + fa2cupy.attention(by_hand, k, v, causal=True)
+        assert bool((run(start) == by_hand).all())
+
+
+def test_vmap_is_a_larger_batch() -> None:
+    q, k, v, *_ = inputs("64 wide batch")
+    qs, ks, vs = (jnp.stack([x, -x]) for x in (q, k, v))
+    mapped = jax.jit(jax.vmap(fa2cupy.attention))(qs, ks, vs)
+    for i in range(2):
+        assert bool((mapped[i] == fa2cupy.attention(qs[i], ks[i], vs[i])).all())
+
+
+def test_deterministic_gradients_repeat() -> None:
+    x = inputs("128")
+    ours = functools.partial(fa2cupy.attention, causal=True, return_lse=True, deterministic=True)
+    derived = jax.jit(jax.grad(functools.partial(loss, ours, 1.0), (0, 1, 2)))
+    first = derived(*x)
+    for _ in range(20):
+        for a, b in zip(derived(*x), first, strict=True):
+            assert bool((a == b).all())
+
+
+def test_float32_is_refused_before_it_runs() -> None:
+    q = normal(0, 1, 8, 2, 64, dtype="float32")
+    with pytest.raises(TypeError, match="float32"):
+        fa2cupy.attention(q, q, q)
+    with pytest.raises(Exception, match="INVALID_ARGUMENT: fa2cupy: q has dtype float32"):
+        jax.block_until_ready(jax.jit(lambda q: fa2cupy.attention(q, q, q))(q))
+
+
+def test_persistent_cache(tmp_path: Path) -> None:
+    script = (
+        "import jax, jax.numpy as jnp, fa2cupy, fa2cupy.jax\n"
+        "q = (jnp.arange(2 * 128 * 2 * 64) % 7).reshape(2, 128, 2, 64).astype('bfloat16')\n"
+        "f = jax.jit(jax.grad(lambda q: (fa2cupy.attention(q, q, q, causal=True).astype('float32') ** 2).sum()))\n"
+        "print(float(f(q).astype('float32').sum()))\n"
+    )
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, **settings},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(float(done.stdout.split()[-1]))
+    assert list(tmp_path.iterdir()) and abs(outputs[0] - outputs[1]) <= 1e-2 * abs(outputs[0])
