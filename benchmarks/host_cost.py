@@ -4,8 +4,9 @@
     python benchmarks/host_cost.py --against REV        this tree and another one (against.py); status 1 if not level
 
 [batch 1, seqlen 128, 8 heads, head_dim 64], causal, bfloat16; 16 sets of buffers in turn, outputs allocated afresh, no
-gradients; forward, and of ours the backward as well. The contestants take turns; the GPU is idle when a round starts
-and always faster than the host.
+gradients; forward, and of ours the backward as well. Then forward and backward through torch's autograd, ours and
+SDPA, the second time with SDPA taken over. The contestants take turns; the GPU is idle when a round starts and always
+faster than the host.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from benchmarks import against, results
 BUFFER_SETS = 16
 CALLS = 20 * BUFFER_SETS  # of a round: fewer than a driver queues before it makes the host wait
 BACKWARD_CALLS = 5 * BUFFER_SETS  # which is of several launches
-BACKWARD = "bwd:"  # how the names of its contestants begin
+BACKWARD, GRAD = "bwd:", "grad:"  # how the names of their contestants begin
 SHAPE = (1, 128, 8, 64)
 
 
@@ -44,7 +45,7 @@ def measure(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             call = contestants[name]
-            calls = BACKWARD_CALLS if name.startswith(BACKWARD) else CALLS
+            calls = BACKWARD_CALLS if name.startswith((BACKWARD, GRAD)) else CALLS
             synchronize()
             start = now()
             for number in range(calls):
@@ -110,6 +111,33 @@ def torch_flash() -> Callable[[int], Any]:
     return flash
 
 
+def with_grad() -> dict[str, Callable[[int], Any]]:
+    """Forward and backward through torch's autograd; the gradients are returned, not accumulated."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    import fa2cupy
+
+    def tensors() -> list[Any]:
+        return [torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+
+    sets = [[x.requires_grad_() for x in tensors()[:3]] for _ in range(BUFFER_SETS)]
+    turned = [[x.detach().transpose(1, 2).requires_grad_() for x in each] for each in sets]
+    douts = [tensors()[3] for _ in range(BUFFER_SETS)]
+    turned_douts = [x.transpose(1, 2) for x in douts]
+    attention, grad = fa2cupy.attention, torch.autograd.grad
+
+    def ours(number: int) -> Any:
+        q, k, v = sets[number]
+        return grad(attention(q, k, v, causal=True), (q, k, v), douts[number])
+
+    def flash(number: int) -> Any:
+        q, k, v = turned[number]
+        return grad(scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), turned_douts[number])
+
+    return {f"{GRAD}{results.OURS}": ours, f"{GRAD}torch flash SDPA": flash}
+
+
 def compare(
     packages: Mapping[str, Any],
     synchronize: Callable[[], Any],
@@ -137,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import fa2cupy
+    from fa2cupy.torch import sdpa
 
     if args.against:
         other, name = against.load(args.against)
@@ -154,11 +183,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         made = {**contestants({results.OURS: fa2cupy}), "torch flash SDPA": torch_flash()}
         times = measure(made, torch.cuda.synchronize, args.rounds)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        times |= measure(with_grad(), torch.cuda.synchronize, args.rounds)
+        with sdpa():
+            taken = measure(with_grad(), torch.cuda.synchronize, args.rounds)
+        times |= {f"{GRAD}torch SDPA, taken over": taken[f"{GRAD}torch flash SDPA"]}
     medians = {name: statistics.median(values) for name, values in times.items()}
-    torch_us = medians["torch flash SDPA"]
+    torch_us, grad_us = medians["torch flash SDPA"], medians[f"{GRAD}torch flash SDPA"]
     print(f"{torch.cuda.get_device_name()}, {SHAPE} bfloat16 causal, host microseconds per call")
     for name, us in medians.items():
-        share = "" if name.startswith(BACKWARD) else f"  {us / torch_us:5.2f} of torch flash"
+        of_torch = us / (grad_us if name.startswith(GRAD) else torch_us)
+        share = "" if name.startswith(BACKWARD) else f"  {of_torch:5.2f} of torch flash"
         print(f"{name:28s} {us:6.1f}  (fastest round {min(times[name]):.1f}){share}")
     if args.json:
         args.json.write_text(json.dumps({name: round(us, 2) for name, us in medians.items()}) + "\n")

@@ -105,7 +105,8 @@ def attention(
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     if positional or keywords:
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
-    if doors.has_torch() and out is None and lse_out is None and workspace is None:
+    dense = not (operation.extra or options[5])  # what goes beyond has no gradient through torch yet
+    if dense and doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
         if way is not None:
             return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
@@ -185,7 +186,8 @@ def attention_vjp(
     workspace: Any = None,
     **keywords: Any,
 ) -> tuple[Any, Callable[..., tuple[Any, Any, Any]]]:
-    """`attention` and its pullback, for arrays without autograd. Layout "bshd"; causal=True is aligned bottom-right.
+    """`attention` and its pullback, for arrays without autograd. Layout "bshd", as in `attention`.
+    causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
 
         out, pullback = fa2cupy.attention_vjp(q, k, v, causal=True)
         dq, dk, dv = pullback(dout)

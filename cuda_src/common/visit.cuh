@@ -31,7 +31,8 @@ FA2_DEVICE KeyVisit key_blocks(const Sequence& sequence, int m_block) {
   const int first_query = m_block * kBlockM;
   const int last_query = min(first_query + kBlockM, sequence.seqlen_q) - 1;
   const int end = ceil_div(key_end(sequence, last_query), kBlockN);
-  return {0, end, min(end, key_end(sequence, first_query) / kBlockN)};
+  const int unmasked = key_end(sequence, first_query) / kBlockN;
+  return {0, end, min(end, kUnseenRows ? max(0, unmasked) : unmasked)};
 }
 
 // Query blocks for a block of keys: [begin, end), of which those before mask_to need a mask: the first, or all of them if the

@@ -15,8 +15,8 @@
 // Q's buffer is filled again after the tile's last scores.
 //
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
-#include "common/mask.cuh"
 #include "common/schedule.cuh"
+#include "common/score.cuh"
 #include "common/softmax.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
@@ -143,7 +143,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
   const bool leader = threadIdx.x % 128 == 0;
-  const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
+  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
   Ring<kQStages> q;
   Ring<kKvStages> k, v;
   uint32_t o_parity = 0;
@@ -168,12 +168,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     pin(acc_s);
     if (leader) mbarrier_arrive(smem.k_empty[k.stage]);
     k.advance();
-    if constexpr (kScaleFirst) {
-#pragma unroll
-      for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc_s.x[0][j][e] *= params.scale_softmax_log2;
-    }
+    modify_scores(acc_s, params.scale_softmax_log2);
   };
   auto finish_o = [&] {
     pin(acc_o);
