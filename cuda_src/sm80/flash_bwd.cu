@@ -14,6 +14,7 @@
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
 #include "common/dq_accum.cuh"
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "sm80/tile.cuh"
@@ -226,7 +227,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + key_row + accumulator_row()};
+    keep(acc_ds, position);
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
+    keep(acc_p, position);
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;

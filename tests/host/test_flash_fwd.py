@@ -1,4 +1,4 @@
-"""cuda_src/{sm80,sm90}/flash_fwd.cu and smxx/fill_empty.cu, run on the CPU under three schedules."""
+"""cuda_src/{sm80,sm90}/flash_fwd.cu and smxx/fill_unseen.cu, run on the CPU under three schedules."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
-FILL = "smxx/fill_empty.cu"
+FILL = "smxx/fill_unseen.cu"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
 MUTANTS = [
@@ -197,8 +197,8 @@ MUTANTS = [
         "key_end(sequence, last_query) / kBlockN",
     ),
     ("fwd", "causal", RANGE, "key_end(sequence, last_query)", "key_end(sequence, first_query)"),
-    ("fwd", "causal", RANGE, "min(end, key_end(sequence, first_query) / kBlockN)", "end - 1"),
-    ("fwd", "full", RANGE, "min(end, key_end(sequence, first_query) / kBlockN)", "end"),
+    ("fwd", "causal", RANGE, "unmasked = key_end(sequence, first_query) / kBlockN", "unmasked = end - 1"),
+    ("fwd", "full", RANGE, "unmasked = key_end(sequence, first_query) / kBlockN", "unmasked = end"),
     ("fwd", "causal", FWD, "n >= visit.mask_from", "n > visit.mask_from"),
     ("fwd", "causal", FWD, "n >= visit.begin", "n > visit.begin"),
     ("fwd", "causal", FWD, "n < 0 ? 0 :", "n < 1 ? 0 :"),
