@@ -1,11 +1,12 @@
 """What attention is, in float64, and how far from it a result may be.
 
-Three things, shared by all tests:
+Shared by all tests:
 
 * `attention_reference`, `attention_backward_reference`: the plain formulas in float64 with all of S in memory.
 * `attention_model`, `attention_backward_model`: the same, but for the roundings that the format forces on everybody:
   P, dS and the results to the dtype, the saved lse to float32. A good kernel is about as wrong as this model.
-* `expect(...)` runs both and returns an `Expected`; `expected.check(out=..., lse=..., dq=...)` applies `compare`.
+* `attention_by_scipy`: the forward once more, by SciPy, for those that judge the reference itself.
+* `expect(...)` runs the first two, returns an `Expected`; `expected.check(out=..., lse=..., dq=...)` applies `compare`.
 
 Arrays are (batch, seqlen, heads, head_dim), lse is (batch, heads, seqlen). Tests keep them in their storage type, in
 which bfloat16 is a uint16 array of bits, so nothing here needs ml_dtypes; `as_float64` reads every kind. The formulas
@@ -161,6 +162,23 @@ def attention_reference(
 ) -> tuple[Array, Array]:
     """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q), in float64."""
     return _by_slab(q, k, v, None, causal, scale, "float64", xp)[:2]
+
+
+def attention_by_scipy(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool = False, scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `attention_reference` gives, by SciPy's log-sum-exp and softmax: a judge that shares no line with it."""
+    from scipy import special
+
+    q, k, v = (np.moveaxis(as_float64(x), 2, 1) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = np.einsum("bhid,bhjd->bhij", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    hidden = np.triu(np.ones(scores.shape[2:], bool), 1 + k.shape[2] - q.shape[2]) & causal
+    scores = np.where(hidden, -np.inf, scores)
+    lse = special.logsumexp(scores, axis=-1)
+    blind = hidden.all(-1)[:, None]  # a row of -inf alone has no softmax
+    weights = np.where(blind, 0.0, special.softmax(np.where(blind, 0.0, scores), axis=-1))
+    return np.moveaxis(weights @ v, 1, 2), lse
 
 
 def attention_model(

@@ -84,6 +84,19 @@ def test_forward_is_the_sum_over_visible_keys(seqlen_q, seqlen_k, causal):
         assert lse[b, h, i] == pytest.approx(math.log(total) if keys else -math.inf, rel=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.0, -0.7, 60.0, 1e-30])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (1, 239), (113, 203), (203, 113), (70, 3)])
+def test_scipy_agrees(seqlen_q, seqlen_k, scale, causal):
+    """With the forward of the formulas, GQA, rows that see no key and steep scores included."""
+    inputs = make_inputs(seqlen_q, seqlen_q, seqlen_k, dtype="bfloat16", heads=(4, 2), head_dim=24, head_dim_v=16)
+    out, lse = reference.attention_reference(*inputs[:3], causal, scale)
+    judged_out, judged_lse = reference.attention_by_scipy(*inputs[:3], causal, scale)
+    np.testing.assert_allclose(lse, judged_lse, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(out, judged_out, rtol=1e-12, atol=1e-12)
+    assert np.isneginf(judged_lse).any() == (causal and seqlen_q > seqlen_k)
+
+
 def test_causal_is_bottom_right():
     assert visible_keys(2, 4, True).tolist() == [[True, True, True, False], [True] * 4]
     assert visible_keys(3, 2, True).tolist() == [[False, False], [True, False], [True, True]]

@@ -41,7 +41,7 @@ constexpr bool kOwnO = FA2_OWN_O;             // O has a buffer of its own, that
 constexpr bool kTurns = FA2_TURNS;            // warpgroups issue their products in turn
 #endif
 #ifdef FA2_SCALE_FIRST
-constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scale <= 0: the largest score is not the largest scaled score
+constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scores are scaled before anything else is done with them (score.cuh)
 #endif
 #ifdef FA2_Q_STEPS_IN_REGS
 constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q that are read once and stay in registers
@@ -83,10 +83,10 @@ constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key blo
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
 
-#ifdef FA2_SKIPS_TILES
-enum { kSkipsTiles = FA2_SKIPS_TILES };  // there may be tiles that meet no block
+#ifdef FA2_UNSEEN_ROWS
+enum { kUnseenRows = FA2_UNSEEN_ROWS };  // there may be rows that see nothing, and tiles of nothing else
 #else
-enum { kSkipsTiles = 0 };
+enum { kUnseenRows = 0 };
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

@@ -25,13 +25,13 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
   return (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * blocks);
 }
 
-// The tiles of Tiles::next, less those that meet no block (kSkipsTiles): nobody takes them, in no role, and fill_unseen fills what
+// The tiles of Tiles::next, less those that meet no block (kUnseenRows): nobody takes them, in no role, and fill_unseen fills what
 // would be theirs.
 template <typename Tiles>
 struct Visited : Tiles {
   template <typename Problem, typename Work>
   FA2_DEVICE bool next(const Problem& problem, Work& work) {
-    if constexpr (!kSkipsTiles) {
+    if constexpr (!kUnseenRows) {
       return Tiles::next(problem, work);
     } else {
       while (Tiles::next(problem, work)) {

@@ -1,8 +1,29 @@
-// What a score becomes in the backward: P, computed again, and dS.
+// What a score is, and what becomes of it in the backward: P, computed again, and dS.
 #pragma once
 
 #include "common/mask.cuh"
 #include "common/ptx.cuh"
+
+#ifdef FA2_SCALE_FIRST
+// The forward's hook for scores, between the product and the mask: S = Q K^T in place. In a plain kernel they stay as they are, and
+// the exponent's fma scales them. With kScaleFirst they are scaled here, to s = softmax_scale * q . k: a scale <= 0 needs no
+// more, since then the largest score is not the largest scaled one; whatever else changes scores changes them here, after that.
+template <int kMTiles, int kNTiles>
+FA2_DEVICE void modify_scores(Accumulator<kMTiles, kNTiles>& acc_s, float scale_log2) {
+  if constexpr (kScaleFirst) {
+    const float scale = scale_log2 * kLn2;
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_s.x[i][j][e] *= scale;
+  }
+}
+
+// What scores are then multiplied by in exponents of 2.
+FA2_DEVICE float exponent_scale(float scale_log2) { return kScaleFirst ? kLog2E : scale_log2; }
+#endif
 
 // P = exp2(scale_log2 * S - lse_log2) of the rows that are 8 * h below this thread's first one: mask_p comes after it.
 template <int kNTiles>

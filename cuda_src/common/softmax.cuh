@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/accumulator.cuh"
+#include "common/config.cuh"
 #include "common/ptx.cuh"
 
 // Reduction over the four lanes that hold one row of an accumulator.
@@ -123,7 +124,8 @@ struct Softmax {
       for (int e = 0; e < 4; ++e) acc_o.x[0][j][e] *= alpha[e / 2];
   }
 
-  // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row.
+  // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row. Of one that has seen no key (l = 0; kUnseenRows) O
+  // stays 0, and lse is -inf.
   template <int kOTiles>
   FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o) {
 #pragma unroll
@@ -131,7 +133,7 @@ struct Softmax {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[i][h] = row_sum(sum[i][h]);
-        const float inverse = rcp(sum[i][h]);
+        const float inverse = kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]);
 #pragma unroll
         for (int j = 0; j < kOTiles; ++j)
 #pragma unroll

@@ -10,8 +10,9 @@
 //
 // K and V have one buffer each; each is filled while the product that needs the other one runs. The copies are issued in
 // parts, between the steps of that product.
-#include "common/mask.cuh"
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
+#include "common/score.cuh"
 #include "common/softmax.cuh"
 #include "sm80/tile.cuh"
 
@@ -99,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   };
 
   const KeyVisit visit = key_blocks(sequence, m_block);
-  if (kSkipsTiles && visit.begin >= visit.end) return;
+  if (kUnseenRows && visit.begin >= visit.end) return;
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
   load_k(visit.end - 1, False{});
   cp_async_commit_group();
@@ -114,8 +115,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   Softmax<kMTiles> softmax;
   AccO acc_o;
   acc_o.clear();
-  const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
+  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
 
+  auto position_of = [&](int n) {
+    return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
+  };
   auto step = [&](int n, auto masked, auto whole) {
     cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
@@ -125,18 +129,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
-    if constexpr (kScaleFirst) {
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < kSTiles; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc_s.x[i][j][e] *= params.scale_softmax_log2;
-    }
+    modify_scores(acc_s, params.scale_softmax_log2);
     if constexpr (decltype(masked)::value) {
-      mask_scores(acc_s, sequence, {first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()});
+      mask_scores(acc_s, sequence, position_of(n));
     }
     softmax.update(acc_s, acc_o, scale_log2);
+    keep(acc_s, position_of(n));
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V

@@ -95,7 +95,7 @@ struct Tiles {
   }
 };
 using Schedule = Visited<Tiles>;
-static_assert(!kSkipsTiles, "more() does not look ahead, and a thread block takes its first tile for granted");
+static_assert(!kUnseenRows, "more() does not look ahead, and a thread block takes its first tile for granted");
 
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.

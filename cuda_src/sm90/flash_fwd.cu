@@ -15,8 +15,9 @@
 // Q's buffer is filled again after the tile's last scores.
 //
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
-#include "common/mask.cuh"
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
+#include "common/score.cuh"
 #include "common/softmax.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
@@ -143,7 +144,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
   const bool leader = threadIdx.x % 128 == 0;
-  const float scale_log2 = kScaleFirst ? 1.f : params.scale_softmax_log2;
+  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
   Ring<kQStages> q;
   Ring<kKvStages> k, v;
   uint32_t o_parity = 0;
@@ -168,12 +169,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     pin(acc_s);
     if (leader) mbarrier_arrive(smem.k_empty[k.stage]);
     k.advance();
-    if constexpr (kScaleFirst) {
-#pragma unroll
-      for (int j = 0; j < kBlockN / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc_s.x[0][j][e] *= params.scale_softmax_log2;
-    }
+    modify_scores(acc_s, params.scale_softmax_log2);
   };
   auto finish_o = [&] {
     pin(acc_o);
@@ -183,8 +179,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   auto release_q = [&] {  // after a tile's last S
     if (kOwnO && leader) mbarrier_arrive(smem.q_empty[group][q.stage]);
   };
+  auto position_of = [&](const Work& work, int n) {
+    return Position<false>{work.m_block * kBlockM + row, n * kBlockN + accumulator_col()};
+  };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, sequence_of(shape, work.batch), {work.m_block * kBlockM + row, n * kBlockN + accumulator_col()});
+    mask_scores(acc_s, sequence_of(shape, work.batch), position_of(work, n));
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
@@ -192,6 +191,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     softmax = Softmax<1>();
     float alpha[2];
     softmax.exponentiate(acc_s, alpha, scale_log2);
+    keep(acc_s, position_of(work, work.visit.end - 1));
   };
   auto start_tile = [&](const Work& work) {
     mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
@@ -250,6 +250,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2);
+      keep(acc_s, position_of(work, n));
       pin(acc_s);             // what can be done of P(n) before the wait is not left for after it
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
       finish_o();

@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 import fa2cupy
-from fa2cupy.flash_attn.translate import packed_parts
+from fa2cupy.flash_attn.translate import check_tensors, packed_parts, took
 from fa2cupy.torch import backward_op
 from fa2cupy.torch.dispatch import cast
 from fa2cupy.torch.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled, is_plain
 
 __all__ = ["attend"]
 
+_NAMES = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
+
 
 def attend(
     inputs: tuple[Tensor, ...], options: dict[str, Any], deterministic: bool, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse or None) of (q, k, v), of (q, kv) with kv (batch, seqlen_k, 2, heads_k, head_dim), or of (qkv,)."""
+    check_tensors(**dict(zip(_NAMES[len(inputs)], inputs, strict=True)))
     if len(inputs) < 3 and _is_eager(inputs):
-        out, lse = _Packed.apply(
-            {**options, "deterministic": deterministic}, *(cast(*inputs) if any_autocast() else inputs)
-        )
-        return out, lse
-    q, k, v = _separate(inputs)
-    result = fa2cupy.attention(q, k, v, return_lse=return_lse, deterministic=deterministic, **options)
-    return result if return_lse else (result, None)
+        inputs = cast(*inputs) if any_autocast() else inputs
+        result = _Packed.apply({**options, "deterministic": deterministic}, *inputs)
+    else:
+        q, k, v = _separate(inputs)
+        result = fa2cupy.attention(q, k, v, return_lse=return_lse, deterministic=deterministic, **options)
+    took()
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def _is_eager(inputs: tuple[Tensor, ...]) -> bool:

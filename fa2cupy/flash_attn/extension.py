@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 import fa2cupy
-from fa2cupy.flash_attn.translate import from_flash_attn_lse, keywords, lengths, refuse, to_flash_attn_lse
+from fa2cupy.flash_attn.translate import (
+    check_tensors,
+    from_flash_attn_lse,
+    keywords,
+    lengths,
+    refuse,
+    seqlens,
+    to_flash_attn_lse,
+    took,
+)
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -35,9 +44,7 @@ def fwd(
     S_dmask is empty and rng_state means nothing without dropout, as in flash_attn; generator belongs to dropout.
     """
     window = window_size_left, window_size_right
-    options = keywords(
-        dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, seqlens=(q.shape[1], k.shape[1])
-    )
+    options = keywords(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, sizes=seqlens(q, k))
     return _forward(q, k, v, out, options)
 
 
@@ -99,9 +106,7 @@ def bwd(
     """(dq, dk, dv, softmax_d), the first three into what is given; softmax_d: rowsum(dout * out), (batch, heads, rows)
     float32, rows being seqlen_q rounded up to a multiple of 128."""
     window = window_size_left, window_size_right
-    options = keywords(
-        dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, seqlens=(q.shape[1], k.shape[1])
-    )
+    options = keywords(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, sizes=seqlens(q, k))
     gradients = _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), deterministic, options)
     batch, seqlen_q = q.shape[:2]
     softmax_d = _softmax_d(dout.flatten(0, 1), out.flatten(0, 1)).unflatten(1, (batch, seqlen_q))
@@ -181,9 +186,9 @@ def fwd_kvcache(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
     )
-    seqlens = (q.shape[1], k_cache.shape[1])
+    sizes = seqlens(q, k_cache)
     window = window_size_left, window_size_right
-    options = keywords(0.0, softmax_scale, causal, window, softcap, alibi_slopes, seqlens=seqlens)
+    options = keywords(0.0, softmax_scale, causal, window, softcap, alibi_slopes, sizes=sizes)
     out, lse, *_ = _forward(q, k_cache, v_cache, out, options)
     return out, lse
 
@@ -201,8 +206,10 @@ def round_multiple(x: int, m: int) -> int:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_tensors(q=q, k=k, v=v)
     with torch.no_grad():
         out, lse = fa2cupy.attention(q, k, v, out=out, return_lse=True, **options)
+        took()
         return out, to_flash_attn_lse(lse), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
 
 
@@ -218,6 +225,7 @@ def _backward(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = gradients
+    check_tensors(dout=dout, q=q, k=k, v=v, out=out, lse=lse)
     with torch.no_grad():
         lse = from_flash_attn_lse(lse)
         return fa2cupy.attention_backward(

@@ -15,7 +15,7 @@ from fa2cupy.errors import InvalidArgument
 from fa2cupy.flash_attn import extension as flash_attn_gpu
 from fa2cupy.flash_attn.autograd import attend
 from fa2cupy.flash_attn.extension import maybe_contiguous, round_multiple
-from fa2cupy.flash_attn.translate import keywords, lengths, refuse
+from fa2cupy.flash_attn.translate import check_tensors, keywords, lengths, refuse, seqlens
 
 __all__ = [
     "flash_attn_func",
@@ -60,8 +60,8 @@ def flash_attn_func(
         v_descale=v_descale,
         attention_chunk=attention_chunk or None,
     )
-    seqlens = (q.shape[1], k.shape[1]) if q.ndim == k.ndim == 4 else None
-    options = keywords(0.0, softmax_scale, causal, window_size, softcap, None, s_aux, seqlens=seqlens)
+    sizes = seqlens(q, k)
+    options = keywords(0.0, softmax_scale, causal, window_size, softcap, None, s_aux, sizes=sizes)
     return _attend((q, k, v), options, deterministic, return_attn_probs)
 
 
@@ -89,8 +89,9 @@ def flash_attn_qkvpacked_func(
         v_descale=v_descale,
         attention_chunk=attention_chunk or None,
     )
-    seqlens = (qkv.shape[1], qkv.shape[1])
-    options = keywords(0.0, softmax_scale, causal, window_size, softcap, seqlens=seqlens)
+    check_tensors(qkv=qkv)
+    sizes = seqlens(qkv, qkv)
+    options = keywords(0.0, softmax_scale, causal, window_size, softcap, sizes=sizes)
     inputs: tuple[Tensor, ...] = (qkv,)
     if qkv.ndim == 4:
         if num_heads_q is None or not 0 < num_heads_q < qkv.shape[2] or (qkv.shape[2] - num_heads_q) % 2:
@@ -197,8 +198,9 @@ def flash_attn_with_kvcache(
         v_descale=v_descale,
         attention_chunk=attention_chunk or None,
     )
-    seqlens = (q.shape[1], k_cache.shape[1])
-    options = keywords(0.0, softmax_scale, causal, window_size, softcap, seqlens=seqlens)
+    sizes = seqlens(q, k_cache)
+    options = keywords(0.0, softmax_scale, causal, window_size, softcap, sizes=sizes)
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     q, k_cache, v_cache = (x.detach() for x in (q, k_cache, v_cache))
     return _attend((q, k_cache, v_cache), options, False, return_softmax_lse)
 

@@ -17,7 +17,7 @@ import fa2cupy
 from fa2cupy.flash_attn import extension as flash_attn_gpu
 from fa2cupy.flash_attn.autograd import attend
 from fa2cupy.flash_attn.extension import maybe_contiguous, round_multiple
-from fa2cupy.flash_attn.translate import keywords, lengths, refuse, to_flash_attn_lse
+from fa2cupy.flash_attn.translate import keywords, lengths, refuse, seqlens, to_flash_attn_lse
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -68,8 +68,8 @@ def flash_attn_func(
     return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (batch, heads, seqlen_q) float32, S_dmask empty.
     s_aux (heads,), which flash_attn does not have: attention sinks, as transformers passes them.
     """
-    seqlens = (q.shape[1], k.shape[1]) if q.ndim == k.ndim == 4 else None
-    options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, seqlens=seqlens)
+    sizes = seqlens(q, k)
+    options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, sizes=sizes)
     return _dense((q, k, v), options, deterministic, return_attn_probs)
 
 
@@ -86,8 +86,8 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` with k and v in one tensor kv, (batch, seqlen_k, 2, heads_k, head_dim), and so its gradient."""
-    seqlens = (q.shape[1], kv.shape[1]) if q.ndim == kv.ndim - 1 == 4 else None
-    options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, seqlens=seqlens)
+    sizes = seqlens(q, kv)
+    options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, sizes=sizes)
     return _dense((q, kv), options, deterministic, return_attn_probs)
 
 
@@ -103,8 +103,8 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` with q, k and v in one tensor qkv, (batch, seqlen, 3, heads, head_dim), and so its gradient."""
-    seqlens = (qkv.shape[1], qkv.shape[1]) if qkv.ndim == 5 else None
-    options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, seqlens=seqlens)
+    sizes = seqlens(qkv, qkv)
+    options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, sizes=sizes)
     return _dense((qkv,), options, deterministic, return_attn_probs)
 
 
@@ -203,7 +203,7 @@ def flash_attn_with_kvcache(
 
     Lengths, appended keys, pages and rotation are not supported yet. Returns out, or (out, softmax_lse).
     """
-    left, right = window_size
+    left, right = (-1, -1) if window_size is None else window_size
     out, lse = flash_attn_gpu.fwd_kvcache(
         q,
         k_cache,

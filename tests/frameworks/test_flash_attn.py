@@ -163,6 +163,17 @@ def test_compiled_in_one_graph() -> None:
     close(gradients[1], gradients[0], 1e-6)
 
 
+def test_calls_are_counted() -> None:
+    fa2cupy.report(reset=True)
+    (qkv,) = make((BATCH, 5, 3, HEADS, DIM))
+    flash_attn_qkvpacked_func(qkv)
+    flash_attn_func(*qkv.unbind(2))
+    _flash_attn_forward(*qkv.unbind(2), 0.0, None, False, -1, -1, 0.0, None, False)
+    with pytest.raises(Fa2Error):
+        flash_attn_func(*qkv.unbind(2), dropout_p=0.1)
+    assert [(row.door, row.kernel, row.calls) for row in fa2cupy.report(reset=True)] == [("flash_attn", "fa2cupy", 3)]
+
+
 def test_inputs_that_are_not_contiguous() -> None:
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in make(*[(BATCH, HEADS, 11, DIM)] * 3))
     check(flash_attn_func, [q, k, v], lambda *x: x, True)
@@ -277,7 +288,7 @@ def test_windows_that_hide_nothing_are_left_out(sq: int, sk: int) -> None:
         return (before & (left >= 0)) | (after & (right >= 0))
 
     for left, right in itertools.product(range(-1, 6), repeat=2):
-        options = keywords(window_size=(left, right), seqlens=(sq, sk))
+        options = keywords(window_size=(left, right), sizes=(sq, sk))
         kept_left, kept_right = options.get("window_size", (-1, -1))
         kept_right = 0 if options["causal"] else kept_right
         assert torch.equal(hidden(left, right), hidden(kept_left, kept_right)), (left, right)
@@ -327,6 +338,26 @@ def test_shapes_of_packed_tensors() -> None:
         flash_attn_qkvpacked_func(torch.zeros(1, 4, 2, 2, 8))
     with pytest.raises(InvalidArgument, match=r"kv has shape \(1, 4, 2, 8\)"):
         flash_attn_kvpacked_func(Q, Q.new_zeros(1, 4, 2, 8))
+
+
+def test_what_is_no_tensor_or_no_window() -> None:
+    array: Any = Q.numpy()
+    for name, call in (
+        ("q", lambda: flash_attn_func(array, Q, Q)),
+        ("k", lambda: flash_attn_func(Q, [1], Q)),
+        ("kv", lambda: flash_attn_kvpacked_func(Q, array)),
+        ("qkv", lambda: flash_attn_qkvpacked_func(None)),
+        ("qkv", lambda: fa3.flash_attn_qkvpacked_func(array)),
+        ("v", lambda: flash_attn_with_kvcache(Q, Q, array)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} is a .*: a torch.Tensor is needed"):
+            call()
+    for window in (128, (1, 2, 3)):
+        with pytest.raises(InvalidArgument, match=r"window_size=.*: \(left, right\) is needed"):
+            flash_attn_func(Q, Q, Q, window_size=window)
+    assert keywords(None, window_size=[-1, -1], softcap=None) == {"causal": False, "softmax_scale": None}
+    with pytest.raises(InvalidArgument, match="q has 3 dimensions"):
+        flash_attn_func(Q[0], Q[0], Q[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

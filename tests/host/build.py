@@ -102,11 +102,20 @@ def _library(
     key = (source.digest, sorted(macros.items()), mutation)
     options = [f"-D{name}={value}" for name, value in macros.items()]
     objects = [str(_object(name)) for name in ("world", "async")]
-    options += ["-include", _CUDA_WORLD, "-shared", str(WORLD / "entry.cpp"), *objects]
+    options += ["-include", _world(), "-shared", str(WORLD / "entry.cpp"), *objects]
     target = _once(f"{kernel}-", ".so", key, lambda stem: _includes(stem, mutation, directory) + options)
     loaded = ctypes.CDLL(str(target))
     loaded.host_sites.restype = ctypes.c_char_p
     return loaded
+
+
+@functools.cache
+def _world() -> str:
+    """The file that comes before every kernel. Compiled once, by compilers that can: g++'s own parse takes 0.1 s."""
+    if "Free Software Foundation" not in _compiler_version():
+        return _CUDA_WORLD
+    arguments = ["-w", "-x", "c++-header", f"-I{WORLD}", f"-I{source_module.root()}", _CUDA_WORLD]
+    return str(_once("world-", ".h.gch", "header", lambda stem: arguments)).removesuffix(".gch")
 
 
 @functools.cache
@@ -133,7 +142,7 @@ def _once(prefix: str, suffix: str, key: object, arguments: Callable[[Path], lis
     flags = (*_FLAGS, *(_SANITIZED if sanitizing() else _OPTIMISED), *_cpu_flags())
     digest = hashlib.sha256(repr((key, flags, _twins(), _compiler_version())).encode()).hexdigest()[:20]
     stem = BUILD / f"{prefix}{digest}"
-    target = stem.with_suffix(suffix)
+    target = stem.with_name(stem.name + suffix)
     if target.exists():
         return target
     BUILD.mkdir(parents=True, exist_ok=True)

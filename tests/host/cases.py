@@ -1,19 +1,32 @@
-"""Which cases the kernels are run on: `make test` takes the usual ones, `make test-all` the many as well."""
+"""Which cases the kernels are run on: `make test` takes the usual ones, `make test-all` the many as well.
+
+What a kernel is compiled for costs more than a run of it. So `covering_groups` chooses what to compile as a covering
+array, and runs every length on each of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+from tests.covering import covering
 from tests.gpu.cases import DTYPES, Case, random_cases
 from tests.host.kernel_run import HostCase
 from tests.reference import HEADS, SEQLENS_BOTH_WAYS
 
-USUAL_HEAD_DIMS = (16, 40, 59, 64, 96, 128, 256)
-OTHER_HEAD_DIMS = (1, 8, 15, 80, 111, 112, 192, 224, 250)
+HEAD_DIMS = (1, 8, 15, 16, 40, 59, 64, 80, 96, 111, 112, 128, 192, 224, 250, 256)
 _USUAL_LENGTHS = ((1, 1), (1, 239), (17, 17), (113, 203), (203, 113), (128, 217), (5, 130), (70, 3))
 _ARCHES = ("sm_80", "sm_86", "sm_90")
+
+# (head_dim, head_dim_v): each kind of tile, in columns that fill it and that do not.
+_WIDTHS = ((16, None), (40, None), (59, None), (64, None), (96, None), (128, None), (256, None), (192, 128), (40, 72))
+_COVERED_LENGTHS = ((1, 239), (17, 17), (113, 203), (203, 113), (128, 217), (70, 3))
+_HEADS = ((1, 1), (4, 4), (6, 3), (4, 1))
+# What differs in memory, by name; of the second kind rows are read element by element.
+_ALIGNED: dict[str, dict[str, object]] = {"plain": {}, "padded": {"pad": 8}, "reordered": {"order": 2}, "flipped": {}}
+_UNALIGNED: dict[str, dict[str, object]] = {"odd": {"pad": 1}, "shifted": {"shift": 1, "order": 1}}
 
 
 def head_dim_cases(head_dim: int, dtype: str) -> list[HostCase]:
@@ -44,14 +57,71 @@ def head_dim_v_cases(head_dim: int, head_dim_v: int) -> list[HostCase]:
     return cases
 
 
-def length_cases(head_dim: int, dtype: str, limit: int) -> list[HostCase]:
-    """Every pair of lengths of the list whose product is at most `limit`, causal and not."""
+def covering_groups(backward: bool) -> dict[str, list[HostCase]]:
+    """name -> what is compiled for the same choices: all pairs of GPU, head dims, dtype, mask, alignment, determinism.
+
+    Each group has every length; heads, layouts and places in memory are an array of their own, dealt out to all groups.
+    """
+    compiled = covering(
+        {
+            "arch": (*_ARCHES, "sm_100"),  # what sm_100 runs is sm_80's, with tiles and additions of its own
+            "width": _WIDTHS,
+            "dtype": DTYPES,
+            "causal": (False, True),
+            "aligned": (True, False),
+            "deterministic": (False, True) if backward else (False,),
+        },
+        impossible=lambda case: case.get("arch") == "sm_90" and not case.get("aligned", True),  # not Hopper's kernels
+    )
+    dealt = {
+        aligned: _by_length({"heads": _HEADS, "batch": (1, 2), "layout": ("bshd", "bhsd"), "memory": tuple(memory)})
+        for aligned, memory in ((True, _ALIGNED), (False, _UNALIGNED))
+    }
+    groups = {}
+    for seed, choice in enumerate(compiled):
+        head_dim, head_dim_v = choice["width"]
+        members = []
+        for seqlen_q, seqlen_k in _COVERED_LENGTHS:
+            run = next(dealt[choice["aligned"]][seqlen_q, seqlen_k])
+            large = seqlen_q * seqlen_k * head_dim > 1 << 20
+            case = Case(
+                seqlen_q,
+                seqlen_k,
+                head_dim,
+                choice["dtype"],
+                choice["causal"],
+                1 if large else run["batch"],
+                (2, 1) if large else run["heads"],
+                layout=run["layout"],
+                deterministic=choice["deterministic"],
+                seed=seed,
+                head_dim_v=head_dim_v,
+            )
+            memory = (_ALIGNED | _UNALIGNED)[run["memory"]]
+            case = dataclasses.replace(case, **memory)  # type: ignore[arg-type]
+            members.append(HostCase(case, choice["arch"], flip=run["memory"] == "flipped"))
+        width = f"d{head_dim}" + (f"/{head_dim_v}" if head_dim_v else "")
+        words = (choice["arch"], width, choice["dtype"], "causal" if choice["causal"] else "full")
+        words += ("" if choice["aligned"] else "unaligned", "deterministic" if choice["deterministic"] else "")
+        groups[f"{seed}-{'-'.join(filter(None, words))}"] = members
+    return groups
+
+
+def _by_length(factors: dict[str, tuple[Any, ...]]) -> dict[tuple[int, int], Iterator[dict[str, Any]]]:
+    """A covering array of lengths and these factors: for each pair of lengths its rows, again and again."""
+    rows = covering({"lengths": _COVERED_LENGTHS, **factors})
+    return {each: itertools.cycle([row for row in rows if row["lengths"] == each]) for each in _COVERED_LENGTHS}
+
+
+def length_cases(head_dim: int, dtypes: tuple[str, ...], limit: int) -> list[HostCase]:
+    """Every pair of lengths of the list whose product is at most `limit`, causal and not; dtypes take turns."""
     cases = []
     pairs = [pair for pair in SEQLENS_BOTH_WAYS if pair[0] * pair[1] <= limit]
     for number, (seqlen_q, seqlen_k) in enumerate(pairs):
         for causal in (False, True):
             small = seqlen_q * seqlen_k < 1 << 14
             heads = HEADS[(number + causal) % len(HEADS)] if small else ((1, 1), (2, 1))[number % 2]
+            dtype = dtypes[(number + causal) % len(dtypes)]
             case = Case(seqlen_q, seqlen_k, head_dim, dtype, causal, 1 + small, heads, seed=number)
             cases.append(HostCase(case))
     return cases
@@ -229,16 +299,25 @@ def some_random_cases(count: int, head_dims: tuple[int, ...], dtype: str) -> lis
     ]
 
 
-def sanitized_cases(backward: bool) -> list[HostCase]:
-    """Few and short: these run several times slower."""
-    cases = []
-    for head_dim, dtype in ((64, "bfloat16"), (59, "float16"), (40, "bfloat16")):
-        for (sq, sk), causal in (((5, 17), False), ((40, 3), True), ((70, 133), True)):
-            case = Case(sq, sk, head_dim, dtype, causal, 1, (2, 1), pad=8 * causal, deterministic=backward, seed=sq)
-            cases.append(HostCase(case, "sm_86"))
-    cases.append(HostCase(Case(33, 70, 64, "bfloat16", True, 1, (2, 2), shift=1, pad=1), flip=True))
-    for head_dim, head_dim_v in ((72, 40), (40, 72)):
-        case = Case(33, 70, head_dim, "bfloat16", True, 1, (2, 1), deterministic=backward, head_dim_v=head_dim_v)
-        cases.append(HostCase(case, "sm_86"))
-    cases.append(HostCase(Case(9, 0, 64, "bfloat16", False, 1, (2, 2))))
-    return cases
+def sanitized_cases(backward: bool, hopper: bool) -> list[HostCase]:
+    """Few and short: these compile and run several times slower. Those of Hopper's own kernels, or the others."""
+
+    def host_case(
+        sq: int, sk: int, width: tuple[int, int | None], dtype: str, causal: bool, **more: object
+    ) -> HostCase:
+        case = Case(sq, sk, width[0], dtype, causal, 1, (2, 1), seed=sq, head_dim_v=width[1])
+        return HostCase(dataclasses.replace(case, **more), "sm_90" if hopper else "sm_86")
+
+    found = [
+        host_case(sq, sk, (head_dim, None), dtype, causal, pad=8 * causal, deterministic=backward)
+        for head_dim, dtype, causal in ((64, "bfloat16", True), (40, "float16", False))
+        for sq, sk in ((5, 17), (40, 3), (70, 133))
+    ]
+    found.append(host_case(33, 70, (72, 40), "bfloat16", True))
+    if not hopper:
+        found.append(host_case(70, 133, (59, None), "float16", False, pad=1, deterministic=backward))
+        unaligned = host_case(33, 70, (64, None), "bfloat16", True, heads=(2, 2), shift=1, pad=1)
+        found.append(dataclasses.replace(unaligned, flip=True))
+        found.append(host_case(33, 70, (40, 72), "bfloat16", True))
+        found.append(host_case(9, 0, (64, None), "bfloat16", False))
+    return found

@@ -21,6 +21,7 @@ LSE_GRADIENTS = (
     (Case(70, 33, 40, "float16", True), "sm_80"),
 )
 USUAL_SPECIALS = list(cases.special_cases(BACKWARD))
+COVERING = cases.covering_groups(BACKWARD)
 
 
 def run_all(host_cases: list[HostCase]) -> None:
@@ -32,15 +33,10 @@ def run_all(host_cases: list[HostCase]) -> None:
             check(dataclasses.replace(host_case, arch="sm_100"), BACKWARD)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", cases.USUAL_HEAD_DIMS)
-def test_head_dims(head_dim: int, dtype: str) -> None:
-    run_all(cases.head_dim_cases(head_dim, dtype))
-
-
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
-def test_head_dims_of_v(head_dim: int, head_dim_v: int) -> None:
-    run_all(cases.head_dim_v_cases(head_dim, head_dim_v))
+@pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in COVERING.items()])
+def test_covering_array(host_cases: list[HostCase]) -> None:
+    for host_case in host_cases:
+        check(host_case, BACKWARD)
 
 
 @pytest.mark.parametrize("host_cases", [pytest.param(group, id=name) for name, group in USUAL_SPECIALS])
@@ -55,21 +51,11 @@ def test_splits(host_case: HostCase, splits: int) -> None:
     check(host_case, BACKWARD)
 
 
-@pytest.mark.parametrize(
-    "head_dim, arch, dtype", [(64, "sm_86", "bfloat16"), (256, "sm_86", "float16"), (128, "sm_80", "float16")]
-)
-def test_other_tiles(head_dim: int, arch: str, dtype: str) -> None:
-    run_all(cases.arch_cases(head_dim, arch, dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lengths(dtype: str) -> None:
-    run_all(cases.length_cases(64, dtype, 1 << 16))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_random_cases(dtype: str) -> None:
-    run_all(cases.some_random_cases(20, (59, 64, 128), dtype))
+def test_lengths() -> None:
+    """Causal and not, on Hopper and on another GPU, each of both once; `test_long_lengths` has all four."""
+    for number, host_case in enumerate(cases.length_cases(64, DTYPES, 1 << 16)):
+        arch = ("sm_90", "sm_100")[(number // 2 + number) % 2]
+        check(dataclasses.replace(host_case, arch=arch), BACKWARD)
 
 
 @pytest.mark.parametrize("host_case, cleared", [pytest.param(*pair, id=str(pair[0])) for pair in cases.adder_cases()])
@@ -89,9 +75,15 @@ def test_wide_heads_of_sm90(host_case: HostCase) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", cases.OTHER_HEAD_DIMS)
-def test_other_head_dims(head_dim: int, dtype: str) -> None:
+@pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
+def test_head_dims(head_dim: int, dtype: str) -> None:
     run_all(cases.head_dim_cases(head_dim, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIM_PAIRS)
+def test_head_dims_of_v(head_dim: int, head_dim_v: int) -> None:
+    run_all(cases.head_dim_v_cases(head_dim, head_dim_v))
 
 
 @pytest.mark.slow
@@ -106,7 +98,7 @@ def test_all_tiles(head_dim: int, arch: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_long_lengths(head_dim: int, dtype: str) -> None:
-    run_all(cases.length_cases(head_dim, dtype, 1 << 20))
+    run_all(cases.length_cases(head_dim, (dtype,), 1 << 20))
 
 
 @pytest.mark.slow
