@@ -105,8 +105,7 @@ def attention(
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     if positional or keywords:
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
-    dense = not (operation.extra or options[5])  # what goes beyond has no gradient through torch yet
-    if dense and doors.has_torch() and out is None and lse_out is None and workspace is None:
+    if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
         if way is not None:
             return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
