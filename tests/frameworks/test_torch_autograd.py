@@ -491,7 +491,9 @@ def test_compiled_calls_that_launch_leave_the_graph(case: Case) -> None:
     for got, wanted in zip(torch.compile(backward, backend="aot_eager")(), case.grads, strict=True):
         assert_close(got, wanted)
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="fa2cupy launches its kernels itself|function attention_backward"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"fa2cupy launches its kernels itself|function attention_backward"
+    ):
         torch.compile(backward, backend="aot_eager", fullgraph=True)()
 
 
