@@ -28,7 +28,7 @@ _TRACED = frozenset(
             "keywords",
             "options",
             "torch.dispatch",
-            "torch.sdpa",
+            "torch.dot_product",
             "torch.sharding",
         )
     }
