@@ -22,9 +22,12 @@ ffi.register()
 def call(operation: Operation, arrays: Mapping[str, Any], options: Options) -> list[Any]:
     """The outputs of `operation` for its inputs by name, which are JAX's and checked."""
     ordered = tuple(arrays[name] for name in (*operation.inputs, *operation.extra))
-    run = transforms.attention_backward if operation.is_backward else transforms.attention
     with _x64_where_needed(ordered):
-        return list(run(options, *ordered))
+        if operation.is_backward:
+            return list(transforms.attention_backward(options, operation.extra, *ordered))
+        with_lse = "lse_out" not in operation.scratch
+        out, *lse = transforms.attention(options, operation.extra, with_lse, *ordered)
+        return [out, *(lse or [None])]
 
 
 def _x64_where_needed(arrays: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
