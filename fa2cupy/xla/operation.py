@@ -51,12 +51,9 @@ class Operation:
 
     def run(self, *arrays: Any) -> Arrays:
         """One FFI call. With a workspace as one more result, which nobody gets."""
-        q = arrays[self.inputs.index("q")]
         types = self.result_types(arrays)
         buffers = tuple((tuple(array.shape), str(array.dtype)) for array in (*arrays, *types))
-        scale = self.options.softmax_scale
         options = dataclasses.asdict(self.options)
-        options["softmax_scale"] = q.shape[3] ** -0.5 if scale is None else scale
         call = ffi.Call(self.function, self.inputs, self.outputs, self.extra, buffers, options)
         size = ffi.workspace_bytes(call)
         extra = (jax.ShapeDtypeStruct((size,), jnp.uint8),) if size else ()
