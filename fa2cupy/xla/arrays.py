@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["ROLES", "CannotFold", "fold", "roles"]
+__all__ = ["ROLES", "UnfoldableError", "fold", "roles"]
 
 # By keyword: the dimensions of an array, for each rank that it may have. In the order of layout "bshd" if `_TENSORS`.
 # b batch, h query heads, g key heads, s queries, t keys, d and e head dims of k and v; of these b, h and g may be
@@ -26,7 +26,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 _TENSORS = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
 
 
-class CannotFold(Exception):
+class UnfoldableError(Exception):
     """An array has no form with a batch dimension of its own."""
 
 
@@ -47,7 +47,7 @@ def fold(name: str, array: Any, is_mapped: bool, size: int, batch: int) -> Any:
         if not is_mapped:
             return array
         if "b" + form not in ROLES[name]:
-            raise CannotFold
+            raise UnfoldableError
         shape = (1, *shape)
         array = array[:, None]
     elif not is_mapped:

@@ -90,9 +90,7 @@ _parse = functools.lru_cache(maxsize=4096)(Call.parse)
 def _run_on_cpu(frame: Frame) -> None:
     call = _parse(attribute_of(frame))
     buffers = [Buffer.at(words) for words in (*frame.args[: len(call.inputs)], *frame.rets[: len(call.outputs)])]
-    arrays = {
-        name: buffer.view() for name, buffer in zip((*call.inputs, *call.outputs), buffers, strict=True)
-    }
+    arrays = {name: buffer.view() for name, buffer in zip((*call.inputs, *call.outputs), buffers, strict=True)}
     refs = {name: NUMPY.ref(array, name) for name, array in arrays.items()}
     is_bfloat16 = call.arrays()["q"][1] == "bfloat16"  # in NumPy uint16
     options, dtype, sizes = call.checked(refs, "bfloat16" if is_bfloat16 else None)

@@ -66,9 +66,7 @@ class Buffer(ctypes.Structure):
         try:
             return _DTYPES[self.dtype_number]
         except KeyError:
-            raise InvalidType(
-                f"XLA passes a buffer of data type {self.dtype_number}, which is not supported"
-            ) from None
+            raise InvalidType(f"XLA passes a buffer of data type {self.dtype_number}, which is not supported") from None
 
     def view(self) -> np.ndarray:
         """NumPy over its memory; bfloat16 as uint16."""

@@ -21,6 +21,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fa2cupy.errors import InvalidArgument
 from fa2cupy.xla.arrays import roles
 from fa2cupy.xla.operation import Arrays, Operation
 
@@ -177,6 +178,11 @@ def placed(operation: Operation, *arrays: Any) -> Arrays:
     """The call under Auto axes, if there are any, or as this device's block."""
     mesh = _mesh(arrays)
     if not mesh.empty and mesh.manual_axes:  # nothing to partition
+        if mesh.auto_axes and not getattr(jax.config, "jax_use_shardy_partitioner", True):  # XLA would end the process
+            raise InvalidArgument(
+                f"fa2cupy.attention inside a shard_map over {', '.join(mesh.manual_axes)} alone, of the mesh's axes "
+                f"{', '.join(mesh.axis_names)}, needs Shardy: JAX 0.7 or newer, or all axes in the shard_map"
+            )
         axes = _all_varying(arrays)
         results = operation.run(*(_cast(array, axes) for array in arrays))
         return tuple(_cast(result, axes) for result in results)
@@ -205,9 +211,7 @@ def explicitly(operation: Operation, run: Callable[..., Arrays], *arrays: Any) -
     q = arrays[operation.inputs.index("q")]
     split = _split(operation, mesh.shape, jax.typeof(q).sharding.spec, arrays)
     inputs, outputs = split.specs(operation, arrays)
-    arrays = tuple(
-        _reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, inputs, strict=True)
-    )
+    arrays = tuple(_reshard(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, inputs, strict=True))
     mapped = jax.shard_map(
         functools.partial(split.block, operation, run),
         mesh=mesh,

@@ -43,7 +43,7 @@ def _mapped(operation: Operation) -> Callable[..., Arrays]:
         each = zip(operation.inputs, arrays, is_mapped, strict=True)
         try:
             folded = [by_array.fold(name, array, mapped, size, batch) for name, array, mapped in each]
-        except by_array.CannotFold:
+        except by_array.UnfoldableError:
             results = _one_after_the_other(run, is_mapped, arrays)
         else:
             results = tuple(r.reshape(size, batch, *r.shape[1:]) for r in run(*folded))
