@@ -24,7 +24,7 @@ from fa2cupy.xla import arrays as by_array
 from fa2cupy.xla import shardings
 from fa2cupy.xla.operation import Arrays, Operation
 
-__all__ = ["attention", "attention_backward", "clear_caches", "compiled", "compiled_backward"]
+__all__ = ["NO_TANGENTS", "attention", "attention_backward", "clear_caches"]
 
 Names = tuple[str, ...]
 
@@ -67,7 +67,7 @@ def _one_after_the_other(run: Callable[..., Arrays], is_mapped: Sequence[bool], 
 # ----------------------------------------------------------------------------------------------------------------------
 # Gradients
 
-_NO_TANGENTS = (
+NO_TANGENTS = (
     "forward-mode derivatives (jvp, jacfwd, hessian) of fa2cupy.attention do not exist, only reverse-mode ones of "
     "first order (grad, vjp, jacrev)"
 )
@@ -78,7 +78,7 @@ def _first_order(operation: Operation) -> Callable[..., Arrays]:
     """The operation, with words of our own for whoever wants a derivative that the rule below does not give."""
 
     def refuse(primals: Any, tangents: Any) -> Any:
-        raise InvalidType(_NO_TANGENTS)
+        raise InvalidType(NO_TANGENTS)
 
     once: Any = jax.custom_jvp(_mapped(operation))
     once.defjvp(refuse)
@@ -153,7 +153,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
 @functools.lru_cache(maxsize=1024)
-def compiled(options: Options, extra: Names, with_lse: bool) -> Callable[..., Arrays]:
+def attention(options: Options, extra: Names, with_lse: bool) -> Callable[..., Arrays]:
     """The jitted forward: q, k, v and the arrays called `extra` -> out and, if asked for, lse; differentiable."""
 
     def attention(*arrays: Any) -> Arrays:
@@ -163,18 +163,8 @@ def compiled(options: Options, extra: Names, with_lse: bool) -> Callable[..., Ar
     return cast("Callable[..., Arrays]", jax.jit(attention))
 
 
-def attention(options: Options, extra: Names, with_lse: bool, *arrays: Any) -> Arrays:
-    """out and, if asked for, lse; differentiable."""
-    try:
-        return compiled(options, extra, with_lse)(*arrays)
-    except TypeError as error:
-        if "forward-mode" in str(error):
-            raise InvalidType(_NO_TANGENTS) from error
-        raise
-
-
 @functools.lru_cache(maxsize=1024)
-def compiled_backward(options: Options, extra: Names) -> Callable[..., Arrays]:
+def attention_backward(options: Options, extra: Names) -> Callable[..., Arrays]:
     """The jitted backward: dout, q, k, v, out, lse and the arrays called `extra` -> dq, dk, dv."""
 
     def attention_backward(*arrays: Any) -> Arrays:
@@ -185,12 +175,7 @@ def compiled_backward(options: Options, extra: Names) -> Callable[..., Arrays]:
     return cast("Callable[..., Arrays]", jax.jit(attention_backward))
 
 
-def attention_backward(options: Options, extra: Names, *arrays: Any) -> Arrays:
-    """dq, dk, dv of dout, q, k, v, out, lse and the arrays called `extra`."""
-    return compiled_backward(options, extra)(*arrays)
-
-
 def clear_caches() -> None:
     """Forget every traced function: what an environment variable or a GPU said while it was traced may have changed."""
-    for cached in (shardings.partitioned, _mapped, _first_order, compiled, compiled_backward):
+    for cached in (shardings.partitioned, _mapped, _first_order, attention, attention_backward):
         cached.cache_clear()

@@ -116,7 +116,7 @@ def test_framework() -> None:
 
 @pytest.fixture
 def cuda(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    assert door.call  # imported, so that the real target is registered under its own name
+    assert door.first_call  # imported, so that the real target is registered under its own name
     register_gpu_handler_for_cpu()
     monkeypatch.setattr(ffi, "TARGET", "fa2cupy_gpu_test")
     monkeypatch.setattr(ffi, "_gpus", lambda: (1,))
