@@ -24,7 +24,7 @@ from fa2cupy.frameworks.base import (
     describe,
 )
 from fa2cupy.frameworks.dlpack import from_producer
-from fa2cupy.frameworks.jax import is_traced
+from fa2cupy.frameworks.jax import immutable, is_traced
 from fa2cupy.frameworks.overlap import has_duplicates
 from fa2cupy.operations import Operation
 from fa2cupy.options import Options, RawOptions
@@ -52,10 +52,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     )
     given = {name: arrays[name] for name in operation.outputs if name in arrays}
     if framework is JAX and (given or workspace is not None):
-        name = next(iter(given), "workspace")
-        raise InvalidArgument(
-            f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
-        )
+        raise immutable(next(iter(given), "workspace"))
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
     device = _one_device({name: ref for name, ref in refs.items() if not is_traced(ref.owner)} or refs)
     refs = {name: dataclasses.replace(ref, device=device) for name, ref in refs.items()}
@@ -63,7 +60,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     if framework is JAX:  # XLA allocates and calls back for the computation
         from fa2cupy.xla import door
 
-        return door.call(operation, arrays, options)
+        return door.first_call(operation, arrays, options, raw_options)
     framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
@@ -91,7 +88,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     prepared = PREPARED.get(key)  # known when a copy or a conversion brought us here
     if prepared is None:
         prepared = _prepare(operation, framework, arrays, sizes, dtype, options, device)
-        remember(key, type(ordered[0]), prepared)
+        remember(key, type(ordered[0]), framework, prepared)
     return prepared.run(ordered, pointers, workspace)
 
 

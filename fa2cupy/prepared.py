@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import framework_of
@@ -127,15 +127,27 @@ class PreparedCall:
             check_overlap([*blocks, block], {"workspace"})
 
 
+class Runnable(Protocol):
+    """A `PreparedCall`, or what another way into a framework prepares."""
+
+    def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]: ...
+
+
+class Signed(Protocol):
+    """A framework that can tell the signature of a call, and pointers where it knows them."""
+
+    def signature(self, arrays: list[Any]) -> tuple[tuple[Any, ...], list[int]]: ...
+
+
 class _PreparedCalls:
-    """Signature -> PreparedCall, bounded. Reads take no lock."""
+    """Signature -> what runs it, bounded. Reads take no lock."""
 
     def __init__(self, capacity: int) -> None:
-        self._calls: dict[Any, PreparedCall] = {}
+        self._calls: dict[Any, Runnable] = {}
         self._capacity, self._lock = capacity, Lock()
         self.get = self._calls.get
 
-    def put(self, key: Any, prepared: PreparedCall) -> None:
+    def put(self, key: Any, prepared: Runnable) -> None:
         with self._lock:
             while len(self._calls) >= self._capacity:
                 del self._calls[next(iter(self._calls))]
@@ -150,7 +162,7 @@ class _PreparedCalls:
 
 
 PREPARED = _PreparedCalls(MAX_PREPARED)
-framework_by_type: dict[type, GpuFramework] = {}  # types that a prepared call exists for
+framework_by_type: dict[type, Signed] = {}  # types that a prepared call exists for
 
 
 def signature_key(operation: Operation, signature: tuple[Any, ...], options: RawOptions) -> tuple[Any, ...]:
@@ -162,10 +174,10 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: Raw
     return operation, options, type(options[0]), type(options[1]), type(options[4]), signature
 
 
-def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:
+def remember(key: tuple[Any, ...], array_type: type, framework: Signed, prepared: Runnable) -> None:
     """Let the next calls with this key, whose first array has this type, take the short way."""
     PREPARED.put(key, prepared)
-    framework_by_type[array_type] = prepared.framework
+    framework_by_type[array_type] = framework
 
 
 _SHARED_BYTES = 1 << 20
