@@ -22,6 +22,7 @@ any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled",
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_batched: Callable[[Any], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)  # torch.jit.trace, older exports
 _functorch: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
 
 
@@ -36,5 +37,5 @@ def in_forward_mode() -> bool:
 
 
 def are_watched() -> bool:
-    """Whether a dispatch mode, a transform of torch.func or forward-mode autograd is active."""
-    return bool(_dispatch_modes()) or _functorch() is not None or in_forward_mode()
+    """Whether a dispatch mode, torch.func, forward-mode autograd or torch.jit.trace is active."""
+    return bool(_dispatch_modes()) or _functorch() is not None or in_forward_mode() or _is_tracing()

@@ -380,6 +380,15 @@ def test_make_fx(case: Case, mode: str) -> None:
     assert_close(graph(*case.detached), case.out)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace(case: Case) -> None:
+    """What is traced computes, rather than hold the result of the trace."""
+    traced = torch.jit.trace(lambda q, k, v: fa2cupy.attention(q, k, v, causal=True), case.detached)
+    assert "fa2cupy::forward" in str(traced.graph)
+    q, k, v = case.detached
+    assert_close(traced(q, k, 2 * v), 2 * case.out)
+
+
 class Sub(torch.Tensor):
     pass
 
