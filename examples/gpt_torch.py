@@ -84,13 +84,23 @@ class Block(nn.Module):
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
 
+class Head(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x, weight, targets):
+        logits = functional.linear(self.norm(x), weight)
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class GPT(nn.Module):
     def __init__(self, shape, attention):
         super().__init__()
         layers, width, heads, seqlen, _, vocabulary, _ = SHAPES[shape]
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(seqlen, width)
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.head = Head(width)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 back = name.endswith(("out.weight", "down.weight"))
@@ -101,8 +111,7 @@ class GPT(nn.Module):
         x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits = functional.linear(self.norm(x), self.tokens.weight)
-        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.head(x, self.tokens.weight, targets)
 
 
 def train(shape, attention, steps, seed, device, tokens, *, compiled=True, profile=False):
@@ -112,9 +121,8 @@ def train(shape, attention, steps, seed, device, tokens, *, compiled=True, profi
     model = GPT(shape, attention).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
     if compiled:
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-    losses, norms, seconds = [], [], []
+        for module in (*model.blocks, model.head):
+            module.compile(fullgraph=True)
     feed = batches(tokens, np.random.default_rng(seed), batch, seqlen, device)
 
     def step(n):
@@ -129,18 +137,20 @@ def train(shape, attention, steps, seed, device, tokens, *, compiled=True, profi
         optimizer.zero_grad()
         return loss.detach(), norm
 
+    curves, marks = [], []
     with chosen(attention):
         for n in range(steps):
-            start = time.perf_counter()
-            loss, norm = step(n)
-            losses.append(loss.item())  # waits for the GPU
-            norms.append(norm.item())
-            seconds.append(time.perf_counter() - start)
+            curves.append(step(n))
+            marks.append(torch.cuda.Event(enable_timing=True) if device == "cuda" else time.perf_counter())
+            if device == "cuda":
+                marks[-1].record()
+        losses, norms = ([float(x) for x in curve] for curve in zip(*curves, strict=True))  # waits for the GPU
         if profile:
             check_kernels(attention, lambda: step(steps))
+    pairs = zip(marks[steps // 3 :], marks[steps // 3 + 1 :], strict=False)
+    seconds = [a.elapsed_time(b) / 1e3 if device == "cuda" else b - a for a, b in pairs]
     weights = sum(p.numel() for p in model.parameters()) - model.positions.weight.numel()
-    median = float(np.median(seconds[len(seconds) // 3 :]))
-    return {"losses": losses, "norms": norms, "seconds": median, "weights": weights}
+    return {"losses": losses, "norms": norms, "seconds": float(np.median(seconds)), "weights": weights}
 
 
 def chosen(attention):
