@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn.attention
 from fa2cupy import counts, dynamo
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
-from fa2cupy.operations import BACKWARD, FORWARD
+from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 from fa2cupy.torch.dot_product import TOP_LEFT, objection
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
@@ -146,7 +147,12 @@ def _order(*tensors: Any) -> str | None:
 
 
 def _swapped(*tensors: Any) -> tuple[Any, ...]:
-    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+    return tuple([tensor.transpose(1, 2) for tensor in tensors])
+
+
+# By the layout that new outputs lie in memory as; autograd is above us, and asked.
+_FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=True)}
+_BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
 def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
@@ -155,13 +161,9 @@ def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapp
         dynamo.tell()
     counts.took(_DOOR)
     layout = _order(q)
-    options = (causal, scale, layout or "bhsd", None, False, ())
-    with torch.no_grad():  # autograd is above us
-        if layout == "bshd":
-            out, lse = call(FORWARD, [*_swapped(q, k, v), None, None], None, options)
-            return out.transpose(1, 2), lse
-        out, lse = call(FORWARD, [q, k, v, None, None], None, options)
-        return out if layout else _laid_out(out, q, swapped), lse
+    options = (causal, scale, "bhsd", None, False, ())
+    out, lse = call(_FORWARDS[layout or "bhsd"], [q, k, v, None, None], None, options)
+    return out if layout else _laid_out(out, q, swapped), lse
 
 
 def _backward(
@@ -173,18 +175,16 @@ def _backward(
         dynamo.tell()
     counts.took(_DOOR_BACKWARD)
     layout = None if unseen else _order(q, k, v)
-    options = (causal, scale, layout or "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
-    with torch.no_grad():
-        if layout == "bshd":
-            inputs = [*_swapped(dout, q, k, v, out), lse, None, None, None]
-            dq, dk, dv = _swapped(*call(BACKWARD, inputs, None, options))
-            return dq, dk, dv
+    options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
+    seen_k, seen_v = k, v
+    if unseen:
         seen = k.shape[2] - unseen
-        inputs = [dout, q, k[:, :, :seen], v[:, :, :seen], out, lse, None, None, None]
-        dq, dk, dv = call(BACKWARD, inputs, None, options)
-        if layout:
-            return dq, dk, dv
-        return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
+        seen_k, seen_v = k[:, :, :seen], v[:, :, :seen]
+    inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
+    dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
+    if layout:
+        return dq, dk, dv
+    return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
 
 
 def _laid_out(result: Any, like: Any, swapped: bool) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 
 __all__ = ["PLAIN", "any_autocast", "are_watched", "in_forward_mode", "is_compiling", "is_grad_enabled", "is_plain"]
 
@@ -37,5 +38,11 @@ def in_forward_mode() -> bool:
 
 
 def are_watched() -> bool:
-    """Whether a dispatch mode, torch.func, forward-mode autograd or torch.jit.trace is active."""
-    return bool(_dispatch_modes()) or _functorch() is not None or in_forward_mode() or _is_tracing()
+    """Whether a dispatch mode, torch.func, forward-mode autograd, torch.jit.trace or torch.fx is at work."""
+    return (
+        _dispatch_modes() > 0
+        or _functorch() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or _is_tracing()
+        or getattr(_symbolic_trace, "_is_fx_tracing_flag", True)
+    )

@@ -239,9 +239,9 @@ def test_deterministic_is_decided_when_the_backward_runs(case: Case, monkeypatch
     seen: list[bool] = []
     real = host.backward
 
-    def computed(framework: Any, arrays: Any, sizes: Any, dtype: str, options: Any, extra: Any) -> Any:
+    def computed(framework: Any, arrays: Any, sizes: Any, dtype: str, options: Any, *more: Any) -> Any:
         seen.append(options.deterministic)
-        return real(framework, arrays, sizes, dtype, options, extra)
+        return real(framework, arrays, sizes, dtype, options, *more)
 
     monkeypatch.setattr(host, "backward", computed)
 
