@@ -110,9 +110,9 @@ def attention(
         if way is doors.STRAIGHT:
             operation = ASKED.get(operation, operation)
         elif way is not None:
-            if operation.extra or options[5]:
-                raise not_through_torch((*operation.extra, *dict(options[5])))
-            return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
+            if operation.extra:
+                raise not_through_torch(operation.extra)
+            return way(q, k, v, (*options[:4], deterministic, options[5]), return_lse)
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)

@@ -29,6 +29,7 @@ _TRACED = frozenset(
             "options",
             "torch.dispatch",
             "torch.dot_product",
+            "torch.features",
             "torch.sharding",
         )
     }
