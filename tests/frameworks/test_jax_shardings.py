@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import fa2cupy
 import fa2cupy.jax
-from fa2cupy.errors import InvalidArgument
+from fa2cupy.errors import InvalidArgument, InvalidType
 from tests.frameworks.jax_problems import B, D, H, S, X, assert_close, gradients, normal, ours, theirs, weighted
 from tests.frameworks.jax_versions import set_mesh
 
@@ -90,12 +90,11 @@ def problem(heads: int, heads_k: int) -> tuple[Any, Any, Any, Any]:
         # Key heads have a device each along the first axis; along the second they are shared.
         (8, 2, P(None, None, ("data", "model")), P(None, None, "data"), (4, S, 2, D)),
         (4, 1, P(None, None, ("data", "model")), P(), (4, S, 1, D)),
-        (4, 1, P("data", None, "model"), P("data"), (2, S, 2, D)),
         # Where key heads cannot follow, axes are given up.
         (4, 2, P(None, None, "line"), P(), (4, S, 4, D)),
         # Keys are put where the queries are.
         (4, 4, P("data"), P(None, None, "model"), (2, S, 4, D)),
-        (4, 4, P(None, "data", None, "model"), P(), (4, S, 2, D)),
+        (4, 4, P(None, "data", None, "model"), P(), (4, S, 4, D)),
     ],
 )
 def test_grouped_heads(
@@ -161,6 +160,17 @@ def test_shard_map(check_vma: bool) -> None:
     )
     assert_close(jax.jit(mapped)(*arrays), theirs(*arrays))
     assert_close(jax.jit(gradients(mapped, weight))(*arrays), gradients(theirs, weight)(*arrays))
+
+
+def test_ring_attention_errors() -> None:
+    q, k, v, _ = X
+    for more, words in (
+        ({"layout": "bhsd"}, r"ring_attention\(\) has no keyword 'layout'.*bshd"),
+        ({"return_lse": True}, r"ring_attention\(\) has no keyword 'return_lse'"),
+        ({"causal": True}, r"16 queries and 8 keys on a device: causal=True needs as many of each"),
+    ):
+        with pytest.raises((InvalidArgument, InvalidType), match=words):
+            fa2cupy.jax.ring_attention(q, k[:, :8], v[:, :8], "line", **more)
 
 
 @pytest.mark.parametrize("causal", [False, True])

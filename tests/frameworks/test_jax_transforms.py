@@ -76,6 +76,18 @@ def test_vmap_is_one_call(host_calls: Any) -> None:
     assert_close(jax.vmap(jax.vmap(ours))(*doubly), jax.vmap(jax.vmap(theirs))(*doubly))
 
 
+def test_gradient_of_what_is_not_mapped() -> None:
+    q, k, v, weight = X
+    qs = jnp.stack([q, 2 * q, -q])
+
+    def total(attention: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.grad(
+            lambda q, k, v: jax.vmap(weighted(attention, weight), (0, None, None))(q, k, v).sum(), (0, 1, 2)
+        )
+
+    assert_close(jax.jit(total(ours))(qs, k, v), total(theirs)(qs, k, v), 1e-4)
+
+
 def test_gradient_through_vmap() -> None:
     q, k, v, weight = X
     stacked = tuple(jnp.stack([each, -each]) for each in (q, k, v))
@@ -146,6 +158,40 @@ def test_export() -> None:
     allowed = [export.DisabledSafetyCheck.custom_call(ffi.TARGET)]
     exported = export.export(jax.jit(ours), disabled_checks=allowed)(q, k, v)
     assert_close(export.deserialize(exported.serialize()).call(q, k, v), theirs(q, k, v))
+
+
+def test_export_to_another_process(tmp_path: Path) -> None:
+    """Which imports fa2cupy.jax and needs nothing else: not the function, nor its options."""
+    export = pytest.importorskip("jax.export")
+    q, k, v, weight = X
+    allowed = [export.DisabledSafetyCheck.custom_call(ffi.TARGET)]
+    exported = export.export(jax.jit(gradients(ours, weight)), disabled_checks=allowed)(q, k, v)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    np.savez(tmp_path / "arrays.npz", q, k, v)
+    script = (
+        "import sys, jax.export, numpy as np, fa2cupy.jax\n"
+        "program = jax.export.deserialize(bytearray(open(sys.argv[1] + '/program', 'rb').read()))\n"
+        "arrays = np.load(sys.argv[1] + '/arrays.npz')\n"
+        "np.savez(sys.argv[1] + '/results.npz', *program.call(*(arrays[name] for name in arrays.files)))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2], check=True)
+    results = np.load(tmp_path / "results.npz")
+    assert_close([results[name] for name in results.files], gradients(theirs, weight)(q, k, v))
+
+
+def test_ahead_of_time() -> None:
+    q, k, v, weight = X
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, k, v)]
+    compiled = jax.jit(gradients(ours, weight)).lower(*shapes).compile()
+    assert_close(compiled(q, k, v), gradients(theirs, weight)(q, k, v))
+
+
+def test_symbolic_shapes_are_refused() -> None:
+    """A plan is of one shape. JAX says it, by what compares two lengths first."""
+    export = pytest.importorskip("jax.export")
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 8, 2, 8"), jnp.float32)
+    with pytest.raises(Exception, match=r"Symbolic dimension comparison .* is inconclusive"):
+        export.export(jax.jit(lambda q: fa2cupy.attention(q, q, q)))(shape)
 
 
 def test_persistent_cache_in_another_process(tmp_path: Path) -> None:
