@@ -44,6 +44,9 @@ def test_flax_attention() -> None:
     with pytest.raises(InvalidArgument, match=r"dropout_rate=0\.1 is not supported yet"):
         fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1)
     fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1, deterministic=True)
+    assert_close(fa2cupy.jax.flax_attention(q, k, v, is_causal=True), theirs(q, k, v))
+    with pytest.raises(InvalidArgument, match=r"is_causal=True with 16 queries and 8 keys: flax aligns"):
+        fa2cupy.jax.flax_attention(q, k[:, :8], v[:, :8], is_causal=True)
 
 
 def test_dot_product_attention_takes_numpy_arrays() -> None:
