@@ -33,6 +33,7 @@ from fa2cupy.prepared import (
     PreparedCall,
     check_overlap,
     remember,
+    shared_scratch,
     signature_key,
     workspace_block,
 )
@@ -213,13 +214,19 @@ def _prepare(
         raise
     names = operation.names()
     storage = framework.dtype(arrays["q"])
-    fresh = []
+    fresh, shared = [], []
     for position, name in enumerate(names):
         if name not in arrays:
             shape = sizes.shape(name, options.layout)
             element = "float32" if name == "lse_out" else storage
             if name in operation.scratch:
-                allocate, address = framework.scratch(math.prod(shape) * ITEMSIZE[element], arrays["q"])
+                size = math.prod(shape) * ITEMSIZE[element]
+                with driver.device_guard(device.index):
+                    pointer = shared_scratch(framework, device.index, size, arrays["q"])
+                if pointer is not None:
+                    shared.append((position, pointer))
+                    continue
+                allocate, address = framework.scratch(size, arrays["q"])
             else:
                 allocate, address = framework.allocator(shape, element, arrays["q"]), framework.address
             fresh.append((position, allocate, address))
@@ -232,6 +239,7 @@ def _prepare(
         first_output=len(operation.inputs),
         results=slice(len(operation.inputs), len(operation.inputs) + len(operation.outputs)),
         fresh=tuple(fresh),
+        shared=tuple(shared),
         given=frozenset(name for name in operation.outputs if name in arrays),
         extents=tuple(framework.extent(arrays[name]) if name in arrays else None for name in names),
         workspace_bytes=needed,
