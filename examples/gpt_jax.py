@@ -9,31 +9,20 @@ Weights are float32, the computation is bfloat16 (float32 with --tiny). The toke
 
 import argparse
 import functools
-import hashlib
 import json
-import sysconfig
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpt_data import batches, tokens
 
 import fa2cupy
 
 # layers, width, heads, sequence, batch
 SHAPES = {"tiny": (2, 64, 4, 128, 2), "124m": (12, 768, 12, 1024, 8), "long": (12, 2048, 16, 8192, 2)}
 VOCABULARY = {"tiny": 256, "124m": 50304, "long": 50304}
-
-
-def tokens():
-    """The bytes of the standard library's sources, without its tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idle_test"}
-    paths = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
-    data = b"\n".join(path.read_bytes() for path in paths)
-    print(f"{len(data) / 1e6:.1f} MB of sources, sha256 {hashlib.sha256(data).hexdigest()[:16]}")
-    return np.frombuffer(data, np.uint8)
 
 
 def attend(kind, q, k, v):
@@ -118,11 +107,10 @@ def train(args):
         )
         return weights, moments, value, norm
 
-    rng = np.random.default_rng(args.seed)
+    source = batches(data, args.seed, batch_size, length)
     losses, norms, times = [], [], []
     for number in range(args.steps):
-        starts = rng.integers(0, len(data) - length - 1, batch_size)
-        batch = jnp.asarray(np.stack([data[s : s + length + 1] for s in starts]).astype(np.int32))
+        batch = jnp.asarray(next(source), jnp.int32)
         begin = time.perf_counter()
         weights, moments, value, norm = step(weights, moments, batch, number)
         losses.append(float(value))

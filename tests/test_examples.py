@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-FRAMEWORKS = {"torch_tensors": "torch", "jax_arrays": "jax", "ring_jax": "jax", "gpt_jax": "jax"}
-ARGUMENTS = {"ring_jax": ["--seqlen", "256"], "gpt_jax": ["--tiny"]}
-PROOFS = {"gpt_jax"}  # whole trainings, which may be longer
+FRAMEWORKS = {"torch_tensors": "torch", "jax_arrays": "jax", "ring_jax": "jax", "gpt_jax": "jax", "gpt_torch": "torch"}
+ARGUMENTS = {"ring_jax": ["--seqlen", "256"], "gpt_jax": ["--tiny"], "gpt_torch": ["--tiny"]}
+PROOFS = {"gpt_jax", "gpt_torch"}  # whole trainings, which may be longer
 
 
 def test_there_are_examples() -> None:
