@@ -269,7 +269,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=["all", "times", "curves", "report"], default="all")
     parser.add_argument("--attentions", type=lambda text: text.split(","), default=list(TIMED), metavar=",".join(TIMED))
     parser.add_argument("--turns", type=int, default=6, help="of each attention at each shape")
-    parser.add_argument("--turn-steps", type=int, default=6, help="timed steps of a turn, behind 2 that are not")
+    parser.add_argument("--turn-steps", type=int, default=4, help="timed steps of a turn, behind 2 that are not")
     parser.add_argument("--steps", type=int, default=300, help="of a curve")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--checkpoints", type=int, default=20)
@@ -280,6 +280,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="also renew the block of docs/training.md")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, written nowhere")
     args = parser.parse_args(arguments)
+    unknown = set(args.attentions) - set(gpt_report.LABELS)
+    if unknown:
+        parser.error(f"--attentions {','.join(sorted(unknown))}: {','.join(gpt_report.LABELS)} are known")
     if args.steps < args.checkpoints:
         parser.error("--steps must be at least --checkpoints")
     return args
