@@ -26,18 +26,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks import gpt_report, results
-from benchmarks.timing import order_of_round
+from gpt_data import SHAPES, VOCABULARY  # noqa: E402
+
+from benchmarks import gpt_report, results  # noqa: E402
+from benchmarks.timing import order_of_round  # noqa: E402
 
 WORKER = Path(__file__).with_name("gpt_worker.py")
-SHAPES = {  # layers, width, heads, length, batch
-    "2k": (12, 2048, 16, 2048, 8),
-    "8k": (12, 2048, 16, 8192, 2),
-    "124m": (12, 768, 12, 1024, 8),
-}
 TINY = {"2k": (2, 32, 2, 32, 2), "8k": (2, 32, 2, 64, 1), "124m": (2, 32, 2, 32, 2)}
 TIMED = ("fa2cupy", "fa2cupy-sdpa", "sdpa-default", "sdpa-flash", "sdpa-cudnn", "none")
 CURVES = ("fa2cupy", "sdpa-flash", "sdpa-cudnn")
@@ -152,7 +149,7 @@ class Driver:
             "shapes": {shape: self.shapes[shape] for shape in shapes},
             "device": "cpu" if rehearse else "cuda",
             "compile": self.args.compile,
-            "vocabulary": 256 if rehearse else 50304,
+            "vocabulary": 256 if rehearse else VOCABULARY,
             "steps": self.args.steps,
             "seed": 0,
             **more,
@@ -277,7 +274,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="default: what git says")
     parser.add_argument("--out", type=Path, help="folder of the records and the picture (default: results/gpt)")
     parser.add_argument("--file", type=Path, help="report: these records (default: the only file of the folder)")
-    parser.add_argument("--write", action="store_true", help="also renew the block of docs/training.md")
+    parser.add_argument("--write", action="store_true", help="also renew the block of docs/torch.md")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, written nowhere")
     args = parser.parse_args(arguments)
     unknown = set(args.attentions) - set(gpt_report.LABELS)

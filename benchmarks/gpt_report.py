@@ -1,4 +1,4 @@
-"""What the records of gpt.py say: tables, the bars, a picture, the block of docs/training.md."""
+"""What the records of gpt.py say: tables, the bars, a picture, the block of docs/torch.md."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from benchmarks import results
 
 Record = Mapping[str, Any]
 
-PAGE = results.ROOT / "docs" / "training.md"
+PAGE = results.ROOT / "docs" / "torch.md"
 MARKED = re.compile(r"(?<=<!-- gpt: begin -->\n).*?(?=<!-- gpt: end -->)", re.DOTALL)
-VOCABULARY = 50304
 PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312}  # bf16, dense
 OURS, FLASH, CUDNN = "fa2cupy", "sdpa-flash", "sdpa-cudnn"
 LABELS = {
@@ -58,7 +57,7 @@ def last(records: Iterable[Record], what: str) -> list[Record]:
 # Step times
 
 
-def flops(sizes: Sequence[int], vocabulary: int = VOCABULARY) -> tuple[float, float]:
+def flops(sizes: Sequence[int], vocabulary: int = 50304) -> tuple[float, float]:
     """Of a step, (causal, as the paper counts): 6 for each weight of a matrix and token, and those of attention: what
     a causal mask spares is not counted, or is. The embedding counts once, as the head's matrix."""
     layers, width, _, length, batch = sizes

@@ -1,4 +1,4 @@
-"""What the GPT examples learn: the bytes of Python's own sources, in an order that a seed decides."""
+"""The GPT examples' sizes, and what they learn: the bytes of Python's own sources, in an order that a seed decides."""
 
 import hashlib
 import sysconfig
@@ -6,6 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+# layers, width, heads, sequence, batch
+SHAPES = {
+    "tiny": (2, 64, 4, 128, 2),
+    "124m": (12, 768, 12, 1024, 8),
+    "2k": (12, 2048, 16, 2048, 8),
+    "8k": (12, 2048, 16, 8192, 2),
+}
+VOCABULARY = 50304  # GPT-2's, padded; 256 would do for bytes, and does for "tiny"
 
 
 def tokens() -> np.ndarray:

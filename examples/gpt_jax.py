@@ -2,7 +2,7 @@
 
     python examples/gpt_jax.py --tiny                                   # on a CPU: the same losses as the plain formula
     python examples/gpt_jax.py --attention fa2cupy --shape 124m --steps 300 --json curve.json
-    python examples/gpt_jax.py --attention cudnn --shape long --steps 20     # 12 x 2,048, heads of 128, S 8,192
+    python examples/gpt_jax.py --attention cudnn --shape 8k --steps 20       # 12 x 2,048, heads of 128, S 8,192
 
 Weights are float32, the computation is bfloat16 (float32 with --tiny). The tokens are bytes.
 """
@@ -16,13 +16,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_data import batches, tokens
+from gpt_data import SHAPES, VOCABULARY, batches, tokens
 
 import fa2cupy
-
-# layers, width, heads, sequence, batch
-SHAPES = {"tiny": (2, 64, 4, 128, 2), "124m": (12, 768, 12, 1024, 8), "long": (12, 2048, 16, 8192, 2)}
-VOCABULARY = {"tiny": 256, "124m": 50304, "long": 50304}
 
 
 def attend(kind, q, k, v):
@@ -80,7 +76,7 @@ def train(args):
     layers, width, heads, length, batch_size = SHAPES[args.shape]
     dtype = jnp.float32 if args.shape == "tiny" else jnp.bfloat16
     data = tokens()
-    weights = initial(jax.random.key(args.seed), layers, width, length, VOCABULARY[args.shape])
+    weights = initial(jax.random.key(args.seed), layers, width, length, 256 if args.shape == "tiny" else VOCABULARY)
     moments = jax.tree.map(lambda w: (jnp.zeros_like(w), jnp.zeros_like(w)), weights)
 
     def loss(weights, batch):

@@ -2,7 +2,7 @@
 
     python examples/gpt_torch.py --tiny                                 # on a CPU: the same losses as the plain formula
     python examples/gpt_torch.py --attention fa2cupy --shape 124m --steps 300 --json curve.json
-    python examples/gpt_torch.py --attention sdpa-cudnn --shape long --steps 20     # 12 x 2,048, heads of 128, S 8,192
+    python examples/gpt_torch.py --attention sdpa-cudnn --shape 8k --steps 20       # 12 x 2,048, heads of 128, S 8,192
 
 Weights are float32, the computation is bfloat16 (float32 with --tiny), the blocks and the loss are compiled. The tokens
 are bytes. `benchmarks/gpt.py` measures this model.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpt_data import batches, tokens
+from gpt_data import SHAPES, VOCABULARY, batches, tokens
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,14 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fa2cupy
 import fa2cupy.torch
 
-# layers, width, heads, sequence, batch
-SHAPES = {
-    "tiny": (2, 64, 4, 128, 2),
-    "124m": (12, 768, 12, 1024, 8),
-    "2k": (12, 2048, 16, 2048, 8),
-    "long": (12, 2048, 16, 8192, 2),
-}
-VOCABULARY = 50304  # GPT-2's, padded
 SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -14,7 +14,7 @@ from typing import Any
 from fa2cupy import doors, dynamo
 from fa2cupy.calls import call
 from fa2cupy.checks import check_flag
-from fa2cupy.keywords import public
+from fa2cupy.keywords import not_through_torch, public
 from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import RawOptions, given
 
@@ -105,10 +105,11 @@ def attention(
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     if positional or keywords:
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
-    dense = not (operation.extra or options[5])  # what goes beyond has no gradient through torch yet
-    if dense and doors.has_torch() and out is None and lse_out is None and workspace is None:
+    if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
         if way is not None:
+            if operation.extra or options[5]:
+                raise not_through_torch((*operation.extra, *dict(options[5])))
             return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()

@@ -24,6 +24,7 @@ __all__ = [
     "Keyword",
     "is_neutral",
     "not_supported",
+    "not_through_torch",
     "public",
     "signature",
     "too_many_by_position",
@@ -271,6 +272,14 @@ def not_supported(function: str, keyword: Keyword, value: object) -> Fa2Error:
     hint = f" ({_WINDOWS})" if keyword.name == "window_size" and _is_number(value) else ""
     return InvalidArgument(
         f"{shown(keyword.name, value)} is not supported yet: leave it out, {function}() takes {allowed} only{hint}"
+    )
+
+
+def not_through_torch(names: tuple[str, ...]) -> Fa2Error:
+    """The error for features that torch's autograd and operators do not carry; without it they would be dropped."""
+    return InvalidArgument(
+        f"{names[0]} is not supported yet for tensors that require grad or are traced: "
+        "use torch.no_grad(), and attention_backward for gradients"
     )
 
 

@@ -52,7 +52,7 @@ def params_of(plan: BackwardPlan) -> BwdParams:
 
 def main_launch(plan: ForwardPlan) -> KernelLaunch:
     """That of `flash_fwd`."""
-    (launch,) = (each for each in plan.launches if each.name != "fill_empty")
+    (launch,) = (each for each in plan.launches if each.name != "fill_unseen")
     return launch
 
 

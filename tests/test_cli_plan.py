@@ -33,7 +33,7 @@ def test_plan_prints_both_directions(capsys: pytest.CaptureFixture[str]) -> None
     assert said.startswith("GeForce RTX 3090: sm_86, 10 multiprocessors, 6 MiB of L2\n")
     assert said.count("seqlen_q=4096, seqlen_k=100") == said.count("head_dim=128, head_dim_v=64, dtype") == 2
     assert said.count("  sm_80 kernel: device 0 (GeForce RTX 3090) has compute capability 8.6, not 9.0\n") == 2
-    assert said.count("fill_empty sm_86") == 2
+    assert said.count("fill_unseen sm_86") == 2
 
 
 def test_plan_says_who_objects(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

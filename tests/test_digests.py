@@ -10,7 +10,7 @@ import pytest
 
 from fa2cupy.kernels import compile_jobs
 from tests import digests, nvrtc
-from tests.compile_worker import ARCHS, EVERY_ROW, EVERY_ROW_TWICE, in_sample
+from tests.compile_worker import ARCHS, EVERY_ROW, in_sample
 
 BUILD = "12.9.86 CL-1"
 
@@ -91,7 +91,5 @@ def test_the_samples_have_every_row_of_the_usual_architectures() -> None:
         usual = {job.label for job in jobs if job.defines["FA2_BF16"] and job.arch == arch}
         if arch in EVERY_ROW:
             assert both >= usual
-        if arch in EVERY_ROW_TWICE:
-            assert all({job.label for job in sample} >= usual for sample in taken.values())
         assert all({job.name for job in sample} >= {"flash_fwd", "flash_bwd"} for sample in taken.values()), arch
-        assert 0.15 < sum(map(len, taken.values())) / len(jobs) < 1.1, arch
+        assert 0.15 < sum(map(len, taken.values())) / len(jobs) < 0.8, arch

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import cpu, keywords, problem
+from fa2cupy import cpu, doors, keywords, problem
 from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.keywords import FUNCTIONS, KEYWORDS, OTHER_NAMES, Keyword
@@ -316,6 +316,17 @@ def test_a_feature_reaches_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     bits = np.full((1, 3, 2, 8), 0x3F80, np.uint16)
     fa2cupy.attention(bits, bits, bits, dtype="bfloat16", layout="bhsd", offsets=np.ones(3, np.float32))
     assert seen[-1]["offsets"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("dummies")
+def test_a_feature_is_not_dropped_on_torchs_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd and the operators carry dense attention's options only."""
+    monkeypatch.setattr(doors, "has_torch", lambda: True)
+    monkeypatch.setattr(doors, "torch_way", lambda *tensors: lambda *call: "through torch")
+    assert call("attention") == call("attention", lift=0.0) == "through torch"
+    for given in ({"lift": 2.0}, {"offsets": np.ones(2, np.float32)}):
+        with pytest.raises(InvalidArgument, match=f"^{next(iter(given))} is not supported yet for tensors that"):
+            call("attention", **given)
 
 
 @pytest.mark.usefixtures("dummies")

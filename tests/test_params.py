@@ -8,6 +8,7 @@ prints what C++ makes of the structs.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -41,14 +42,21 @@ def flattened(path: str, seen: set[str]) -> str:
 
 
 def sets_of_defines() -> list[Defines]:
-    """Of all that is compiled, one of each choice of macros and of their values 0 and 1; other numbers are sizes."""
-    found: dict[object, Defines] = {}
+    """Of all that is compiled, enough that every two macros meet in all their values.
+
+    0 and 1 are choices; any other number is a size, of which only counts that it is there.
+    """
+    found: list[Defines] = []
+    covered: set[object] = set()
     for arch in ARCHS:
         for job in compile_jobs(arch, True):
             choice = sorted((name, str(value) if value in (0, 1) else "") for name, value in job.defines.items())
-            found.setdefault((job.source, *choice), job.defines)
+            pairs = {*itertools.combinations(choice, 2), tuple(name for name, _ in choice)}
+            if not pairs <= covered:
+                covered |= pairs
+                found.append(job.defines)
     fill = {"FA2_BF16": 1, "FA2_HEAD_DIM": 16, "FA2_ALIGNED": 0, "FA2_FILL_THREADS": 256}
-    return [*found.values(), fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}]
+    return [*found, fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}]
 
 
 def structs_of(text: str) -> dict[str, list[str]]:

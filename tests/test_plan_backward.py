@@ -165,7 +165,7 @@ def test_head_dim_of_v_in_the_backward() -> None:
     tiles = (tile.block_n + tile.num_stages * tile.block_m) * (200 + 136) * 2
     scores = 2 * tile.block_n * (tile.block_m + 8) * 2 + 2 * tile.num_stages * tile.block_m * 4
     assert launches["flash_bwd"].config.shared_mem_bytes == tiles + scores
-    assert FillParams.from_buffer_copy(launches["fill_empty"].params).head_dim == 192  # dq
+    assert FillParams.from_buffer_copy(launches["fill_unseen"].params).head_dim == 192  # dq
     wider = plan_backward(problem_of(Case(300, 0, 64, "float16", False, head_dim_v=80), True), H200, False)
     assert [FillParams.from_buffer_copy(each.params).head_dim for each in wider.launches] == [64]
     wider = plan_backward(problem_of(Case(0, 300, 64, "float16", False, head_dim_v=80), True), H200, False)
@@ -176,7 +176,7 @@ def test_no_keys_or_no_queries_need_no_parts() -> None:
     for seqlen_q, seqlen_k in ((0, 100), (100, 0)):
         plan = backward(seqlen_q, seqlen_k, 64, (8, 1))
         assert plan.splits == 1 and plan.workspace_bytes == 0
-        assert {launch.name for launch in plan.launches} == {"fill_empty"}
+        assert {launch.name for launch in plan.launches} == {"fill_unseen"}
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -383,7 +383,7 @@ def test_launches_of_the_backward_of_sm90() -> None:
         "flash_bwd_preprocess",
         "flash_bwd",
         "flash_bwd_postprocess",
-        "fill_empty",
+        "fill_unseen",
     ]
     many = plan_backward(backward_problem(4096, 4096, 64, "float16", True, 2, (8, 8)), H200, False)
     assert named(many, "flash_bwd").config.grid == (132, 1, 1)

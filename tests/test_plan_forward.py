@@ -234,7 +234,7 @@ def test_maps_skip_the_queries_that_see_no_key(empty: int) -> None:
         assert {each.spec.strides_bytes[0] for each in maps} == {q_row}
         assert launch.pointers == ((512, 4, empty * 4),)
         assert FwdTmaParams.from_buffer_copy(launch.params).shape.seqlen_q == 200
-        assert [each.name for each in plan.launches] == ["flash_fwd"] + ["fill_empty"] * bool(empty)
+        assert [each.name for each in plan.launches] == ["flash_fwd"] + ["fill_unseen"] * bool(empty)
 
 
 def test_head_dim_of_v_in_launches() -> None:
@@ -250,7 +250,7 @@ def test_head_dim_of_v_in_launches() -> None:
     assert launch.config.shared_mem_bytes == 2 * 200 * (tile.block_m + tile.block_n) + 2 * 136 * tile.block_n
     params = FwdParams.from_buffer_copy(launch.params)
     assert (params.shape.head_dim, params.head_dim_v) == (192, 120)
-    (fill,) = (each for each in plan.launches if each.name == "fill_empty")
+    (fill,) = (each for each in plan.launches if each.name == "fill_unseen")
     assert FillParams.from_buffer_copy(fill.params).head_dim == 120
 
 
@@ -258,4 +258,4 @@ def test_nothing_to_do_on_sm90() -> None:
     for seqlen_q, seqlen_k in ((0, 100), (100, 0), (0, 0)):
         for family in (None, "sm90"):
             plan = plan_forward(problem(seqlen_q, seqlen_k), H200, family=family)
-            assert {launch.name for launch in plan.launches} <= {"fill_empty"}
+            assert {launch.name for launch in plan.launches} <= {"fill_unseen"}

@@ -31,7 +31,7 @@ class Lift(Spec):
     def objection(self, row: Row) -> str:
         return "lift is not in the wgmma kernels" if row.family == "sm90" else ""
 '''
-_INTO_THE_PROBLEM = '{\n    "lift": lambda problem, value: replace(problem, lift=Lift(value)),\n}\n'
+_INTO_THE_PROBLEM = '    "lift": lambda problem, value: replace(problem, lift=Lift(value)),\n'
 
 # File: what stands there, and what stands there instead, everywhere.
 EDITS: dict[str, list[tuple[str, str]]] = {
@@ -55,15 +55,13 @@ EDITS: dict[str, list[tuple[str, str]]] = {
         ("_split_lse(L, scale)", "_split_lse(L - lift, scale)"),
     ],
     "fa2cupy/spec.py": [
-        ("import ctypes\n", "import ctypes\nfrom dataclasses import dataclass\n"),
-        ('["Row", "Spec"]', '["Lift", "Row", "Spec"]'),
+        ("__all__ = [", '__all__ = ["Lift", '),
         (_OBJECTION, _OBJECTION + _SPEC),
     ],
     "fa2cupy/problem.py": [
-        ("import dataclass, fields\n", "import dataclass, fields, replace\n"),
-        ("from fa2cupy.spec import Spec\n", "from fa2cupy.spec import Lift, Spec\n"),
+        ("from fa2cupy.spec import ", "from fa2cupy.spec import Lift, "),
         ("    aligned: bool\n", "    aligned: bool\n    lift: Lift | None = None\n"),
-        ("AttentionProblem]] = {}\n", "AttentionProblem]] = " + _INTO_THE_PROBLEM),
+        ("AttentionProblem]] = {\n", "AttentionProblem]] = {\n" + _INTO_THE_PROBLEM),
     ],
 }
 GENERATED = {"docs/usage.md"}

@@ -157,7 +157,7 @@ def test_what_a_backward_gets(family: str) -> None:
     """The arrays of specs come before the workspace, and each kernel has what reaches it."""
     wanted = with_specs(backward_problem(300, 200, 128, "bfloat16", True), tilt=Tilt(0.5), shade=Shade())
     plan = plan_backward(wanted, H200, False, family=family)
-    main, before, fill = (named(plan, name) for name in ("flash_bwd", "flash_bwd_preprocess", "fill_empty"))
+    main, before, fill = (named(plan, name) for name in ("flash_bwd", "flash_bwd_preprocess", "fill_unseen"))
     places = {"flash_bwd": BwdTmaParams if family == "sm90" else BwdParams, "flash_bwd_preprocess": BwdParams}
     for each in (main, before):
         first = ctypes.sizeof(places[each.name])

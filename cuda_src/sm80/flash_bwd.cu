@@ -14,6 +14,7 @@
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
 #include "common/dq_accum.cuh"
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "sm80/tile.cuh"
@@ -66,8 +67,8 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
       for (int e = 0; e < 4; ++e) {
         float p = ex2(fmaf(acc.x[i][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
         if constexpr (kMasked) {
-          const Position<true> position{first_query + first_col + accumulator_col(), first_key + accumulator_row()};
-          if (position.query(i, j, e) < query_begin(sequence, position.key(i, j, e))) p = 0.f;
+          const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
+          if (first_query + col + e % 2 < query_begin(sequence, key)) p = 0.f;
         }
         acc.x[i][j][e] = p;
       }
@@ -226,7 +227,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + key_row + accumulator_row()};
+    keep(acc_ds, position);
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
+    keep(acc_p, position);
     store_accumulator(smem.ds, key_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;

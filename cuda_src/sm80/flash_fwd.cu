@@ -10,6 +10,7 @@
 //
 // K and V have one buffer each; each is filled while the product that needs the other one runs. The copies are issued in
 // parts, between the steps of that product.
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
@@ -116,6 +117,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   acc_o.clear();
   const float scale_log2 = exponent_scale(params.scale_softmax_log2);
 
+  auto position_of = [&](int n) {
+    return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
+  };
   auto step = [&](int n, auto masked, auto whole) {
     cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
@@ -127,9 +131,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     // P = exp(scale * S - m)
     modify_scores(acc_s, params.scale_softmax_log2);
     if constexpr (decltype(masked)::value) {
-      mask_scores(acc_s, sequence, {first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()});
+      mask_scores(acc_s, sequence, position_of(n));
     }
     softmax.update(acc_s, acc_o, scale_log2);
+    keep(acc_s, position_of(n));
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V

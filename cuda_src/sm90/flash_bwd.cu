@@ -19,6 +19,7 @@
 // thread block for every tile, because whoever waits for a turn must know that the others have started.)
 // docs/backward.md draws the pipeline and says who waits for whom.
 #include "common/dq_accum.cuh"
+#include "common/dropout.cuh"
 #include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
@@ -286,7 +287,10 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
     wgmma_wait_group<0>();  // dP(m)
     pin(acc_dp);
     if (last && leader) mbarrier_arrive(smem.v_empty);
+    const Position<true> position{first_query + accumulator_col(), key};
+    keep(acc_dp, position);
     differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage] + accumulator_col());
+    keep(acc_s, position);
     to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn

@@ -15,6 +15,7 @@
 // Q's buffer is filled again after the tile's last scores.
 //
 // docs/forward_sm90.md draws the pipeline and says who waits for whom.
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
@@ -178,8 +179,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   auto release_q = [&] {  // after a tile's last S
     if (kOwnO && leader) mbarrier_arrive(smem.q_empty[group][q.stage]);
   };
+  auto position_of = [&](const Work& work, int n) {
+    return Position<false>{work.m_block * kBlockM + row, n * kBlockN + accumulator_col()};
+  };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, sequence_of(shape, work.batch), {work.m_block * kBlockM + row, n * kBlockN + accumulator_col()});
+    mask_scores(acc_s, sequence_of(shape, work.batch), position_of(work, n));
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
@@ -187,6 +191,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     softmax = Softmax<1>();
     float alpha[2];
     softmax.exponentiate(acc_s, alpha, scale_log2);
+    keep(acc_s, position_of(work, work.visit.end - 1));
   };
   auto start_tile = [&](const Work& work) {
     mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
@@ -245,6 +250,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2);
+      keep(acc_s, position_of(work, n));
       pin(acc_s);             // what can be done of P(n) before the wait is not left for after it
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
       finish_o();

@@ -112,11 +112,9 @@ class _Torch(GpuFramework):
         return tuple(key), pointers
 
     @functools.cached_property
-    def _tracing(self) -> tuple[Callable[[], bool], Callable[[], int], Callable[[], bool]]:
-        """Whether torch.jit.trace is at work; how many dispatch modes are, and whether before dispatch (make_fx)."""
-        c = sys.modules["torch"]._C
-        included = functools.partial(c._dispatch_tls_is_dispatch_key_included, c.DispatchKey.PreDispatch)
-        return c._is_tracing, c._len_torch_dispatch_stack, included
+    def _tracing(self) -> tuple[Callable[[], bool], Any]:
+        """Whether torch.jit.trace is at work; the module that has a flag for torch.fx (its function warns)."""
+        return sys.modules["torch"]._C._is_tracing, importlib.import_module("torch.fx._symbolic_trace")
 
     def _refuse_tracing(self, function: str) -> None:
         torch = sys.modules["torch"]
@@ -124,7 +122,7 @@ class _Torch(GpuFramework):
             tracer = "torch.jit.trace"
         elif importlib.import_module("torch.fx.experimental.proxy_tensor").get_proxy_mode() is not None:
             tracer = "make_fx"
-        else:  # a mode that only looks on
+        else:  # torch.fx.symbolic_trace: tensors are its constants
             return
         raise InvalidType(
             f"{tracer} does not see fa2cupy.{function} and would keep this one result for every input: call it outside "
@@ -137,8 +135,8 @@ class _Torch(GpuFramework):
         return torch.is_grad_enabled, torch.autograd.forward_ad
 
     def check_call(self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]) -> None:
-        is_tracing, dispatch_modes, before_dispatch = self._tracing
-        if is_tracing() or dispatch_modes() or before_dispatch():
+        is_jit_tracing, fx = self._tracing
+        if is_jit_tracing() or getattr(fx, "_is_fx_tracing_flag", True):
             self._refuse_tracing(function)
         is_grad_enabled, forward_ad = self._autograd
         if is_grad_enabled():

@@ -25,7 +25,7 @@ from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90
 from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide
 from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90
 from fa2cupy.kernels.sm90 import tma
-from fa2cupy.kernels.smxx import fill_empty, flash_bwd_postprocess, flash_bwd_preprocess
+from fa2cupy.kernels.smxx import fill_unseen, flash_bwd_postprocess, flash_bwd_preprocess
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import Row
 
@@ -91,7 +91,7 @@ def plan_forward(
     if busy:
         launches += (kernel.launch(problem, device, tile, empty),)
     names = common.pointer_names(problem, common.FORWARD_ARRAYS)
-    launches += fill_empty.launches(problem, device, "out", empty, names, with_lse=True)
+    launches += fill_unseen.launches(problem, device, "out", empty, names, with_lse=True)
     return ForwardPlan(problem, launches, 0, tile, objection)
 
 
@@ -120,10 +120,10 @@ def plan_backward(
             flash_bwd_postprocess.launch(whole),
         )
     names = common.pointer_names(problem, backward.ARRAYS)
-    launches += fill_empty.launches(problem, device, "dq", empty, names)
+    launches += fill_unseen.launches(problem, device, "dq", empty, names)
     if problem.seqlen_q == empty:  # no query sees any key
         for name in ("dk", "dv"):
-            launches += fill_empty.launches(problem, device, name, problem.seqlen_k, names)
+            launches += fill_unseen.launches(problem, device, name, problem.seqlen_k, names)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
 
 

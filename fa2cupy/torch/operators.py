@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction  # Function without what it does for torch.func
 from torch.utils.flop_counter import register_flop_formula
 
 from fa2cupy.errors import InvalidArgument, InvalidType
@@ -119,7 +120,22 @@ def _below_autograd(operator: Any, arguments: tuple[Any, ...], grad_mode: bool) 
         return operator(*arguments)
 
 
-class _Forward(torch.autograd.Function):
+class _Function(_SingleLevelFunction):
+    """One level of autograd, below torch.func, whose own way with a Function begins above the dispatcher."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:  # as torch.autograd.Function has it
+        return (ctx._autograd_function_id,)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise InvalidType(
+            "an argument of fa2cupy.attention has a tangent: forward-mode autograd (jvp, jacfwd, hessian) is not "
+            "supported, reverse mode is"
+        )
+
+
+class _Forward(_Function):
     @staticmethod
     def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
         outputs = _below_autograd(forward_op, arguments, grad_mode)
@@ -138,15 +154,8 @@ class _Forward(torch.autograd.Function):
             dout = torch.zeros_like(out)
         return None, *backward_op(dout, q, k, v, out, lse, dlse, *ctx.options), *rest
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise InvalidType(
-            "an argument of fa2cupy.attention has a tangent: forward-mode autograd (jvp, jacfwd, hessian) is not "
-            "supported, reverse mode is"
-        )
 
-
-class _Backward(torch.autograd.Function):
+class _Backward(_Function):
     @staticmethod
     def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
         return _below_autograd(backward_op, arguments, grad_mode)
@@ -158,21 +167,16 @@ class _Backward(torch.autograd.Function):
             "backward); take the first gradient without create_graph=True, or use torch's SDPA math for this loss"
         )
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        _Forward.jvp(ctx, *tangents)
-
 
 def _autograd_kernel(function: Any, operator: Any, count: int) -> Callable[..., Any]:
     """What runs at the Autograd key. `count`: of the operator's tensors."""
-    apply = super(torch.autograd.Function, function).apply
 
     def kernel(*arguments: Any) -> Any:
         grad_mode = torch.is_grad_enabled()
         if not _needs_graph(arguments[:count]):
             return _below_autograd(operator, arguments, grad_mode)
         with enable_single_level_autograd_function():  # under torch.func we are one level of it, as a C++ kernel is
-            return apply(grad_mode, *arguments)
+            return function.apply(grad_mode, *arguments)
 
     return kernel
 

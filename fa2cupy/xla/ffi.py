@@ -40,13 +40,17 @@ Shapes = tuple[tuple[tuple[int, ...], str], ...]  # (shape, dtype) of each array
 
 @dataclass(frozen=True)
 class Call:
-    """What one FFI call computes: a public function, the names of the arrays in the buffers' order, the options."""
+    """What one FFI call computes: a public function, the names of the arrays in the buffers' order, the options.
+
+    As a string it is the key of a plan. So it has all that plans depend on: shapes and dtypes of the buffers, too.
+    """
 
     function: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     extra: tuple[str, ...]  # of the inputs those beyond dense attention: behind the others
     options: Mapping[str, Any] = field(hash=False)
+    buffers: Shapes  # of inputs and outputs
 
     def attribute(self) -> str:
         """The call as the string that XLA keeps."""
@@ -57,6 +61,7 @@ class Call:
                 "outputs": self.outputs,
                 "extra": self.extra,
                 "options": dict(self.options),
+                "buffers": [[dtype, list(shape)] for shape, dtype in self.buffers],
             }
         )
 
@@ -66,7 +71,8 @@ class Call:
         options = fields["options"]
         options["features"] = tuple((name, _hashable(value)) for name, value in options["features"])
         inputs, outputs, extra = (tuple(fields[key]) for key in ("inputs", "outputs", "extra"))
-        return cls(fields["function"], inputs, outputs, extra, options)
+        buffers = tuple((tuple(shape), dtype) for dtype, shape in fields["buffers"])
+        return cls(fields["function"], inputs, outputs, extra, options, buffers)
 
     def checked(self, refs: Mapping[str, TensorRef], dtype: str | None = None) -> tuple[Options, str, Sizes]:
         """Options, dtype and lengths; `dtype` of what the buffers hold as uint16."""
@@ -260,10 +266,10 @@ class Workspace:
         return self.size + WORKSPACE_ALIGNMENT - 1 if self.size else 0
 
 
-def _problem(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]], device: Device) -> tuple[Any, Options]:
+def _problem(call: Call, device: Device) -> tuple[Any, Options]:
     refs = {
         name: TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
-        for name, (shape, dtype) in arrays.items()
+        for name, (shape, dtype) in zip((*call.inputs, *call.outputs), call.buffers, strict=True)
     }
     options, dtype, sizes = call.checked(refs)
     dense = {"lse" if name == "lse_out" else name: refs[name] for name in refs if name not in call.extra}
@@ -272,18 +278,18 @@ def _problem(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]], devi
     return with_features(problem, {**dict(options.features), **extra}), options
 
 
-def _plan(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]], device_index: int) -> tuple[Any, Workspace]:
+def _plan(call: Call, device_index: int) -> tuple[Any, Workspace]:
     from fa2cupy.jit import driver
     from fa2cupy.kernels.planner import bound_plan
 
     driver.device_info(device_index)
-    problem, options = _problem(call, arrays, Device("cuda", device_index))
+    problem, options = _problem(call, Device("cuda", device_index))
     with driver.device_guard(device_index):
         launchable, size = bound_plan(call.function, problem, device_index, options.deterministic, env.kernel())
     return launchable, Workspace(size, bool(size) or call.function == "attention_backward")
 
 
-def workspace_bytes(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> int:
+def workspace_bytes(call: Call) -> int:
     """Bytes of a workspace buffer for a call, while it is traced; 0 where JAX has no GPU or it is impossible there.
 
     Whether it will run on a GPU is not known yet. If it is impossible, the handler says why.
@@ -292,7 +298,7 @@ def workspace_bytes(call: Call, arrays: Mapping[str, tuple[tuple[int, ...], str]
     if index is None:
         return 0
     try:
-        return _plan(call, arrays, index)[1].buffer_bytes
+        return _plan(call, index)[1].buffer_bytes
     except (InvalidArgument, InvalidType):
         return 0
 
@@ -337,13 +343,7 @@ def _run_on_gpu(frame: _Frame, attribute: str) -> None:
 def _prepare(frame: _Frame, attribute: str, device: int) -> tuple[_Launchable, Workspace, int, int]:
     """What launches, its workspace, how many inputs stand in front of the outputs in its pointers, how many outputs."""
     call = _parse(attribute)
-    buffers = [frame.args[i].contents for i in range(len(call.inputs))]
-    buffers += [frame.rets[i].contents for i in range(len(call.outputs))]
-    arrays = {
-        name: (_shape(buffer), _dtype(buffer))
-        for name, buffer in zip((*call.inputs, *call.outputs), buffers, strict=True)
-    }
-    launchable, workspace = _plan(call, arrays, device)
+    launchable, workspace = _plan(call, device)
     if workspace.size:
         given = _shape(frame.rets[len(call.outputs)].contents)[0] if frame.num_rets > len(call.outputs) else 0
         if given < workspace.buffer_bytes:

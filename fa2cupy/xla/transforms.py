@@ -44,10 +44,6 @@ class _Operation:
     options: Options
     group: int
 
-    def call(self, softmax_scale: float) -> ffi.Call:
-        options = {**dataclasses.asdict(self.options), "softmax_scale": softmax_scale}
-        return ffi.Call(self.function, self.inputs, self.outputs, self.extra, options)
-
     def result_types(self, arrays: Arrays) -> tuple[jax.ShapeDtypeStruct, ...]:
         by_name = dict(zip(self.inputs, arrays, strict=True))
         q, v = by_name["q"], by_name["v"]
@@ -62,15 +58,11 @@ class _Operation:
 
     def run(self, *arrays: Any) -> Arrays:
         """One FFI call. With a workspace as one more result, which nobody gets."""
-        q = arrays[self.inputs.index("q")]
-        scale = self.options.softmax_scale
-        call = self.call(q.shape[3] ** -0.5 if scale is None else scale)
         types = self.result_types(arrays)
-        shapes = {
-            name: (tuple(array.shape), str(array.dtype))
-            for name, array in zip((*self.inputs, *self.outputs), (*arrays, *types), strict=True)
-        }
-        size = ffi.workspace_bytes(call, shapes)
+        buffers = tuple((tuple(array.shape), str(array.dtype)) for array in (*arrays, *types))
+        options = dataclasses.asdict(self.options)
+        call = ffi.Call(self.function, self.inputs, self.outputs, self.extra, options, buffers)
+        size = ffi.workspace_bytes(call)
         extra = (jax.ShapeDtypeStruct((size,), jnp.uint8),) if size else ()
         results = jax.ffi.ffi_call(ffi.TARGET, (*types, *extra))(*arrays, call=call.attribute())
         return tuple(results[: len(types)])

@@ -82,12 +82,20 @@ def test_fault_storage_that_became_too_small(where: str) -> None:
 
 
 def test_fault_functional_tensors(where: str) -> None:
-    x = arrays(FORWARD[:3])
-    call = torch.func.functionalize(lambda q, k, v: fa2cupy.attention(q, k, v))
+    """Through torch's operator, where there is one for the call; else they are named."""
+    x = arrays(BACKWARD)
+    forwards = torch.func.functionalize(lambda q, k, v: fa2cupy.attention(q, k, v))
+    into = torch.func.functionalize(lambda q, k, v: fa2cupy.attention(q, k, v, out=torch.empty_like(q)))
+    backwards = torch.func.functionalize(lambda *given: fa2cupy.attention_backward(*given))
     for _ in range(2):
+        result = forwards(x["q"], x["k"], x["v"])
+        if where == "cpu":
+            assert torch.equal(result, fa2cupy.attention(x["q"], x["k"], x["v"]))
         with pytest.raises(InvalidArgument, match=r"^q has no memory: .*functionalize"):
-            call(*x.values())
-        forward(x)  # the second time there is a prepared call
+            into(x["q"], x["k"], x["v"])
+        with pytest.raises(InvalidArgument, match=r"^dout has no memory: .*functionalize"):
+            backwards(*(x[name] for name in BACKWARD[:6]))
+        forward({name: x[name] for name in FORWARD[:3]})  # the second time there is a prepared call
 
 
 def test_fault_freed_workspace(where: str) -> None:
@@ -112,23 +120,44 @@ def test_empty_tensors_are_valid(where: str) -> None:
             assert (out == 0).all() and torch.isneginf(lse).all()
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return fa2cupy.attention(q + 1, k, v)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_fault_tracing(where: str, gpu: FakeGpu) -> None:
     """A traced function would have kept the first result for every input."""
-    x = tuple(arrays(FORWARD[:3]).values())
+    x = arrays(FORWARD)
+    q, k, v = (x[name] for name in FORWARD[:3])
+    given = arrays(BACKWARD)
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return fa2cupy.attention(q + 1, k, v)
+    def into(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fa2cupy.attention(q, k, v, out=torch.empty_like(q))
 
     for _ in range(2):
         launches = len(gpu.launches)
         with pytest.raises(InvalidType, match=r"torch\.jit\.trace does not see fa2cupy\.attention"):
-            torch.jit.trace(attention, x)
-        for pre_dispatch in (False, True):
+            torch.jit.trace(attention, (q, k, v))
+        for function, pre_dispatch in ((attention, True), (into, False), (into, True)):
             with pytest.raises(InvalidType, match=r"make_fx does not see fa2cupy\.attention"):
-                make_fx(attention, tracing_mode="real", pre_dispatch=pre_dispatch)(*x)
+                make_fx(function, tracing_mode="real", pre_dispatch=pre_dispatch)(q, k, v)
+        with pytest.raises(InvalidType, match=r"make_fx does not see fa2cupy\.attention_backward"):
+            make_fx(fa2cupy.attention_backward, tracing_mode="real")(*(given[name] for name in BACKWARD[:6]))
         assert len(gpu.launches) == launches
-        attention(*x)  # the second time there is a prepared call
+        attention(q, k, v)  # the second time there is a prepared call
+        backward(given)
+
+
+def test_fault_make_fx_sees_the_operator(where: str, gpu: FakeGpu) -> None:
+    q, k, v = arrays(FORWARD[:3]).values()
+    traced = make_fx(attention, tracing_mode="real")(q, k, v)
+    launches = len(gpu.launches)
+    other = torch.arange(q.numel(), dtype=q.dtype).view(q.shape).remainder(7)
+    result = traced(other, k, other)
+    if where == "gpu":
+        assert len(gpu.launches) == launches + 1
+    else:
+        assert torch.equal(result, attention(other, k, other)) and not torch.equal(result, attention(q, k, v))
 
 
 def test_modes_that_only_look_on(where: str) -> None:

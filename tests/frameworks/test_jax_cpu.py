@@ -160,6 +160,18 @@ def test_gpu(cuda: FakeGpu, dtype: str, layout: str, workspace_bytes: int) -> No
     assert len(ffi._prepared) == 2
 
 
+def test_gpu_plans_by_shape_and_dtype(cuda: FakeGpu) -> None:
+    """One set of options, other buffers: the plan of the first would give wrong results for the second."""
+    for dtype, head_dim in (("float16", 16), ("bfloat16", 16), ("float16", 32)):
+        stored, x = inputs(7, dtype) if head_dim == 16 else wide(dtype)
+        check(stored, both(x, causal=True, softmax_scale=0.3), dtype, causal=True, scale=0.3)
+
+
+def wide(dtype: str) -> tuple[Inputs, Inputs]:
+    stored = make_inputs(8, 6, 9, dtype=dtype, heads=(4, 2), head_dim=32)
+    return stored, Inputs(*(jnp.asarray(as_ml_dtypes(array)) for array in stored))
+
+
 def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:
     _, x = inputs(5, "float16")
     assert fa2cupy.backward_workspace_bytes(x.q, x.k, x.v) == cuda.workspace_bytes

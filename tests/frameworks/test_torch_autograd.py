@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -490,7 +491,9 @@ def test_compiled_calls_that_launch_leave_the_graph(case: Case) -> None:
     for got, wanted in zip(torch.compile(backward, backend="aot_eager")(), case.grads, strict=True):
         assert_close(got, wanted)
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="fa2cupy launches its kernels itself"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"fa2cupy launches its kernels itself|function attention_backward"
+    ):
         torch.compile(backward, backend="aot_eager", fullgraph=True)()
 
 
@@ -533,6 +536,18 @@ def test_compile_a_backward_inside(case: Case) -> None:
     assert_close(case.q.grad, case.grads[0])
     torch.compile(lambda: eager.backward(case.dout), backend="aot_eager")()
     assert_close(case.q.grad, 2 * case.grads[0])
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_compiled_autograd(case: Case, operator: bool) -> None:
+    if operator:
+        out = forward_op(*case.qkv, True, None, "bshd", None, False)[0]
+    else:
+        out = fa2cupy.attention(*case.qkv, causal=True)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        out.backward(case.dout)
+    for x, wanted in zip(case.qkv, case.grads, strict=True):
+        assert_close(x.grad, wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ NEEDS = [
     for causal in (False, True)
     for deterministic in (False, True)
 ]
-OURS = {"flash_fwd", "flash_bwd", "flash_bwd_preprocess", "flash_bwd_postprocess", "fill_empty"}
+OURS = {"flash_fwd", "flash_bwd", "flash_bwd_preprocess", "flash_bwd_postprocess", "fill_unseen"}
 
 
 @pytest.fixture(params=["", "sm80"])

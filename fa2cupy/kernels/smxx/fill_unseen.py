@@ -1,4 +1,4 @@
-"""Rows that no key, or no query, has to do with: cuda_src/smxx/fill_empty.cu writes zeros, and -inf into their lse."""
+"""Rows that no key, or no query, has to do with: cuda_src/smxx/fill_unseen.cu writes zeros, and -inf into their lse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fa2cupy.problem import AttentionProblem
 
 __all__ = ["launches"]
 
-_KERNEL = ("smxx/fill_empty.cu", "fill_empty")
+_KERNEL = ("smxx/fill_unseen.cu", "fill_unseen")
 _THREADS = 256
 _COLUMNS = 16  # that a thread fills
 

@@ -4,7 +4,7 @@
 static_assert(sizeof(FillParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 // One thread per (batch, row, head, 16 elements).
-extern "C" __global__ void __launch_bounds__(kFillThreads) fill_empty(const __grid_constant__ FillParams params) {
+extern "C" __global__ void __launch_bounds__(kFillThreads) fill_unseen(const __grid_constant__ FillParams params) {
   const int pieces = ceil_div(params.head_dim, 16);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x;
   const int piece = index % pieces;
