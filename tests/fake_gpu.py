@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fa2cupy import cpu
+from fa2cupy import cpu, prepared
 from fa2cupy.frameworks import CUPY
 from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
@@ -239,6 +239,7 @@ def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu.current == array.data.device_id
         return to_cupy(host_view(array), array.data.device_id)
 
+    monkeypatch.setattr(prepared, "_shared_blocks", {})
     monkeypatch.setattr(CUPY, "allocator", allocator)
     monkeypatch.setattr(CUPY, "scratch", scratch)
     monkeypatch.setattr(CUPY, "contiguous", contiguous)

@@ -116,19 +116,18 @@ def test_framework() -> None:
 
 @pytest.fixture
 def cuda(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    assert door.call  # imported, so that the real target is registered under its own name
+    assert door.first_call  # imported, so that the real target is registered under its own name
     register_gpu_handler_for_cpu()
     monkeypatch.setattr(ffi, "TARGET", "fa2cupy_gpu_test")
-    monkeypatch.setattr(ffi, "_first_gpu", lambda: 1)
-    monkeypatch.setattr(ffi, "_from_context", lambda frame, offset: 0x77 if offset == ffi._STREAM_GET else 1)
+    monkeypatch.setattr(ffi, "_gpus", lambda: (1,))
+    monkeypatch.setattr(ffi, "stream_of", lambda frame: 0x77)
     device_of = JAX.device
 
     def device(array: Any, argument: str) -> Device:
         return device_of(array, argument) if is_traced(array) else Device("cuda", 1)
 
     monkeypatch.setattr(JAX, "device", device)
-    for cache in (ffi._prepared, ffi._device_of_stream):
-        cache.clear()
+    ffi._prepared.clear()
     transforms.clear_caches()
     jax.clear_caches()
     yield gpu
@@ -160,16 +159,26 @@ def test_gpu(cuda: FakeGpu, dtype: str, layout: str, workspace_bytes: int) -> No
     assert len(ffi._prepared) == 2
 
 
-def test_gpu_plans_by_shape_and_dtype(cuda: FakeGpu) -> None:
-    """One set of options, other buffers: the plan of the first would give wrong results for the second."""
-    for dtype, head_dim in (("float16", 16), ("bfloat16", 16), ("float16", 32)):
-        stored, x = inputs(7, dtype) if head_dim == 16 else wide(dtype)
-        check(stored, both(x, causal=True, softmax_scale=0.3), dtype, causal=True, scale=0.3)
+def test_gpu_plans_are_of_shape_and_dtype(cuda: FakeGpu) -> None:
+    """Calls that differ in nothing but lengths, heads or dtype, in one process, each with its own plan."""
+    for seqlens, heads, dtype in (((5, 7), (4, 2), "float16"), ((9, 3), (4, 2), "float16"),
+                                  ((5, 7), (4, 4), "float16"), ((5, 7), (4, 2), "bfloat16")):  # fmt: skip
+        stored = make_inputs(4, *seqlens, dtype=dtype, heads=heads, head_dim=16)
+        x = Inputs(*(jnp.asarray(as_ml_dtypes(array)) for array in stored))
+        check(stored, jax.block_until_ready(both(x)), dtype)
+    assert len(ffi._prepared) == 8
 
 
-def wide(dtype: str) -> tuple[Inputs, Inputs]:
-    stored = make_inputs(8, 6, 9, dtype=dtype, heads=(4, 2), head_dim=32)
-    return stored, Inputs(*(jnp.asarray(as_ml_dtypes(array)) for array in stored))
+def test_gpu_of_several(cuda: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call asks on which device it runs: streams come and go."""
+    monkeypatch.setattr(ffi, "_gpus", lambda: (0, 1))
+    ordinals = iter([0, 1, 1, 0])
+    monkeypatch.setattr(ffi, "device_ordinal", lambda frame: next(ordinals))
+    _, x = inputs(4, "float16")
+    run = jax.jit(fa2cupy.attention)
+    for _ in range(4):
+        jax.block_until_ready(run(x.q, x.k, x.v))
+    assert [launch.device for launch in cuda.launches] == [0, 1, 1, 0]
 
 
 def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:

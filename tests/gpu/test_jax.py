@@ -62,16 +62,23 @@ def error(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("of_lse", [0.0, 1.0])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "causal", "of_lse"),
+    [
+        ("128", True, 1.0),
+        ("128", False, 0.0),
+        ("64 wide batch", True, 1.0),
+        ("256", False, 1.0),
+        ("72 unaligned", True, 1.0),
+    ],
+)
 def test_jitted_gradients(name: str, causal: bool, of_lse: float) -> None:
     x = inputs(name)
     ours = functools.partial(fa2cupy.attention, causal=causal, return_lse=True)
     derived = jax.jit(jax.value_and_grad(functools.partial(loss, ours, of_lse), (0, 1, 2)))
     value, gradients = derived(*x)
     formula = functools.partial(plain, causal=causal)
-    wanted, wanted_gradients = jax.value_and_grad(functools.partial(loss, formula, of_lse), (0, 1, 2))(*x)
+    wanted, wanted_gradients = jax.jit(jax.value_and_grad(functools.partial(loss, formula, of_lse), (0, 1, 2)))(*x)
     assert abs(value - wanted) <= 0.05 * abs(float(wanted)) + 5
     for got, right in zip(gradients, wanted_gradients, strict=True):
         assert got.dtype == "bfloat16" and error(got, right) < 1.5e-2
