@@ -7,6 +7,7 @@ Inductor compiled for another attention may be found: its caches do not ask whic
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import gpt_data  # noqa: E402
 import gpt_torch  # noqa: E402
 
-OURS = {"flash_fwd", "flash_bwd", "flash_bwd_preprocess", "flash_bwd_postprocess", "fill_empty"}
+OURS = {  # the names of all kernels
+    name
+    for path in (ROOT / "cuda_src").rglob("*.cu")
+    for name in re.findall(r'extern "C" __global__ .*?(\w+)\(const', path.read_text(encoding="utf-8"), re.DOTALL)
+}
 Tensor = torch.Tensor
 
 

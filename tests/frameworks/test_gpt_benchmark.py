@@ -18,7 +18,10 @@ KINDS = ["fa2cupy", "sdpa-flash"]
     ("kernel", "owner"),
     [
         ("flash_fwd", "fa2cupy"),
+        ("flash_bwd", "fa2cupy"),
         ("flash_bwd_preprocess", "fa2cupy"),
+        ("flash_bwd_postprocess", "fa2cupy"),
+        ("fill_unseen", "fa2cupy"),
         ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>", "fa2"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x64x128_4x1x1", "cudnn"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "another"),
