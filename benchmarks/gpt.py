@@ -156,7 +156,7 @@ class Driver:
         }
 
     def start(self, jobs: Sequence[Mapping[str, Any]]) -> list[Worker]:
-        threads = max(1, (os.cpu_count() or 1) // len(jobs))
+        threads = max(1, len(os.sched_getaffinity(0)) // len(jobs))
         return [Worker(job, threads) for job in jobs]
 
     def check(self, name: str, attention: str, kernels: Any, shape: str) -> None:
@@ -274,7 +274,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="default: what git says")
     parser.add_argument("--out", type=Path, help="folder of the records and the picture (default: results/gpt)")
     parser.add_argument("--file", type=Path, help="report: these records (default: the only file of the folder)")
-    parser.add_argument("--write", action="store_true", help="also renew the block of docs/torch.md")
+    parser.add_argument("--write", action="store_true", help="also renew the blocks of docs/torch.md and README.md")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, written nowhere")
     args = parser.parse_args(arguments)
     unknown = set(args.attentions) - set(gpt_report.LABELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from benchmarks import results
 
 Record = Mapping[str, Any]
 
-PAGE = results.ROOT / "docs" / "torch.md"
+PAGE, README = results.ROOT / "docs" / "torch.md", results.ROOT / "README.md"
 MARKED = re.compile(r"(?<=<!-- gpt: begin -->\n).*?(?=<!-- gpt: end -->)", re.DOTALL)
 PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312}  # bf16, dense
 OURS, FLASH, CUDNN = "fa2cupy", "sdpa-flash", "sdpa-cudnn"
@@ -241,18 +242,39 @@ def block(records: Sequence[Record]) -> str:
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
 
+def readme_block(records: Sequence[Record]) -> str:
+    """What README.md says: the step times, torch's default first among the others."""
+    medians = milliseconds(records)
+    said = []
+    for shape, row in medians.items():
+        length = next(r["sizes"][3] for r in last(records, "time") if r["shape"] == shape)
+        others = [f"{row[kind] / row[OURS]:.3f} of {LABELS[kind]}" for kind in ("sdpa-default", FLASH) if kind in row]
+        said.append(f"at S = {length:,} {' and '.join(others)}")
+    text = f"A GPT trained with each attention, {'; '.join(said)}, as steps a second:"
+    return "\n".join([text, "", *time_table(records)]) + "\n"
+
+
+def renew(path: Path, text: str) -> None:
+    """Put a text between the markers of a page. ValueError if they are not there."""
+    page = path.read_text(encoding="utf-8")
+    if not MARKED.search(page):
+        raise ValueError(f"{path} has no block between <!-- gpt: begin --> and <!-- gpt: end -->")
+    path.write_text(MARKED.sub(lambda _: f"\n{text}\n", page), encoding="utf-8")
+
+
 def report(records: Sequence[Record], picture: Path | None, *, write: bool = False) -> int:
-    """Print tables and bars, draw the picture, renew the page; 1 if a bar was missed."""
+    """Print tables and bars, draw the picture, renew the pages; 1 if a bar was missed."""
     text = block(records)
     print(text)
-    if picture is not None:
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no picture; `python benchmarks/gpt.py report` draws it from the records")
+    elif picture is not None:
         draw(records, picture)
         print(picture)
     if write:
-        page = PAGE.read_text(encoding="utf-8")
-        if not MARKED.search(page):
-            raise ValueError(f"{PAGE} has no block between <!-- gpt: begin --> and <!-- gpt: end -->")
-        PAGE.write_text(MARKED.sub(lambda _: f"\n{text}\n", page), encoding="utf-8")
+        renew(PAGE, text)
+        if last(records, "time"):
+            renew(README, readme_block(records))
     return 0 if all(verdict.holds for verdict in verdicts(records)) else 1
 
 

@@ -24,6 +24,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import results
+from benchmarks.cases import Case
+from benchmarks.plans import plan_of
+from fa2cupy.jit.driver import DeviceInfo
 
 PAGE = results.ROOT / "docs" / "numerics.md"
 MARKED = re.compile(r"(?<=<!-- numerics: begin -->\n).*?(?=<!-- numerics: end -->)", re.DOTALL)
@@ -31,6 +34,7 @@ WHO = ("fa2cupy", "fa2", "cudnn", "format")
 LABELS = {"fa2cupy": "fa2cupy", "fa2": "FA2", "cudnn": "cuDNN", "format": "format"}
 OUTPUTS = ("out", "dq", "dk", "dv")
 BAR = 1.05
+BATCH, HEADS = 8, 4
 CASES = ("dtype", "inputs", "head_dim", "causal", "seqlen")
 
 Record = Mapping[str, Any]
@@ -47,8 +51,7 @@ def inputs(case: Record, device: str, seed: int) -> list[Any]:
     import torch
 
     generator = torch.Generator(device=device).manual_seed(seed)
-    batch = 8 if device == "cuda" else 2
-    shape, made = (batch, case["seqlen"], 4, case["head_dim"]), []
+    shape, made = (BATCH if device == "cuda" else 2, case["seqlen"], HEADS, case["head_dim"]), []
     for name in ("q", "k", "v", "dout"):
         x = torch.randn(shape, device=device, generator=generator)
         if case["inputs"] == "outliers" and name != "dout":
@@ -116,10 +119,33 @@ def errors(got: Mapping[str, Any], right: Mapping[str, Any], dtype: str) -> dict
     return found
 
 
+def plans(seqlens: Sequence[int], device: DeviceInfo) -> list[Any]:
+    """What ours launches, case by case."""
+    return [
+        plan_of(
+            Case(mode, case["head_dim"], case["seqlen"], case["causal"], BATCH, HEADS, HEADS, case["dtype"]), device
+        )
+        for case in cases(seqlens)
+        for mode in ("fwd", "bwd")
+    ]
+
+
+def compile_ahead(seqlens: Sequence[int]) -> None:
+    """All of our kernels at once, into the cache on disk."""
+    from benchmarks.variants import jobs_of
+    from fa2cupy.jit import compile_many, driver
+
+    for result in compile_many(jobs_of(plans(seqlens, driver.device_info(0)))):
+        if result.error is not None:
+            raise result.error
+
+
 def measure(args: argparse.Namespace) -> list[Record]:
     import torch
 
     device = "cpu" if args.rehearse else "cuda"
+    if not args.rehearse:
+        compile_ahead(args.seqlens)
     common = {
         "run": results.new_run_id(),
         "gpu": "CPU" if args.rehearse else torch.cuda.get_device_name(),
@@ -207,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seqlens", type=lambda text: [int(x) for x in text.split(",")], default=None)
     parser.add_argument("--commit", help="default: what git says")
+    parser.add_argument("--out", type=Path, help="folder of the records (default: results/numerics)")
     parser.add_argument("--from", dest="records", type=Path, help="no measuring: the last run of this file")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small, printed only")
     args = parser.parse_args(arguments)
@@ -220,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     if not args.rehearse:
         if not args.records:
-            path = results.RESULTS / "numerics" / results.file_name(records[0]["gpu"])
+            path = (args.out or results.RESULTS / "numerics") / results.file_name(records[0]["gpu"])
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
