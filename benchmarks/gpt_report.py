@@ -248,7 +248,7 @@ def readme_block(records: Sequence[Record]) -> str:
     said = []
     for shape, row in medians.items():
         length = next(r["sizes"][3] for r in last(records, "time") if r["shape"] == shape)
-        others = [f"{row[kind] / row[OURS]:.3f} of {LABELS[kind]}" for kind in ("sdpa-default", FLASH) if kind in row]
+        others = [f"{row[kind] / row[OURS]:.3f} x {LABELS[kind]}" for kind in ("sdpa-default", FLASH) if kind in row]
         said.append(f"at S = {length:,} {' and '.join(others)}")
     text = f"A GPT trained with each attention, {'; '.join(said)}, as steps a second:"
     return "\n".join([text, "", *time_table(records)]) + "\n"

@@ -95,6 +95,20 @@ def test_the_last_run_of_each_kind_counts() -> None:
     assert missed(old + times()) == []
 
 
+def test_pages_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PAGE", "README"):
+        path = tmp_path / name
+        path.write_text("a\n<!-- gpt: begin -->\nold\n<!-- gpt: end -->\nb\n")
+        monkeypatch.setattr(gpt_report, name, path)
+    gpt_report.report(times() + curves(), None, write=True)
+    page, readme = ((tmp_path / name).read_text() for name in ("PAGE", "README"))
+    assert "old" not in page + readme and page.endswith("-->\nb\n") and "| bar |" in page and "| bar |" not in readme
+    assert "at S = 8,192 1.057 x SDPA's default and 1.275 x SDPA flash (FA2)" in readme
+    (tmp_path / "bare").write_text("nothing\n")
+    with pytest.raises(ValueError, match="no block"):
+        gpt_report.renew(tmp_path / "bare", "")
+
+
 def test_tables_and_picture(tmp_path: Path) -> None:
     records = times() + curves() + gradients()
     text = gpt_report.block(records)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpt, gpt_worker
+from benchmarks import gpt, gpt_worker, numerics
 
 KINDS = ["fa2cupy", "sdpa-flash"]
 
@@ -98,6 +98,12 @@ def test_an_unknown_attention_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         gpt.parse(["--attentions", "fa2cupy,nonsense"])
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_rehearsal_of_numerics(capsys: pytest.CaptureFixture[str]) -> None:
+    assert numerics.main(["--rehearse", "--seqlens", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "Every shape, fa2cupy / FA2 / format:" in printed and "nan" not in printed and "inf" not in printed
 
 
 def test_kernels_of_another_are_a_failure() -> None:
