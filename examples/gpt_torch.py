@@ -133,10 +133,9 @@ class Trainer:
         return loss.detach(), norm
 
 
-def train(args, kind):
+def train(args, kind, data):
     *sizes, batch_size = SHAPES[args.shape]
     length, tiny = sizes[-1], args.shape == "tiny"
-    data = tokens()
     torch.manual_seed(args.seed)
     model = GPT(*sizes, kind, torch.float32 if tiny else torch.bfloat16, 256 if tiny else VOCABULARY).to(args.device)
     if args.device == "cuda":
@@ -167,16 +166,16 @@ def main():
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", help="write losses, gradient norms and the median step time there")
     parser.add_argument("--tiny", action="store_true", help="20 steps in float32 on the CPU beside SDPA's math")
-    args = parser.parse_args()
+    args, data = parser.parse_args(), tokens()
     if args.tiny:
         args.shape, args.steps, args.device = "tiny", 20, "cpu"
-        right = train(args, "sdpa-math")["losses"]
+        right = train(args, "sdpa-math", data)["losses"]
         for kind in ("fa2cupy", "fa2cupy-sdpa"):
-            worst = max(abs(a - b) for a, b in zip(train(args, kind)["losses"], right, strict=True))
+            worst = max(abs(a - b) for a, b in zip(train(args, kind, data)["losses"], right, strict=True))
             print(f"{kind}: largest difference of a loss from that of SDPA's math: {worst:.1e}")
             assert worst <= 1e-5
         return
-    result = train(args, args.attention)
+    result = train(args, args.attention, data)
     print(f"{args.attention}: {result['ms']:.1f} ms a step")
     if args.json:
         Path(args.json).write_text(json.dumps({"attention": args.attention, "seed": args.seed, **result}))
