@@ -56,7 +56,8 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
 def output_of(arguments: Sequence[str | Path], folder: Path) -> str:
     """What Python prints, in a folder from which fa2cupy is not to be seen."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command, environment = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, *arguments]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
