@@ -84,6 +84,10 @@ def attention(
         Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
         and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA.
 
+    JAX:
+        Differentiable, in q, k and v, through out and lse, once and in reverse mode; under jit, vmap, scan, remat,
+        export and shard_map, and on meshes (batch and heads may be sharded) too. The arrays in keywords are operands.
+
     Where and when:
         On the arrays' device, queued on the current stream of that device (JAX: XLA's), whichever device is current.
         Nothing is synchronised and inputs are never written. NumPy arrays, and torch's and JAX's on the CPU, are
@@ -93,9 +97,9 @@ def attention(
 
     Raises:
         ValueError or TypeError (from `fa2cupy.errors`), before anything is launched, for arguments that are not as
-        described; also for a JAX tracer, and for a torch tensor that requires grad beside out=, lse_out= or workspace=
-        while grad mode is on. Differentiating twice and forward-mode autograd raise. UnsupportedDevice below sm_80,
-        MissingDependency without CuPy, NVRTC or a driver, CompilationError, LaunchError.
+        described; also for a torch tensor that requires grad beside out=, lse_out= or workspace= while grad mode is on.
+        Differentiating twice and forward-mode autograd raise. UnsupportedDevice below sm_80, MissingDependency without
+        CuPy, NVRTC or a driver, CompilationError, LaunchError.
     """
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
