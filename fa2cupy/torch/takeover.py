@@ -176,10 +176,7 @@ def _backward(
     counts.took(_DOOR_BACKWARD)
     layout = None if unseen else _order(q, k, v)
     options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
-    seen_k, seen_v = k, v
-    if unseen:
-        seen = k.shape[2] - unseen
-        seen_k, seen_v = k[:, :, :seen], v[:, :, :seen]
+    seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
     inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
     dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
     if layout:
@@ -274,13 +271,15 @@ def _cudnn(native: Native) -> Kernel:
                 why, keyset, q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask,
                 scale=scale,
             )  # fmt: skip
-        seen = q.shape[2] if is_causal else k.shape[2]
-        out, lse = _forward(q, k[:, :, :seen], v[:, :, :seen], is_causal, scale)
+        seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+        if is_causal and seqlen_q < seqlen_k:
+            k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
+        out, lse = _forward(q, k, v, is_causal, scale)
         if _cudnn_lse_dims() == 4:
             lse = lse.unsqueeze(3)
         seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
         extras = torch.empty_like(seed), torch.empty_like(offset), None
-        return out, lse, None, None, q.shape[2], k.shape[2], *extras
+        return out, lse, None, None, seqlen_q, seqlen_k, *extras
 
     return kernel
 
@@ -377,8 +376,9 @@ def _cpu(native: Native) -> Kernel:
         why = _cpu_objection(q, k, v, attn_mask, dropout_p, is_causal)
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        seen = q.shape[2] if is_causal else k.shape[2]
-        out, lse = _forward(q, k[:, :, :seen], v[:, :, :seen], is_causal, scale)
+        if is_causal and q.shape[2] < k.shape[2]:
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        out, lse = _forward(q, k, v, is_causal, scale)
         return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
     return kernel

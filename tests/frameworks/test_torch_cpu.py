@@ -15,6 +15,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import TORCH, framework_of
 from fa2cupy.frameworks.base import Device
 from fa2cupy.prepared import PREPARED
+from fa2cupy.torch import takeover
 from tests.fake_gpu import FakeGpu, cupy_array
 from tests.reference import Inputs, expect, make_inputs
 
@@ -251,6 +252,24 @@ def test_gpu(cuda: FakeGpu, dtype: str, layout: str) -> None:
         assert all(tensor.dtype is x.q.dtype for name, tensor in results.items() if name != "lse")
         assert (cuda.last.stream, cuda.last.device, cuda.last.current_device) == (0x1001, 1, 1)
         assert cuda.last.problem.dtype == dtype
+    assert (len(cuda.plans), len(cuda.launches)) == (2, 4)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_gpu_sdpa_taken_over(cuda: FakeGpu, layout: str) -> None:
+    """New outputs lie in memory as the operator's inputs do, without a copy."""
+    stored, x = inputs(13, "float16")
+    q, k, v, dout = (tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v, x.dout))
+    if layout == "bhsd":
+        q, k, v, dout = (tensor.contiguous() for tensor in (q, k, v, dout))
+    for _ in range(2):
+        out, lse = takeover._forward(q, k, v, True, None)
+        results = out, *takeover._backward(dout, q, k, v, out, lse, True, None)
+        for made, like in zip(results, (dout, q, k, v), strict=True):
+            assert (made.shape, made.stride()) == (like.shape, torch.empty_like(like).stride())
+        named = {name: made.transpose(1, 2) for name, made in zip(("out", "dq", "dk", "dv"), results, strict=True)}
+        expect(*stored, causal=True).check(lse=lse, **named)
+    assert dict(cuda.plans[0].problem.strides)["out"] == dict(cuda.plans[1].problem.strides)["dout"]
     assert (len(cuda.plans), len(cuda.launches)) == (2, 4)
 
 
