@@ -1,27 +1,21 @@
-"""A GPT in plain PyTorch, trained with fa2cupy or with torch's own attention, on the standard library's sources.
+"""A small GPT in plain torch, trained with fa2cupy or with torch's own attention, on the standard library's sources.
 
-    python examples/gpt_torch.py --tiny                                  # on a CPU: the same losses as SDPA's math
+    python examples/gpt_torch.py --tiny                                 # on a CPU: the same losses as the plain formula
     python examples/gpt_torch.py --attention fa2cupy --shape 124m --steps 300 --json curve.json
-    python examples/gpt_torch.py --attention cudnn --shape 8k --steps 20   # 12 x 2,048, heads of 128, S 8,192
+    python examples/gpt_torch.py --attention sdpa-cudnn --shape 8k --steps 20       # 12 x 2,048, heads of 128, S 8,192
 
-Weights are float32, the computation is bfloat16 by autocast (float32 with --tiny). The tokens are bytes. One process
-trains with one attention: what torch.compile caches does not know which one SDPA took.
+Weights are float32, the computation is bfloat16 (float32 with --tiny), the blocks and the loss are compiled. The tokens
+are bytes. `benchmarks/gpt.py` measures this model.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
-import math
-import os
-import sysconfig
 import time
 from pathlib import Path
 
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-
-import numpy as np
 import torch
+from gpt_data import SHAPES, VOCABULARY, batches, tokens
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,177 +23,162 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fa2cupy
 import fa2cupy.torch
 
-# layers, width, heads, sequence, batch, vocabulary (padded), learning rate
-SHAPES = {
-    "tiny": (2, 64, 4, 128, 2, 256, 1e-3),
-    "124m": (12, 768, 12, 1024, 32, 50304, 6e-4),
-    "2k": (12, 2048, 16, 2048, 8, 50304, 3e-4),
-    "8k": (12, 2048, 16, 8192, 2, 50304, 3e-4),
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
 }
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-PEAK_FLOPS = 989e12  # of an H100 or H200, dense bfloat16
-
-
-def data():
-    """The bytes of the standard library's sources, without its tests: nine tenths to train, the rest to validate."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idle_test"}
-    paths = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
-    tokens = b"\n".join(path.read_bytes() for path in paths)
-    print(f"{len(tokens) / 1e6:.1f} MB of sources, sha256 {hashlib.sha256(tokens).hexdigest()[:16]}")
-    tokens = np.frombuffer(tokens, np.uint8)
-    return np.split(tokens, [len(tokens) * 9 // 10])
-
-
-def batches(tokens, rng, batch, seqlen, device):
-    """Inputs and targets, without end."""
-    while True:
-        starts = rng.integers(0, len(tokens) - seqlen - 1, batch)
-        rows = torch.from_numpy(np.stack([tokens[i : i + seqlen + 1] for i in starts]).astype(np.int64))
-        rows = rows.to(device, non_blocking=True)
-        yield rows[:, :-1], rows[:, 1:]
+ATTENTIONS = ("fa2cupy", "fa2cupy-sdpa", "sdpa-default", *SDPA, "none")
 
 
 def attend(kind, q, k, v):
-    """(batch, seqlen, heads, head_dim)"""
+    """(batch, length, heads, head_dim), causal. "none" is what all the rest costs: the values as they are."""
     if kind == "fa2cupy":
         return fa2cupy.attention(q, k, v, causal=True)
-    if kind == "none":  # what everything else costs
+    if kind == "none":
         return v
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-class Block(nn.Module):
-    def __init__(self, width, heads, attention):
+def choice(kind, device):
+    """What must hold while the model is compiled and runs, for SDPA to be computed by this kind."""
+    if kind == "fa2cupy-sdpa":
+        return fa2cupy.torch.sdpa(device=device)
+    return sdpa_kernel(SDPA[kind]) if kind in SDPA else contextlib.nullcontext()
+
+
+class Weight(nn.Module):
+    """A matrix kept in float32 and multiplied by in the dtype of what it is given."""
+
+    def __init__(self, inputs, outputs, scale=0.02):
         super().__init__()
-        self.heads, self.attention = heads, attention
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.weight = nn.Parameter(scale * torch.randn(outputs, inputs))
 
     def forward(self, x):
-        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in self.qkv(self.norm1(x)).chunk(3, 2))
-        x = x + self.out(attend(self.attention, q, k, v).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        return functional.linear(x, self.weight.to(x.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, layers, kind, dtype):
+        super().__init__()
+        self.heads, self.kind, self.dtype = heads, kind, dtype
+        residual = 0.02 / (2 * layers) ** 0.5
+        self.norm1, self.norm2 = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
+        self.qkv, self.out = Weight(width, 3 * width), Weight(width, width, residual)
+        self.up, self.down = Weight(width, 4 * width), Weight(4 * width, width, residual)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x).to(self.dtype)).view(batch, length, 3, self.heads, width // self.heads)
+        x = x + self.out(attend(self.kind, *qkv.unbind(2)).reshape(batch, length, width))
+        hidden = functional.gelu(self.up(self.norm2(x).to(self.dtype)), approximate="tanh")
+        return x + self.down(hidden)
+
+
+class Head(nn.Module):
+    """The mean loss of the next tokens; the embedding's weights are the head's too."""
+
+    def __init__(self, width, dtype):
+        super().__init__()
+        self.norm, self.dtype = nn.RMSNorm(width, eps=1e-6), dtype
+
+    def forward(self, x, embedding, targets):
+        logits = functional.linear(self.norm(x).to(self.dtype), embedding.to(self.dtype)).float()
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class GPT(nn.Module):
-    def __init__(self, shape, attention):
-        super().__init__()
-        layers, width, heads, seqlen, _, vocabulary, _ = SHAPES[shape]
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(seqlen, width)
-        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                back = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if back else 0.02)
+    """batch (batch, length + 1), int64 -> the mean loss. Compile it before the first call, if at all."""
 
-    def forward(self, inputs, targets):
-        """The mean loss of the next token."""
-        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+    def __init__(self, layers, width, heads, length, kind, dtype=torch.bfloat16, vocabulary=VOCABULARY):
+        super().__init__()
+        self.tokens = nn.Parameter(0.02 * torch.randn(vocabulary, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(Block(width, heads, layers, kind, dtype) for _ in range(layers))
+        self.head = Head(width, dtype)
+
+    def forward(self, batch):
+        x = functional.embedding(batch[:, :-1], self.tokens) + self.positions[: batch.shape[1] - 1]
         for block in self.blocks:
             x = block(x)
-        logits = functional.linear(self.norm(x), self.tokens.weight)
-        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.head(x, self.tokens, batch[:, 1:])
+
+    def compile_parts(self, **options):
+        """Each block, which all share what is compiled, and the head."""
+        for part in (*self.blocks, self.head):
+            part.compile(fullgraph=True, dynamic=False, **options)
 
 
-def train(shape, attention, steps, seed, device, tokens, *, compiled=True, profile=False):
-    """Losses and gradient norms of every step, and the median seconds of a step after warming up."""
-    *_, seqlen, batch, _, rate = SHAPES[shape]
-    torch.manual_seed(seed)
-    model = GPT(shape, attention).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
-    if compiled:
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-    losses, norms, seconds = [], [], []
-    feed = batches(tokens, np.random.default_rng(seed), batch, seqlen, device)
+class Trainer:
+    """AdamW with a warm-up, and the norm of the gradients clipped to 1."""
 
-    def step(n):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (n + 1) / 20, 1.1 - n / steps)
-        inputs, targets = next(feed)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(inputs, targets)
+    def __init__(self, model, rate=6e-4, warm_up=20, fused=True):
+        self.model, self.rate, self.warm_up, self.number = model, rate, warm_up, 0
+        parameters = list(model.parameters())
+        matrices = [{"params": [p for p in parameters if (p.ndim > 1) == decays], "weight_decay": decay}
+                    for decays, decay in ((True, 0.1), (False, 0.0))]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(matrices, rate, betas=(0.9, 0.95), fused=fused)
+
+    def step(self, batch):
+        """Loss and norm of the gradients, on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.number + 1) / self.warm_up)
+        loss = self.model(batch)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.number += 1
         return loss.detach(), norm
 
-    with chosen(attention):
-        for n in range(steps):
-            start = time.perf_counter()
-            loss, norm = step(n)
-            losses.append(loss.item())  # waits for the GPU
-            norms.append(norm.item())
-            seconds.append(time.perf_counter() - start)
-        if profile:
-            check_kernels(attention, lambda: step(steps))
-    weights = sum(p.numel() for p in model.parameters()) - model.positions.weight.numel()
-    median = float(np.median(seconds[len(seconds) // 3 :]))
-    return {"losses": losses, "norms": norms, "seconds": median, "weights": weights}
 
-
-def chosen(attention):
-    """torch's SDPA as asked for: one of its backends, ours behind it ("enabled"), or its own choice."""
-    if attention == "enabled":
-        return fa2cupy.torch.sdpa()
-    return sdpa_kernel(BACKENDS[attention]) if attention in BACKENDS else contextlib.nullcontext()
-
-
-def check_kernels(attention, step):
-    """Run a step under the profiler, and raise unless this attention's kernels ran, and nobody else's."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    names = {event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA}
-    found = {"fa2cupy": sorted(names & {"flash_fwd", "flash_bwd"})}
-    found["flash"] = [name for name in names if "pytorch_flash" in name]
-    found["cudnn"] = [name for name in names if "cudnn" in name and "sdpa" in name]
-    ran = [kind for kind, kernels in found.items() if kernels]
-    wanted = {"enabled": ["fa2cupy"], "sdpa": ran, "math": [], "none": []}.get(attention, [attention])
-    assert ran == wanted, f"{attention}: {found}"
-    print(f"attention kernels: {found}")
-
-
-def tiny():
-    """float32 on the CPU, 20 steps: fa2cupy's losses and gradient norms are those of SDPA's math."""
-    tokens, _ = data()
-    runs = {kind: train("tiny", kind, 20, 0, "cpu", tokens, compiled=False) for kind in ("math", "fa2cupy")}
-    for what in ("losses", "norms"):
-        gap = max(abs(a - b) for a, b in zip(runs["math"][what], runs["fa2cupy"][what], strict=True))
-        print(
-            f"{what}: {runs['fa2cupy'][what][0]:.4f} to {runs['fa2cupy'][what][-1]:.4f}, gap to SDPA's math {gap:.1e}"
-        )
-        assert gap < 1e-5, what
+def train(args, kind, data):
+    *sizes, batch_size = SHAPES[args.shape]
+    length, tiny = sizes[-1], args.shape == "tiny"
+    torch.manual_seed(args.seed)
+    model = GPT(*sizes, kind, torch.float32 if tiny else torch.bfloat16, 256 if tiny else VOCABULARY).to(args.device)
+    if args.device == "cuda":
+        model.compile_parts()
+    trainer, source = Trainer(model, args.rate), batches(data, args.seed, batch_size, length)
+    losses, norms, times = [], [], []
+    with choice(kind, args.device):
+        for number in range(args.steps):
+            batch = torch.from_numpy(next(source)).to(args.device)
+            begin = time.perf_counter()
+            loss, norm = trainer.step(batch)
+            losses.append(float(loss))  # which waits for the step
+            norms.append(float(norm))
+            times.append(time.perf_counter() - begin)
+            if number % 20 == 0 or number == args.steps - 1:
+                print(f"step {number:4d}  loss {losses[-1]:.4f}  gradient {norms[-1]:.3f}  {1e3 * times[-1]:.1f} ms")
+    times = sorted(times[min(5, len(times) // 2) :])
+    return {"losses": losses, "norms": norms, "ms": 1e3 * times[len(times) // 2]}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--attention", default="fa2cupy", choices=["fa2cupy", "enabled", "sdpa", *BACKENDS, "none"])
-    parser.add_argument("--shape", default="124m", choices=SHAPES)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--attention", choices=ATTENTIONS, default="fa2cupy")
+    parser.add_argument("--shape", choices=SHAPES, default="124m")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write losses, norms and times here")
-    args = parser.parse_args()
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--json", help="write losses, gradient norms and the median step time there")
+    parser.add_argument("--tiny", action="store_true", help="20 steps in float32 on the CPU beside SDPA's math")
+    args, data = parser.parse_args(), tokens()
     if args.tiny:
-        tiny()
+        args.shape, args.steps, args.device = "tiny", 20, "cpu"
+        right = train(args, "sdpa-math", data)["losses"]
+        for kind in ("fa2cupy", "fa2cupy-sdpa"):
+            worst = max(abs(a - b) for a, b in zip(train(args, kind, data)["losses"], right, strict=True))
+            print(f"{kind}: largest difference of a loss from that of SDPA's math: {worst:.1e}")
+            assert worst <= 1e-5
         return
-    run = train(args.shape, args.attention, args.steps, args.seed, "cuda", data()[0], profile=True)
-    layers, width, _, seqlen, batch, *_ = SHAPES[args.shape]
-    rate = batch * seqlen / run["seconds"]
-    causal, full = (rate * (6 * run["weights"] + n * layers * seqlen * width) / PEAK_FLOPS for n in (6, 12))
-    gpu, gib = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-    print(f"{args.attention}, {gpu}: loss {run['losses'][0]:.3f} to {run['losses'][-1]:.3f}, {gib:.1f} GiB")
-    print(f"{1e3 * run['seconds']:.1f} ms a step, {rate:,.0f} tokens/s")
-    print(f"{causal:.1%} of the peak, causal attention counted as it is; {full:.1%} counted as if it were full")
+    result = train(args, args.attention, data)
+    print(f"{args.attention}: {result['ms']:.1f} ms a step")
     if args.json:
-        run |= {"shape": args.shape, "attention": args.attention, "seed": args.seed, "gpu": gpu, "gib": gib}
-        args.json.write_text(json.dumps(run | {"mfu": causal, "mfu_full": full}) + "\n")
+        Path(args.json).write_text(json.dumps({"attention": args.attention, "seed": args.seed, **result}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from fa2cupy import doors, dynamo
 from fa2cupy.calls import call
 from fa2cupy.checks import check_flag
 from fa2cupy.keywords import not_through_torch, public
-from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
+from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import RawOptions, given
 
 __all__ = [
@@ -111,10 +111,12 @@ def attention(
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
-        if way is not None:
-            if operation.extra or options[5]:
-                raise not_through_torch((*operation.extra, *dict(options[5])))
-            return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
+        if way is doors.STRAIGHT:
+            operation = ASKED.get(operation, operation)
+        elif way is not None:
+            if operation.extra:
+                raise not_through_torch(operation.extra)
+            return way(q, k, v, (*options[:4], deterministic, options[5]), return_lse)
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)

@@ -22,6 +22,7 @@ from fa2cupy.frameworks.base import (
     TensorRef,
     contiguous_strides,
     describe,
+    swap,
 )
 from fa2cupy.frameworks.dlpack import from_producer
 from fa2cupy.frameworks.jax import immutable, is_traced
@@ -61,7 +62,8 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
         from fa2cupy.xla import door
 
         return door.first_call(operation, arrays, options, raw_options)
-    framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
+    if not operation.asked:
+        framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
     if device.kind == "cpu":
@@ -72,7 +74,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
             blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
             check_overlap([*blocks, block], {"workspace"})
         compute = host.backward if operation.is_backward else host.forward
-        results = compute(framework, arrays, sizes, dtype, options, operation.extra)
+        results = compute(framework, arrays, sizes, dtype, options, operation.extra, operation.swapped)
         for array in given.values():
             framework.written(array)
         return results
@@ -228,7 +230,8 @@ def _prepare(
                     continue
                 allocate, address = framework.scratch(size, arrays["q"])
             else:
-                allocate, address = framework.allocator(shape, element, arrays["q"]), framework.address
+                swapped = operation.swapped and name != "lse_out"
+                allocate, address = framework.allocator(shape, element, arrays["q"], swapped), framework.address
             fresh.append((position, allocate, address))
     return PreparedCall(
         operation=operation,
@@ -262,14 +265,18 @@ def _problem(
     options: Options,
     device: Device,
 ) -> AttentionProblem:
-    """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout, aligned."""
+    """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout (or in the other
+    one, where the operation says so), aligned."""
     tensors = {}
     for name in operation.inputs + operation.outputs:
         if name in arrays:
             ref = framework.ref(arrays[name], name)
         else:
             shape = sizes.shape(name, options.layout)
-            ref = TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
+            strides = contiguous_strides(shape)
+            if operation.swapped and name != "lse_out":
+                strides = swap(contiguous_strides(swap(shape)))
+            ref = TensorRef(0, shape, strides, dtype, device, None)
         tensors["lse" if name == "lse_out" else name] = ref
     problem = AttentionProblem.from_refs(tensors, sizes, dtype, options)
     if operation.extra or options.features:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import against, bench, cases, host_cost, peers, plot, results, timing, training, variants
+from benchmarks import against, bench, cases, host_cost, peers, plot, results, timing, variants
 from benchmarks.cases import Case
 from fa2cupy import jit
 from fa2cupy.jit import driver
@@ -561,34 +561,3 @@ def test_a_variant_of_the_wgmma_forward() -> None:
         3,
         16,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# training
-
-
-def test_curves_are_judged_by_the_distance_of_torchs_backends() -> None:
-    def seed(ours: float, flash: float, cudnn: float) -> dict[str, dict[str, list[float]]]:
-        shifts = {"fa2cupy": ours, "flash": flash, "cudnn": cudnn}
-        return {name: {"losses": [3 + x, 2 - x], "norms": [1 + 2 * x, 1.0]} for name, x in shifts.items()}
-
-    ratios = training.curve_ratios([seed(0.1, 0.0, 0.1), seed(0.0, 0.1, 0.3)])
-    assert ratios["losses"] == pytest.approx((0.05 + 0.2) / (0.1 + 0.2))
-    assert ratios["norms"] == pytest.approx(ratios["losses"])
-    with pytest.raises(ValueError, match="curves of 2 and 1 steps"):
-        training.distance([1, 2], [1])
-
-
-def test_step_times_and_their_bars() -> None:
-    def run(ms: float) -> dict[str, float]:
-        return {"seconds": ms / 1e3, "mfu": 0.588, "mfu_full": 0.726, "gib": 60.0}
-
-    runs = {("8k", "fa2cupy"): run(150), ("8k", "sdpa"): run(156), ("8k", "flash"): run(190), ("8k", "none"): run(119)}
-    table = training.steps_table(runs)
-    assert "| 8k | sdpa | 156.0 | 1.040 | 58.8% | 72.6% | 60.0 |" in table
-    assert training.missed_bars(runs) == ["8k: sdpa takes 1.040 x our step, 1.05 is wanted"]
-
-
-def test_gradient_errors_are_compared_with_the_better_backend() -> None:
-    errors = [{"fa2cupy": 3.0, "flash": 4.0, "cudnn": 9.0}, {"fa2cupy": 4.0, "flash": 3.0, "cudnn": 9.0}]
-    assert training.gradient_ratio(errors) == pytest.approx(1)

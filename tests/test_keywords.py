@@ -320,13 +320,15 @@ def test_a_feature_reaches_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("dummies")
 def test_a_feature_is_not_dropped_on_torchs_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autograd and the operators carry dense attention's options only."""
+    """Autograd and the operators carry options; arrays beyond q, k and v they do not carry yet."""
     monkeypatch.setattr(doors, "has_torch", lambda: True)
-    monkeypatch.setattr(doors, "torch_way", lambda *tensors: lambda *call: "through torch")
-    assert call("attention") == call("attention", lift=0.0) == "through torch"
-    for given in ({"lift": 2.0}, {"offsets": np.ones(2, np.float32)}):
-        with pytest.raises(InvalidArgument, match=f"^{next(iter(given))} is not supported yet for tensors that"):
-            call("attention", **given)
+    monkeypatch.setattr(doors, "torch_way", lambda *tensors: lambda q, k, v, options, return_lse: options)
+    assert call("attention") == call("attention", lift=0.0) == (False, None, "bshd", None, False, ())
+    assert call("attention", lift=2, causal=True, deterministic=True) == (
+        True, None, "bshd", None, True, (("lift", 2.0),),
+    )  # fmt: skip
+    with pytest.raises(InvalidArgument, match=r"^offsets is not supported yet for tensors that"):
+        call("attention", offsets=np.ones(2, np.float32), lift=2.0)
 
 
 @pytest.mark.usefixtures("dummies")

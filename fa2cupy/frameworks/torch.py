@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
-from fa2cupy.frameworks.base import Device, GpuFramework, describe
+from fa2cupy.frameworks.base import Device, GpuFramework, describe, swap
 
 __all__ = ["TORCH"]
 
@@ -169,10 +169,12 @@ class _Torch(GpuFramework):
         with torch.cuda.device(device_index):
             return bool(torch.cuda.is_current_stream_capturing())
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any, swapped: bool = False) -> Callable[[], Any]:
         torch = sys.modules["torch"]
         # empty_like is twice as fast as empty or new_empty. What it copies is a tensor that gave its memory back.
-        model = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        # It keeps the model's strides, whatever their order.
+        model = torch.empty(swap(shape) if swapped else shape, dtype=getattr(torch, dtype), device=like.device)
+        model = model.transpose(1, 2) if swapped else model
         model.untyped_storage().resize_(0)
         return functools.partial(torch.empty_like, model)
 

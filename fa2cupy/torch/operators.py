@@ -18,12 +18,14 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
+from fa2cupy.torch.features import features_of
 from fa2cupy.torch.function import launch_backward, launch_forward
 from fa2cupy.torch.watchers import in_forward_mode
 
 __all__ = ["backward_op", "forward_op"]
 
-_OPTIONS = "bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic"
+# features: the options beyond dense attention, as `features_text` writes them
+_OPTIONS = 'bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic, str features=""'
 _BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dlse")
 
 _TAGS = tuple(
@@ -46,12 +48,19 @@ backward_op = torch.ops.fa2cupy.backward.default
 
 def _forward(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
     with torch.no_grad():
-        return launch_forward(q, k, v, options)
+        return launch_forward(q, k, v, _launched(*options))
 
 
 def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *options: Any) -> tuple[Any, Any, Any]:
     with torch.no_grad():
-        return launch_backward(dout, q, k, v, out, lse, dlse, options)
+        return launch_backward(dout, q, k, v, out, lse, dlse, _launched(*options))
+
+
+def _launched(
+    causal: bool, softmax_scale: float | None, layout: str, dtype: str | None, deterministic: bool, features: str = ""
+) -> tuple[Any, ...]:
+    """The options of an operator as those of a launch."""
+    return causal, softmax_scale, layout, dtype, deterministic, features_of(features)
 
 
 for _device in ("CPU", "CUDA"):
@@ -80,7 +89,13 @@ def _backward_shapes(*arguments: Any) -> tuple[Any, Any, Any]:
 
 
 def _checked(
-    tensors: Mapping[str, Any], causal: bool, softmax_scale: object, layout: str, dtype: str | None, deterministic: bool
+    tensors: Mapping[str, Any],
+    causal: bool,
+    softmax_scale: object,
+    layout: str,
+    dtype: str | None,
+    deterministic: bool,
+    features: str = "",
 ) -> tuple[Sizes, str]:
     """The errors of a real call that need no data. The scale, which may be a symbol here, is left to the kernels."""
     options = Options.checked(causal, None, layout, dtype, deterministic)

@@ -137,7 +137,7 @@ def test_fault_tracing(where: str, gpu: FakeGpu) -> None:
     for _ in range(2):
         launches = len(gpu.launches)
         with pytest.raises(InvalidType, match=r"torch\.jit\.trace does not see fa2cupy\.attention"):
-            torch.jit.trace(attention, (q, k, v))
+            torch.jit.trace(into, (q, k, v))
         for function, pre_dispatch in ((attention, True), (into, False), (into, True)):
             with pytest.raises(InvalidType, match=r"make_fx does not see fa2cupy\.attention"):
                 make_fx(function, tracing_mode="real", pre_dispatch=pre_dispatch)(q, k, v)

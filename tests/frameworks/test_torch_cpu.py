@@ -394,6 +394,15 @@ def test_allocator(shape: tuple[int, ...]) -> None:
             assert not first.numel() or first.data_ptr() != second.data_ptr()
 
 
+def test_allocator_in_the_order_of_the_other_layout() -> None:
+    for shape in ((2, 3, 4, 8), (1, 1, 5, 8), (2, 3, 1, 7)):
+        first, second, third, fourth = shape
+        made = TORCH.allocator(shape, "float16", torch.zeros(1), True)()
+        plain = torch.empty(first, third, second, fourth, dtype=torch.float16)
+        assert (made.shape, made.stride()) == (shape, plain.transpose(1, 2).stride())
+        assert made.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
+
+
 def test_gpu_contiguous_and_not_are_told_apart(cuda: FakeGpu) -> None:
     """The signature asks for strides only where they do not follow from the shape; junk of size 1 does not count."""
     cuda.compute = False
