@@ -129,15 +129,16 @@ def _plan(call: Call, device_index: int) -> tuple[Callable[[tuple[int, ...], int
 def workspace_bytes(call: Call) -> int:
     """Bytes of a workspace buffer for a call, while it is traced; 0 where JAX has no GPU or it is impossible there.
 
-    Whether it will run on a GPU is not known yet. If it is impossible, the handler says why.
+    Of several GPUs the most that one needs. All of them load their kernels now: when the handler runs first, XLA may be
+    recording. Whether the call will run on a GPU is not known yet; if it is impossible there, the handler says why.
     """
-    gpus = _gpus()
-    if not gpus:
-        return 0
-    try:
-        return _buffer_bytes(_plan(call, gpus[0])[1])
-    except Fa2Error:
-        return 0
+    most = 0
+    for index in _gpus():
+        try:
+            most = max(most, _buffer_bytes(_plan(call, index)[1]))
+        except Fa2Error:
+            continue
+    return most
 
 
 @functools.cache

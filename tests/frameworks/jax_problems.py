@@ -23,7 +23,7 @@ def normal(seed: int, *shape: int, dtype: str = "float32") -> Any:
 X = normal(0, B, S, H, D), normal(1, B, S, HK, D), normal(2, B, S, HK, D), normal(3, B, S, H, D)
 
 ours = functools.partial(fa2cupy.attention, causal=True)
-theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+theirs = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True))
 
 
 def weighted(attention: Callable[..., Any], weight: Any) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def weighted(attention: Callable[..., Any], weight: Any) -> Callable[..., Any]:
 
 
 def gradients(attention: Callable[..., Any], weight: Any) -> Callable[..., Any]:
-    return jax.grad(weighted(attention, weight), (0, 1, 2))
+    return jax.jit(jax.grad(weighted(attention, weight), (0, 1, 2)))
 
 
 def assert_close(got: Any, wanted: Any, tolerance: float = 2e-5) -> None:

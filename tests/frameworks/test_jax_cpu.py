@@ -247,6 +247,15 @@ def test_gpu_of_several(cuda: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         jax.block_until_ready(run(x.q, x.k, x.v))
     assert [launch.device for launch in cuda.launches] == [0, 1, 1, 0]
+    assert cuda.binds == 2  # while it was traced
+
+
+def test_gpu_kernels_are_loaded_while_tracing(cuda: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every GPU: XLA may be recording a command buffer when it calls first."""
+    monkeypatch.setattr(ffi, "_gpus", lambda: (0, 1))
+    _, x = inputs(4, "float16")
+    jax.jit(fa2cupy.attention).lower(x.q, x.k, x.v)
+    assert cuda.binds == 2 and not cuda.launches
 
 
 def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:
