@@ -35,7 +35,7 @@ def set_driver(fake: FakeDriver, version: int) -> None:
         ("12.0.140 CL-1", "compute_90a", "sm_90a", ""),
         ("12.4.127 CL-1", "compute_90a", "sm_90a", ""),
         ("12.5.82 CL-1", "compute_90a", "sm_90a", "may make wrong code"),
-        ("12.6.77 CL-1", "compute_90a", "sm_90a", "may make wrong code"),
+        ("12.6.77 CL-1", "compute_90a", "sm_90a", ""),
         ("12.8.61", "compute_90a", "sm_90a", "may make wrong code"),
         ("12.8.93 CL-1", "compute_90a", "sm_90a", ""),
         ("12.9.41 CL-1", "compute_90a", "sm_90a", "may make wrong code"),

@@ -97,13 +97,14 @@ class _Torch(GpuFramework):
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []
+        low = _LOW
         for array in arrays:
             if array is None:
                 key.append(None)
                 pointers.append(0)
             else:
                 pointer = array.data_ptr()
-                if pointer < _LOW and pointer == array.storage_offset() * array.element_size() and array.numel():
+                if pointer < low and pointer == array.storage_offset() * array.element_size() and array.numel():
                     raise InvalidArgument("no memory")  # the first call's checks say whose
                 # Strides that follow from the shape are not asked for: a bool is cheaper to make, hash and compare.
                 strides = array.is_contiguous() or array.stride()
@@ -112,9 +113,11 @@ class _Torch(GpuFramework):
         return tuple(key), pointers
 
     @functools.cached_property
-    def _tracing(self) -> tuple[Callable[[], bool], Any]:
-        """Whether torch.jit.trace is at work; the module that has a flag for torch.fx (its function warns)."""
-        return sys.modules["torch"]._C._is_tracing, importlib.import_module("torch.fx._symbolic_trace")
+    def _watchers(self) -> tuple[Callable[[], bool], Any, Callable[[], bool], Any]:
+        """Whether torch.jit.trace is at work; the module that has torch.fx's flag (its function warns); autograd."""
+        torch = sys.modules["torch"]
+        fx = importlib.import_module("torch.fx._symbolic_trace")
+        return torch._C._is_tracing, fx, torch.is_grad_enabled, torch.autograd.forward_ad
 
     def _refuse_tracing(self, function: str) -> None:
         torch = sys.modules["torch"]
@@ -129,19 +132,14 @@ class _Torch(GpuFramework):
             "the traced function"
         )
 
-    @functools.cached_property
-    def _autograd(self) -> tuple[Callable[[], bool], Any]:
-        torch = sys.modules["torch"]
-        return torch.is_grad_enabled, torch.autograd.forward_ad
-
     def check_call(self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]) -> None:
-        is_jit_tracing, fx = self._tracing
+        is_jit_tracing, fx, is_grad_enabled, forward_ad = self._watchers
         if is_jit_tracing() or getattr(fx, "_is_fx_tracing_flag", True):
             self._refuse_tracing(function)
-        is_grad_enabled, forward_ad = self._autograd
         if is_grad_enabled():
-            for i, array in enumerate(arrays):
+            for array in arrays:
                 if array is not None and array.requires_grad:
+                    i = next(i for i, each in enumerate(arrays) if each is array)
                     hint = " leave out=, lse_out= and workspace= out, or" if function == "attention" else ""
                     raise InvalidArgument(
                         f"{names()[i]} requires grad, but what fa2cupy.{function} writes here has no graph:{hint} use "
