@@ -17,9 +17,7 @@ def pieces(dtype: str, cuts: tuple[int, ...]) -> tuple[list[np.ndarray], list[np
     """outs and lses of the keys between cuts, and of all keys."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, n, 3, 16)).astype(dtype) for n in (7, 40, 40))
-    parts = [
-        fa2cupy.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in itertools.pairwise(cuts)
-    ]
+    parts = [fa2cupy.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in itertools.pairwise(cuts)]
     out, lse = fa2cupy.attention(q, k, v, return_lse=True)
     return [part[0] for part in parts], [part[1] for part in parts], out, lse
 
