@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ BUFFER_SETS = 16
 CALLS = 20 * BUFFER_SETS  # of a round: fewer than a driver queues before it makes the host wait
 BACKWARD_CALLS = 5 * BUFFER_SETS  # which is of several launches
 BACKWARD, GRAD = "bwd:", "grad:"  # how the names of their contestants begin
+TAKEN = f"{GRAD}torch SDPA, taken over"  # must run inside fa2cupy.torch.sdpa()
 SHAPE = (1, 128, 8, 64)
 
 
@@ -37,8 +39,11 @@ def measure(
     synchronize: Callable[[], Any],
     rounds: int,
     now: Callable[[], float] = time.perf_counter,
+    inside: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> dict[str, list[float]]:
-    """Microseconds per call, one number a round. A contestant is called with the number of the buffer set."""
+    """Microseconds per call, one number a round. A contestant is called with the number of the buffer set, inside the
+    context that `inside` has for it."""
+    contexts = inside or {}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(-2, rounds):  # the first two warm up
@@ -46,11 +51,12 @@ def measure(
         for name in names[shift:] + names[:shift]:
             call = contestants[name]
             calls = BACKWARD_CALLS if name.startswith((BACKWARD, GRAD)) else CALLS
-            synchronize()
-            start = now()
-            for number in range(calls):
-                call(number % BUFFER_SETS)
-            elapsed = now() - start
+            with contexts.get(name, nullcontext)():
+                synchronize()
+                start = now()
+                for number in range(calls):
+                    call(number % BUFFER_SETS)
+                elapsed = now() - start
             if turn >= 0:
                 times[name].append(1e6 * elapsed / calls)
     synchronize()
@@ -135,7 +141,7 @@ def with_grad() -> dict[str, Callable[[int], Any]]:
         q, k, v = turned[number]
         return grad(scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), turned_douts[number])
 
-    return {f"{GRAD}{results.OURS}": ours, f"{GRAD}torch flash SDPA": flash}
+    return {f"{GRAD}{results.OURS}": ours, f"{GRAD}torch flash SDPA": flash, TAKEN: flash}
 
 
 def compare(
@@ -184,10 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = {**contestants({results.OURS: fa2cupy}), "torch flash SDPA": torch_flash()}
         times = measure(made, torch.cuda.synchronize, args.rounds)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        times |= measure(with_grad(), torch.cuda.synchronize, args.rounds)
-        with sdpa():
-            taken = measure(with_grad(), torch.cuda.synchronize, args.rounds)
-        times |= {f"{GRAD}torch SDPA, taken over": taken[f"{GRAD}torch flash SDPA"]}
+        times |= measure(with_grad(), torch.cuda.synchronize, args.rounds, inside={TAKEN: sdpa})
     medians = {name: statistics.median(values) for name, values in times.items()}
     torch_us, grad_us = medians["torch flash SDPA"], medians[f"{GRAD}torch flash SDPA"]
     print(f"{torch.cuda.get_device_name()}, {SHAPE} bfloat16 causal, host microseconds per call")

@@ -2,38 +2,23 @@
 
     python examples/gpt_jax.py --tiny                                   # on a CPU: the same losses as the plain formula
     python examples/gpt_jax.py --attention fa2cupy --shape 124m --steps 300 --json curve.json
-    python examples/gpt_jax.py --attention cudnn --shape long --steps 20     # 12 x 2,048, heads of 128, S 8,192
+    python examples/gpt_jax.py --attention cudnn --shape 8k --steps 20       # 12 x 2,048, heads of 128, S 8,192
 
 Weights are float32, the computation is bfloat16 (float32 with --tiny). The tokens are bytes.
 """
 
 import argparse
 import functools
-import hashlib
 import json
-import sysconfig
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpt_data import SHAPES, VOCABULARY, batches, tokens
 
 import fa2cupy
-
-# layers, width, heads, sequence, batch
-SHAPES = {"tiny": (2, 64, 4, 128, 2), "124m": (12, 768, 12, 1024, 8), "long": (12, 2048, 16, 8192, 2)}
-VOCABULARY = {"tiny": 256, "124m": 50304, "long": 50304}
-
-
-def tokens():
-    """The bytes of the standard library's sources, without its tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idle_test"}
-    paths = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
-    data = b"\n".join(path.read_bytes() for path in paths)
-    print(f"{len(data) / 1e6:.1f} MB of sources, sha256 {hashlib.sha256(data).hexdigest()[:16]}")
-    return np.frombuffer(data, np.uint8)
 
 
 def attend(kind, q, k, v):
@@ -91,7 +76,7 @@ def train(args):
     layers, width, heads, length, batch_size = SHAPES[args.shape]
     dtype = jnp.float32 if args.shape == "tiny" else jnp.bfloat16
     data = tokens()
-    weights = initial(jax.random.key(args.seed), layers, width, length, VOCABULARY[args.shape])
+    weights = initial(jax.random.key(args.seed), layers, width, length, 256 if args.shape == "tiny" else VOCABULARY)
     moments = jax.tree.map(lambda w: (jnp.zeros_like(w), jnp.zeros_like(w)), weights)
 
     def loss(weights, batch):
@@ -118,11 +103,10 @@ def train(args):
         )
         return weights, moments, value, norm
 
-    rng = np.random.default_rng(args.seed)
+    source = batches(data, args.seed, batch_size, length)
     losses, norms, times = [], [], []
     for number in range(args.steps):
-        starts = rng.integers(0, len(data) - length - 1, batch_size)
-        batch = jnp.asarray(np.stack([data[s : s + length + 1] for s in starts]).astype(np.int32))
+        batch = jnp.asarray(next(source), jnp.int32)
         begin = time.perf_counter()
         weights, moments, value, norm = step(weights, moments, batch, number)
         losses.append(float(value))

@@ -14,8 +14,8 @@ from typing import Any
 from fa2cupy import doors, dynamo
 from fa2cupy.calls import call
 from fa2cupy.checks import check_flag
-from fa2cupy.keywords import public
-from fa2cupy.operations import BACKWARD, FORWARD, FORWARD_OUT, Operation
+from fa2cupy.keywords import not_through_torch, public
+from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import RawOptions, given
 
 __all__ = [
@@ -87,6 +87,10 @@ def attention(
         Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
         and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA.
 
+    JAX:
+        Differentiable, in q, k and v, through out and lse, once and in reverse mode; under jit, vmap, scan, remat,
+        export and shard_map, and on meshes (batch and heads may be sharded) too. The arrays in keywords are operands.
+
     Where and when:
         On the arrays' device, queued on the current stream of that device (JAX: XLA's), whichever device is current.
         Nothing is synchronised and inputs are never written. NumPy arrays, and torch's and JAX's on the CPU, are
@@ -96,9 +100,9 @@ def attention(
 
     Raises:
         ValueError or TypeError (from `fa2cupy.errors`), before anything is launched, for arguments that are not as
-        described; also for a JAX tracer, and for a torch tensor that requires grad beside out=, lse_out= or workspace=
-        while grad mode is on. Differentiating twice and forward-mode autograd raise. UnsupportedDevice below sm_80,
-        MissingDependency without CuPy, NVRTC or a driver, CompilationError, LaunchError.
+        described; also for a torch tensor that requires grad beside out=, lse_out= or workspace= while grad mode is on.
+        Differentiating twice and forward-mode autograd raise. UnsupportedDevice below sm_80, MissingDependency without
+        CuPy, NVRTC or a driver, CompilationError, LaunchError.
     """
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
@@ -108,11 +112,14 @@ def attention(
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     if positional or keywords:
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
-    dense = not (operation.extra or options[5])  # what goes beyond has no gradient through torch yet
-    if dense and doors.has_torch() and out is None and lse_out is None and workspace is None:
+    if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
-        if way is not None:
-            return way(q, k, v, (causal, softmax_scale, layout, dtype, deterministic), return_lse)
+        if way is doors.STRAIGHT:
+            operation = ASKED.get(operation, operation)
+        elif way is not None:
+            if operation.extra:
+                raise not_through_torch(operation.extra)
+            return way(q, k, v, (*options[:4], deterministic, options[5]), return_lse)
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)

@@ -11,7 +11,11 @@ from typing import Any
 
 from fa2cupy import dynamo
 
-__all__ = ["has_torch", "torch_way"]
+__all__ = ["STRAIGHT", "has_torch", "torch_way"]
+
+# A way that is no detour: to the launch, which need not ask again what `torch_way` has asked.
+STRAIGHT: Any = "straight"
+
 
 # `way` of fa2cupy/torch/dispatch.py, which puts itself here.
 torch_way: Callable[[Any, Any, Any], Callable[..., Any] | None] = lambda q, k, v: None  # noqa: E731 - until then

@@ -28,7 +28,8 @@ _TRACED = frozenset(
             "keywords",
             "options",
             "torch.dispatch",
-            "torch.sdpa",
+            "torch.dot_product",
+            "torch.features",
             "torch.sharding",
         )
     }

@@ -22,9 +22,10 @@ from fa2cupy.frameworks.base import (
     TensorRef,
     contiguous_strides,
     describe,
+    swap,
 )
 from fa2cupy.frameworks.dlpack import from_producer
-from fa2cupy.frameworks.jax import is_traced
+from fa2cupy.frameworks.jax import immutable, is_traced
 from fa2cupy.frameworks.overlap import has_duplicates
 from fa2cupy.operations import Operation
 from fa2cupy.options import Options, RawOptions
@@ -33,6 +34,7 @@ from fa2cupy.prepared import (
     PreparedCall,
     check_overlap,
     remember,
+    shared_scratch,
     signature_key,
     workspace_block,
 )
@@ -51,10 +53,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     )
     given = {name: arrays[name] for name in operation.outputs if name in arrays}
     if framework is JAX and (given or workspace is not None):
-        name = next(iter(given), "workspace")
-        raise InvalidArgument(
-            f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
-        )
+        raise immutable(next(iter(given), "workspace"))
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
     device = _one_device({name: ref for name, ref in refs.items() if not is_traced(ref.owner)} or refs)
     refs = {name: dataclasses.replace(ref, device=device) for name, ref in refs.items()}
@@ -62,8 +61,9 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     if framework is JAX:  # XLA allocates and calls back for the computation
         from fa2cupy.xla import door
 
-        return door.call(operation, arrays, options)
-    framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
+        return door.first_call(operation, arrays, options, raw_options)
+    if not operation.asked:
+        framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
 
     if device.kind == "cpu":
@@ -74,7 +74,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
             blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
             check_overlap([*blocks, block], {"workspace"})
         compute = host.backward if operation.is_backward else host.forward
-        results = compute(framework, arrays, sizes, dtype, options, operation.extra)
+        results = compute(framework, arrays, sizes, dtype, options, operation.extra, operation.swapped)
         for array in given.values():
             framework.written(array)
         return results
@@ -90,7 +90,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     prepared = PREPARED.get(key)  # known when a copy or a conversion brought us here
     if prepared is None:
         prepared = _prepare(operation, framework, arrays, sizes, dtype, options, device)
-        remember(key, type(ordered[0]), prepared)
+        remember(key, type(ordered[0]), framework, prepared)
     return prepared.run(ordered, pointers, workspace)
 
 
@@ -216,15 +216,22 @@ def _prepare(
         raise
     names = operation.names()
     storage = framework.dtype(arrays["q"])
-    fresh = []
+    fresh, shared = [], []
     for position, name in enumerate(names):
         if name not in arrays:
             shape = sizes.shape(name, options.layout)
             element = "float32" if name == "lse_out" else storage
             if name in operation.scratch:
-                allocate, address = framework.scratch(math.prod(shape) * ITEMSIZE[element], arrays["q"])
+                size = math.prod(shape) * ITEMSIZE[element]
+                with driver.device_guard(device.index):
+                    pointer = shared_scratch(framework, device.index, size, arrays["q"])
+                if pointer is not None:
+                    shared.append((position, pointer))
+                    continue
+                allocate, address = framework.scratch(size, arrays["q"])
             else:
-                allocate, address = framework.allocator(shape, element, arrays["q"]), framework.address
+                swapped = operation.swapped and name != "lse_out"
+                allocate, address = framework.allocator(shape, element, arrays["q"], swapped), framework.address
             fresh.append((position, allocate, address))
     return PreparedCall(
         operation=operation,
@@ -235,6 +242,7 @@ def _prepare(
         first_output=len(operation.inputs),
         results=slice(len(operation.inputs), len(operation.inputs) + len(operation.outputs)),
         fresh=tuple(fresh),
+        shared=tuple(shared),
         given=frozenset(name for name in operation.outputs if name in arrays),
         extents=tuple(framework.extent(arrays[name]) if name in arrays else None for name in names),
         workspace_bytes=needed,
@@ -257,14 +265,18 @@ def _problem(
     options: Options,
     device: Device,
 ) -> AttentionProblem:
-    """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout, aligned."""
+    """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout (or in the other
+    one, where the operation says so), aligned."""
     tensors = {}
     for name in operation.inputs + operation.outputs:
         if name in arrays:
             ref = framework.ref(arrays[name], name)
         else:
             shape = sizes.shape(name, options.layout)
-            ref = TensorRef(0, shape, contiguous_strides(shape), dtype, device, None)
+            strides = contiguous_strides(shape)
+            if operation.swapped and name != "lse_out":
+                strides = swap(contiguous_strides(swap(shape)))
+            ref = TensorRef(0, shape, strides, dtype, device, None)
         tensors["lse" if name == "lse_out" else name] = ref
     problem = AttentionProblem.from_refs(tensors, sizes, dtype, options)
     if operation.extra or options.features:

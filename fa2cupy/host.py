@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fa2cupy import cpu
-from fa2cupy.frameworks.base import Framework
+from fa2cupy.frameworks.base import Framework, swap
 from fa2cupy.options import Options
 from fa2cupy.problem import Sizes, softmax_scale
 
@@ -18,12 +18,21 @@ __all__ = ["backward", "forward"]
 class _Host:
     """The tensors of one call as `cpu.py` takes them: NumPy, in bshd order, bfloat16 as its bits in uint16.
 
-    arrays: those of the caller, all checked, by argument name; outputs only if given.
+    arrays: those of the caller, all checked, by argument name; outputs only if given. swapped: new outputs, but for
+    lse, lie in memory as in the other layout.
     """
 
-    def __init__(self, framework: Framework, arrays: Mapping[str, Any], sizes: Sizes, dtype: str, options: Options):
+    def __init__(
+        self,
+        framework: Framework,
+        arrays: Mapping[str, Any],
+        sizes: Sizes,
+        dtype: str,
+        options: Options,
+        swapped: bool,
+    ):
         self._framework, self._arrays, self._sizes, self._options = framework, arrays, sizes, options
-        self._dtype = dtype
+        self._dtype, self._swapped = dtype, swapped
         self._new: dict[str, np.ndarray] = {}
 
     def tensor(self, name: str) -> np.ndarray:
@@ -33,7 +42,12 @@ class _Host:
         if name in self._arrays:
             array = self._framework.to_numpy(self._arrays[name]).view(bits)
         else:
-            array = self._new[name] = np.empty(self._sizes.shape(name, self._options.layout), bits)
+            shape = self._sizes.shape(name, self._options.layout)
+            if self._swapped and name != "lse_out":
+                array = np.empty(swap(shape), bits).transpose(0, 2, 1, 3)
+            else:
+                array = np.empty(shape, bits)
+            self._new[name] = array
         in_order = self._options.layout == "bshd" or name in ("lse", "lse_out")
         return array if in_order else array.transpose(0, 2, 1, 3)
 
@@ -61,9 +75,10 @@ def forward(
     dtype: str,
     options: Options,
     extra: tuple[str, ...] = (),
+    swapped: bool = False,
 ) -> list[Any]:
     """out, lse of q, k, v and the `extra` arrays."""
-    host = _Host(framework, arrays, sizes, dtype, options)
+    host = _Host(framework, arrays, sizes, dtype, options, swapped)
     q, k, v, out, lse = (host.tensor(name) for name in ("q", "k", "v", "out", "lse_out"))
     scale = softmax_scale(sizes, options)
     cpu.forward(q, k, v, causal=options.causal, softmax_scale=scale, out=out, lse=lse, **host.features(extra))
@@ -77,9 +92,10 @@ def backward(
     dtype: str,
     options: Options,
     extra: tuple[str, ...] = (),
+    swapped: bool = False,
 ) -> list[Any]:
     """dq, dk, dv of dout, q, k, v, out, lse and the `extra` arrays."""
-    host = _Host(framework, arrays, sizes, dtype, options)
+    host = _Host(framework, arrays, sizes, dtype, options, swapped)
     inputs = [host.tensor(name) for name in ("dout", "q", "k", "v", "out", "lse")]
     dq, dk, dv = (host.tensor(name) for name in ("dq", "dk", "dv"))
     scale = softmax_scale(sizes, options)

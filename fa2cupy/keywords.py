@@ -24,6 +24,7 @@ __all__ = [
     "Keyword",
     "is_neutral",
     "not_supported",
+    "not_through_torch",
     "public",
     "signature",
     "too_many_by_position",
@@ -270,6 +271,14 @@ def not_supported(function: str, keyword: Keyword, value: object) -> Fa2Error:
     allowed = " or ".join(repr(neutral) for neutral in keyword.neutral[:3])
     return InvalidArgument(
         f"{shown(keyword.name, value)} is not supported yet: leave it out, {function}() takes {allowed} only"
+    )
+
+
+def not_through_torch(names: tuple[str, ...]) -> Fa2Error:
+    """The error for features that torch's autograd and operators do not carry; without it they would be dropped."""
+    return InvalidArgument(
+        f"{names[0]} is not supported yet for tensors that require grad or are traced: "
+        "use torch.no_grad(), and attention_backward for gradients"
     )
 
 

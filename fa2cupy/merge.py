@@ -54,6 +54,9 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
             raise InvalidType(
                 f"piece {i} has dtypes {out.dtype} and {lse.dtype}: {outs[0].dtype} and {lses[0].dtype} are needed"
             )
+    for name, array in (("outs", outs[0]), ("lses", lses[0])):
+        if "float" not in str(array.dtype):  # uint16 with dtype="bfloat16" would be added up as integers
+            raise InvalidType(f"{name} has dtype {array.dtype}: a floating-point one is needed")
     if framework is TORCH:
         import torch
 
@@ -87,7 +90,8 @@ def _merge(xp: Any, outs: list[Any], lses: list[Any], constant: Any, astype: Any
     out = None
     for piece, weight in zip(outs, weights, strict=True):
         factor = xp.swapaxes(weight / divisor, 1, 2)[..., None]
-        # A piece without keys may hold anything, NaN too: its weight is 0.
-        term = xp.where(constant(factor) == 0, xp.zeros_like(factor), factor * astype(piece, weight.dtype))
+        piece = astype(piece, weight.dtype)
+        # A piece without keys may hold anything, NaN too: its weight is 0, and so is the derivative.
+        term = factor * xp.where(constant(factor) == 0, xp.zeros_like(piece), piece)
         out = term if out is None else out + term
     return astype(out, outs[0].dtype), lse

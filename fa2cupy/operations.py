@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-__all__ = ["BACKWARD", "FORWARD", "FORWARD_OUT", "Operation"]
+__all__ = ["ASKED", "BACKWARD", "FORWARD", "FORWARD_OUT", "Operation"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -15,6 +15,8 @@ class Operation:
     scratch: outputs that nobody gets unless they are given, so that memory is enough for them.
     extra: further inputs, of the keywords beyond dense attention that a call was given, in the keyword table's order.
     They stand behind the outputs, so that the pointers of dense attention keep their places.
+    asked: whoever calls has asked what a framework's `check_call` asks.
+    swapped: new outputs, but for lse, lie in memory as in the other layout.
     """
 
     name: str
@@ -22,6 +24,8 @@ class Operation:
     outputs: tuple[str, ...]
     scratch: frozenset[str] = frozenset()
     extra: tuple[str, ...] = ()
+    asked: bool = False
+    swapped: bool = False
 
     def names(self) -> tuple[str, ...]:
         """Of all its arrays."""
@@ -44,3 +48,5 @@ def _extended(operation: Operation, extra: tuple[str, ...]) -> Operation:
 FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"))
 FORWARD_OUT = Operation("attention", ("q", "k", "v"), ("out", "lse_out"), frozenset({"lse_out"}))
 BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"))
+# The same for a caller that has asked.
+ASKED = {operation: replace(operation, asked=True) for operation in (FORWARD, FORWARD_OUT, BACKWARD)}

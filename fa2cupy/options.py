@@ -101,5 +101,6 @@ def given(
     order = list(KEYWORDS)
     features.sort(key=lambda item: order.index(item[0]))
     extra.sort(key=lambda item: order.index(item[0]))
-    operation = operation.extended(tuple(name for name, _ in extra))
+    if extra:
+        operation = operation.extended(tuple(name for name, _ in extra))
     return operation, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import framework_of
@@ -27,6 +27,7 @@ __all__ = [
     "check_overlap",
     "framework_by_type",
     "remember",
+    "shared_scratch",
     "signature_key",
     "workspace_block",
 ]
@@ -41,7 +42,8 @@ MAX_PREPARED = 4096
 class PreparedCall:
     """Everything about one signature that does not depend on pointers.
 
-    fresh: (position among all arrays, allocator, address of what it allocates) of each output not given.
+    fresh: (position among all arrays, allocator, address of what it allocates) of each output not given. shared:
+    (position, address) of outputs that nobody reads, in memory that all calls share.
     results: where the outputs are among all arrays. extents: of all arrays, in pointer order; for new outputs None.
     workspace_bytes: 0 if the kernels need none; takes_workspace: whether there is a pointer to one all the same.
     no_capture: it allocates what cannot be allocated inside a CUDA graph capture.
@@ -56,6 +58,7 @@ class PreparedCall:
     first_output: int
     results: slice
     fresh: tuple[tuple[int, Callable[[], Any], Callable[[Any], int]], ...]
+    shared: tuple[tuple[int, int], ...]
     given: frozenset[str]
     extents: tuple[Extent | None, ...]
     workspace_bytes: int
@@ -70,7 +73,8 @@ class PreparedCall:
     def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
         """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs. Both are filled in."""
         operation = self.operation
-        self.framework.check_call(arrays, operation.name, operation.names)
+        if not operation.asked:
+            self.framework.check_call(arrays, operation.name, operation.names)
         if self.given or workspace is not None:
             self._check_given(pointers, workspace)
         if self.is_current():
@@ -92,6 +96,8 @@ class PreparedCall:
         for position, allocate, address in self.fresh:
             arrays[position] = array = allocate()
             pointers[position] = address(array)
+        for position, pointer in self.shared:
+            pointers[position] = pointer
         if self.takes_workspace:
             if workspace is None and self.workspace_bytes:
                 workspace = self.allocate_workspace()
@@ -122,15 +128,27 @@ class PreparedCall:
             check_overlap([*blocks, block], {"workspace"})
 
 
+class Runnable(Protocol):
+    """A `PreparedCall`, or what another way into a framework prepares."""
+
+    def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]: ...
+
+
+class Signed(Protocol):
+    """A framework that can tell the signature of a call, and pointers where it knows them."""
+
+    def signature(self, arrays: list[Any]) -> tuple[tuple[Any, ...], list[int]]: ...
+
+
 class _PreparedCalls:
-    """Signature -> PreparedCall, bounded. Reads take no lock."""
+    """Signature -> what runs it, bounded. Reads take no lock."""
 
     def __init__(self, capacity: int) -> None:
-        self._calls: dict[Any, PreparedCall] = {}
+        self._calls: dict[Any, Runnable] = {}
         self._capacity, self._lock = capacity, Lock()
         self.get = self._calls.get
 
-    def put(self, key: Any, prepared: PreparedCall) -> None:
+    def put(self, key: Any, prepared: Runnable) -> None:
         with self._lock:
             while len(self._calls) >= self._capacity:
                 del self._calls[next(iter(self._calls))]
@@ -145,7 +163,7 @@ class _PreparedCalls:
 
 
 PREPARED = _PreparedCalls(MAX_PREPARED)
-framework_by_type: dict[type, GpuFramework] = {}  # types that a prepared call exists for
+framework_by_type: dict[type, Signed] = {}  # types that a prepared call exists for
 
 
 def signature_key(operation: Operation, signature: tuple[Any, ...], options: RawOptions) -> tuple[Any, ...]:
@@ -157,10 +175,33 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: Raw
     return operation, options, type(options[0]), type(options[1]), type(options[4]), signature
 
 
-def remember(key: tuple[Any, ...], array_type: type, prepared: PreparedCall) -> None:
+def remember(key: tuple[Any, ...], array_type: type, framework: Signed, prepared: Runnable) -> None:
     """Let the next calls with this key, whose first array has this type, take the short way."""
     PREPARED.put(key, prepared)
-    framework_by_type[array_type] = prepared.framework
+    framework_by_type[array_type] = framework
+
+
+_SHARED_BYTES = 1 << 20
+_shared_blocks: dict[tuple[str, int], tuple[Any, int]] = {}
+_shared_lock = Lock()
+
+
+def shared_scratch(framework: GpuFramework, device_index: int, size: int, like: Any) -> int | None:
+    """The address of memory that calls write and nobody reads: for small ones, whose time is the host's; else None.
+
+    An allocation saved. It is never given back, since a captured graph goes on writing to it.
+    """
+    if size > _SHARED_BYTES:
+        return None
+    key = framework.name, device_index
+    with _shared_lock:
+        if key not in _shared_blocks:
+            if framework.is_capturing(framework.stream(device_index)(device_index), device_index):
+                return None  # the capture's own memory
+            allocate, address = framework.scratch(_SHARED_BYTES, like)
+            block = allocate()
+            _shared_blocks[key] = block, address(block)
+        return _shared_blocks[key][1]
 
 
 def check_overlap(blocks: list[tuple[str, int, Extent]], written: Set[str]) -> None:

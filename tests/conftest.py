@@ -6,7 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import covering
 from tests.fake_gpu import gpu  # noqa: F401 - a fixture for the tests of the front end
+
+
+def pytest_report_header() -> str:
+    return f"covering arrays: seed {covering.SEED} (FA2_TEST_SEED chooses another)"
 
 
 @pytest.fixture(autouse=True)

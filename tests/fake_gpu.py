@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fa2cupy import cpu
-from fa2cupy.frameworks import CUPY
+from fa2cupy import cpu, prepared
+from fa2cupy.frameworks import CUPY, TORCH
 from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
 from fa2cupy.kernels import planner
@@ -220,7 +220,8 @@ def _forget() -> None:
 
 
 def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocator(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    def allocator(shape: tuple[int, ...], dtype: str, like: Any, swapped: bool = False) -> Any:
+        assert not swapped, "only torch has operators whose results are views"
         numpy_dtype = like.dtype if like.dtype.name == dtype else np.dtype(dtype)
         device = like.data.device_id
 
@@ -239,8 +240,10 @@ def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu.current == array.data.device_id
         return to_cupy(host_view(array), array.data.device_id)
 
+    monkeypatch.setattr(prepared, "_shared_blocks", {})
     monkeypatch.setattr(CUPY, "allocator", allocator)
     monkeypatch.setattr(CUPY, "scratch", scratch)
     monkeypatch.setattr(CUPY, "contiguous", contiguous)
     monkeypatch.setattr(CUPY, "stream", lambda index: lambda index: gpu.stream)
     monkeypatch.setattr(CUPY, "is_capturing", lambda stream, index: gpu.capturing)
+    monkeypatch.setattr(TORCH, "is_capturing", lambda stream, index: gpu.capturing)

@@ -13,7 +13,7 @@ import pytest
 
 import fa2cupy
 import fa2cupy.jit
-from fa2cupy import log
+from fa2cupy import log, prepared
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.prepared import PREPARED
 from tests.dlpack_producer import Producer
@@ -461,21 +461,46 @@ def test_same_signature_same_plan(gpu: FakeGpu) -> None:
     assert (len(gpu.plans), gpu.binds, len(PREPARED), len(gpu.launches)) == (1, 1, 1, 5)
 
 
-def test_lse_that_nobody_asked_for(gpu: FakeGpu) -> None:
-    """It is computed into scratch memory, by the same plan, and an array that was given for it is still written."""
+def test_lse_that_nobody_asked_for(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed into scratch memory, by the same plan, and an array that was given for it is still written.
+
+    Small ones into memory that all calls share.
+    """
     x = make_inputs(17, 5, 7, dtype="float16", heads=(4, 2), head_dim=8)
     q, k, v, _ = map(to_cupy, x)
     given = cupy_array((2, 4, 5), np.float32)
-    for _ in range(2):
-        out = fa2cupy.attention(q, k, v)
-        assert [array.dtype for array in gpu.allocations[-2:]] == [np.float16, np.uint8]
-        both_out, lse = fa2cupy.attention(q, k, v, return_lse=True)
-        assert fa2cupy.attention(q, k, v, out=out, lse_out=given) is out
-        expect(*x[:3]).check(out=host_view(out), lse=host_view(lse))
-        for got, wanted in ((out, both_out), (given, lse)):
-            np.testing.assert_array_equal(host_view(got), host_view(wanted))
-    assert len(gpu.allocations) == 8
+    for shared_bytes in (1 << 20, 2 * 4 * 5 * 4 - 1):
+        monkeypatch.setattr(prepared, "_SHARED_BYTES", shared_bytes)
+        PREPARED.clear()
+        before = len(gpu.allocations)
+        for _ in range(2):
+            out = fa2cupy.attention(q, k, v)
+            both_out, lse = fa2cupy.attention(q, k, v, return_lse=True)
+            assert fa2cupy.attention(q, k, v, out=out, lse_out=given) is out
+            expect(*x[:3]).check(out=host_view(out), lse=host_view(lse))
+            for got, wanted in ((out, both_out), (given, lse)):
+                np.testing.assert_array_equal(host_view(got), host_view(wanted))
+        sizes = [array.nbytes for array in gpu.allocations[before:]]
+        small = sizes.count(2 * 4 * 5 * 4)  # two are lse, which was asked for
+        assert (len(sizes), sizes.count(1 << 20), small) == ((7, 1, 2) if shared_bytes == 1 << 20 else (8, 0, 4))
     assert len(gpu.plans) == 1
+
+
+def test_shared_scratch_is_not_made_in_a_capture(gpu: FakeGpu) -> None:
+    """A graph's memory may go with the graph. Once it is there, a capture uses it like any call."""
+    q, out = (cupy_array((2, 5, 4, 8), np.float16) for _ in range(2))
+    lse = cupy_array((2, 4, 5), np.float32)
+    fa2cupy.attention(q, q, q, out=out, lse_out=lse)
+    gpu.capturing, gpu.stream = True, 5
+    with pytest.raises(InvalidArgument, match=r"lse_out= must be given"):
+        fa2cupy.attention(q, q, q, out=out)
+    gpu.capturing = False
+    PREPARED.clear()
+    fa2cupy.attention(q, q, q)
+    gpu.capturing = True
+    made = len(gpu.allocations)
+    fa2cupy.attention(q, q, q, out=out)
+    assert len(gpu.allocations) == made
 
 
 def test_equal_problems_share_a_plan(gpu: FakeGpu) -> None:

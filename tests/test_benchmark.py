@@ -9,7 +9,8 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -481,6 +482,25 @@ def test_neither_a_commit_nor_a_directory(tmp_path: Path) -> None:
         against._copy("no-such-commit", tmp_path)
     with pytest.raises(SystemExit, match="no package fa2cupy"):
         against._copy(str(tmp_path), tmp_path)
+
+
+def test_host_cost_inside_a_context() -> None:
+    """Only the contestant that a context is for runs inside it."""
+    entered: list[bool] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        entered.append(True)
+        yield
+        entered.pop()
+
+    seen: dict[str, set[bool]] = {"a": set(), "b": set()}
+    contestants: dict[str, Callable[[int], None]] = {
+        "a": lambda n: seen["a"].add(bool(entered)),
+        "b": lambda n: seen["b"].add(bool(entered)),
+    }
+    host_cost.measure(contestants, lambda: None, 2, inside={"b": context})
+    assert (seen, entered) == ({"a": {False}, "b": {True}}, [])
 
 
 def test_host_cost_of_two_trees(monkeypatch: pytest.MonkeyPatch) -> None:

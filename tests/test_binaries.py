@@ -69,3 +69,19 @@ def test_chosen(arch: str) -> None:
     assert len(half) / 16 <= len(taken) <= len(half) / 4
     assert {job.name for job in taken} >= {"flash_fwd", "flash_bwd"}
     assert len({(job.source, job.name, job.arch, job.label) for job in jobs}) == len(jobs)
+
+
+def test_a_tree_is_compiled_by_a_process_of_its_own() -> None:
+    """What the tool knows of a tree is there: this one's; twice the same, the second time from what was kept."""
+    every = 150
+    wanted = {
+        (job.source, job.name, job.arch, job.label)
+        for arch in binaries.ARCHS
+        for job in compile_jobs(arch, True)
+        if binaries.chosen(job, every)
+    }
+    build, found = binaries.binaries(binaries.ROOT, "this tree", every, 1)
+    assert build == compiler.nvrtc_build() and set(found) == wanted and 0 < len(wanted) < 8
+    for description in found.values():
+        assert int(description["code"].split(":")[0]) > 1000 and 0 < description["registers"] <= 255
+    assert binaries.compare(found, binaries.binaries(binaries.ROOT, "this tree", every, 1)[1]) == ([], [])

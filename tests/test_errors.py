@@ -443,10 +443,9 @@ def test_capture_needs_the_outputs(gpu: FakeGpu) -> None:
     fa2cupy.attention(q, q, q)
     gpu.capturing = True
     for _ in range(2):  # known signature or not
-        fails(InvalidArgument, "CUDA graph capture", "out=, lse_out=", q=q, k=q, v=q)
-        fails(
-            InvalidArgument, "CUDA graph capture", "so lse_out= must", q=q, k=q, v=q, out=cupy_array(q.shape, q.dtype)
-        )
+        fails(InvalidArgument, "CUDA graph capture", "out=, lse_out=", q=q, k=q, v=q, return_lse=True)
+        given = {"out": cupy_array(q.shape, q.dtype), "return_lse": True}
+        fails(InvalidArgument, "CUDA graph capture", "so lse_out= must", q=q, k=q, v=q, **given)
         words = "CUDA graph capture", "dq=, dk=, dv=, workspace=", "1024 bytes"
         backward_fails(InvalidArgument, *words, dout=q, q=q, k=q, v=q, out=q, lse=lse)
     fails(InvalidArgument, "q must be copied", "capture", q=q[..., ::2], k=q[..., ::2], v=q[..., ::2])

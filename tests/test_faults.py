@@ -305,21 +305,36 @@ def test_fault_fork_while_locks_are_held(tmp_path: Path, monkeypatch: pytest.Mon
 
     try:
         assert in_child(work)
-        # A child that lives on does not keep the parent's lock on the file.
-        child = os.fork()
-        if not child:
-            time.sleep(60)
-            os._exit(0)
     finally:
         done.set()
         thread.join(60)
+
+
+def test_fault_child_of_a_killed_process_keeps_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File locks are shared with children; that of a rank which was killed is free though its data loader lives."""
+    monkeypatch.setenv("FA2CUPY_CACHE_DIR", str(tmp_path))
+    code = """
+        import os, signal, time
+        from fa2cupy.jit.cache import open_cache
+        with open_cache().lock("key"):
+            child = os.fork()
+            if not child:
+                os.close(1)  # or whoever reads it would wait
+                time.sleep(60)
+                os._exit(0)
+            print(child, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    assert (tmp_path / "key.lock").exists()
     try:
         start = time.monotonic()
         with open_cache().lock("key", timeout=10):
             assert time.monotonic() - start < 5
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.kill(int(said), signal.SIGKILL)
 
 
 def test_fault_fork_after_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

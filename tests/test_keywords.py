@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy import cpu, keywords, problem
+from fa2cupy import cpu, doors, keywords, problem
 from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.keywords import FUNCTIONS, KEYWORDS, OTHER_NAMES, Keyword
@@ -372,6 +372,19 @@ def test_a_feature_reaches_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("dummies")
+def test_a_feature_is_not_dropped_on_torchs_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd and the operators carry options; arrays beyond q, k and v they do not carry yet."""
+    monkeypatch.setattr(doors, "has_torch", lambda: True)
+    monkeypatch.setattr(doors, "torch_way", lambda *tensors: lambda q, k, v, options, return_lse: options)
+    assert call("attention") == call("attention", lift=0.0) == (False, None, "bshd", None, False, ())
+    assert call("attention", lift=2, causal=True, deterministic=True) == (
+        True, None, "bshd", None, True, (("lift", 2.0),),
+    )  # fmt: skip
+    with pytest.raises(InvalidArgument, match=r"^offsets is not supported yet for tensors that"):
+        call("attention", offsets=np.ones(2, np.float32), lift=2.0)
+
+
+@pytest.mark.usefixtures("dummies")
 def test_the_array_of_a_feature_is_checked() -> None:
     for wrong, kind, words in (
         (np.ones(3, np.float32), InvalidArgument, r"offsets has shape \(3,\): \(num_heads,\) is needed"),
@@ -428,6 +441,6 @@ def test_a_forward_may_need_a_workspace(gpu: FakeGpu) -> None:
     with pytest.raises(InvalidArgument, match="workspace has 256 bytes: at least 512 are needed"):
         fa2cupy.attention(q, q, q, workspace=own[:256])
     gpu.capturing = True
-    with pytest.raises(InvalidArgument, match=r"out=, lse_out=, workspace= must be given \(workspace: 512 bytes\)"):
+    with pytest.raises(InvalidArgument, match=r"out=, workspace= must be given \(workspace: 512 bytes\)"):
         fa2cupy.attention(q, q, q)
     assert fa2cupy.forward_workspace_bytes(Q, Q, Q) == 0  # on the CPU

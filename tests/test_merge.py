@@ -72,3 +72,5 @@ def test_errors() -> None:
         merge_attention([outs[0], outs[1].astype("float64")], lses)
     with pytest.raises(InvalidType, match="arrays of one framework"):
         merge_attention([[1.0]], [[1.0]])
+    with pytest.raises(InvalidType, match="outs has dtype uint16: a floating-point one is needed"):
+        merge_attention([out.astype("uint16") for out in outs], lses)

@@ -2,27 +2,33 @@
 
 Equal sizes are not enough: a composed struct has had a field at 200 in C++ and at 196 in ctypes. One small program of
 g++ holds the header once for every set of macros that a kernel is compiled with, each in a namespace of its own, and
-prints what C++ makes of the structs.
+prints what C++ makes of the structs. So it does of structs that are composed of parts, their bases; a part that is
+empty in a set is no part there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fa2cupy import spec
 from fa2cupy.jit import source
 from fa2cupy.kernels import compile_jobs, params
 from tests.host import build
 
 HEADER = "common/params.cuh"
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
-NAMES_IN_CTYPES = {"Strides": "Strides3"}  # where they are not those of C++
+NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
+BLOCKS = {"DlseParams<true>": spec.DlseParams}
+# Struct with parts -> the twin of its first one, and of each other the macro that it is there with.
+COMPOSED = {"PreprocessParams": (params.BwdParams, {"FA2_DLSE": spec.DlseParams})}
 
 Defines = Mapping[str, int | str]
 Layout = dict[str, tuple[int, int]]  # field -> offset and size; "" -> 0 and the size of the whole
@@ -41,20 +47,27 @@ def flattened(path: str, seen: set[str]) -> str:
 
 
 def sets_of_defines() -> list[Defines]:
-    """Of all that is compiled, one of each choice of macros and of their values 0 and 1; other numbers are sizes."""
-    found: dict[object, Defines] = {}
+    """Of all that is compiled, enough that every two macros meet in all their values.
+
+    0 and 1 are choices; any other number is a size, of which only counts that it is there.
+    """
+    found: list[Defines] = []
+    covered: set[object] = set()
     for arch in ARCHS:
         for job in compile_jobs(arch, True):
             choice = sorted((name, str(value) if value in (0, 1) else "") for name, value in job.defines.items())
-            found.setdefault((job.source, *choice), job.defines)
+            pairs = {*itertools.combinations(choice, 2), tuple(name for name, _ in choice)}
+            if not pairs <= covered:
+                covered |= pairs
+                found.append(job.defines)
     fill = {"FA2_BF16": 1, "FA2_HEAD_DIM": 16, "FA2_ALIGNED": 0, "FA2_FILL_THREADS": 256}
-    return [*found.values(), fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}]
+    return [*found, fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}]
 
 
 def structs_of(text: str) -> dict[str, list[str]]:
     """name -> fields of each struct in preprocessed text that has data."""
     found = {}
-    for name, body in re.findall(r"\bstruct\s+(?:alignas\(\d+\)\s+)?(\w+)\s*\{([^{}]*)\}\s*;", text):
+    for name, body in re.findall(r"\bstruct\s+(?:alignas\(\d+\)\s+)?(\w+(?:<\w+>)?)\s*\{([^{}]*)\}\s*;", text):
         declarations = (each.strip() for each in body.split(";"))
         fields = [
             re.findall(r"\w+", re.sub(r"\[.*", "", declarator))[-1]
@@ -65,6 +78,12 @@ def structs_of(text: str) -> dict[str, list[str]]:
         if fields:
             found[name] = fields
     return found
+
+
+def bases_of(text: str) -> dict[str, list[str]]:
+    """name -> bases, such as "A" or "Block<kGiven>", of each struct that has nothing else."""
+    found = re.findall(r"\bstruct\s+(\w+)\s*:([^{}]*)\{\s*\}\s*;", text)
+    return {name: [base.strip() for base in bases.split(",")] for name, bases in found}
 
 
 def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[dict[str, Layout]]:
@@ -83,16 +102,34 @@ def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[d
 
     (folder / "sets.cpp").write_text("".join(parts))
     text = cxx("sets.cpp", "-E", "-P")
-    found = [structs_of(part) for part in re.split(r"\bnamespace set\d+ ?\{", text)[1:]]
+    found = [(structs_of(part), bases_of(part)) for part in re.split(r"\bnamespace set\d+ ?\{", text)[1:]]
     prints = []
-    for number, structs in enumerate(found):
+    for number, (structs, composed) in enumerate(found):
         for name, fields in structs.items():
             whole = f"set{number}::{name}"
             prints.append(f'  printf("{number} {name} - 0 %zu\\n", sizeof({whole}));\n')
             for field in fields:
                 place = f"__builtin_offsetof({whole}, {field}), sizeof((({whole}*)0)->{field})"
                 prints.append(f'  printf("{number} {name} {field} %zu %zu\\n", {place});\n')
-    names = "#include <cstdint>\n#include <cstdio>\n"
+        for name, bases in composed.items():
+            whole = f"set{number}::{name}"
+            prints.append(f'  printf("{number} {name} - 0 %zu\\n", sizeof({whole}));\n')
+            for base in bases:
+                template, _, constant = base.removesuffix(">").partition("<")
+                part = f"set{number}::{template}" + (f"<set{number}::{constant}>" if constant else "")
+                prints += (
+                    f'  print_if_there<{part}, {whole}>([](auto* p) {{ printf("{number} {name} {field} %zu %zu\\n", '
+                    f"__builtin_offsetof(Of<decltype(p)>, {field}), sizeof(p->{field})); }});\n"
+                    for field in structs[f"{template}<true>" if constant else template]
+                )
+    names = "#include <cstdint>\n#include <cstdio>\n#include <type_traits>\n"
+    text += """template <typename T>
+    using Of = std::remove_pointer_t<T>;
+    template <typename Part, typename Whole, typename Print>
+    void print_if_there(Print print) {
+      if constexpr (!std::is_empty_v<Part>) print(static_cast<Whole*>(nullptr));
+    }
+    """
     (folder / "print.cpp").write_text(f"{names}{text}int main() {{\n{''.join(prints)}}}\n")
     cxx("print.cpp", "-O0", "-o", "print")
     layouts: list[dict[str, Layout]] = [{} for _ in found]
@@ -102,22 +139,44 @@ def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[d
     return layouts
 
 
-def layout_in_ctypes(name: str) -> Layout:
-    """Of the twin; names that begin with an underscore are padding."""
-    twin: Any = getattr(params, NAMES_IN_CTYPES.get(name, name))
-    fields = [field[0] for field in twin._fields_ if not field[0].startswith("_")]
-    places = {field: (getattr(twin, field).offset, getattr(twin, field).size) for field in fields}
+def layout_in_ctypes(twin: Any) -> Layout:
+    """Of a twin; strides that stand side by side are taken together."""
+    places = {name: (getattr(twin, name).offset, getattr(twin, name).size) for name in fields_of(twin)}
+    for stem in [name.removesuffix("batch") for name in places if name.endswith("_batch")]:
+        first, *others = (places.pop(stem + name) for name in fields_of(params.Strides3))
+        assert others == [(first[0] + 8, 8), (first[0] + 16, 8)]
+        places[f"{stem}strides"] = first[0], ctypes.sizeof(params.Strides3)
     return {"": (0, ctypes.sizeof(twin)), **places}
+
+
+def fields_of(twin: Any) -> Iterator[str]:
+    """Those of its parts too; names that begin with an underscore are padding."""
+    for name, kind, *_ in twin._fields_:
+        if name in getattr(twin, "_anonymous_", ()):
+            yield from fields_of(kind)
+        elif not name.startswith("_"):
+            yield name
+
+
+def twins(defines: Defines) -> dict[str, Any]:
+    """Name of each struct in C++ -> its twin, in a set of macros."""
+    exported = {name: getattr(params, name) for name in params.__all__}
+    found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
+    found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
+    for name, (first, others) in COMPOSED.items():
+        there = tuple(block for macro, block in others.items() if macro in defines)
+        found[name] = params.composed(first, there) if there else first
+    return found
 
 
 def compare(layout: dict[str, Layout], defines: Defines) -> None:
     """AssertionError unless every struct has a twin that is laid out alike, and every twin a struct."""
     own = {name: fields for name, fields in layout.items() if name not in ("half_t", "bf16_t", "TensorMap")}
-    twins = {name for name in params.__all__ if isinstance(getattr(params, name), type(ctypes.Structure))}
-    assert {NAMES_IN_CTYPES.get(name, name) for name in own} == twins
+    expected = twins(defines)
+    assert set(own) == set(expected)
     assert layout["TensorMap"][""] == (0, ctypes.sizeof(params.TensorMap))
     for name, fields in own.items():
-        assert fields == layout_in_ctypes(name), f"{name} of {dict(defines)}"
+        assert fields == layout_in_ctypes(expected[name]), f"{name} of {dict(defines)}"
     assert defines["FA2_PARAMS_BYTES"] in [fields[""][1] for fields in own.values()]
 
 
@@ -138,7 +197,7 @@ def test_every_field_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_instrument(tmp_path: Path) -> None:
-    """Several names of one type, pointers, arrays, what a macro adds, and the holes that alignment leaves."""
+    """Several names of one type, pointers, arrays, what a macro adds, the holes that alignment leaves, and parts."""
     header = """struct A { int x, y; const float* p; };
     struct alignas(16) B {
       float* p;
@@ -147,8 +206,18 @@ def test_the_instrument(tmp_path: Path) -> None:
     #endif
       A a;  };
     struct Empty { static constexpr int n = 1; };
+    enum { kMore = FA2_MORE };
+    template <bool kGiven>
+    struct Part {};
+    template <>
+    struct Part<true> {
+      float c;
+      int64_t d; };
+    struct Whole : A, Part<kMore> {};
     """
     plain, more = layouts_in_cxx([{"FA2_MORE": 0}, {"FA2_MORE": 1}], header, tmp_path)
     assert plain["A"] == {"": (0, 16), "x": (0, 4), "y": (4, 4), "p": (8, 8)} and "Empty" not in plain
     assert plain["B"] == {"": (0, 32), "p": (0, 8), "a": (8, 16)}
     assert more["B"] == {"": (0, 48), "p": (0, 8), "more": (8, 12), "a": (24, 16)}
+    assert plain["Whole"] == plain["A"] and plain["Part<true>"] == {"": (0, 16), "c": (0, 4), "d": (8, 8)}
+    assert more["Whole"] == {**plain["A"], "": (0, 32), "c": (16, 4), "d": (24, 8)}

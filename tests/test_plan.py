@@ -22,6 +22,7 @@ from fa2cupy.kernels.sm90.flash_bwd import BWD_TILES_SM90
 from fa2cupy.kernels.sm90.flash_bwd_wide import BWD_TILES_SM90_WIDE
 from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90
 from fa2cupy.kernels.tiles import SHARED_MEMORY
+from fa2cupy.spec import SoftmaxSpec
 from tests.fake_driver import FakeDriver, FakeMap, fake_driver
 from tests.gpu.cases import Case, problem_of
 from tests.plan_cases import A100, B200, H200, backward_problem, main_launch, problem
@@ -61,8 +62,9 @@ def test_jobs_of_sm90a() -> None:
     launches = (main_launch(plan_forward(problem(head_dim=128, causal=True), H200)),)
     for head_dim, length, causal, heads in itertools.product((64, 256), (300, 5000), (False, True), ((1, 1), (8, 1))):
         wanted = backward_problem(length, length, head_dim, "float16", causal, 1, heads)
-        for deterministic in (False, True):
-            launches += plan_backward(wanted, H200, deterministic).launches
+        for deterministic, dlse in itertools.product((False, True), (None, SoftmaxSpec((1, 1, 1)))):
+            launches += plan_backward(dataclasses.replace(wanted, softmax=dlse), H200, deterministic).launches
+    assert {launch.defines.get("FA2_DLSE", 0) for launch in launches} == {0, 1}
     assert all((launch.name, launch.arch, dict(launch.defines)) in compiled for launch in launches)
 
 

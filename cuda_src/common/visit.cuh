@@ -35,16 +35,16 @@ FA2_DEVICE KeyVisit key_blocks(const Sequence& sequence, int m_block) {
   return {0, end, min(end, kUnseenRows ? max(0, unmasked) : unmasked)};
 }
 
-// Query blocks for a block of keys: [begin, end), of which those before mask_to need a mask: the first, or all of them if the
+// Query blocks for a block of keys: [begin, end), of which [mask_from, mask_to) need a mask: the first, or all of them if the
 // block has keys past the end.
 struct QueryVisit {
-  int begin, end, mask_to;
+  int begin, end, mask_from, mask_to;
 };
 FA2_DEVICE QueryVisit query_blocks(const Sequence& sequence, int n_block) {
   const int first_key = n_block * kBlockN;
   const int last_key = first_key + kBlockN - 1;
   const int begin = max(0, query_begin(sequence, first_key)) / kBlockM;
   const int end = ceil_div(sequence.seqlen_q, kBlockM);
-  if (last_key >= sequence.seqlen_k) return {begin, end, end};
-  return {begin, end, min(end, ceil_div(max(0, query_begin(sequence, last_key)), kBlockM))};
+  if (last_key >= sequence.seqlen_k) return {begin, end, begin, end};
+  return {begin, end, begin, min(end, ceil_div(max(0, query_begin(sequence, last_key)), kBlockM))};
 }

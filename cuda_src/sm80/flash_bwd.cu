@@ -67,8 +67,8 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
       for (int e = 0; e < 4; ++e) {
         float p = ex2(fmaf(acc.x[i][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
         if constexpr (kMasked) {
-          const Position<true> position{first_query + first_col + accumulator_col(), first_key + accumulator_row()};
-          if (position.query(i, j, e) < query_begin(sequence, position.key(i, j, e))) p = 0.f;
+          const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
+          if (first_query + col + e % 2 < query_begin(sequence, key)) p = 0.f;
         }
         acc.x[i][j][e] = p;
       }

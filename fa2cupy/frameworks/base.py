@@ -24,6 +24,7 @@ __all__ = [
     "TensorRef",
     "contiguous_strides",
     "describe",
+    "swap",
 ]
 
 # A workspace is one block, this aligned (bytes). CuPy's and torch's allocators align to 512.
@@ -62,6 +63,12 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides[i] = step
         step *= max(1, shape[i])
     return tuple(strides)
+
+
+def swap(lengths: Sequence[int]) -> tuple[int, ...]:
+    """A shape, or strides, in the other layout."""
+    first, second, third, fourth = lengths
+    return first, third, second, fourth
 
 
 def describe(array: object) -> str:
@@ -172,8 +179,11 @@ class GpuFramework(Framework):
         """`pointer`, for an array that was just allocated."""
 
     @abstractmethod
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
-        """A function that returns a new C-contiguous array on the device of `like`, which it does not keep."""
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any, swapped: bool = False) -> Callable[[], Any]:
+        """A function that returns a new C-contiguous array on the device of `like`, which it does not keep.
+
+        swapped: C-contiguous in the other layout; torch alone is asked for it.
+        """
 
     def scratch(self, size: int, like: Any) -> tuple[Callable[[], Any], Callable[[Any], int]]:
         """What allocates `size` bytes on the device of `like`, as any object with memory; what takes its pointer."""

@@ -66,7 +66,8 @@ class _Cupy(Numpy, GpuFramework):
         # The legacy default stream cannot be captured, and asking about it while another stream is would be an error.
         return stream not in (0, 1) and bool(sys.modules["cupy"].cuda.runtime.streamIsCapturing(stream))
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any, swapped: bool = False) -> Callable[[], Any]:
+        assert not swapped
         numpy_dtype = like.dtype if self.dtype(like) == dtype else np.dtype(dtype)
         return functools.partial(sys.modules["cupy"].ndarray, shape, numpy_dtype)
 

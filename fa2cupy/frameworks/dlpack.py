@@ -145,7 +145,12 @@ def from_producer(array: Any, argument: str) -> Any:
         from fa2cupy.jit.cupy import require_cupy
 
         driver.device_info(index)  # no driver, no such device: said clearly before CuPy is asked
-        cupy = require_cupy()
+        try:
+            cupy = require_cupy()
+        except MissingDependency as error:
+            raise MissingDependency(
+                f"{argument} is on a GPU and has nothing but __dlpack__, for which CuPy is needed: {error}"
+            ) from error
         stream = cupy.cuda.get_current_stream(index).ptr or 1  # 1: the legacy default stream, in DLPack's numbers
         return _cupy_over(cupy, _capsule(array, argument, {"stream": stream}), argument)
     raise UnsupportedDevice(f"{argument} is on DLPack device type {kind}: CUDA (2, 13) and CPU (1, 3) are supported")

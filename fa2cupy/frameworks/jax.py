@@ -4,6 +4,7 @@ computes with them. They cannot be written, so that `out=` and its like do not e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,18 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks.base import Device, Framework, contiguous_strides
 
-__all__ = ["JAX", "is_traced"]
+__all__ = ["JAX", "immutable", "is_traced"]
 
 
 def is_traced(array: Any) -> bool:
     return any(base.__name__ == "Tracer" for base in type(array).__mro__)
+
+
+def immutable(name: str) -> InvalidArgument:
+    """The error for an output or a workspace that was given."""
+    return InvalidArgument(
+        f"{name} cannot be given for JAX arrays, which are immutable: leave it out, a new one comes back"
+    )
 
 
 class _Jax(Framework):
@@ -27,11 +35,23 @@ class _Jax(Framework):
         if not is_traced(array) and array.is_deleted():
             raise InvalidArgument(f"{argument} was deleted or donated: its memory is gone")
 
+    def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
+        """As of the frameworks whose pointers are known here; of traced arrays there is none."""
+        parts: list[Any] = []
+        for array in arrays:
+            if array is None:
+                parts.append(None)
+            else:
+                parts += (type(array), array.shape, array.dtype, array.sharding)
+        return tuple(parts), []
+
     def device(self, array: Any, argument: str) -> Device:
-        """Of the devices that an array is sharded over the first; of a traced array, of which nobody knows, the CPU."""
+        """Of this process's devices that an array is sharded over the first; of a traced array, of which nobody knows,
+        the CPU.
+        """
         if is_traced(array):
             return Device("cpu", 0)
-        device = min(array.devices(), key=lambda each: each.id)
+        device = min(array.sharding.addressable_devices or array.devices(), key=lambda each: each.id)
         if device.platform == "cpu":
             return Device("cpu", int(device.id))
         if device.platform not in ("gpu", "cuda"):

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
-from fa2cupy.frameworks.base import Device, GpuFramework, describe
+from fa2cupy.frameworks.base import Device, GpuFramework, describe, swap
 
 __all__ = ["TORCH"]
 
@@ -97,13 +97,14 @@ class _Torch(GpuFramework):
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []
+        low = _LOW
         for array in arrays:
             if array is None:
                 key.append(None)
                 pointers.append(0)
             else:
                 pointer = array.data_ptr()
-                if pointer < _LOW and pointer == array.storage_offset() * array.element_size() and array.numel():
+                if pointer < low and pointer == array.storage_offset() * array.element_size() and array.numel():
                     raise InvalidArgument("no memory")  # the first call's checks say whose
                 # Strides that follow from the shape are not asked for: a bool is cheaper to make, hash and compare.
                 strides = array.is_contiguous() or array.stride()
@@ -112,11 +113,11 @@ class _Torch(GpuFramework):
         return tuple(key), pointers
 
     @functools.cached_property
-    def _tracing(self) -> tuple[Callable[[], bool], Callable[[], int], Callable[[], bool]]:
-        """Whether torch.jit.trace is at work; how many dispatch modes are, and whether before dispatch (make_fx)."""
-        c = sys.modules["torch"]._C
-        included = functools.partial(c._dispatch_tls_is_dispatch_key_included, c.DispatchKey.PreDispatch)
-        return c._is_tracing, c._len_torch_dispatch_stack, included
+    def _watchers(self) -> tuple[Callable[[], bool], Any, Callable[[], bool], Any]:
+        """Whether torch.jit.trace is at work; the module that has torch.fx's flag (its function warns); autograd."""
+        torch = sys.modules["torch"]
+        fx = importlib.import_module("torch.fx._symbolic_trace")
+        return torch._C._is_tracing, fx, torch.is_grad_enabled, torch.autograd.forward_ad
 
     def _refuse_tracing(self, function: str) -> None:
         torch = sys.modules["torch"]
@@ -124,26 +125,21 @@ class _Torch(GpuFramework):
             tracer = "torch.jit.trace"
         elif importlib.import_module("torch.fx.experimental.proxy_tensor").get_proxy_mode() is not None:
             tracer = "make_fx"
-        else:  # a mode that only looks on
+        else:  # torch.fx.symbolic_trace: tensors are its constants
             return
         raise InvalidType(
             f"{tracer} does not see fa2cupy.{function} and would keep this one result for every input: call it outside "
             "the traced function"
         )
 
-    @functools.cached_property
-    def _autograd(self) -> tuple[Callable[[], bool], Any]:
-        torch = sys.modules["torch"]
-        return torch.is_grad_enabled, torch.autograd.forward_ad
-
     def check_call(self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]) -> None:
-        is_tracing, dispatch_modes, before_dispatch = self._tracing
-        if is_tracing() or dispatch_modes() or before_dispatch():
+        is_jit_tracing, fx, is_grad_enabled, forward_ad = self._watchers
+        if is_jit_tracing() or getattr(fx, "_is_fx_tracing_flag", True):
             self._refuse_tracing(function)
-        is_grad_enabled, forward_ad = self._autograd
         if is_grad_enabled():
-            for i, array in enumerate(arrays):
+            for array in arrays:
                 if array is not None and array.requires_grad:
+                    i = next(i for i, each in enumerate(arrays) if each is array)
                     hint = " leave out=, lse_out= and workspace= out, or" if function == "attention" else ""
                     raise InvalidArgument(
                         f"{names()[i]} requires grad, but what fa2cupy.{function} writes here has no graph:{hint} use "
@@ -171,10 +167,12 @@ class _Torch(GpuFramework):
         with torch.cuda.device(device_index):
             return bool(torch.cuda.is_current_stream_capturing())
 
-    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any) -> Callable[[], Any]:
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: Any, swapped: bool = False) -> Callable[[], Any]:
         torch = sys.modules["torch"]
         # empty_like is twice as fast as empty or new_empty. What it copies is a tensor that gave its memory back.
-        model = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+        # It keeps the model's strides, whatever their order.
+        model = torch.empty(swap(shape) if swapped else shape, dtype=getattr(torch, dtype), device=like.device)
+        model = model.transpose(1, 2) if swapped else model
         model.untyped_storage().resize_(0)
         return functools.partial(torch.empty_like, model)
 

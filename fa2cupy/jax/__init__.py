@@ -9,6 +9,7 @@ from fa2cupy.attention import attention, attention_backward
 from fa2cupy.jax.drop_ins import dot_product_attention, flax_attention
 from fa2cupy.jax.ring import ring_attention
 from fa2cupy.merge import merge_attention
+from fa2cupy.xla import ffi
 from fa2cupy.xla.ffi import TARGET
 
 __all__ = [
@@ -20,3 +21,5 @@ __all__ = [
     "merge_attention",
     "ring_attention",
 ]
+
+ffi.register()  # so that importing this is enough for what another process exported or compiled

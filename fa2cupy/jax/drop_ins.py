@@ -33,10 +33,10 @@ def dot_product_attention(
     Args:
         query, key, value: (batch, seqlen, heads, head_dim) or (seqlen, heads, head_dim); key and value may have fewer
             heads.
-        bias, mask, query_seq_lengths, key_value_seq_lengths, local_window_size: as there, as far as `fa2cupy.attention`
-            has bias=, mask=, seqused_q=, seqused_k= and window_size=; what it has not yet is an error that names it.
+        bias, mask, query_seq_lengths, key_value_seq_lengths: as there, as far as `fa2cupy.attention`
+            has bias=, mask=, seqused_q= and seqused_k=; what it has not yet is an error that names it.
         scale: None is head_dim ** -0.5.
-        is_causal: with seqlen_q != seqlen_k, or lengths, an error until masks can express it.
+        is_causal, local_window_size: with seqlen_q != seqlen_k, or lengths, an error until masks can express it.
         implementation: accepted and ignored: it is always fa2cupy.
         return_residual: also return the log-sum-exp, (batch, seqlen_q, num_heads) float32 (float64 of float64).
 
@@ -46,19 +46,17 @@ def dot_product_attention(
 
     Raises: ValueError or TypeError for what is said above, and as `fa2cupy.attention`.
     """
+    query, key, value = map(jnp.asarray, (query, key, value))
     is_single = query.ndim == 3
     if is_single:
         query, key, value = query[None], key[None], value[None]
-    if is_causal and query.ndim == 4 and key.ndim == 4:
+    aligned = "is_causal=True" if is_causal else f"local_window_size={local_window_size!r}"
+    if (is_causal or local_window_size is not None) and query.ndim == key.ndim == 4:
         if query.shape[1] != key.shape[1]:
-            raise InvalidArgument(
-                f"is_causal=True with {query.shape[1]} queries and {key.shape[1]} keys: jax.nn aligns them at "
-                "the first key, fa2cupy.attention at the last, and no mask can say the former yet; use equal lengths "
-                "or fa2cupy.attention(causal=True), which is bottom-right aligned"
-            )
+            raise _misaligned(aligned, "jax.nn", query.shape[1], key.shape[1])
         if query_seq_lengths is not None or key_value_seq_lengths is not None:
             raise InvalidArgument(
-                "is_causal=True with query_seq_lengths or key_value_seq_lengths: jax.nn aligns queries and keys at the "
+                f"{aligned} with query_seq_lengths or key_value_seq_lengths: jax.nn aligns queries and keys at the "
                 "first key, fa2cupy.attention at the last used one; not supported until masks can say the former"
             )
     options: dict[str, Any] = {"bias": bias, "mask": mask, "seqused_q": query_seq_lengths}
@@ -69,6 +67,14 @@ def dot_product_attention(
     if is_single:
         out, residual = out[0], residual[0]
     return (out, residual) if return_residual else out
+
+
+def _misaligned(option: str, whose: str, queries: int, keys: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"{option} with {queries} queries and {keys} keys: {whose} aligns them at the first key, fa2cupy.attention at "
+        "the last, and no mask can say the former yet; use equal lengths or fa2cupy.attention(causal=True), which is "
+        "bottom-right aligned"
+    )
 
 
 def _window(local_window_size: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int] | None:
@@ -92,16 +98,19 @@ def flax_attention(
     dtype: Any = None,
     precision: Any = None,
     module: Any = None,
+    is_causal: bool = False,
     **options: Any,
 ) -> Any:
-    """For flax's MultiHeadDotProductAttention(attention_fn=fa2cupy.jax.flax_attention), linen's and nnx's.
-    Layout (batch..., seqlen, num_heads, head_dim); no causal keyword: `functools.partial(flax_attention, causal=True)`.
+    """For linen's MultiHeadDotProductAttention and nnx's MultiHeadAttention(attention_fn=fa2cupy.jax.flax_attention).
+    Layout (batch..., seqlen, num_heads, head_dim). linen has no word for causal but a mask: give it
+    `functools.partial(flax_attention, causal=True)`.
 
     Args:
         query, key, value: any number of batch dimensions.
         bias, mask: as `fa2cupy.attention` has them; an error that names them until then.
         dropout_rate: has to be 0 unless deterministic is True.
         dtype: computed in, None for query's. precision, broadcast_dropout, dropout_rng, module: not used.
+        is_causal: nnx's, top-left aligned: with other lengths of queries than of keys an error.
         options: further keywords of `fa2cupy.attention`: causal, softmax_scale, ...
 
     Returns: out of query's shape, with value's last dimension.
@@ -110,6 +119,10 @@ def flax_attention(
         raise InvalidArgument(
             f"dropout_rate={dropout_rate!r} is not supported yet: 0.0, or deterministic=True, is needed"
         )
+    if is_causal:
+        if query.shape[-3] != key.shape[-3]:
+            raise _misaligned("is_causal=True", "flax", query.shape[-3], key.shape[-3])
+        options["causal"] = True
     if dtype is not None:
         query, key, value = (array.astype(dtype) for array in (query, key, value))
     batch = query.shape[:-3]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from fa2cupy.attention import attention
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.merge import merge_attention
 
 __all__ = ["ring_attention"]
@@ -21,12 +22,22 @@ def ring_attention(q: Any, k: Any, v: Any, axis_name: str, *, causal: bool = Fal
 
     Args:
         axis_name: the mesh axis along which the sequence is sharded, in order and evenly.
-        causal: device i's queries see the keys of the devices before it and, bottom-right aligned, its own. Lengths of
-            queries and keys must then be equal.
-        options: softmax_scale and the like, as `fa2cupy.attention` has them.
+        causal: device i's queries see the keys of the devices before it and, of its own, those not after the query.
+            Lengths of queries and keys must then be equal.
+        options: softmax_scale and deterministic, as `fa2cupy.attention` has them.
 
-    Returns: out, (batch, seqlen / devices, num_heads, head_dim_v).
+    Returns: out, (batch, seqlen / devices, num_heads, head_dim_v). Raises: ValueError or TypeError, as it does.
     """
+    for name in options:
+        if name not in ("softmax_scale", "deterministic"):  # what others mean depends on where a piece of keys stands
+            raise InvalidType(
+                f"ring_attention() has no keyword {name!r}: it takes causal, softmax_scale, deterministic, and "
+                "arrays of layout 'bshd'"
+            )
+    if causal and q.shape[1] != k.shape[1]:
+        raise InvalidArgument(
+            f"{q.shape[1]} queries and {k.shape[1]} keys on a device: causal=True needs as many of each"
+        )
     size, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     onward = [(i, (i + 1) % size) for i in range(size)]
     outs, lses = [], []

@@ -132,8 +132,8 @@ class Kernel:
             raise MissingDependency(objection)
         if self.cubin.serialised:
             log.warn_once(
-                f"NVRTC {self.cubin.build} serialises wgmma in {self.name}, which is slow (see docs/debugging.md): a "
-                "driver of CUDA 13.0 or newer, or NVRTC 12.9.86 or newer, makes it fast"
+                f"NVRTC {self.cubin.build} serialises wgmma in {self.name}, which took 0.4 of the forward's speed when "
+                "it was measured (docs/debugging.md); a driver of CUDA 13.0, or NVRTC 12.9.86, or newer ones end that"
             )
         try:
             try:

@@ -15,7 +15,7 @@ __all__ = ["target", "wgmma_objection"]
 _WGMMA_ARCH, _WGMMA_PTX = "sm_90a", "compute_90a"
 _KNOWS_WGMMA, _SUSPECT, _GOOD_ASSEMBLER = (12, 0), (12, 5), (12, 9, 86)  # first releases
 _GOOD_DRIVER = (13, 0)
-_SLOW_BUT_RIGHT = ((12, 8, 93),)  # suspect, but run on an H200 and found right
+_SLOW_BUT_RIGHT = ((12, 6, 77), (12, 8, 93))  # suspect, but run on an H200 and found right
 
 
 def target(arch: str, build: str) -> str:

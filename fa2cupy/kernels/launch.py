@@ -112,21 +112,20 @@ class _Bound:
         self._params = launch.params
         self._pointers = tuple((offset // 8, position, add_bytes) for offset, position, add_bytes in launch.pointers)
         self._local = threading.local()
-        count = len(launch.pointers)
-        # The call's first pointers as they come: no list is made.
-        as_given = launch.pointers == tuple((8 * place, place, 0) for place in range(count))
-        self._front = slice(0, count) if as_given else None
+        # The call's first pointers, as far as they stand at the front as they come: one copy instead of a loop.
+        count = 0
+        while count < len(self._pointers) and self._pointers[count] == (count, count, 0):
+            count += 1
+        self._front, self._others = slice(0, count), self._pointers[count:]
 
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
         try:
             words, address = self._local.packed
         except AttributeError:
             words, address = self._pack()
-        if self._front is not None:
-            words[self._front] = pointers[self._front]
-        else:
-            for word, position, add_bytes in self._pointers:
-                words[word] = pointers[position] + add_bytes
+        words[self._front] = pointers[self._front]
+        for word, position, add_bytes in self._others:
+            words[word] = pointers[position] + add_bytes
         self._launcher(address, stream)
 
     def _pack(self) -> tuple[ctypes.Array[ctypes.c_uint64], int]:

@@ -21,18 +21,19 @@ from fa2cupy.errors import InvalidType
 from fa2cupy.operations import FORWARD, FORWARD_OUT
 from fa2cupy.options import Options
 from fa2cupy.torch import sharding
+from fa2cupy.torch.features import features_text
 from fa2cupy.torch.function import eager
 from fa2cupy.torch.operators import forward_op
 from fa2cupy.torch.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
 
 __all__ = ["cast", "way"]
 
-# (q, k, v, options, return_lse) -> out or (out, lse); options: causal, softmax_scale, layout, dtype, deterministic
+# (q, k, v, options, return_lse) -> out or (out, lse); options: those of a launch, with the deterministic of gradients
 Way = Callable[[Any, Any, Any, tuple[Any, ...], bool], Any]
 
 
 def way(q: Any, k: Any, v: Any) -> Way | None:
-    """How a call with these tensors goes on; None: straight to the launch, as it is."""
+    """How a call with these tensors goes on; `doors.STRAIGHT`: to the launch, nothing has to be asked again."""
     if not isinstance(q, torch.Tensor):
         return None
     if is_compiling():
@@ -43,16 +44,17 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
         return _autocast
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return eager
-    return None
+    straight: Way = doors.STRAIGHT
+    return straight
 
 
 def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
     """Inside torch.compile or export. What is wrong with the options is said by the operator's fake kernel."""
-    causal, softmax_scale, layout, dtype, deterministic = options
+    causal, softmax_scale, layout, dtype, deterministic, features = options
     sharding.register()
     q, k, v = cast(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
-    out, lse = forward_op(q, k, v, causal, scale, layout, dtype, deterministic)
+    out, lse = forward_op(q, k, v, causal, scale, layout, dtype, deterministic, features_text(features))
     return (out, lse) if return_lse else out
 
 
@@ -69,7 +71,7 @@ def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) ->
     scale = checked.softmax_scale
     out, lse = forward_op(
         q, k, v, checked.causal, None if scale is None else float(scale), checked.layout, checked.dtype,
-        checked.deterministic,
+        checked.deterministic, features_text(checked.features),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -83,7 +85,7 @@ def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool
 
 def _straight(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
     operation = FORWARD if return_lse else FORWARD_OUT
-    out, lse = call(operation, [q, k, v, None, None], None, (*options[:4], False, ()))
+    out, lse = call(operation, [q, k, v, None, None], None, (*options[:4], False, options[5]))
     return (out, lse) if return_lse else out
 
 

@@ -9,17 +9,20 @@ import torch
 
 from fa2cupy import dynamo
 from fa2cupy.calls import call
-from fa2cupy.operations import BACKWARD, FORWARD
+from fa2cupy.operations import ASKED, BACKWARD, FORWARD
+from fa2cupy.torch.features import features_text
 from fa2cupy.torch.watchers import are_watched, is_grad_enabled, is_plain
 
 __all__ = ["eager", "launch_backward", "launch_forward"]
 
-_BACKWARD_WITH_DLSE = BACKWARD.extended(("dlse",))
+# Autograd is above whoever launches here, and has asked or was asked for what `check_call` asks.
+_FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
+_BACKWARD_WITH_DLSE = _BACKWARD.extended(("dlse",))
 
 
 def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
-    """out, lse. options: causal, softmax_scale, layout, dtype, deterministic."""
-    out, lse = call(FORWARD, [q, k, v, None, None], None, (*options[:4], False, ()))
+    """out, lse. options: those of a launch (`RawOptions`)."""
+    out, lse = call(_FORWARD, [q, k, v, None, None], None, (*options[:4], False, options[5]))
     return out, lse
 
 
@@ -28,10 +31,10 @@ def launch_backward(
 ) -> tuple[Any, Any, Any]:
     """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it."""
     deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
-    operation, arrays = BACKWARD, [dout, q, k, v, out, lse, None, None, None]
+    operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
     if dlse is not None:
         operation, arrays = _BACKWARD_WITH_DLSE, [*arrays, dlse]
-    dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, ()))
+    dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, options[5]))
     return dq, dk, dv
 
 
@@ -57,7 +60,7 @@ class _Attention(torch.autograd.Function):
         if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
             from fa2cupy.torch.operators import backward_op
 
-            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options)
+            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options[:5], features_text(ctx.options[5]))
         else:
             dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, ctx.options)
         return dq, dk, dv, None

@@ -11,18 +11,21 @@ from typing import Any, NoReturn
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction  # Function without what it does for torch.func
 from torch.utils.flop_counter import register_flop_formula
 
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
+from fa2cupy.torch.features import features_of
 from fa2cupy.torch.function import launch_backward, launch_forward
 from fa2cupy.torch.watchers import in_forward_mode
 
 __all__ = ["backward_op", "forward_op"]
 
-_OPTIONS = "bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic"
+# features: the options beyond dense attention, as `features_text` writes them
+_OPTIONS = 'bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic, str features=""'
 _BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dlse")
 
 _TAGS = tuple(
@@ -45,12 +48,19 @@ backward_op = torch.ops.fa2cupy.backward.default
 
 def _forward(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
     with torch.no_grad():
-        return launch_forward(q, k, v, options)
+        return launch_forward(q, k, v, _launched(*options))
 
 
 def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *options: Any) -> tuple[Any, Any, Any]:
     with torch.no_grad():
-        return launch_backward(dout, q, k, v, out, lse, dlse, options)
+        return launch_backward(dout, q, k, v, out, lse, dlse, _launched(*options))
+
+
+def _launched(
+    causal: bool, softmax_scale: float | None, layout: str, dtype: str | None, deterministic: bool, features: str = ""
+) -> tuple[Any, ...]:
+    """The options of an operator as those of a launch."""
+    return causal, softmax_scale, layout, dtype, deterministic, features_of(features)
 
 
 for _device in ("CPU", "CUDA"):
@@ -79,7 +89,13 @@ def _backward_shapes(*arguments: Any) -> tuple[Any, Any, Any]:
 
 
 def _checked(
-    tensors: Mapping[str, Any], causal: bool, softmax_scale: object, layout: str, dtype: str | None, deterministic: bool
+    tensors: Mapping[str, Any],
+    causal: bool,
+    softmax_scale: object,
+    layout: str,
+    dtype: str | None,
+    deterministic: bool,
+    features: str = "",
 ) -> tuple[Sizes, str]:
     """The errors of a real call that need no data. The scale, which may be a symbol here, is left to the kernels."""
     options = Options.checked(causal, None, layout, dtype, deterministic)
@@ -119,7 +135,22 @@ def _below_autograd(operator: Any, arguments: tuple[Any, ...], grad_mode: bool) 
         return operator(*arguments)
 
 
-class _Forward(torch.autograd.Function):
+class _Function(_SingleLevelFunction):
+    """One level of autograd, below torch.func, whose own way with a Function begins above the dispatcher."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:  # as torch.autograd.Function has it
+        return (ctx._autograd_function_id,)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise InvalidType(
+            "an argument of fa2cupy.attention has a tangent: forward-mode autograd (jvp, jacfwd, hessian) is not "
+            "supported, reverse mode is"
+        )
+
+
+class _Forward(_Function):
     @staticmethod
     def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
         outputs = _below_autograd(forward_op, arguments, grad_mode)
@@ -138,15 +169,8 @@ class _Forward(torch.autograd.Function):
             dout = torch.zeros_like(out)
         return None, *backward_op(dout, q, k, v, out, lse, dlse, *ctx.options), *rest
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise InvalidType(
-            "an argument of fa2cupy.attention has a tangent: forward-mode autograd (jvp, jacfwd, hessian) is not "
-            "supported, reverse mode is"
-        )
 
-
-class _Backward(torch.autograd.Function):
+class _Backward(_Function):
     @staticmethod
     def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
         return _below_autograd(backward_op, arguments, grad_mode)
@@ -158,21 +182,16 @@ class _Backward(torch.autograd.Function):
             "backward); take the first gradient without create_graph=True, or use torch's SDPA math for this loss"
         )
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        _Forward.jvp(ctx, *tangents)
-
 
 def _autograd_kernel(function: Any, operator: Any, count: int) -> Callable[..., Any]:
     """What runs at the Autograd key. `count`: of the operator's tensors."""
-    apply = super(torch.autograd.Function, function).apply
 
     def kernel(*arguments: Any) -> Any:
         grad_mode = torch.is_grad_enabled()
         if not _needs_graph(arguments[:count]):
             return _below_autograd(operator, arguments, grad_mode)
         with enable_single_level_autograd_function():  # under torch.func we are one level of it, as a C++ kernel is
-            return apply(grad_mode, *arguments)
+            return function.apply(grad_mode, *arguments)
 
     return kernel
 

@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ import torch.nn.attention
 from fa2cupy import counts, dynamo
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
-from fa2cupy.operations import BACKWARD, FORWARD
-from fa2cupy.torch.sdpa import TOP_LEFT, objection
+from fa2cupy.operations import ASKED, BACKWARD, FORWARD
+from fa2cupy.torch.dot_product import TOP_LEFT, objection
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
 
@@ -146,7 +147,12 @@ def _order(*tensors: Any) -> str | None:
 
 
 def _swapped(*tensors: Any) -> tuple[Any, ...]:
-    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+    return tuple([tensor.transpose(1, 2) for tensor in tensors])
+
+
+# By the layout that new outputs lie in memory as; autograd is above us, and asked.
+_FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=True)}
+_BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
 def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
@@ -155,13 +161,9 @@ def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapp
         dynamo.tell()
     counts.took(_DOOR)
     layout = _order(q)
-    options = (causal, scale, layout or "bhsd", None, False, ())
-    with torch.no_grad():  # autograd is above us
-        if layout == "bshd":
-            out, lse = call(FORWARD, [*_swapped(q, k, v), None, None], None, options)
-            return out.transpose(1, 2), lse
-        out, lse = call(FORWARD, [q, k, v, None, None], None, options)
-        return out if layout else _laid_out(out, q, swapped), lse
+    options = (causal, scale, "bhsd", None, False, ())
+    out, lse = call(_FORWARDS[layout or "bhsd"], [q, k, v, None, None], None, options)
+    return out if layout else _laid_out(out, q, swapped), lse
 
 
 def _backward(
@@ -173,18 +175,13 @@ def _backward(
         dynamo.tell()
     counts.took(_DOOR_BACKWARD)
     layout = None if unseen else _order(q, k, v)
-    options = (causal, scale, layout or "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
-    with torch.no_grad():
-        if layout == "bshd":
-            inputs = [*_swapped(dout, q, k, v, out), lse, None, None, None]
-            dq, dk, dv = _swapped(*call(BACKWARD, inputs, None, options))
-            return dq, dk, dv
-        seen = k.shape[2] - unseen
-        inputs = [dout, q, k[:, :, :seen], v[:, :, :seen], out, lse, None, None, None]
-        dq, dk, dv = call(BACKWARD, inputs, None, options)
-        if layout:
-            return dq, dk, dv
-        return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
+    options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
+    seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
+    inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
+    dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
+    if layout:
+        return dq, dk, dv
+    return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
 
 
 def _laid_out(result: Any, like: Any, swapped: bool) -> Any:
@@ -209,11 +206,15 @@ def _laid_out(result: Any, like: Any, swapped: bool) -> Any:
 
 def _random_state(q: Any) -> tuple[Any, Any, Any]:
     """Seed and offset of a dropout that there is not, and the mask for debugging: what nobody reads."""
-    return (
-        torch.empty(2, dtype=torch.uint64, device=q.device),
-        torch.empty((), dtype=torch.uint64, device=q.device),
-        torch.empty(0, dtype=q.dtype, device=q.device),
-    )
+    seed, offset, mask = _models(q.device, torch.uint64, (2,), q.dtype)
+    return torch.empty_like(seed), torch.empty_like(offset), torch.empty_like(mask)
+
+
+@functools.lru_cache(maxsize=64)
+def _models(device: Any, integer: Any, seed: tuple[int, ...], dtype: Any) -> tuple[Any, Any, Any]:
+    """What `empty_like`, which is faster than `empty`, is given for a seed, an offset and an empty mask."""
+    seed_model, offset_model = (torch.empty(shape, dtype=integer, device=device) for shape in (seed, ()))
+    return seed_model, offset_model, torch.empty(0, dtype=dtype, device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,11 @@ def _sdpa_flash(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        why = "a debug mask is not supported" if return_debug_mask else objection(q, k, v, dropout_p)
+        why = (
+            "a debug mask is not supported"
+            if return_debug_mask
+            else objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
+        )
         if not why and q.shape[3] != v.shape[3]:
             why = "a head_dim of v of its own is not expected here"
         if why:
@@ -242,7 +247,7 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
         keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
         max_k: int, dropout_p: float, is_causal: bool, seed: Any, offset: Any, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        why = objection(q, k, v, dropout_p)
+        why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
         if why:
             return native(
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
@@ -266,12 +271,15 @@ def _cudnn(native: Native) -> Kernel:
                 why, keyset, q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask,
                 scale=scale,
             )  # fmt: skip
-        seen = q.shape[2] if is_causal else k.shape[2]
-        out, lse = _forward(q, k[:, :, :seen], v[:, :, :seen], is_causal, scale)
+        seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+        if is_causal and seqlen_q < seqlen_k:
+            k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
+        out, lse = _forward(q, k, v, is_causal, scale)
         if _cudnn_lse_dims() == 4:
             lse = lse.unsqueeze(3)
-        seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
-        return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
+        seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
+        extras = torch.empty_like(seed), torch.empty_like(offset), None
+        return out, lse, None, None, seqlen_q, seqlen_k, *extras
 
     return kernel
 
@@ -305,7 +313,7 @@ def _cudnn_lse_dims() -> int:
 def _cudnn_objection(q: Any, k: Any, v: Any, attn_bias: Any, dropout_p: float, is_causal: bool) -> str:
     if attn_bias is not None:
         return "a bias is not supported yet"
-    why = objection(q, k, v, dropout_p)
+    why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
     return why or (TOP_LEFT if is_causal and q.shape[2] > k.shape[2] else "")
 
 
@@ -357,7 +365,7 @@ def _flash_objection(q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, dropout_p: 
         if value is not None and not (name.startswith("window_size") and value == -1):
             return f"{name} is not supported yet"
     q, k, v = _swapped(q, k, v)
-    return objection(q, k, v, dropout_p)
+    return objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
 
 
 def _cpu(native: Native) -> Kernel:
@@ -368,8 +376,9 @@ def _cpu(native: Native) -> Kernel:
         why = _cpu_objection(q, k, v, attn_mask, dropout_p, is_causal)
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        seen = q.shape[2] if is_causal else k.shape[2]
-        out, lse = _forward(q, k[:, :, :seen], v[:, :, :seen], is_causal, scale)
+        if is_causal and q.shape[2] < k.shape[2]:
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        out, lse = _forward(q, k, v, is_causal, scale)
         return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
     return kernel

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 
 __all__ = ["PLAIN", "any_autocast", "are_watched", "in_forward_mode", "is_compiling", "is_grad_enabled", "is_plain"]
 
@@ -22,6 +23,7 @@ any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled",
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_batched: Callable[[Any], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)  # torch.jit.trace, older exports
 _functorch: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
 
 
@@ -36,5 +38,11 @@ def in_forward_mode() -> bool:
 
 
 def are_watched() -> bool:
-    """Whether a dispatch mode, a transform of torch.func or forward-mode autograd is active."""
-    return bool(_dispatch_modes()) or _functorch() is not None or in_forward_mode()
+    """Whether a dispatch mode, torch.func, forward-mode autograd, torch.jit.trace or torch.fx is at work."""
+    return (
+        _dispatch_modes() > 0
+        or _functorch() is not None
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or _is_tracing()
+        or getattr(_symbolic_trace, "_is_fx_tracing_flag", True)
+    )

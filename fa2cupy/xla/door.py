@@ -4,32 +4,84 @@ shards and compiles."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from fa2cupy.errors import InvalidType
+from fa2cupy.frameworks import JAX
+from fa2cupy.frameworks.jax import immutable, is_traced
 from fa2cupy.operations import Operation
-from fa2cupy.options import Options
+from fa2cupy.options import Options, RawOptions
+from fa2cupy.prepared import remember, signature_key
 from fa2cupy.xla import ffi, transforms
 
-__all__ = ["call"]
+__all__ = ["first_call"]
 
 ffi.register()
 
 
-def call(operation: Operation, arrays: Mapping[str, Any], options: Options) -> list[Any]:
-    """The outputs of `operation` for its inputs by name, which are JAX's and checked."""
-    ordered = tuple(arrays[name] for name in (*operation.inputs, *operation.extra))
-    run = transforms.attention_backward if operation.is_backward else transforms.attention
-    with _x64_where_needed(ordered):
-        return list(run(options, *ordered))
+def first_call(operation: Operation, arrays: Mapping[str, Any], options: Options, raw_options: RawOptions) -> list[Any]:
+    """The outputs of `operation` for its inputs by name, which are JAX's and checked.
+
+    Concrete arrays leave a `_Prepared` for the next call of this signature.
+    """
+    inputs = [arrays[name] for name in (*operation.inputs, *operation.extra)]
+    prepared = _Prepared(operation, _function(operation, options), len(operation.inputs), len(operation.outputs))
+    is_float64 = any(array.dtype == np.float64 for array in inputs)
+    try:
+        with _x64() if is_float64 else contextlib.nullcontext():
+            results = prepared.results(inputs)
+    except TypeError as error:
+        if "forward-mode" in str(error):
+            raise InvalidType(transforms.NO_TANGENTS) from error
+        raise
+    if not is_float64 and not any(map(is_traced, inputs)):
+        ordered = [arrays.get(name) for name in operation.names()]
+        key = signature_key(operation, JAX.signature(ordered)[0], raw_options)
+        remember(key, type(inputs[0]), JAX, prepared)
+    return results
 
 
-def _x64_where_needed(arrays: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+def _function(operation: Operation, options: Options) -> Callable[..., tuple[Any, ...]]:
+    if operation.is_backward:
+        return transforms.attention_backward(options, operation.extra)
+    return transforms.attention(options, operation.extra, "lse_out" not in operation.scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A checked call: the jitted function that computes it, and how many dense inputs and outputs it has."""
+
+    operation: Operation
+    function: Callable[..., tuple[Any, ...]]
+    dense: int
+    outputs: int
+
+    def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
+        """`arrays`: inputs, a None for each output, further inputs."""
+        if workspace is not None:
+            raise immutable("workspace")
+        inputs = arrays[: self.dense] + arrays[self.dense + self.outputs :]
+        try:
+            return self.results(inputs)
+        except Exception:
+            for name, array in zip((*self.operation.inputs, *self.operation.extra), inputs, strict=True):
+                JAX.check(array, name)  # what can differ between calls of one signature: it was deleted
+            raise
+
+    def results(self, inputs: Sequence[Any]) -> list[Any]:
+        """One for each output, None for what nobody asked for."""
+        results = list(self.function(*inputs))
+        if len(results) < self.outputs:
+            results.append(None)
+        return results
+
+
+def _x64() -> contextlib.AbstractContextManager[Any]:
     """float64 arrays may have left the scope that made them: without x64, JAX would compute them in float32."""
-    if jax.config.jax_enable_x64 or not any(array.dtype == np.float64 for array in arrays):
-        return contextlib.nullcontext()
     scope = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     return scope(True)  # type: ignore[no-any-return]

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 import fa2cupy
+from fa2cupy import first_call
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import Device
 from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.kernels import planner
+from fa2cupy.prepared import PREPARED
 from fa2cupy.xla import door, ffi, transforms
 from tests.fake_gpu import FakeGpu
+from tests.frameworks.jax_versions import x64
 from tests.reference import Inputs, as_ml_dtypes, expect, make_inputs
 
 
@@ -60,7 +63,7 @@ def test_cpu_head_dim_of_v() -> None:
 
 
 def test_cpu_float64() -> None:
-    with jax.enable_x64(True):
+    with x64():
         stored, x = inputs(2, "float64")
         results = both(x)
         assert results["lse"].dtype == results["out"].dtype == "float64"
@@ -106,6 +109,71 @@ def test_errors() -> None:
         fa2cupy.attention(keys, keys, keys)
 
 
+def test_devices_of_other_processes_do_not_count() -> None:
+    class Ours:
+        platform, id, local_hardware_id = "gpu", 4, 1
+
+    class Array:
+        class sharding:  # noqa: N801
+            addressable_devices = frozenset({Ours})
+            memory_kind = "device"
+
+        def devices(self) -> set[Any]:
+            raise AssertionError("the first of all devices may be another process's, which has no number here")
+
+    assert JAX.device(Array(), "q") == Device("cuda", 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The second call of a signature
+
+
+def test_checked_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = jnp.ones((2, 5, 4, 16), "float16")
+    PREPARED.clear()
+    first = both(Inputs(q, q, q, q))
+    assert len(PREPARED) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(first_call, "first_call", None)
+        again = both(Inputs(q + 0, q + 0, q + 0, q + 0))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    gone = q + 0
+    gone.delete()
+    with pytest.raises(InvalidArgument, match="v was deleted or donated"):
+        fa2cupy.attention(q, q, gone, return_lse=True)
+    with pytest.raises(InvalidArgument, match=r"workspace cannot be given for JAX arrays.*immutable"):
+        fa2cupy.attention(q, q, q, return_lse=True, workspace=q)
+    for raises, change in ((InvalidType, {"causal": 0}), (InvalidType, {"softmax_scale": q})):
+        with pytest.raises(raises):
+            fa2cupy.attention(q, q, q, return_lse=True, **change)
+    with pytest.raises(InvalidType, match=r"k is a numpy\.ndarray"):
+        fa2cupy.attention(q, np.asarray(q), q, return_lse=True)
+    with pytest.raises(InvalidType, match=r"k has dtype float32 but q has float16"):
+        fa2cupy.attention(q, q.astype("float32"), q, return_lse=True)
+    fa2cupy.attention(q, q, q, return_lse=True)
+    assert len(PREPARED) == 2
+
+
+def test_float64_is_not_remembered() -> None:
+    """Whether it is computed as float64 depends on a scope, and not on the arrays."""
+    with x64():
+        q = jnp.ones((2, 5, 4, 16), "float64")
+    PREPARED.clear()
+    for enabled in (True, False, True):
+        with x64(enabled):
+            assert fa2cupy.attention(q, q, q).dtype == "float64"
+    assert not len(PREPARED)
+
+
+def test_traced_and_concrete_arrays_have_calls_of_their_own() -> None:
+    q = jnp.ones((2, 5, 4, 16))
+    PREPARED.clear()
+    fa2cupy.attention(q, q, q)
+    gradient = jax.grad(lambda k: fa2cupy.attention(q, k, q).sum())(2 * q)
+    assert gradient.shape == q.shape and len(PREPARED) == 1
+
+
 def test_framework() -> None:
     assert framework_of(jnp.zeros(1)) is JAX
 
@@ -116,19 +184,18 @@ def test_framework() -> None:
 
 @pytest.fixture
 def cuda(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    assert door.call  # imported, so that the real target is registered under its own name
+    assert door.first_call  # imported, so that the real target is registered under its own name
     register_gpu_handler_for_cpu()
     monkeypatch.setattr(ffi, "TARGET", "fa2cupy_gpu_test")
-    monkeypatch.setattr(ffi, "_first_gpu", lambda: 1)
-    monkeypatch.setattr(ffi, "_from_context", lambda frame, offset: 0x77 if offset == ffi._STREAM_GET else 1)
+    monkeypatch.setattr(ffi, "_gpus", lambda: (1,))
+    monkeypatch.setattr(ffi, "stream_of", lambda frame: 0x77)
     device_of = JAX.device
 
     def device(array: Any, argument: str) -> Device:
         return device_of(array, argument) if is_traced(array) else Device("cuda", 1)
 
     monkeypatch.setattr(JAX, "device", device)
-    for cache in (ffi._prepared, ffi._device_of_stream):
-        cache.clear()
+    ffi._prepared.clear()
     transforms.clear_caches()
     jax.clear_caches()
     yield gpu
@@ -158,6 +225,37 @@ def test_gpu(cuda: FakeGpu, dtype: str, layout: str, workspace_bytes: int) -> No
         assert cuda.last.pointers["workspace"] % 256 == 0
     assert len(cuda.launches) == 4
     assert len(ffi._prepared) == 2
+
+
+def test_gpu_plans_are_of_shape_and_dtype(cuda: FakeGpu) -> None:
+    """Calls that differ in nothing but lengths, heads or dtype, in one process, each with its own plan."""
+    for seqlens, heads, dtype in (((5, 7), (4, 2), "float16"), ((9, 3), (4, 2), "float16"),
+                                  ((5, 7), (4, 4), "float16"), ((5, 7), (4, 2), "bfloat16")):  # fmt: skip
+        stored = make_inputs(4, *seqlens, dtype=dtype, heads=heads, head_dim=16)
+        x = Inputs(*(jnp.asarray(as_ml_dtypes(array)) for array in stored))
+        check(stored, jax.block_until_ready(both(x)), dtype)
+    assert len(ffi._prepared) == 8
+
+
+def test_gpu_of_several(cuda: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call asks on which device it runs: streams come and go."""
+    monkeypatch.setattr(ffi, "_gpus", lambda: (0, 1))
+    ordinals = iter([0, 1, 1, 0])
+    monkeypatch.setattr(ffi, "device_ordinal", lambda frame: next(ordinals))
+    _, x = inputs(4, "float16")
+    run = jax.jit(fa2cupy.attention)
+    for _ in range(4):
+        jax.block_until_ready(run(x.q, x.k, x.v))
+    assert [launch.device for launch in cuda.launches] == [0, 1, 1, 0]
+    assert cuda.binds == 2  # while it was traced
+
+
+def test_gpu_kernels_are_loaded_while_tracing(cuda: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every GPU: XLA may be recording a command buffer when it calls first."""
+    monkeypatch.setattr(ffi, "_gpus", lambda: (0, 1))
+    _, x = inputs(4, "float16")
+    jax.jit(fa2cupy.attention).lower(x.q, x.k, x.v)
+    assert cuda.binds == 2 and not cuda.launches
 
 
 def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:
@@ -191,8 +289,8 @@ def test_devices() -> None:
         platform, id, local_hardware_id = "tpu", 0, 0
 
     class Array:
-        def devices(self) -> set[Any]:
-            return {Elsewhere}
+        class sharding:  # noqa: N801
+            addressable_devices = frozenset({Elsewhere})
 
     with pytest.raises(UnsupportedDevice, match=r"q is on a tpu device: CUDA GPUs and the CPU"):
         JAX.device(Array(), "q")

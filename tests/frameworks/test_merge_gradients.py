@@ -38,7 +38,8 @@ def arrays() -> list[np.ndarray]:
 
 def test_jax() -> None:
     x = [jnp.asarray(a) for a in arrays()]
-    for got, wanted in zip(*(jax.grad(loss, (1, 2, 3))(jnp, *x, cuts) for cuts in (CUTS, (0, 12))), strict=True):
+    derive = jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=(0, 4))
+    for got, wanted in zip(*(derive(jnp, *x, cuts) for cuts in (CUTS, (0, 12))), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -50,3 +51,22 @@ def test_torch() -> None:
         results.append([a.grad for a in x])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_what_an_unseen_piece_holds_never_matters() -> None:
+    """Not even NaN, and not to a gradient either."""
+    for xp, grad in ((jnp, None), (torch, torch.autograd.grad)):
+        seen = [np.ones((1, 2, 1, 3), "float32"), np.zeros((1, 1, 2), "float32")]
+        unseen = [np.full((1, 2, 1, 3), np.nan, "float32"), np.full((1, 1, 2), -np.inf, "float32")]
+
+        def loss(*x: Any, xp: Any = xp) -> Any:
+            out, lse = merge_attention([x[0], x[2]], [x[1], x[3]])
+            return (out**2).sum() + xp.sin(lse).sum()
+
+        if grad is None:
+            gradients = jax.grad(loss, (0, 1, 2, 3))(*map(jnp.asarray, seen + unseen))
+        else:
+            tensors = [torch.tensor(a, requires_grad=True) for a in seen + unseen]
+            gradients = grad(loss(*tensors), tensors)
+        for gradient, wanted in zip(gradients, (2, 1, 0, 0), strict=True):
+            np.testing.assert_allclose(gradient, np.full(gradient.shape, wanted), atol=1e-6)

@@ -6,6 +6,7 @@ the plain formula.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,9 +26,12 @@ from torch.utils import flop_counter
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fa2cupy
-from fa2cupy import host
+from fa2cupy import cpu, host
+from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.keywords import KEYWORDS, Keyword
 from fa2cupy.torch import backward_op, forward_op
+from fa2cupy.torch.features import features_of, features_text
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -238,9 +243,9 @@ def test_deterministic_is_decided_when_the_backward_runs(case: Case, monkeypatch
     seen: list[bool] = []
     real = host.backward
 
-    def computed(framework: Any, arrays: Any, sizes: Any, dtype: str, options: Any, extra: Any) -> Any:
+    def computed(framework: Any, arrays: Any, sizes: Any, dtype: str, options: Any, *more: Any) -> Any:
         seen.append(options.deterministic)
-        return real(framework, arrays, sizes, dtype, options, extra)
+        return real(framework, arrays, sizes, dtype, options, *more)
 
     monkeypatch.setattr(host, "backward", computed)
 
@@ -379,6 +384,15 @@ def test_make_fx(case: Case, mode: str) -> None:
     assert_close(graph(*case.detached), case.out)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace(case: Case) -> None:
+    """What is traced computes, rather than hold the result of the trace."""
+    traced = torch.jit.trace(lambda q, k, v: fa2cupy.attention(q, k, v, causal=True), case.detached)
+    assert "fa2cupy::forward" in str(traced.graph)
+    q, k, v = case.detached
+    assert_close(traced(q, k, 2 * v), 2 * case.out)
+
+
 class Sub(torch.Tensor):
     pass
 
@@ -490,7 +504,9 @@ def test_compiled_calls_that_launch_leave_the_graph(case: Case) -> None:
     for got, wanted in zip(torch.compile(backward, backend="aot_eager")(), case.grads, strict=True):
         assert_close(got, wanted)
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="fa2cupy launches its kernels itself"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"fa2cupy launches its kernels itself|function attention_backward"
+    ):
         torch.compile(backward, backend="aot_eager", fullgraph=True)()
 
 
@@ -533,6 +549,67 @@ def test_compile_a_backward_inside(case: Case) -> None:
     assert_close(case.q.grad, case.grads[0])
     torch.compile(lambda: eager.backward(case.dout), backend="aot_eager")()
     assert_close(case.q.grad, 2 * case.grads[0])
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_compiled_autograd(case: Case, operator: bool) -> None:
+    if operator:
+        out = forward_op(*case.qkv, True, None, "bshd", None, False)[0]
+    else:
+        out = fa2cupy.attention(*case.qkv, causal=True)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        out.backward(case.dout)
+    for x, wanted in zip(case.qkv, case.grads, strict=True):
+        assert_close(x.grad, wanted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options beyond dense attention
+
+
+@pytest.fixture
+def lift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keyword, a number by which lse is higher, forward and backward: what loses it on the way is found out."""
+    functions = ("attention", "attention_backward")
+    keyword = Keyword("lift", "float | None", None, functions, "a dummy", "0.2", (None, 0.0), check_scale)
+    monkeypatch.setitem(KEYWORDS, "lift", keyword)
+    forward, backward = cpu.forward, cpu.backward
+
+    def lifted(*arrays: Any, lift: float = 0.0, lse: Any, **keywords: Any) -> Any:
+        out, lse = forward(*arrays, lse=lse, **keywords)
+        lse += lift
+        return out, lse
+
+    def lowered(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *, lift: float = 0.0, **keywords: Any) -> Any:
+        return backward(dout, q, k, v, out, lse - lift, **keywords)
+
+    monkeypatch.setattr(cpu, "forward", lifted)
+    monkeypatch.setattr(cpu, "backward", lowered)
+
+
+@pytest.mark.usefixtures("lift")
+@pytest.mark.parametrize("way", ["eager", "operator", "compile"])
+def test_an_option_reaches_forward_and_backward(case: Case, way: str) -> None:
+    def attend(*tensors: torch.Tensor) -> Any:
+        return fa2cupy.attention(*tensors, causal=True, lift=2.5, return_lse=True)
+
+    if way == "compile":
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    modes = flop_counter.FlopCounterMode(display=False) if way == "operator" else contextlib.nullcontext()
+    with modes:
+        out, lse = attend(*case.qkv)
+        case.check(out)
+    with torch.no_grad():
+        plain = fa2cupy.attention(*case.qkv, causal=True, return_lse=True)[1]
+        assert_close(fa2cupy.attention(*case.qkv, causal=True, return_lse=True, lift=2.5)[1], plain + 2.5)
+    assert_close(lse, plain + 2.5)
+
+
+def test_options_as_text() -> None:
+    for features in ((), (("window_size", (128, 0)),), (("softcap", 0.1), ("window_size", (-1, 3)))):
+        assert features_of(features_text(features)) == features
+    with pytest.raises(InvalidArgument, match="score_mod: not supported yet where torch traces"):
+        features_text((("score_mod", object()),))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import TORCH, framework_of
 from fa2cupy.frameworks.base import Device
 from fa2cupy.prepared import PREPARED
+from fa2cupy.torch import takeover
 from tests.fake_gpu import FakeGpu, cupy_array
 from tests.reference import Inputs, expect, make_inputs
 
@@ -254,6 +255,24 @@ def test_gpu(cuda: FakeGpu, dtype: str, layout: str) -> None:
     assert (len(cuda.plans), len(cuda.launches)) == (2, 4)
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_gpu_sdpa_taken_over(cuda: FakeGpu, layout: str) -> None:
+    """New outputs lie in memory as the operator's inputs do, without a copy."""
+    stored, x = inputs(13, "float16")
+    q, k, v, dout = (tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v, x.dout))
+    if layout == "bhsd":
+        q, k, v, dout = (tensor.contiguous() for tensor in (q, k, v, dout))
+    for _ in range(2):
+        out, lse = takeover._forward(q, k, v, True, None)
+        results = out, *takeover._backward(dout, q, k, v, out, lse, True, None)
+        for made, like in zip(results, (dout, q, k, v), strict=True):
+            assert (made.shape, made.stride()) == (like.shape, torch.empty_like(like).stride())
+        named = {name: made.transpose(1, 2) for name, made in zip(("out", "dq", "dk", "dv"), results, strict=True)}
+        expect(*stored, causal=True).check(lse=lse, **named)
+    assert dict(cuda.plans[0].problem.strides)["out"] == dict(cuda.plans[1].problem.strides)["dout"]
+    assert (len(cuda.plans), len(cuda.launches)) == (2, 4)
+
+
 def test_gpu_uint16(cuda: FakeGpu) -> None:
     stored, x = inputs(12, "bfloat16")
     results = both(Inputs(*(tensor.view(torch.uint16) for tensor in x)), dtype="bfloat16")
@@ -392,6 +411,15 @@ def test_allocator(shape: tuple[int, ...]) -> None:
             assert first.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
             assert (first.is_inference(), first.requires_grad) == (inference, False)
             assert not first.numel() or first.data_ptr() != second.data_ptr()
+
+
+def test_allocator_in_the_order_of_the_other_layout() -> None:
+    for shape in ((2, 3, 4, 8), (1, 1, 5, 8), (2, 3, 1, 7)):
+        first, second, third, fourth = shape
+        made = TORCH.allocator(shape, "float16", torch.zeros(1), True)()
+        plain = torch.empty(first, third, second, fourth, dtype=torch.float16)
+        assert (made.shape, made.stride()) == (shape, plain.transpose(1, 2).stride())
+        assert made.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
 
 
 def test_gpu_contiguous_and_not_are_told_apart(cuda: FakeGpu) -> None:

@@ -117,6 +117,9 @@ def compile_them(kind: str) -> None:
     torch.cuda.synchronize()
 
 
+_kept: list[Any] = []  # modules of the ways before: calls that are prepared launch from them
+
+
 @contextlib.contextmanager
 def kernels_of(way: Way, caches: Path) -> Iterator[None]:
     """Calls that are prepared within use the kernels of this way."""
@@ -128,6 +131,7 @@ def kernels_of(way: Way, caches: Path) -> Iterator[None]:
         targets._driver_assembles = lambda: False
     PREPARED.clear()
     planner.bound_plan.cache_clear()
+    _kept.append((jit_kernel._entries._values, jit_kernel._kernels._values))
     jit_kernel._entries.clear()
     jit_kernel._kernels.clear()
     try:

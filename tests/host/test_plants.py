@@ -187,7 +187,7 @@ MUTANTS = [
     ("bwd", "causal", RANGE, "key - causal_offset(sequence) : 0", "key - causal_offset(sequence) + 1 : 0"),
     ("bwd", "few", RANGE, "if (key >= sequence.seqlen_k)", "if (key > sequence.seqlen_k)"),
     ("bwd", "full", RANGE, "if (key >= sequence.seqlen_k)", "if (key >= sequence.seqlen_k - 1)"),
-    ("bwd", "causal", BWD, "(i, j, e) < query_begin(sequence", "(i, j, e) <= query_begin(sequence"),
+    ("bwd", "causal", BWD, "e % 2 < query_begin(sequence, key)", "e % 2 <= query_begin(sequence, key)"),
     # which blocks a block meets, and which of them are masked
     (
         "fwd",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import Backward, BwdRow, Defines
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
+from fa2cupy.kernels.params import BwdParams, composed
+from fa2cupy.spec import DlseParams, SoftmaxSpec
 
 __all__ = ["compile_jobs", "launch"]
 
@@ -27,10 +32,18 @@ def _defines(tile: BwdRow, side: Defines, cleared: bool) -> Defines:
 
 
 def compile_jobs(arch: str, label: str, tile: BwdRow, side: Defines, cleared: backward.Cleared) -> list[CompileJob]:
-    """Beside a main kernel's jobs for a row."""
+    """Beside a main kernel's jobs for a row: without a gradient of lse, and with one."""
+    size = ctypes.sizeof(composed(BwdParams, (DlseParams,)))
+    dlse = SoftmaxSpec((0, 0, 0)).defines() | {"FA2_PARAMS_BYTES": size}
+    clears = sorted({clear for clear, *_ in backward.modes(cleared)})
     return [
         CompileJob(
-            *_KERNEL, arch, _defines(tile, side, clear), f"backward preprocess {label}" + " of zeros" * clear, 0, 0
+            *_KERNEL,
+            arch,
+            _defines(tile, side, clear) | (dlse if given else {}),
+            f"backward preprocess {label}" + " dlse" * given + " of zeros" * clear,
+            0,
+            0,
         )
-        for clear in sorted({clear for clear, *_ in backward.modes(cleared)})
+        for given, clear in itertools.product((False, True), clears)
     ]

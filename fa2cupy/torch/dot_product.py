@@ -59,7 +59,7 @@ def scaled_dot_product_attention(
 def _why_not(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool) -> str:
     if attn_mask is not None:
         return "attn_mask is not supported yet"
-    why = objection(q, k, v, dropout_p)
+    why = objection(q, k, v, dropout_p, (_dtype(q), _dtype(k), _dtype(v)))
     if why:
         return why
     if q.shape[1] != k.shape[1] and not enable_gqa:
@@ -69,25 +69,32 @@ def _why_not(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal
     return ""
 
 
-def objection(q: Any, k: Any, v: Any, dropout_p: float) -> str:
-    """Why our kernels do not compute the attention of these (batch, heads, seqlen, head_dim) tensors, or ''."""
+def objection(q: Any, k: Any, v: Any, dropout_p: float, dtypes: tuple[Any, Any, Any]) -> str:
+    """Why our kernels do not compute the attention of these (batch, heads, seqlen, head_dim) tensors, or ''.
+
+    dtypes: what the tensors have, or will have been cast to.
+    """
     if dropout_p:
         return "dropout is not supported yet"
-    device = q.device.type
-    if device not in _DTYPES:
-        return f"device {device} is not supported"
-    dtype = _dtype(q)
-    if dtype not in _DTYPES[device] or _dtype(k) != dtype or _dtype(v) != dtype:
-        return f"{q.dtype}, {k.dtype}, {v.dtype} on {device} are not supported"
+    device = q.device
+    supported = _DTYPES.get(device.type)
+    if supported is None:
+        return f"device {device.type} is not supported"
+    dtype = dtypes[0]
+    if dtype not in supported or dtypes[1] != dtype or dtypes[2] != dtype:
+        return f"{', '.join(map(str, dtypes))} on {device.type} are not supported"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return "tensors of other than 4 dimensions are not supported"
-    if not (0 < q.shape[3] <= MAX_HEAD_DIM and 0 < v.shape[3] <= MAX_HEAD_DIM):
+    batch, heads, _, head_dim = q.shape
+    batch_k, heads_k, seqlen_k, head_dim_k = k.shape
+    batch_v, heads_v, seqlen_v, head_dim_v = v.shape
+    if not (0 < head_dim <= MAX_HEAD_DIM and 0 < head_dim_v <= MAX_HEAD_DIM):
         return "a head_dim of 0 or above 256 is not supported"
-    if k.shape[0] != q.shape[0] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
+    if batch_k != batch or (batch_v, heads_v, seqlen_v) != (batch_k, heads_k, seqlen_k) or head_dim_k != head_dim:
         return "shapes that broadcast are not supported"
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if heads_k == 0 or heads % heads_k:
         return "query heads that are not a multiple of the key heads are not supported"
-    return _device_objection(q.device.index or 0) if device == "cuda" else ""
+    return _device_objection(device.index or 0) if device.type == "cuda" else ""
 
 
 def _dtype(x: Any) -> Any:

@@ -1,0 +1,58 @@
+"""What the dimensions of every array mean to JAX's transformations: how it is sharded and how it is mapped.
+
+A new keyword with an array needs a line in `ROLES`, and no other code here or beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["ROLES", "UnfoldableError", "fold", "roles"]
+
+# By keyword: the dimensions of an array, for each rank that it may have. In the order of layout "bshd" if `_TENSORS`.
+# b batch, h query heads, g key heads, s queries, t keys, d and e head dims of k and v; of these b, h and g may be
+# sharded. A dimension of length 1 where the problem has more is broadcast.
+ROLES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("q", "dq"), ("bshd",)),
+    **dict.fromkeys(("out", "dout"), ("bshe",)),
+    **dict.fromkeys(("k", "dk"), ("btgd",)),
+    **dict.fromkeys(("v", "dv"), ("btge",)),
+    **dict.fromkeys(("lse", "lse_out", "dlse"), ("bhs",)),
+}
+_TENSORS = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
+
+
+class UnfoldableError(Exception):
+    """An array has no form with a batch dimension of its own."""
+
+
+def roles(name: str, rank: int, layout: str) -> str:
+    """The meaning of each dimension of the array `name`."""
+    found = next(form for form in ROLES[name] if len(form) == rank)
+    return found[0] + found[2] + found[1] + found[3] if name in _TENSORS and layout == "bhsd" else found
+
+
+def fold(name: str, array: Any, is_mapped: bool, size: int, batch: int) -> Any:
+    """The array of `size` problems of `batch` sequences each as that of one problem of size * batch sequences.
+
+    is_mapped: its first dimension is `size`; otherwise all problems share it.
+    """
+    shape = array.shape[1:] if is_mapped else array.shape
+    form = next(form for form in ROLES[name] if len(form) == len(shape))
+    if not form.startswith("b"):
+        if not is_mapped:
+            return array
+        if "b" + form not in ROLES[name]:
+            raise UnfoldableError
+        shape = (1, *shape)
+        array = array[:, None]
+    elif not is_mapped:
+        if shape[0] == 1:
+            return array
+        array = array[None]
+    full: Sequence[int] = (size, batch, *shape[1:])
+    return jax.lax.reshape(jnp.broadcast_to(array, full), (size * batch, *shape[1:]))

@@ -1,0 +1,63 @@
+"""Functions with the signatures of jax.nn and flax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fa2cupy.jax
+from fa2cupy.errors import InvalidArgument
+from tests.frameworks.jax_problems import B, H, S, X, assert_close, theirs
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dot_product_attention(is_causal: bool) -> None:
+    q, k, v, _ = X
+    ours, residual = fa2cupy.jax.dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3, return_residual=True)
+    assert_close(ours, jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3))
+    assert residual.shape == (B, S, H)
+    single = fa2cupy.jax.dot_product_attention(q[0], k[0], v[0], is_causal=is_causal)
+    assert_close(single, jax.nn.dot_product_attention(q[0], k[0], v[0], is_causal=is_causal))
+
+
+def test_dot_product_attention_never_misaligns() -> None:
+    q, k, v, _ = X
+    with pytest.raises(InvalidArgument, match=r"16 queries and 8 keys: jax\.nn aligns them at the first key"):
+        fa2cupy.jax.dot_product_attention(q, k[:, :8], v[:, :8], is_causal=True)
+    with pytest.raises(InvalidArgument, match="is_causal=True with query_seq_lengths or key_value_seq_lengths"):
+        fa2cupy.jax.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=jnp.asarray([3, 4]))
+    with pytest.raises(InvalidArgument, match=r"local_window_size=3 with 16 queries and 8 keys: jax\.nn aligns"):
+        fa2cupy.jax.dot_product_attention(q, k[:, :8], v[:, :8], local_window_size=3)
+    with pytest.raises(ValueError, match=r"window_size=\(3, 0\) is not supported yet"):
+        fa2cupy.jax.dot_product_attention(q, k, v, local_window_size=3, is_causal=True)
+    with pytest.raises(ValueError, match=r"bias.*not supported yet"):
+        fa2cupy.jax.dot_product_attention(q, k, v, bias=jnp.zeros((1, 1, S, S)))
+
+
+def test_flax_attention() -> None:
+    q, k, v, _ = X
+    out = fa2cupy.jax.flax_attention(q[None], k[None], v[None], causal=True, dtype="bfloat16")
+    assert out.shape == (1, *q.shape) and out.dtype == "bfloat16"
+    assert_close(out[0].astype("float32"), theirs(q, k, v), 3e-2)
+    with pytest.raises(InvalidArgument, match=r"dropout_rate=0\.1 is not supported yet"):
+        fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1)
+    fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1, deterministic=True)
+    assert_close(fa2cupy.jax.flax_attention(q, k, v, is_causal=True), theirs(q, k, v))
+    with pytest.raises(InvalidArgument, match=r"is_causal=True with 16 queries and 8 keys: flax aligns"):
+        fa2cupy.jax.flax_attention(q, k[:, :8], v[:, :8], is_causal=True)
+
+
+def test_dot_product_attention_takes_numpy_arrays() -> None:
+    q, k, v, _ = map(np.asarray, X)
+    out = fa2cupy.jax.dot_product_attention(q, k, v, is_causal=True)
+    assert isinstance(out, jax.Array)
+    assert_close(out, theirs(q, k, v))
+
+
+def test_packed_sequences_wait_for_segment_ids() -> None:
+    """A packed batch must equal the unpacked one; until it can, it is an error."""
+    q, k, v, _ = X
+    with pytest.raises(ValueError, match=r"segment_ids.*not supported yet"):
+        fa2cupy.jax.flax_attention(q, k, v, causal=True, segment_ids=jnp.zeros((B, S), "int32"))

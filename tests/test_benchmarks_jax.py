@@ -1,0 +1,53 @@
+"""What benchmarks/gpt_jax.py and host_cost_jax.py make of numbers. No JAX and no GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks import curves, gpt_jax, host_cost_jax
+
+
+def test_distances_of_curves() -> None:
+    rows = {"fa2cupy": {0: [1.0, 2.0], 1: [0.0, 0.0]}, "cudnn": {0: [1.0, 4.0], 1: [3.0, 3.0]}, "xla": {0: [1.0, 2.0]}}
+    found = curves.distances(rows)
+    assert found["fa2cupy", "cudnn"] == pytest.approx((math.sqrt(2) + 3) / 2)
+    assert found["fa2cupy", "xla"] == 0 and found["cudnn", "xla"] == pytest.approx(math.sqrt(2))
+    assert curves.ratios(rows, "fa2cupy")["cudnn"] == pytest.approx((math.sqrt(2) + 3) / 2 / math.sqrt(2))
+    assert math.isnan(curves.ratios({name: {0: [1.0]} for name in rows}, "fa2cupy")["xla"])
+    assert curves.mean_of_last([9.0, 1.0, 3.0], 2) == 2
+
+
+def record(ours: float, ms: float) -> dict[str, object]:
+    losses = {"fa2cupy": {0: [2.0 + ours] * 30}, "cudnn": {0: [2.0] * 30}, "xla": {0: [2.1] * 30}}
+    return {"losses": losses, "norms": losses, "ms": {"fa2cupy": [ms, ms], "cudnn": [10.0, 10.0]}}
+
+
+def test_bars_of_the_gpt() -> None:
+    assert all(held for *_, held in gpt_jax.verdicts(record(0.1, 9.9)))
+    assert [text for text, *_, held in gpt_jax.verdicts(record(0.1, 10.1)) if not held] == [
+        "ms a step at S 8,192: ours over cudnn"
+    ]
+    missed = [text for text, *_, held in gpt_jax.verdicts(record(0.6, 9.9)) if not held]
+    assert len(missed) == 5 and "mean loss of our last 20 steps, worst seed" in missed
+    assert "| fa2cupy - cudnn | 1.00e-01 | 1.00e-01 |" in gpt_jax.table(record(0.1, 9.9))
+
+
+def test_bars_of_the_host_cost() -> None:
+    row = {
+        "eager": 30.0,
+        "jitted": 30.0,
+        "one more": 14.0,
+        "forward and backward, ours": 50.0,
+        "forward and backward, jax.nn": 60.0,
+    }
+    us = {"without": row, "with": {**row, "one more": 1.0}}
+    assert all(held for *_, held in host_cost_jax.verdicts(us))
+    missed = host_cost_jax.verdicts({"without": {**row, "one more": 15.5}, "with": {**row, "eager": 33.0}})
+    assert [text for text, *_, held in missed if not held] == [
+        "one more, without command buffers, us",
+        "one more, with command buffers, us",
+        "eager over jitted, with command buffers",
+    ]
+    assert "| one more | 14.0 | 1.0 |" in host_cost_jax.table(us)
