@@ -88,9 +88,6 @@ class WindowSpec(Spec):
     def params(self) -> WindowParams:
         return WindowParams(self.left, self.right)
 
-    def objection(self, row: Row) -> str:
-        return "" if self.only_drops else f"windows are not in the {row.family} kernels yet"
-
 
 class DlseParams(ctypes.Structure):
     """The twin of the struct in cuda_src/common/params.cuh."""

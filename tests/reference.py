@@ -305,6 +305,8 @@ def _slab(
         :, None
     ]  # rows without a key take no part: whatever they hold, NaN too, must not reach the rest
     Q = xp.where(sees, Q, 0.0)
+    seen = mask.any(0)[:, None]  # and keys without a query likewise
+    K, V = xp.where(seen, K, 0.0), xp.where(seen, V, 0.0)
     with np.errstate(all="ignore"):
         S = xp.where(mask, (Q @ K.swapaxes(1, 2)) * scale, -np.inf)
         m = xp.amax(S, axis=-1, keepdims=True) if S.shape[-1] else xp.sum(S, axis=-1, keepdims=True)
