@@ -58,6 +58,9 @@ def attention(
             head h uses key head h // (num_heads // num_heads_k).
         v: (batch, seqlen_k, num_heads_k, head_dim_v). head_dim_v is 1 to 256; it need not be head_dim.
         causal: mask the keys that come after the query. A bool.
+        window_size: (left, right): query i, which stands beside key p = i + seqlen_k - seqlen_q, sees keys j with
+            p - left <= j <= p + right. -1 (or None) is unlimited, below that is an error. (127, 0) are 128 keys, the
+            query's own among them. With causal=True right is 0: a positive one is an error.
         softmax_scale: a finite number, of either sign or 0; None is head_dim ** -0.5. An array is a TypeError, because
             reading it from a GPU would wait for it.
         layout: "bshd", or "bhsd" for (batch, num_heads, seqlen, head_dim). Any strides will do, 0 and negative ones
@@ -152,7 +155,7 @@ def attention_backward(
             last dimension is not contiguous).
         q, k, v: what `attention` was called with.
         out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs).
-        causal, softmax_scale, layout, dtype: as they were given to `attention`.
+        causal, window_size, softmax_scale, layout, dtype: as they were given to `attention`.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
         dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.
         dq, dk, dv: where to put the results, of the shapes of q, k and v; the rules are those of `attention`'s out.

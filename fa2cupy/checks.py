@@ -11,9 +11,15 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
 
-__all__ = ["LAYOUTS", "check_dtype", "check_flag", "check_layout", "check_scale", "shown"]
+__all__ = ["LAYOUTS", "WINDOWS", "check_dtype", "check_flag", "check_layout", "check_scale", "check_window", "shown"]
 
 LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
+
+
+# How windows are counted, for those who come with one number.
+WINDOWS = (
+    "(127, 0) sees 128 keys, the query's own among them, as Mistral counts; (128, 0) sees 128 before it and its own"
+)
 
 
 def shown(name: str, value: object) -> str:
@@ -69,3 +75,22 @@ def check_scale(name: str, value: Any) -> float | None:
     if not math.isfinite(scale):
         raise InvalidArgument(f"{shown(name, value)} is not supported: it must be finite")
     return scale
+
+
+def check_window(name: str, value: Any) -> tuple[int, int]:
+    """(left, right), -1 where it is unlimited."""
+    if isinstance(value, (int, np.integer)) and value is not True and value is not False:
+        raise InvalidType(f"{shown(name, value)} is one number: (left, right) is needed ({WINDOWS})")
+    if not isinstance(value, (tuple, list)):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None or (left, right) is needed")
+    if len(value) != 2:
+        raise InvalidArgument(f"{shown(name, value)} has {len(value)} elements: (left, right) is needed")
+    for end in value:
+        if end is not None and (isinstance(end, (bool, np.bool_)) or not isinstance(end, (int, np.integer))):
+            raise InvalidType(
+                f"{shown(name, value)} holds a {describe(end)}: two ints are needed, -1 or None for unlimited"
+            )
+        if end is not None and end < -1:
+            raise InvalidArgument(f"{shown(name, value)} is not supported: -1 is unlimited, and nothing is below it")
+    left, right = (-1 if end is None else int(end) for end in value)
+    return left, right

@@ -15,7 +15,7 @@ have been checked by the caller.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,25 +35,26 @@ def forward(
     *,
     causal: bool,
     softmax_scale: float,
+    window_size: tuple[int, int] | None = None,
     out: Array | None = None,
     lse: Array | None = None,
 ) -> tuple[Array, Array]:
     """out (batch, seqlen_q, heads, head_dim_v) in the dtype of q, lse (batch, heads, seqlen_q) in the type of the sums.
 
     q is (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k, head_dim or head_dim_v), any strides.
-    `out` and `lse` are written when given.
+    window_size is (left, right), each -1 for unlimited. `out` and `lse` are written when given.
     """
     out = np.empty((*q.shape[:3], v.shape[3]), q.dtype) if out is None else out
     lse = np.empty((q.shape[0], q.shape[2], q.shape[1]), _compute_dtype(q)) if lse is None else lse
-    first, diagonal = _visible(q, k, causal)
+    first, unseen, band = _visible(q, k, causal, window_size)
     num_heads_k = k.shape[2]
-    Q, K, V = (_load(x, num_heads_k) for x in (q[:, first:], k, v))
+    Q, K, V = (_load(x, num_heads_k) for x in (q[:, first:], k[:, unseen:], v[:, unseen:]))
     Q, scale = _positive_scale(Q, softmax_scale)
     O = np.empty((*Q.shape[:3], V.shape[3]), Q.dtype)
     L = np.empty((*Q.shape[:3], 1), Q.dtype)
     for n in _slabs(Q, K):
         for i in _blocks(0, Q.shape[2], BLOCK_M):
-            O[n, :, i], L[n, :, i] = _forward_block(Q[n, :, i], K[n, 0], V[n, 0], scale, i.start + diagonal)
+            O[n, :, i], L[n, :, i] = _forward_block(Q[n, :, i], K[n, 0], V[n, 0], scale, band.below(i.start))
     out[:, :first] = 0
     lse[:, :, :first] = -np.inf
     _store(O, out[:, first:])
@@ -61,19 +62,17 @@ def forward(
     return out, lse
 
 
-def _forward_block(Q: Array, K: Array, V: Array, scale: float, diagonal: int) -> tuple[Array, Array]:
-    """O (n, g, m, d_v) and L (n, g, m, 1) of a block of queries Q (n, g, m, d) over all K (n, seqlen_k, d) and V.
-
-    Query row r of the block sees the keys up to r + diagonal.
-    """
+def _forward_block(Q: Array, K: Array, V: Array, scale: float, band: _Band) -> tuple[Array, Array]:
+    """O (n, g, m, d_v) and L (n, g, m, 1) of a block of queries Q (n, g, m, d) over all K (n, seqlen_k, d) and V."""
     n, g, rows, _ = Q.shape
     Q = _fold(Q)
     m = np.full((n, g * rows, 1), -np.inf, Q.dtype)  # running maximum of S, without the scale
     l = np.zeros((n, g * rows, 1), Q.dtype)  # running sum of P
     O = np.zeros((n, g * rows, V.shape[2]), Q.dtype)  # not divided by l until the end
-    for j in reversed(list(_blocks(0, min(K.shape[1], diagonal + rows), BLOCK_N))):
+    first = max(0, band.first) // BLOCK_N * BLOCK_N
+    for j in reversed(list(_blocks(first, min(K.shape[1], band.last + rows), BLOCK_N))):
         S = Q @ K[:, j].swapaxes(1, 2)
-        _mask(S, rows, diagonal - j.start)
+        _mask(S, rows, band.below(0, j.start))
         m_new = np.maximum(m, S.max(-1, keepdims=True))
         m_finite = np.where(np.isneginf(m_new), 0, m_new)  # no key so far: -inf - -inf would be NaN
         alpha = np.exp((m - m_finite) * scale)
@@ -96,6 +95,7 @@ def backward(
     *,
     causal: bool,
     softmax_scale: float,
+    window_size: tuple[int, int] | None = None,
     dlse: Array | None = None,
     dq: Array | None = None,
     dk: Array | None = None,
@@ -107,9 +107,9 @@ def backward(
     As in the kernel, the outer loop is over key blocks, which own dK and dV; dQ is added up over them.
     """
     dq, dk, dv = (np.empty(x.shape, x.dtype) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
-    first, diagonal = _visible(q, k, causal)
+    first, unseen, band = _visible(q, k, causal, window_size)
     num_heads_k = k.shape[2]
-    Q, K, V, dO = (_load(x, num_heads_k) for x in (q[:, first:], k, v, dout[:, first:]))
+    Q, K, V, dO = (_load(x, num_heads_k) for x in (q[:, first:], k[:, unseen:], v[:, unseen:], dout[:, first:]))
     D = np.sum(dO * _load(out[:, first:], num_heads_k), axis=-1, keepdims=True)
     if dlse is not None:
         D -= _load_rows(dlse[:, :, first:], num_heads_k)
@@ -120,10 +120,11 @@ def backward(
     for n in _slabs(Q, K):
         for j in _blocks(0, K.shape[2], BLOCK_N):
             Kj, Vj = K[n, 0, j], V[n, 0, j]
-            for i in _blocks(max(0, j.start - diagonal) // BLOCK_M * BLOCK_M, Q.shape[2], BLOCK_M):
+            first_block = max(0, j.start - band.last) // BLOCK_M * BLOCK_M
+            for i in _blocks(first_block, min(Q.shape[2], j.stop - band.first), BLOCK_M):
                 Qi, dOi, Di, shift_i, rest_i = (_fold(x[n, :, i]) for x in (Q, dO, D, shift, rest))
                 S = Qi @ Kj.swapaxes(1, 2)
-                _mask(S, i.stop - i.start, i.start + diagonal - j.start)
+                _mask(S, i.stop - i.start, band.below(i.start, j.start))
                 P = _exp(S, shift_i, scale, rest_i)  # exp(S - L)
                 dV[n, 0, j] += P.swapaxes(1, 2) @ dOi
                 dS = dOi @ Vj.swapaxes(1, 2)  # dP, turned into dS = P * (dP - D) in place
@@ -134,7 +135,8 @@ def backward(
     dQ *= softmax_scale
     dK *= scale  # the sign is in Q
     dq[:, :first] = 0
-    for x, dx in ((dQ, dq[:, first:]), (dK, dk), (dV, dv)):
+    dk[:, :unseen], dv[:, :unseen] = 0, 0
+    for x, dx in ((dQ, dq[:, first:]), (dK, dk[:, unseen:]), (dV, dv[:, unseen:])):
         _store(x, dx)
     return dq, dk, dv
 
@@ -143,26 +145,41 @@ def backward(
 # Scores
 
 
-def _visible(q: Array, k: Array, causal: bool) -> tuple[int, int]:
-    """(first, diagonal): the first query row that sees a key, and the last key that this row sees.
+class _Band(NamedTuple):
+    """Which keys queries see: query r the keys from r + first to r + last."""
 
-    The rows before `first` are dropped: nothing of them is read. Row first + r sees the keys up to r + diagonal:
-    causal is bottom-right aligned, the last query sees the last key.
+    first: int
+    last: int
+
+    def below(self, query: int, key: int = 0) -> _Band:
+        """The same, with queries and keys counted from these on."""
+        return _Band(self.first + query - key, self.last + query - key)
+
+
+def _visible(q: Array, k: Array, causal: bool, window_size: tuple[int, int] | None) -> tuple[int, int, _Band]:
+    """(queries, keys, band): leading queries that see no key, leading keys that no query sees, and who sees whom among
+    the rest, counted from there.
+
+    Those leading ones are dropped: nothing of them is read. There are no others, since causal and window are aligned
+    bottom-right: the last query stands beside the last key.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    left, right = window_size or (-1, -1)
+    right = 0 if causal else right
     if seqlen_k == 0:
-        return seqlen_q, 0
-    if not causal:
-        return 0, seqlen_k
-    first = max(0, seqlen_q - seqlen_k)
-    return first, seqlen_k - (seqlen_q - first)
+        return seqlen_q, 0, _Band(0, 0)
+    queries = 0 if right < 0 else min(seqlen_q, max(0, seqlen_q - seqlen_k - right))
+    keys = 0 if left < 0 or seqlen_q == 0 else max(0, seqlen_k - seqlen_q - left)
+    beside = seqlen_k - keys - (seqlen_q - queries)  # of those that stay: query r stands beside key r + beside
+    return queries, keys, _Band(-seqlen_q if left < 0 else beside - left, seqlen_k if right < 0 else beside + right)
 
 
-def _mask(S: Array, rows: int, diagonal: int) -> None:
-    """Set the scores of a tile (n, g x rows, columns) to -inf where column > row + diagonal."""
+def _mask(S: Array, rows: int, band: _Band) -> None:
+    """Set the scores of a tile (n, g x rows, columns) to -inf outside of the band."""
     columns = S.shape[2]
-    if columns - 1 > diagonal:
-        hidden = np.arange(columns) > np.arange(rows)[:, None] + diagonal
+    if columns - 1 > band.last or rows - 1 + band.first > 0:
+        row, column = np.arange(rows)[:, None], np.arange(columns)
+        hidden = (column > row + band.last) | (column < row + band.first)
         S.reshape(S.shape[0], -1, rows, columns)[:, :, hidden] = -np.inf
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, UnsupportedDevice
 
-__all__ = ["DECLARED", "FLOAT32_ON_GPU", "GPU_TOO_OLD", "Declared"]
+__all__ = ["DECLARED", "FLOAT32_ON_GPU", "GPU_TOO_OLD", "RIGHT_OF_CAUSAL", "Declared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,12 @@ GPU_TOO_OLD = Declared(
     "device {index} ({name}) has compute capability {major}.{minor}: "
     "8.0 or newer is needed (A100, RTX 30 series, or later)",
 )
+RIGHT_OF_CAUSAL = Declared(
+    "a positive right window with `causal=True`",
+    "causal makes right 0",
+    InvalidArgument,
+    "window_size={value} with causal=True: causal makes the right end 0, so -1 or 0 is needed",
+)
 _TO_COME = (
     Declared(
         "a BlockMask with `causal=` or `window_size=`",
@@ -57,13 +63,6 @@ _TO_COME = (
         InvalidArgument,
         "layout='bhsd' is not for packed sequences, whose arrays are (total, heads, head_dim): leave it out",
         "cu_seqlens_q",
-    ),
-    Declared(
-        "a positive right window with `causal=True`",
-        "causal makes right 0",
-        InvalidArgument,
-        "window_size={value} with causal=True: causal makes the right end 0, so -1 or 0 is needed",
-        "window_size",
     ),
     Declared(
         "dropout with a KVCache",
@@ -81,4 +80,4 @@ _TO_COME = (
     ),
 )
 
-DECLARED = (FLOAT32_ON_GPU, GPU_TOO_OLD, *_TO_COME)
+DECLARED = (FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, *_TO_COME)

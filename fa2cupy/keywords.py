@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fa2cupy.checks import check_dtype, check_flag, check_layout, check_scale, shown
+from fa2cupy.checks import WINDOWS, check_dtype, check_flag, check_layout, check_scale, check_window, shown
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
 
 __all__ = [
@@ -77,7 +77,8 @@ _TABLE = (
     ),
     Keyword(
         "window_size", "tuple[int, int] | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
-        "(left, right): keys up to so many before and after the query; -1 is unlimited", neutral=_NO_WINDOW,
+        "(left, right): keys up to so many before and after the query; -1 is unlimited",
+        "0.2", _NO_WINDOW, check_window,
     ),
     Keyword(
         "softmax_scale", "float | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
@@ -171,9 +172,6 @@ _TABLE = (
 KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
 
 # What keywords are called elsewhere: (ours, a remark). Hints, not aliases.
-_WINDOWS = (
-    "(127, 0) sees 128 keys, the query's own among them, as Mistral counts; (128, 0) sees 128 before it and its own"
-)
 _EITHER = "mask is for booleans, bias for numbers that are added"
 OTHER_NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "is_causal": (("causal",), ""),
@@ -193,9 +191,9 @@ OTHER_NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "learnable_sink": (("sinks",), ""),
     "s_aux": (("sinks",), ""),
     "logits_soft_cap": (("softcap",), ""),
-    "local_window_size": (("window_size",), _WINDOWS),
-    "sliding_window": (("window_size",), _WINDOWS),
-    "window": (("window_size",), _WINDOWS),
+    "local_window_size": (("window_size",), WINDOWS),
+    "sliding_window": (("window_size",), WINDOWS),
+    "window": (("window_size",), WINDOWS),
     "dropout": (("dropout_p",), ""),
     "dropout_rate": (("dropout_p",), ""),
     "query_seq_lengths": (("seqused_q",), ""),
@@ -216,6 +214,8 @@ def is_neutral(keyword: Keyword, value: object) -> bool:
             return False
     elif isinstance(value, (bool, np.bool_)):
         return any(neutral is bool(value) for neutral in keyword.neutral)
+    elif isinstance(value, np.generic):
+        value = value.item()  # beside a tuple NumPy's own would be an array
     elif value is not None and not _is_number(value):
         return False
     return any(neutral is not False and neutral == value for neutral in keyword.neutral)
@@ -269,9 +269,8 @@ def too_many_by_position(function: str, positional: tuple[object, ...]) -> Fa2Er
 def not_supported(function: str, keyword: Keyword, value: object) -> Fa2Error:
     """The error for a value other than a neutral one of a keyword to come."""
     allowed = " or ".join(repr(neutral) for neutral in keyword.neutral[:3])
-    hint = f" ({_WINDOWS})" if keyword.name == "window_size" and _is_number(value) else ""
     return InvalidArgument(
-        f"{shown(keyword.name, value)} is not supported yet: leave it out, {function}() takes {allowed} only{hint}"
+        f"{shown(keyword.name, value)} is not supported yet: leave it out, {function}() takes {allowed} only"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fa2cupy.declared import RIGHT_OF_CAUSAL
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
 from fa2cupy.operations import Operation
@@ -40,8 +41,10 @@ class Options:
         deterministic: object = False,
         features: tuple[tuple[str, Any], ...] = (),
     ) -> Options:
-        """From what the user gave, of any type. `features`: from `given`, which has checked them."""
-        return cls(
+        """From what the user gave, of any type. `features`: from `given`, which has checked them one by one; what two
+        keywords cannot be together is checked here.
+        """
+        options = cls(
             layout=_checked("layout", layout),
             dtype=_checked("dtype", dtype),
             causal=_checked("causal", causal),
@@ -49,6 +52,10 @@ class Options:
             deterministic=_checked("deterministic", deterministic),
             features=features,
         )
+        window = dict(features).get("window_size")
+        if options.causal and window is not None and window[1] > 0:
+            raise RIGHT_OF_CAUSAL.error(value=window)
+        return options
 
     def dtype_of(self, ref: TensorRef) -> str:
         """The dtype that the elements of a 16-bit array hold, for an argument whose own dtype may be uint16."""

@@ -12,7 +12,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS
 from fa2cupy.options import Options
-from fa2cupy.spec import SoftmaxSpec, Spec
+from fa2cupy.spec import SoftmaxSpec, Spec, WindowSpec
 
 __all__ = [
     "ARRAY_RULES",
@@ -170,8 +170,22 @@ ARRAY_RULES: dict[str, ArrayRule] = {
 # By keyword: an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of it. Fields
 # with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
+    "window_size": lambda problem, window: _with_window(problem, *window),
     "dlse": lambda problem, ref: replace(problem, softmax=SoftmaxSpec(_strides_of(ref), problem.empty_rows)),
 }
+
+
+def _with_window(problem: AttentionProblem, left: int, right: int) -> AttentionProblem:
+    """Ends that nobody notices are none, and a right end of 0 alone is causal: equal problems get equal plans."""
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    left = seqlen_k if left < 0 else min(left, seqlen_k)
+    right = 0 if problem.causal else seqlen_q if right < 0 else min(right, seqlen_q)
+    if left >= seqlen_k - 1 and (right >= seqlen_q - 1 or right == 0):
+        return replace(problem, causal=problem.causal or right < seqlen_q - 1)
+    windowed = replace(problem, causal=False, window=WindowSpec(left, right))
+    queries, keys = seqlen_q - windowed.empty_rows, seqlen_k - windowed.empty_keys
+    only_drops = left >= keys - 1 and right >= queries - 1
+    return replace(windowed, window=WindowSpec(left, right, only_drops))
 
 
 def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> AttentionProblem:
@@ -226,7 +240,7 @@ def _rank_hint(name: str, shape: tuple[int, ...], layout: str) -> str:
 class AttentionProblem:
     """One call, in bshd order whatever the user's layout.
 
-    causal: bottom-right aligned.
+    causal: bottom-right aligned; False with a window, which has two ends.
     strides: in elements, by the names q, k, v, out, (dout, dq, dk, dv,) lse; dimensions of size 1 and all of an empty
     tensor have stride 0. The last dimension of the 16-bit tensors, and seqlen of lse, are contiguous.
     aligned: every 16-bit pointer and stride is a multiple of 16 bytes and the head dims are multiples of 8.
@@ -245,6 +259,7 @@ class AttentionProblem:
     softmax_scale: float
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
+    window: WindowSpec | None = None
     softmax: SoftmaxSpec | None = None
 
     @property
@@ -252,7 +267,16 @@ class AttentionProblem:
         """Leading query rows that see no key. The kernels never see them."""
         if self.seqlen_k == 0:
             return self.seqlen_q
+        if self.window is not None:
+            return max(0, self.seqlen_q - self.seqlen_k - self.window.right)
         return max(0, self.seqlen_q - self.seqlen_k) if self.causal else 0
+
+    @property
+    def empty_keys(self) -> int:
+        """Leading keys that no query sees. The kernels never see them."""
+        if self.window is None or self.seqlen_q == 0:
+            return 0
+        return max(0, self.seqlen_k - self.seqlen_q - self.window.left)
 
     @property
     def specs(self) -> tuple[Spec, ...]:

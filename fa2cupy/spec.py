@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DlseParams", "Row", "SoftmaxSpec", "Spec"]
+__all__ = ["DlseParams", "Row", "SoftmaxSpec", "Spec", "WindowParams", "WindowSpec"]
 
 
 class Row(Protocol):
@@ -59,6 +59,34 @@ class Spec:
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
         return ""
+
+
+class WindowParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (("left", ctypes.c_int32), ("right", ctypes.c_int32))
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSpec(Spec):
+    """The keys that a query sees, around the key that it stands beside: `left` of them before it, `right` behind it.
+
+    Both are numbers, at most the lengths, which are no limit. only_drops: when the leading queries that see no key and
+    the leading keys that no query sees are dropped, everybody left sees everybody left, and no kernel need know.
+    """
+
+    left: int
+    right: int
+    only_drops: bool = False
+
+    def reaches(self, source: str) -> bool:
+        return not self.only_drops and not source.startswith("smxx/")
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_BAND": 1}
+
+    def params(self) -> WindowParams:
+        return WindowParams(self.left, self.right)
 
 
 class DlseParams(ctypes.Structure):

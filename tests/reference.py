@@ -151,17 +151,30 @@ def make_inputs(
 _MAX_SCORES = 1 << 24  # elements of S at a time, at least one slab's: 128 MiB
 
 
-def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool) -> np.ndarray:
-    """(seqlen_q, seqlen_k) bool: which keys a query sees; causal is bottom-right aligned."""
+Window = tuple[int, int] | None  # window_size
+
+
+def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = None) -> np.ndarray:
+    """(seqlen_q, seqlen_k) bool: which keys a query sees; causal and window are bottom-right aligned."""
     i, j = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
-    return (j <= i + seqlen_k - seqlen_q) | (not causal)
+    beside = i + seqlen_k - seqlen_q
+    left, right = window or (-1, -1)
+    sees = (j <= beside) | (not causal)
+    return sees & ((j >= beside - left) | (left < 0)) & ((j <= beside + right) | (right < 0))
 
 
 def attention_reference(
-    q: Array, k: Array, v: Array, causal: bool = False, scale: float | None = None, *, xp: Any = np
+    q: Array,
+    k: Array,
+    v: Array,
+    causal: bool = False,
+    scale: float | None = None,
+    *,
+    window: Window = None,
+    xp: Any = np,
 ) -> tuple[Array, Array]:
     """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q), in float64."""
-    return _by_slab(q, k, v, None, causal, scale, "float64", xp)[:2]
+    return _by_slab(q, k, v, None, causal, scale, "float64", xp, window=window)[:2]
 
 
 def attention_by_scipy(
@@ -196,11 +209,12 @@ def attention_backward_reference(
     causal: bool = False,
     scale: float | None = None,
     *,
+    window: Window = None,
     dlse: Array | None = None,
     xp: Any = np,
 ) -> tuple[Array, Array, Array]:
     """dq, dk, dv in float64; dk and dv have the heads of k. dlse: the gradient of lse, of its shape; None is 0."""
-    return _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse)[2:5]
+    return _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window)[2:5]
 
 
 def attention_backward_model(
@@ -230,6 +244,7 @@ def _by_slab(
     xp: Any,
     saved: Array | None = None,
     dlse: Array | None = None,
+    window: Window = None,
 ) -> tuple[Array, ...]:
     """out, lse, dq, dk, dv, max|dP + dlse|: a slab is some of the batch x num_heads_k groups of heads of a key head."""
     batch, seqlen_q, num_heads, head_dim = q.shape
@@ -249,7 +264,7 @@ def _by_slab(
         dlse = as_float64(dlse, xp)[..., None].swapaxes(1, 2)
     rows = (None if x is None else split(x, group) for x in (dout, saved, dlse))
     slabs = split(q, group), split(k, 1), split(v, 1), *rows
-    visible = np.tile(visible_keys(seqlen_q, seqlen_k, causal), (group, 1))
+    visible = np.tile(visible_keys(seqlen_q, seqlen_k, causal, window), (group, 1))
     mask = xp.asarray(visible) if xp.__name__ != "torch" else xp.as_tensor(visible, device=slabs[0].device)
     step = max(1, _MAX_SCORES // max(1, visible.size))
     parts = [
@@ -290,6 +305,8 @@ def _slab(
         :, None
     ]  # rows without a key take no part: whatever they hold, NaN too, must not reach the rest
     Q = xp.where(sees, Q, 0.0)
+    seen = mask.any(0)[:, None]  # and keys without a query likewise
+    K, V = xp.where(seen, K, 0.0), xp.where(seen, V, 0.0)
     with np.errstate(all="ignore"):
         S = xp.where(mask, (Q @ K.swapaxes(1, 2)) * scale, -np.inf)
         m = xp.amax(S, axis=-1, keepdims=True) if S.shape[-1] else xp.sum(S, axis=-1, keepdims=True)
@@ -437,6 +454,7 @@ def expect(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: Window = None,
     out: Array | None = None,
     dlse: Array | None = None,
     dtype: str = "",
@@ -450,14 +468,14 @@ def expect(
     result, and in small cases the one is now and then twice the other (7 of 10,000 honest outputs fail `compare`).
     """
     dtype = dtype or dtype_name(q)
-    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse)
+    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window)
     rounds = dtype in ("float16", "bfloat16")
-    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse) if rounds else None
+    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse, window) if rounds else None
     unit = 1e-13 if dtype == "float64" else 1e-5
     magnitudes = {"out": _largest(as_float64(v, xp), xp)}
     if dout is not None:
         scale = abs(q.shape[3] ** -0.5 if scale is None else scale)
-        sees = visible_keys(q.shape[1], k.shape[1], causal).any(-1)
+        sees = visible_keys(q.shape[1], k.shape[1], causal, window).any(-1)
         first = int(np.argmax(sees)) if sees.any() else q.shape[1]
         magnitudes["dq"] = scale * ref[5] * _largest(as_float64(k, xp), xp)
         magnitudes["dk"] = scale * ref[5] * _largest(as_float64(q[:, first:], xp), xp)

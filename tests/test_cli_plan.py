@@ -36,6 +36,16 @@ def test_plan_prints_both_directions(capsys: pytest.CaptureFixture[str]) -> None
     assert said.count("fill_unseen sm_86") == 2
 
 
+def test_plan_of_a_window(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ("--head-dim", "64", "--seqlen", "500", "--arch", "sm_90a")
+    said = plan_said(capsys, *shape, "--causal", "--window-size", "100", "-1")
+    assert said.count("window=WindowSpec(left=100, right=0, only_drops=False)") == 2 and said.count("band=1") == 2
+    plain = plan_said(capsys, *shape, "--causal")
+    assert plain == plan_said(capsys, *shape, "--window-size", "-1", "0") and "band" not in plain
+    said = plan_said(capsys, *shape, "--causal", "--window-size", "5", "5", status=1)
+    assert said.count("window_size=(5, 5) with causal=True: causal makes the right end 0") == 2
+
+
 def test_plan_says_who_objects(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FA2CUPY_KERNEL", "sm90")
     said = plan_said(capsys, "--head-dim", "60", "--seqlen", "10", "--arch", "sm_90a", status=1)

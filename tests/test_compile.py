@@ -7,6 +7,8 @@ GPU. `make test` compiles a sample (compile_worker.in_sample), `make compile-all
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,8 +18,10 @@ from typing import Any
 import pytest
 
 from fa2cupy.jit import DeviceInfo, compile_many
-from fa2cupy.kernels import CompileJob, plan_backward, plan_forward
+from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward
+from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, composed
 from fa2cupy.problem import AttentionProblem
+from fa2cupy.spec import WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows
 
@@ -30,6 +34,14 @@ SHARED_MEMORY = {
     "sm_90a": 232_448,
     "sm_100": 232_448,
     "sm_120": 101_376,
+}
+
+_STRUCTS = {
+    "sm80/flash_fwd.cu": FwdParams,
+    "sm80/flash_bwd.cu": BwdParams,
+    "sm90/flash_fwd.cu": FwdTmaParams,
+    "sm90/flash_bwd.cu": BwdTmaParams,
+    "sm90/flash_bwd_wide.cu": BwdTmaParams,
 }
 
 each_nvrtc_and_arch = pytest.mark.parametrize(
@@ -70,6 +82,63 @@ def test_sample_of_rows(release: str, arch: str) -> None:
 @each_nvrtc_and_arch
 def test_all_rows(release: str, arch: str) -> None:
     check(release, arch, "all")
+
+
+# Of kernels with a band, by architecture, source and head_dim: what they spill beyond what their row declares, with
+# either release. Addresses and bounds of the loop, not scores, but for sm80/flash_fwd.cu.
+_BAND_SPILLS = {
+    ("sm_90a", "sm90/flash_bwd.cu", 128): 28,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256): 12,
+    ("sm_80", "sm80/flash_fwd.cu", 64): 140,
+    ("sm_80", "sm80/flash_fwd.cu", 256): 16,
+    ("sm_90", "sm80/flash_fwd.cu", 64): 92,
+    ("sm_90", "sm80/flash_fwd.cu", 96): 8,
+    ("sm_90", "sm80/flash_fwd.cu", 128): 36,
+    ("sm_90", "sm80/flash_fwd.cu", 192): 16,
+    ("sm_120", "sm80/flash_bwd.cu", 256): 12,
+}
+
+
+def band_jobs(arch: str) -> list[CompileJob]:
+    """Every row of the main kernels as it is compiled for a window."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        masked = job.source == "sm90/flash_fwd.cu"  # whose windows take the rows of causal problems
+        if struct is None or not job.defines["FA2_BF16"] or job.defines["FA2_CAUSAL"] != masked:
+            continue
+        size = ctypes.sizeof(composed(struct, (WindowParams,)))
+        defines = {**job.defines, "FA2_CAUSAL": 0, "FA2_BAND": 1, "FA2_PARAMS_BYTES": size}
+        more = _BAND_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"])), 0)
+        allowed = job.allowed_spill_bytes + more
+        jobs.append(dataclasses.replace(job, defines=defines, label=f"{job.label} band", allowed_spill_bytes=allowed))
+    return jobs
+
+
+def check_bands(jobs: list[CompileJob]) -> None:
+    """Compiled with the NVRTC that is installed."""
+    found = []
+    for result in compile_many(jobs):
+        assert result.resources is not None, result.error
+        assert isinstance(result.job, CompileJob)
+        spills, job = result.resources.spill_bytes, result.job
+        found += [f"{job.arch} {job.label}: {warning}" for warning in result.warnings]
+        if spills > job.allowed_spill_bytes:
+            found.append(f"{job.arch} {job.label}: spills {spills} bytes, {job.allowed_spill_bytes} are known")
+    assert not found, "\n".join(found)
+
+
+def test_some_rows_with_a_band() -> None:
+    """The first row at head_dim 128, or above, of each main kernel."""
+    first = {job.source: job for job in reversed(band_jobs("sm_90a")) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
+    assert len(first) == len(_STRUCTS)
+    check_bands(list(first.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_with_a_band(arch: str) -> None:
+    check_bands(band_jobs(arch))
 
 
 @pytest.mark.parametrize("swapped", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -30,15 +30,15 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
-def run(inputs, causal, scale=None):
+def run(inputs, causal, scale=None, window=None):
     """out, lse, dq, dk, dv by name; NumPy errors raise, and the inputs cannot be written."""
     q, k, v, dout = inputs
     scale = q.shape[3] ** -0.5 if scale is None else scale
     for x in inputs:
         x.flags.writeable = False
     with np.errstate(all="raise"):
-        out, lse = cpu.forward(q, k, v, causal=causal, softmax_scale=scale)
-        gradients = cpu.backward(dout, q, k, v, out, lse, causal=causal, softmax_scale=scale)
+        out, lse = cpu.forward(q, k, v, causal=causal, softmax_scale=scale, window_size=window)
+        gradients = cpu.backward(dout, q, k, v, out, lse, causal=causal, softmax_scale=scale, window_size=window)
     for x, like in zip((out, *gradients), (dout, q, k, v), strict=True):
         assert x.shape == like.shape
         assert x.dtype == like.dtype
@@ -46,9 +46,9 @@ def run(inputs, causal, scale=None):
     return dict(zip(NAMES, (out, lse, *gradients), strict=True))
 
 
-def check(inputs, causal, scale=None):
-    results = run(inputs, causal, scale)
-    expect(*inputs, causal=causal, scale=scale, out=results["out"]).check(**results)
+def check(inputs, causal, scale=None, window=None):
+    results = run(inputs, causal, scale, window)
+    expect(*inputs, causal=causal, scale=scale, window=window, out=results["out"]).check(**results)
     return results
 
 
@@ -186,6 +186,40 @@ def test_rows_without_keys_leak_nothing(dtype, garbage):
     lse[:, :, :30] = garbage
     gradients = cpu.backward(dout, q, k, v, out, lse, causal=True, softmax_scale=0.25)
     assert_same({**clean, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}, clean)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("left", [-1, 0, 1, 6, 13, 60])
+def test_windows(left, causal, monkeypatch):
+    """Blocks of 8 x 4: every kind of tile, and tiles that nobody sees, at lengths both ways round."""
+    monkeypatch.setattr(cpu, "BLOCK_M", 8)
+    monkeypatch.setattr(cpu, "BLOCK_N", 4)
+    for right in (-1, 0) if causal else (-1, 0, 3, 14, 60):
+        for n, (seqlen_q, seqlen_k) in enumerate(itertools.product((0, 1, 9, 25, 41), (0, 1, 4, 23, 40))):
+            inputs = make_inputs(n, seqlen_q, seqlen_k, dtype=DTYPES[n % 4], heads=(4, 2), head_dim=8)
+            check(inputs, causal, window=(left, right))
+
+
+def test_blocks_that_nobody_sees_are_skipped(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cpu, "_mask", lambda S, *rest: seen.append(S.shape))
+    run(make_inputs(0, 2560, 2560, dtype="float32", batch=1, heads=(1, 1), head_dim=8), False, window=(255, 0))
+    assert len(seen) == 2 * (10 + 9)  # of 100 tiles, forward and backward
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_keys_that_nobody_sees_leak_nothing(garbage):
+    q, k, v, dout = make_inputs(0, 20, 50, dtype="float32", heads=(4, 2), head_dim=16)
+    clean = run((q, k, v, dout), True, window=(10, 0))
+    k, v = k.copy(), v.copy()
+    k[:, :20], v[:, :20] = garbage, garbage
+    assert_same(run((q, k, v, dout), True, window=(10, 0)), clean)
+    assert not clean["dk"][:, :20].any() and not clean["dv"][:, :20].any()
+    assert clean["dk"][:, 20].all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

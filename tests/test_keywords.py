@@ -164,10 +164,63 @@ def test_not_neutral(name: str, values: list[Any]) -> None:
 
 
 def test_an_int_window_is_told_how_windows_are_counted() -> None:
-    with pytest.raises(
-        InvalidArgument, match=r"window_size=128 is not supported yet.*\(127, 0\) sees 128 keys.*Mistral"
-    ):
-        call("attention", window_size=128)
+    for value in (128, np.int64(128), 0):
+        with pytest.raises(InvalidType, match=r"^window_size=.* is one number.*\(127, 0\) sees 128 keys.*Mistral"):
+            call("attention", window_size=value)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [
+        ((-2, 0), InvalidArgument, r"window_size=\(-2, 0\) is not supported: -1 is unlimited"),
+        ((0, -(2**70)), InvalidArgument, "nothing is below it"),
+        (-2, InvalidType, "window_size=-2 is one number"),
+        ((1,), InvalidArgument, "has 1 elements"),
+        ((1, 2, 3), InvalidArgument, "has 3 elements"),
+        ((1.0, 2), InvalidType, "holds a float: two ints are needed"),
+        ((True, 0), InvalidType, "holds a bool"),
+        ((0, "1"), InvalidType, "holds a str"),
+        ("12", InvalidType, "window_size='12' is a str"),
+        (True, InvalidType, "is a bool"),
+        (np.ones(2, int), InvalidType, "window_size, a numpy.ndarray, is a numpy.ndarray"),
+        ((np.ones(2), -1), InvalidType, "holds a numpy.ndarray"),
+    ],
+    ids=repr,
+)
+def test_windows_that_are_none(value: Any, kind: type[Exception], words: str, function: str) -> None:
+    with pytest.raises(kind, match=words):
+        call(function, window_size=value)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_causal_makes_the_right_end_of_a_window(function: str) -> None:
+    message = r"^window_size=\(2, 1\) with causal=True: causal makes the right end 0, so -1 or 0 is needed$"
+    for causal in (True, np.True_):
+        with pytest.raises(InvalidArgument, match=message):
+            call(function, causal=causal, window_size=(2, 1))
+    for window in ((2, -1), [2, 0], (np.int32(2), None)):
+        call(function, causal=True, window_size=window)
+
+
+def test_a_window_is_counted_from_the_last_key() -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = rng.standard_normal((1, 2, 1, 8)), *rng.standard_normal((2, 1, 5, 1, 8))
+    out, lse = fa2cupy.attention(q, k, v, window_size=(1, 0), return_lse=True)
+    for i, keys in enumerate((slice(2, 4), slice(3, 5))):
+        row, row_lse = fa2cupy.attention(q[:, i : i + 1], k[:, keys], v[:, keys], return_lse=True)
+        np.testing.assert_allclose(out[:, i], row[:, 0], rtol=1e-12)
+        np.testing.assert_allclose(lse[..., i], row_lse[..., 0], rtol=1e-12)
+
+
+def test_the_pullback_has_the_window() -> None:
+    rng = np.random.default_rng(6)
+    q, k, v, dout = rng.standard_normal((4, 1, 6, 2, 8))
+    out, pullback = fa2cupy.attention_vjp(q, k, v, causal=True, window_size=(2, -1))
+    _, lse = fa2cupy.attention(q, k, v, window_size=(2, 0), return_lse=True)
+    expected = fa2cupy.attention_backward(dout, q, k, v, out, lse, window_size=(2, 0))
+    for found, wanted in zip(pullback(dout), expected, strict=True):
+        assert (found == wanted).all()
 
 
 def test_no_array_is_printed() -> None:
@@ -207,7 +260,7 @@ def test_deterministic_concerns_gradients(gpu: FakeGpu) -> None:
         ("attention", "s_aux", "did you mean 'sinks'"),
         ("attention", "learnable_sink", "did you mean 'sinks'"),
         ("attention", "logits_soft_cap", "did you mean 'softcap'"),
-        ("attention", "sliding_window", "did you mean 'window_size', not supported yet? ((127, 0) sees 128 keys"),
+        ("attention", "sliding_window", "did you mean 'window_size'? ((127, 0) sees 128 keys"),
         ("attention", "local_window_size", "did you mean 'window_size'"),
         ("attention", "enable_gqa", "k and v may have fewer heads"),
         ("attention", "block_table", "'block_table' is for attention_with_kvcache(), which is not supported yet"),

@@ -26,9 +26,16 @@ from tests.host import build
 HEADER = "common/params.cuh"
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
-BLOCKS = {"DlseParams<true>": spec.DlseParams}
-# Struct with parts -> the twin of its first one, and of each other the macro that it is there with.
-COMPOSED = {"PreprocessParams": (params.BwdParams, {"FA2_DLSE": spec.DlseParams})}
+BLOCKS = {"DlseParams<true>": spec.DlseParams, "WindowParams": spec.WindowParams}
+_WINDOW = {"": spec.WindowParams}
+# Struct with parts -> the twin of its first one, and of each other the macro that it is there with; of none, always.
+COMPOSED = {
+    "PreprocessParams": (params.BwdParams, {"FA2_DLSE": spec.DlseParams}),
+    "FwdWindowParams": (params.FwdParams, _WINDOW),
+    "FwdTmaWindowParams": (params.FwdTmaParams, _WINDOW),
+    "BwdWindowParams": (params.BwdParams, _WINDOW),
+    "BwdTmaWindowParams": (params.BwdTmaParams, _WINDOW),
+}
 
 Defines = Mapping[str, int | str]
 Layout = dict[str, tuple[int, int]]  # field -> offset and size; "" -> 0 and the size of the whole
@@ -72,7 +79,7 @@ def structs_of(text: str) -> dict[str, list[str]]:
         fields = [
             re.findall(r"\w+", re.sub(r"\[.*", "", declarator))[-1]
             for declaration in declarations
-            if declaration and not declaration.startswith("static ")
+            if declaration and not declaration.startswith(("static ", "using "))
             for declarator in declaration.split(",")
         ]
         if fields:
@@ -116,11 +123,18 @@ def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[d
             prints.append(f'  printf("{number} {name} - 0 %zu\\n", sizeof({whole}));\n')
             for base in bases:
                 template, _, constant = base.removesuffix(">").partition("<")
-                part = f"set{number}::{template}" + (f"<set{number}::{constant}>" if constant else "")
+                if not constant:  # it is there for certain; offsetof of a part that is not would not compile
+                    prints += (
+                        f'  printf("{number} {name} {field} %zu %zu\\n", '
+                        f"__builtin_offsetof({whole}, {field}), sizeof((({whole}*)0)->{field}));\n"
+                        for field in structs[template]
+                    )
+                    continue
+                part = f"set{number}::{template}<set{number}::{constant}>"
                 prints += (
                     f'  print_if_there<{part}, {whole}>([](auto* p) {{ printf("{number} {name} {field} %zu %zu\\n", '
                     f"__builtin_offsetof(Of<decltype(p)>, {field}), sizeof(p->{field})); }});\n"
-                    for field in structs[f"{template}<true>" if constant else template]
+                    for field in structs[f"{template}<true>"]
                 )
     names = "#include <cstdint>\n#include <cstdio>\n#include <type_traits>\n"
     text += """template <typename T>
@@ -164,7 +178,7 @@ def twins(defines: Defines) -> dict[str, Any]:
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():
-        there = tuple(block for macro, block in others.items() if macro in defines)
+        there = tuple(block for macro, block in others.items() if not macro or macro in defines)
         found[name] = params.composed(first, there) if there else first
     return found
 

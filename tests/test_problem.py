@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +15,10 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import CUPY
 from fa2cupy.frameworks.base import Device, TensorRef, contiguous_strides
 from fa2cupy.options import Options
-from fa2cupy.problem import AttentionProblem, Sizes, check_dtypes, softmax_scale
+from fa2cupy.problem import SPECS, AttentionProblem, Sizes, check_dtypes, softmax_scale
+from fa2cupy.spec import WindowSpec
 from tests.fake_gpu import cupy_array
+from tests.reference import visible_keys
 
 GPU = Device("cuda", 0)
 
@@ -53,7 +56,7 @@ def test_fields() -> None:
         "lse": (20, 5, 1),
     }
     assert not problem().causal
-    assert "seqlen_q=5" in str(p) and str(p) == repr(p).replace(", softmax=None", "")
+    assert "seqlen_q=5" in str(p) and str(p) == repr(p).replace(", window=None, softmax=None", "")
     assert hash(p) == hash(problem(causal=True))
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.batch = 3  # type: ignore[misc]
@@ -217,3 +220,42 @@ def test_refs_of_real_arrays() -> None:
     q = cupy_array((2, 5, 4, 16), ml_dtypes.bfloat16)
     assert CUPY.ref(q, "q").dtype == "bfloat16"
     assert CUPY.ref(q[:, :, ::2], "q").strides == (320, 64, 32, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+def windowed(window: tuple[int, int], seqlen_q: int, seqlen_k: int, causal: bool = False) -> AttentionProblem:
+    dense = dataclasses.replace(problem(causal=causal), seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    return SPECS["window_size"](dense, window)
+
+
+def test_equal_windows_are_equal_problems() -> None:
+    full, causal = (dataclasses.replace(problem(causal=causal), seqlen_q=5, seqlen_k=7) for causal in (False, True))
+    assert {windowed(w, 5, 7) for w in ((6, 4), (-1, 4), (6, -1), (2**40, 2**40))} == {full}
+    assert {windowed(w, 5, 7) for w in ((6, 0), (-1, 0), (2**40, 0))} == {causal}
+    assert {windowed(w, 5, 7, True) for w in ((6, 0), (6, -1), (2**40, -1))} == {causal}
+    assert windowed((2, -1), 5, 7, True) == windowed((2, 0), 5, 7)
+    assert windowed((2, 9), 5, 7) == windowed((2, -1), 5, 7) == windowed((2, 5), 5, 7)
+    assert windowed((8, 2), 5, 7) == windowed((-1, 2), 5, 7)
+    assert windowed((5, 0), 5, 7) == dataclasses.replace(full, window=WindowSpec(5, 0))
+
+
+@pytest.mark.parametrize("seqlen_k", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize("seqlen_q", [0, 1, 2, 5, 9])
+def test_what_the_kernels_of_a_window_see(seqlen_q: int, seqlen_k: int) -> None:
+    """Of any window, the rows that are left all see a key, and the keys that are left are all seen by a query."""
+    for left, right in itertools.product(range(-1, 11), repeat=2):
+        p = windowed((left, right), seqlen_q, seqlen_k)
+        sees = visible_keys(seqlen_q, seqlen_k, False, (left, right))
+        assert sees[: p.empty_rows].sum() == 0 and sees[:, : p.empty_keys].sum() == 0
+        rest = sees[p.empty_rows :, p.empty_keys :]
+        if seqlen_q == p.empty_rows:
+            continue
+        assert rest.any(1).all() and rest.any(0).all()
+        if p.window is None:
+            assert (rest == visible_keys(*rest.shape, p.causal)).all()
+        else:
+            assert not p.causal and p.window.only_drops == bool(rest.all()), (left, right)
+            assert (rest == visible_keys(*rest.shape, False, (p.window.left, p.window.right))).all()

@@ -47,7 +47,7 @@ EDITS: dict[str, list[tuple[str, str]]] = {
             '        layout: "bshd", or',
             '        lift: a number that is added to every score.\n        layout: "bshd", or',
         ),
-        ("causal, softmax_scale, layout, dtype: as", "causal, softmax_scale, lift, layout, dtype: as"),
+        ("softmax_scale, layout, dtype: as", "softmax_scale, lift, layout, dtype: as"),
     ],
     "fa2cupy/cpu.py": [
         ("    softmax_scale: float,\n", "    softmax_scale: float,\n    lift: float = 0.0,\n"),

@@ -103,6 +103,13 @@ def test_causal_is_bottom_right():
     assert visible_keys(3, 2, False).all()
 
 
+def test_windows_are_counted_from_the_last_key():
+    assert visible_keys(2, 4, False, (1, 0)).tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert visible_keys(3, 2, False, (0, 1)).tolist() == [[True, False], [True, True], [False, True]]
+    assert visible_keys(4, 1, False, (5, 1)).tolist() == [[False], [False], [True], [True]]
+    assert (visible_keys(3, 5, True, (-1, -1)) == visible_keys(3, 5, True)).all()
+
+
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k", "causal"), [(5, 7, False), (5, 7, True), (7, 5, True)])
 def test_backward_is_the_derivative_of_the_forward(seqlen_q, seqlen_k, causal):
     q, k, v, dout = make_inputs(3, seqlen_q, seqlen_k, dtype="float64", heads=(4, 2), head_dim=4, head_dim_v=3)

@@ -79,6 +79,12 @@ constexpr bool kDeterministic = FA2_DETERMINISTIC;  // dQ is added in the order 
 constexpr bool kPartialDkv = FA2_PARTIAL_DKV;  // several blocks share a key block: each writes its part of dK and dV
 #endif
 
+#ifdef FA2_BAND
+enum { kBand = FA2_BAND };  // a query sees a band of keys, whose two ends are parameters
+#else
+enum { kBand = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif

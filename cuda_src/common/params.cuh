@@ -15,6 +15,22 @@ struct Shape {
   int heads_per_section;  // heads whose tiles are interleaved in launch order
 };
 
+// The band of keys that a query sees, around the key that it stands beside: so many before it and behind it.
+struct WindowParams {
+  int left, right;  // each at most 2^30
+};
+
+// The struct of a kernel with a block behind it, if there is one. Without, it is the struct itself: an empty base would make some
+// plain kernels of sm80/flash_bwd.cu others.
+template <bool kGiven, typename With, typename Without>
+struct Either {
+  using Type = With;
+};
+template <typename With, typename Without>
+struct Either<false, With, Without> {
+  using Type = Without;
+};
+
 struct FwdParams {
   const Element* q;  // (batch, seqlen_q, num_heads, head_dim)
   const Element* k;  // (batch, seqlen_k, num_heads_k, head_dim)
@@ -38,6 +54,9 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
+struct FwdWindowParams : FwdParams, WindowParams {};
+using FwdBandParams = Either<kBand, FwdWindowParams, FwdParams>::Type;
+
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle.
 struct FwdTmaParams {
@@ -47,6 +66,9 @@ struct FwdTmaParams {
   Shape shape;
   float scale_softmax_log2;
 };
+
+struct FwdTmaWindowParams : FwdTmaParams, WindowParams {};
+using FwdTmaBandParams = Either<kBand, FwdTmaWindowParams, FwdTmaParams>::Type;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -74,6 +96,9 @@ struct BwdParams {
   int head_dim_v;
 };
 
+struct BwdWindowParams : BwdParams, WindowParams {};
+using BwdBandParams = Either<kBand, BwdWindowParams, BwdParams>::Type;
+
 // What a backward adds for a gradient of lse; empty without one.
 template <bool kGiven>
 struct DlseParams {};
@@ -100,6 +125,9 @@ struct BwdTmaParams {
   float scale_softmax_log2, softmax_scale;
   int splits, head_dim_v;
 };
+
+struct BwdTmaWindowParams : BwdTmaParams, WindowParams {};
+using BwdTmaBandParams = Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0

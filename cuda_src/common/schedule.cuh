@@ -29,12 +29,12 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
 // would be theirs.
 template <typename Tiles>
 struct Visited : Tiles {
-  template <typename Problem, typename Work>
-  FA2_DEVICE bool next(const Problem& problem, Work& work) {
+  template <typename Problem, typename Work, typename... Params>
+  FA2_DEVICE bool next(const Problem& problem, Work& work, const Params&... params) {
     if constexpr (!kUnseenRows) {
-      return Tiles::next(problem, work);
+      return Tiles::next(problem, work, params...);
     } else {
-      while (Tiles::next(problem, work)) {
+      while (Tiles::next(problem, work, params...)) {
         if (work.visit.begin < work.visit.end) return true;
       }
       return false;

@@ -1,50 +1,140 @@
-// Which blocks of the other sequence a tile meets, and which of them need a mask (mask.cuh). Causal masks are aligned
-// bottom-right: query i sees key j if j <= i + seqlen_k - seqlen_q. The host drops leading queries that see no key, so a causal
-// problem that arrives here has seqlen_q <= seqlen_k.
+// Which blocks of the other sequence a tile meets, and which of them need a mask (mask.cuh). Causal masks and bands are aligned
+// bottom-right: query i stands beside key i + seqlen_k - seqlen_q, and sees keys up to that one, or so many before and behind it.
+// The host drops leading queries that see no key, and leading keys that no query sees: so a causal problem that arrives here has
+// seqlen_q <= seqlen_k, and of a band each query sees a key and each key is seen.
 #pragma once
 
 #include "common/params.cuh"
 
-// The queries and the keys of one row of the batch: seqlen_q, seqlen_k. Whoever asks for lengths asks a Sequence. As all rows of
-// the batch have the same, it is the Shape itself, by reference: a struct of two numbers takes other registers.
-using Sequence = Shape;
-FA2_DEVICE const Sequence& sequence_of(const Shape& shape, int /* batch */) { return shape; }
-
-FA2_DEVICE int causal_offset(const Sequence& sequence) { return sequence.seqlen_k - sequence.seqlen_q; }
-
-// Query `query` sees the keys [0, key_end).
-FA2_DEVICE int key_end(const Sequence& sequence, int query) {
-  return kCausal ? min(sequence.seqlen_k, query + causal_offset(sequence) + 1) : sequence.seqlen_k;
-}
-
-// Key `key` is seen by the queries [query_begin, seqlen_q); a key past the end by none.
-FA2_DEVICE int query_begin(const Sequence& sequence, int key) {
-  if (key >= sequence.seqlen_k) return 0x7fffffff;
-  return kCausal ? key - causal_offset(sequence) : 0;
-}
-
-// Key blocks for a block of queries: [begin, end), of which those from mask_from on need a mask. All queries begin with block 0.
-struct KeyVisit {
-  int begin, end, mask_from;
+// The queries and the keys of one row of the batch: seqlen_q, seqlen_k, and the band's ends. Whoever asks for lengths asks a
+// Sequence. As all rows of the batch have the same, it is the Shape itself, by reference: a struct of two numbers takes other
+// registers.
+template <bool kHasBand>
+struct SequenceOf {
+  using Type = Shape;
 };
-FA2_DEVICE KeyVisit key_blocks(const Sequence& sequence, int m_block) {
+template <>
+struct SequenceOf<true> {
+  struct Type {
+    int seqlen_q, seqlen_k, left, right;
+  };
+};
+using Sequence = SequenceOf<kBand>::Type;
+
+// `shape` is that of `params`: looked up there once more, plain kernels become others.
+template <typename Params>
+FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int /* batch */, const Params& params) {
+  if constexpr (kBand) {
+    return Sequence{shape.seqlen_q, shape.seqlen_k, params.left, params.right};
+  } else {
+    return (shape);
+  }
+}
+
+// The key that query 0 stands beside.
+FA2_DEVICE int offset_of(const Sequence& sequence) { return sequence.seqlen_k - sequence.seqlen_q; }
+
+// Query `query` sees the keys [key_begin, key_end).
+template <typename AnySequence>
+FA2_DEVICE int key_begin(const AnySequence& sequence, int query) {
+  if constexpr (kBand) {
+    return max(0, query + offset_of(sequence) - sequence.left);
+  } else {
+    return 0;
+  }
+}
+template <typename AnySequence>
+FA2_DEVICE int key_end(const AnySequence& sequence, int query) {
+  if constexpr (kBand) {
+    return min(sequence.seqlen_k, query + offset_of(sequence) + sequence.right + 1);
+  } else {
+    return kCausal ? min(sequence.seqlen_k, query + offset_of(sequence) + 1) : sequence.seqlen_k;
+  }
+}
+
+// Key `key` is seen by the queries [query_begin, query_end) that there are; a key past the end by none.
+template <typename AnySequence>
+FA2_DEVICE int query_begin(const AnySequence& sequence, int key) {
+  if (key >= sequence.seqlen_k) return 0x7fffffff;
+  if constexpr (kBand) {
+    return key - offset_of(sequence) - sequence.right;
+  } else {
+    return kCausal ? key - offset_of(sequence) : 0;
+  }
+}
+template <typename AnySequence>
+FA2_DEVICE int query_end(const AnySequence& sequence, int key) {
+  if constexpr (kBand) {
+    return key - offset_of(sequence) + sequence.left + 1;
+  } else {
+    return 0x7fffffff;
+  }
+}
+
+// Key blocks for a block of queries: [begin, end), of which those from mask_from on need a mask, and in a band those before
+// left_to. Without a band all queries begin with block 0.
+template <bool kHasBand>
+struct KeyVisitOf {
+  int begin, end, mask_from;
+  FA2_DEVICE int unmasked_from() const { return begin; }
+};
+template <>
+struct KeyVisitOf<true> {
+  int begin, end, mask_from;
+  int left_to;  // at most mask_from
+  FA2_DEVICE int unmasked_from() const { return left_to; }
+};
+using KeyVisit = KeyVisitOf<kBand>;
+template <typename AnySequence>
+FA2_DEVICE auto key_blocks(const AnySequence& sequence, int m_block) {
   const int first_query = m_block * kBlockM;
   const int last_query = min(first_query + kBlockM, sequence.seqlen_q) - 1;
   const int end = ceil_div(key_end(sequence, last_query), kBlockN);
   const int unmasked = key_end(sequence, first_query) / kBlockN;
-  return {0, end, min(end, kUnseenRows ? max(0, unmasked) : unmasked)};
+  const int mask_from = min(end, kUnseenRows ? max(0, unmasked) : unmasked);
+  if constexpr (kBand) {
+    const int left_to = ceil_div(key_begin(sequence, last_query), kBlockN);
+    const int from = left_to < end ? mask_from : min(mask_from, end - 1);  // the last block, whose mask it may be that is due
+    return KeyVisitOf<true>{key_begin(sequence, first_query) / kBlockN, end, from, min(from, left_to)};
+  } else {
+    return KeyVisitOf<false>{0, end, mask_from};
+  }
 }
 
-// Query blocks for a block of keys: [begin, end), of which [mask_from, mask_to) need a mask: the first, or all of them if the
-// block has keys past the end.
-struct QueryVisit {
+// Query blocks for a block of keys, or for so many neighbouring ones: [begin, end), of which [mask_from, mask_to) need a mask: the
+// first, or all of them if the block has keys past the end; and in a band those from mask_again on, too.
+template <bool kHasBand>
+struct QueryVisitOf {
   int begin, end, mask_from, mask_to;
 };
-FA2_DEVICE QueryVisit query_blocks(const Sequence& sequence, int n_block) {
+template <>
+struct QueryVisitOf<true> {
+  int begin, end, mask_from, mask_to, mask_again;
+};
+using QueryVisit = QueryVisitOf<kBand>;
+template <int kBlocks = 1, typename AnySequence>
+FA2_DEVICE auto query_blocks(const AnySequence& sequence, int n_block) {
   const int first_key = n_block * kBlockN;
-  const int last_key = first_key + kBlockN - 1;
+  const int last_key = first_key + kBlocks * kBlockN - 1;
   const int begin = max(0, query_begin(sequence, first_key)) / kBlockM;
-  const int end = ceil_div(sequence.seqlen_q, kBlockM);
-  if (last_key >= sequence.seqlen_k) return {begin, end, begin, end};
-  return {begin, end, begin, min(end, ceil_div(max(0, query_begin(sequence, last_key)), kBlockM))};
+  if constexpr (kBand) {
+    const int queries = min(sequence.seqlen_q, query_end(sequence, min(last_key, sequence.seqlen_k - 1)));
+    const int end = ceil_div(max(0, queries), kBlockM);
+    const int mask_to = last_key >= sequence.seqlen_k ? end : ceil_div(max(0, query_begin(sequence, last_key)), kBlockM);
+    return QueryVisitOf<true>{begin, end, begin, min(end, mask_to), max(0, query_end(sequence, first_key)) / kBlockM};
+  } else {
+    const int end = ceil_div(sequence.seqlen_q, kBlockM);
+    if (last_key >= sequence.seqlen_k) return QueryVisitOf<false>{begin, end, begin, end};
+    return QueryVisitOf<false>{begin, end, begin, min(end, ceil_div(max(0, query_begin(sequence, last_key)), kBlockM))};
+  }
+}
+
+// Query block m needs a mask if it is in front of this one: of a QueryVisit, or of whoever has its fields.
+template <typename Visit>
+FA2_DEVICE int mask_to_of(const Visit& visit, int m) {
+  if constexpr (kBand) {
+    return m < visit.mask_again ? visit.mask_to : 0x7fffffff;
+  } else {
+    return visit.mask_to;
+  }
 }

@@ -19,14 +19,14 @@
 #include "common/score.cuh"
 #include "sm80/tile.cuh"
 
-static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kKeyWarps = kNumWarps / kSplit;
 constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
 constexpr int kDCols = kHeadDim / kSplit;             // columns of dK of a warp
 constexpr int kDColsV = kHeadDimV / kSplit;           // columns of dV of a warp
-constexpr int kTurnBlocks = kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
+constexpr int kTurnBlocks = !kBand && kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
 constexpr int kHeadSteps = kHeadDim / 16, kHeadStepsV = kHeadDimV / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
 static_assert(kSCols % 16 == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks of 16");
@@ -69,6 +69,7 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
         if constexpr (kMasked) {
           const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
           if (first_query + col + e % 2 < query_begin(sequence, key)) p = 0.f;
+          if (kBand && first_query + col + e % 2 >= query_end(sequence, key)) p = 0.f;
         }
         acc.x[i][j][e] = p;
       }
@@ -112,7 +113,7 @@ FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
   const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
@@ -120,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
   const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
-  const int n_block = kDeterministic && kCausal ? n_blocks - 1 - tile.block : tile.block;
-  const Sequence& sequence = sequence_of(shape, tile.batch);
+  const int n_block = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
+  const Sequence& sequence = sequence_of(shape, tile.batch, params);
   const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
@@ -186,13 +187,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
                                          m_block * kBlockM, s_col);
   };
 
-  // Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on, which is
-  // the order in which they come to it. Blocks are launched in that order too, so that whoever is waited for is running:
+  // Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on and those of a band
+  // from its right end on, which is the order in which they come to it. Blocks are launched in that order too, so that whoever is waited for is running:
   // a query head belongs to one share, and tile_of gives the blocks of a share in the order of their turns.
   // A turn is for kTurnBlocks query blocks: it is awaited before the first of them and passed on after the last. Whoever
   // starts within a turn, at its diagonal, is the first in it: the others have started at least kBlockN queries earlier.
   auto my_turn = [&](int m_block) {
-    if (!kCausal) return n_block;
+    if (!kCausal && !kBand) return n_block;
     return key_blocks(sequence, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
   };
   int* turn_to_pass = nullptr;
@@ -216,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     AccS acc_p;
     acc_p.clear();
     gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
-    if (m_block < visit.mask_to) {
+    if (m_block < mask_to_of(visit, m_block)) {
       compute_p(acc_p, stage, m_block, True{});
     } else {
       compute_p(acc_p, stage, m_block, False{});

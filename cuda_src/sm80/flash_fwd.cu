@@ -16,7 +16,7 @@
 #include "common/softmax.cuh"
 #include "sm80/tile.cuh"
 
-static_assert(sizeof(FwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(FwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kMTiles = kBlockM / kNumWarps / 16;  // of 16 rows each, per warp
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
@@ -67,13 +67,13 @@ FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t s
       if (row + 16 * i + 8 * h < rows) lse[(row + 16 * i + 8 * h) * stride] = softmax.lse(i, h, scale_log2);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
   const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
   const Tile2 tile = tile_of(blockIdx.x, m_blocks, shape.num_heads, shape);
   const int m_block = kCausal ? m_blocks - 1 - tile.block : tile.block;  // the longest first
-  const Sequence& sequence = sequence_of(shape, tile.batch);
+  const Sequence& sequence = sequence_of(shape, tile.batch, params);
   const int head_k = tile.head / (shape.num_heads / shape.num_heads_k);
 
   const Strides &qs = params.q_strides, &ks = params.k_strides, &vs = params.v_strides, &os = params.out_strides;
@@ -138,12 +138,17 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
-    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) { load_k(n - 1, True{}, k, kKeySteps); });
+    gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) {
+      load_k(kBand && n == visit.begin ? -1 : n - 1, True{}, k, kKeySteps);
+    });
     cp_async_commit_group();
   };
   int n = visit.end - 1;
   for (; n >= visit.mask_from; --n) step(n, True{}, False{});
-  for (; n >= visit.begin; --n) step(n, False{}, True{});
+  for (; n >= visit.unmasked_from(); --n) step(n, False{}, True{});
+  if constexpr (kBand) {
+    for (; n >= visit.begin; --n) step(n, True{}, True{});
+  }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
   softmax.finish(acc_o);

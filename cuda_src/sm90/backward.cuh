@@ -5,9 +5,33 @@
 #include "common/schedule.cuh"
 #include "sm90/tile.cuh"
 
+// In a band: from which query block on there is a mask again, and how many blocks a head has.
+template <bool kHasBand>
+struct WorkOfBand {};
+template <>
+struct WorkOfBand<true> {
+  int mask_again, head_blocks;
+};
+template <typename Visit>
+FA2_DEVICE WorkOfBand<kBand> work_of_band(const Visit& visit, int head_blocks) {
+  if constexpr (kBand) {
+    return {visit.mask_again, head_blocks};
+  } else {
+    return {};
+  }
+}
+template <typename Work>
+FA2_DEVICE int head_blocks(const Work& work) {
+  if constexpr (kBand) {
+    return work.head_blocks;
+  } else {
+    return work.end;
+  }
+}
+
 // A tile: key block n_block, and the steps that it takes: all query blocks that meet it, of one query head after the other, or a
 // part of these.
-struct Work {
+struct Work : WorkOfBand<kBand> {
   int n_block, head_k, batch;
   int begin, end, mask_to;     // a head's query blocks, for all of the cluster, up to the last one; before mask_to with a mask
   int steps, head, m_block;    // how many, and the first of them
@@ -28,7 +52,7 @@ struct Step {
   FA2_DEVICE void advance(const Work& work) {
     --left, ++m_block, ++tile;
     if (m_block == work.end) m_block = work.begin, tile -= work.end - work.begin;
-    if (m_block == work.head_begin) ++head, tile += work.end;  // work.end is that of the head, too
+    if (m_block == work.head_begin) ++head, tile += head_blocks(work);  // without a band the end is the head's, too
   }
 };
 
@@ -44,7 +68,7 @@ FA2_DEVICE void load_statistics(float (&statistics)[kBlockM], const TensorMap& m
 // Without a mask all key blocks of a head begin with the same query block, and add to the same dQ at a time. Staggered, each
 // pair of them begins with another one (causal ones do so by themselves). The two thread blocks of a pair read the same queries
 // at the same time, and are faster by 3 to 5% than each on its own.
-constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kDeterministic && !kPartialDkv;
+constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kBand && !kDeterministic && !kPartialDkv;
 
 // The tiles of a thread block, or of a cluster of them, whose blocks have neighbouring key blocks: every so many-th of the
 // launch order, in alternating direction. Sections of a causal problem alternate too, from long to short and from short to
@@ -56,12 +80,12 @@ struct Tiles {
     const int clusters = read_nctaid() / kCluster, cluster = read_ctaid() / kCluster;  // anew: no registers to keep them in
     return round * clusters + (kDeterministic || round % 2 == 0 ? cluster : clusters - 1 - cluster);
   }
-  FA2_DEVICE bool more(const BwdTmaParams& params) const {
+  FA2_DEVICE bool more(const BwdTmaBandParams& params) const {
     const Shape& shape = params.shape;
     const int parts = shape.num_heads_k * (kPartialDkv ? params.splits : 1);
     return place() < ceil_div(shape.seqlen_k, kCluster * kBlockN) * parts * shape.batch;
   }
-  FA2_DEVICE bool next(const BwdTmaParams& params, Work& work) {
+  FA2_DEVICE bool next(const BwdTmaBandParams& params, Work& work) {
     if (!more(params)) return false;
     const Shape& shape = params.shape;
     const int splits = kPartialDkv ? params.splits : 1, parts = shape.num_heads_k * splits;
@@ -70,17 +94,19 @@ struct Tiles {
     round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
     const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
     const int sections_left = sections_after(linear, n_blocks, rows, shape);
-    const bool backwards = kCausal && !kDeterministic && sections_left % 2 == 1;
+    const bool backwards = kDeterministic ? kBand : kCausal && sections_left % 2 == 1;
     const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
     const int n_block = first_block + cluster_rank();
-    const Sequence& sequence = sequence_of(shape, tile.batch);
-    const QueryVisit visit = query_blocks(sequence, first_block);  // of all of the cluster: its first key block has most
+    const Sequence& sequence = sequence_of(shape, tile.batch, params);
+    // Of all of the cluster: without a band its first key block has most.
+    const QueryVisit visit = query_blocks<kBand ? kCluster : 1>(sequence, first_block);
     const int heads = shape.num_heads / shape.num_heads_k, head_k = tile.head / splits;
     const int head_steps = visit.end - visit.begin, steps = heads * head_steps;
     const int split = tile.head % splits;
     const int first = steps * split / splits, end = steps * (split + 1) / splits;
     const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(visit.end, n_blocks) % visit.end : 0;
-    work = {n_block,
+    work = {work_of_band(query_blocks(sequence, n_block), ceil_div(shape.seqlen_q, kBlockM)),
+            n_block,
             head_k,
             tile.batch,
             visit.begin,
@@ -99,13 +125,24 @@ static_assert(!kUnseenRows, "more() does not look ahead, and a thread block take
 
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.
-// Deterministic: key blocks add in ascending order, which is the order in which their tiles are taken, so that whoever is
-// waited for is running; the counter counts those who are done. Of each warpgroup that adds one thread waits here.
+// Deterministic: key blocks add in ascending order, those of a band in descending order, in which they come to it; in that order
+// their tiles are taken, so that whoever is waited for is running; the counter counts those who are done. Of each warpgroup that adds one thread waits here.
 constexpr int kWritten = 1 << 30;
 
+// Deterministic: how many key blocks (pairs of a cluster) add to the dQ of a step before this one.
+FA2_DEVICE int turn_of(const BwdTmaBandParams& params, const Work& work, const Step& step) {
+  const int block = work.n_block / kCluster;
+  if constexpr (kBand) {
+    const Sequence& sequence = sequence_of(params.shape, work.batch, params);
+    const int last_query = min((step.m_block + 1) * kBlockM, sequence.seqlen_q) - 1;
+    return (key_end(sequence, last_query) - 1) / (kCluster * kBlockN) - block;
+  } else {
+    return block;
+  }
+}
 // Deterministic: waits for this key block's turn.
-FA2_DEVICE void wait_for_turn(const int* counter, int n_block) {
-  while (ld_acquire(counter) < n_block) continue;  // every key block before this one has added
+FA2_DEVICE void wait_for_turn(const int* counter, int turn) {
+  while (ld_acquire(counter) < turn) continue;  // every key block before this one has added
 }
 // Deterministic: whether it is the first turn, and nobody has cleared the sum.
 FA2_DEVICE bool writes_dq(int turn) { return kDeterministic && !kClearDq && turn == 0; }

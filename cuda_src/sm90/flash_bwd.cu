@@ -24,7 +24,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
-static_assert(sizeof(BwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
@@ -59,7 +59,7 @@ using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
 constexpr bool kDvFirst = kBlockM == 64, kDsFirst = !kDvFirst && kPartialDkv;
 
 // All that the tensor cores read from global memory, one thread.
-FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaParams& params) {
+FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
@@ -105,7 +105,7 @@ FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 
 FA2_DEVICE int dq_cols(int group) { return kDqColParts > 1 && group == 1 ? kHeadDim - kDqCols : kDqCols; }
 
 // Adds a warpgroup's part of every step's dQ to dq_accum, the parts of its four warps one by one: one thread.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group) {
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
   const uint32_t bytes = dq_cols(group) * 64;  // of a warp
   Schedule schedule;
   Work work;
@@ -118,7 +118,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
       bool first;
       if constexpr (kDeterministic) {
         mbarrier_wait(smem.dq_turn[group], parity);  // it is this block's turn: announce_turns
-        first = writes_dq(work.n_block);
+        first = writes_dq(turn_of(params, work, step));
       } else {
         first = comes_first(turns);
       }
@@ -144,7 +144,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params, int group
 
 // Deterministic: tells add_dq when the turns of this block have come. One thread, so that a turn is awaited while the addition
 // before it is still on its way.
-FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -152,7 +152,7 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
 #pragma unroll
       for (int group = 0; group < kKeyGroups; ++group) {
-        wait_for_turn(params.dq_turn + step.tile * kDqParts + group, work.n_block);
+        wait_for_turn(params.dq_turn + step.tile * kDqParts + group, turn_of(params, work, step));
         mbarrier_wait(smem.dq_empty[group], parity ^ 1);  // the turn before has been taken: add_dq
         mbarrier_arrive(smem.dq_turn[group]);
       }
@@ -165,21 +165,24 @@ template <bool kMasked>
 FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Sequence& sequence,
                             int key, int first_query) {
   const Position<true> position{first_query + accumulator_col(), key};
-  const int begin[2] = {query_begin(sequence, position.key(0, 0, 0)) - position.first_query,
-                        query_begin(sequence, position.key(0, 0, 2)) - position.first_query};
+  const int keys[2] = {position.key(0, 0, 0), position.key(0, 0, 2)};
+  const int begin[2] = {query_begin(sequence, keys[0]) - position.first_query,
+                        query_begin(sequence, keys[1]) - position.first_query};
+  const int end[2] = {query_end(sequence, keys[0]) - position.first_query, query_end(sequence, keys[1]) - position.first_query};
 #pragma unroll
   for (int j = 0; j < kBlockM / 8; ++j) {
     const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
-      acc.x[0][j][e] = kMasked && col_of(j, e) < begin[e / 2] ? 0.f : p;
+      const bool hidden = col_of(j, e) < begin[e / 2] || (kBand && col_of(j, e) >= end[e / 2]);
+      acc.x[0][j][e] = kMasked && hidden ? 0.f : p;
     }
   }
 }
 
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
-FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int group) {
+FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16;
   const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
@@ -263,7 +266,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
       store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
     } else {
       const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-      const int row = work.n_block * kBlockN + warp_row, rows = sequence_of(shape, work.batch).seqlen_k - row;
+      const int row = work.n_block * kBlockN + warp_row, rows = sequence_of(shape, work.batch, params).seqlen_k - row;
       store_gradient(params.dk + work.batch * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows, shape.head_dim,
                      acc_dk, params.softmax_scale);
       store_gradient(params.dv + work.batch * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
@@ -275,10 +278,10 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
   auto compute_step = [&](auto due, auto more) {
     constexpr bool kDue = decltype(due)::value, kMore = decltype(more)::value;
     const bool last = step.left == 1;  // of its tile
-    const Sequence& sequence = sequence_of(shape, work.batch);
+    const Sequence& sequence = sequence_of(shape, work.batch, params);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
-    if (step.m_block < work.mask_to) {
+    if (step.m_block < mask_to_of(work, step.m_block)) {
       recompute_p<true>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, sequence, key, first_query);
     } else {
       recompute_p<false>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, sequence, key, first_query);
@@ -355,7 +358,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaParams& params, int grou
   finish_dq(acc_dq);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
     mbarrier_init(smem.v_full, 1);

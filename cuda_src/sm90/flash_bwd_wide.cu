@@ -19,7 +19,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
-static_assert(sizeof(BwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 static_assert(kBlockN == 64 && kNumThreads == 512, "a warpgroup for each of the four");
 static_assert(kDqWarps == 4 && kDqWarpsD == 1 && kDqMTiles == 1, "a warpgroup adds all rows of a piece of dQ, a warp 16");
 
@@ -75,17 +75,16 @@ static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 102
 FA2_DEVICE int first_col_of_dq(bool second) { return second * 2 * kDqCols + cluster_rank() * cols_of_dq(second); }
 
 // Deterministic: pairs of key blocks take turns at a block's pieces.
-FA2_DEVICE int* turn_counter(const BwdTmaParams& params, const Step& step, int turn) {
+FA2_DEVICE int* turn_counter(const BwdTmaBandParams& params, const Step& step, int turn) {
   return params.dq_turn + step.tile * kDqParts + turn * kCluster + cluster_rank();
 }
-FA2_DEVICE int turn_number(const Work& work) { return work.n_block / kCluster; }
 
 // Of the barriers of K and V, while the tile that the schedule has just given is worked on.
 FA2_DEVICE uint32_t keys_parity(const Schedule& schedule) { return (schedule.round + 1) % 2; }
 
 // K and Q with lse, or V and dO with D: one thread. k_peer: the other block's columns of K, or null.
 template <int kCols, int kPartCols, int kBuffers>
-FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
+FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
                            const TensorMap& keys_map, Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                            const TensorMap& queries_map, const TensorMap& statistics_map,
                            Panels<kBlockN, 2 * kDqCols>* k_peer) {
@@ -119,7 +118,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaParams& params, Loads<kBuffers>& loads, P
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
 
 // One warpgroup: P and dS of every step, a warp 16 queries.
-FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
+FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& params) {
   const Shape& shape = params.shape;
   const int warp_row = warp_id() % 4 * 16, row = warp_row + accumulator_row(), peer = cluster_rank() ^ 1;
   const bool leader = lane_id() == 0;
@@ -164,7 +163,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
     const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < work.mask_to) mask_p(acc_s, h, sequence_of(shape, work.batch), {query, key});
+      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of(shape, work.batch, params), {query, key});
       pin(acc_s);
     };
     issue_dp(False{});
@@ -219,7 +218,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaParams& params) {
 // One warpgroup: dV += P^T dO, or (kSecond) dK += dS^T Q, of every tile, and a piece of dQ = dS K of every step. `left` is P or
 // dS, which left_full announces, and `queries`, which `loads` bring, are dO or Q.
 template <bool kSecond, int kPartCols, int kBuffers, int kLeftBuffers>
-FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loads<kBuffers>& loads,
+FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params, Loads<kBuffers>& loads,
                              const Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                              const Panels<kBlockM, kBlockN> (&left)[kLeftBuffers], uint64_t (&left_full)[kLeftBuffers]) {
   constexpr int kCols = kSecond ? kHeadDim : kHeadDimV, kGradients = kCols / kPartCols;
@@ -250,7 +249,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
     } else {
       if (kDeterministic) mbarrier_wait(smem.dq_turn[0], ring.stage);  // it is this block's turn: announce_turns
       float* target = params.dq_accum + step.tile * kDqTileFloats + dq_offset(warp, lane, 0, piece_col / 8, 0);
-      const bool writes = writes_dq(turn_number(work));
+      const bool writes = writes_dq(turn_of(params, work, step));
       uint32_t last = read_clock() - kRedClocks;
 #pragma unroll
       for (int j = 0; j < kPieceCols / 8; ++j, target += 128) {
@@ -320,7 +319,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
       const int row = work.n_block * kBlockN + warp_row;
       Element* target = (kSecond ? params.dk : params.dv) + work.batch * strides.batch + work.head_k * strides.head;
-      store_gradient(target + row * strides.row + col, strides.row, sequence_of(params.shape, work.batch).seqlen_k - row,
+      store_gradient(target + row * strides.row + col, strides.row, sequence_of(params.shape, work.batch, params).seqlen_k - row,
                      (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };
@@ -337,7 +336,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaParams& params, Loa
 }
 
 // Adds dQ of every step to dq_accum, piece by piece, or waits for sum_gradient to have done so, and ends the turns. One thread.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -354,7 +353,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
           for (int warp = 0; warp < 4; ++warp) {
             float* target = dq_tile + dq_offset(warp, 0, 0, first_col / 8, 0);
             const float* source = smem.dq + (turn * kBlockM * kDqCols + warp * 16 * cols);
-            if (writes_dq(turn_number(work))) {
+            if (writes_dq(turn_of(params, work, step))) {
               cp_async_bulk_store(target, source, cols * 64);
             } else {
               cp_reduce_async_bulk_add_f32(target, source, cols * 64);
@@ -379,7 +378,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaParams& params) {
 
 // Deterministic: tells those who add when this block's turns have come. One thread, so that a turn is awaited while the
 // addition before it is still on its way.
-FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -387,7 +386,7 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaParams& params) {
     for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        wait_for_turn(turn_counter(params, step, turn), turn_number(work));
+        wait_for_turn(turn_counter(params, step, turn), turn_of(params, work, step));
         mbarrier_wait(kDqShared ? smem.dq_empty[turn] : smem.dq_seen, parity ^ 1);  // the turn before has been taken: add_dq
         mbarrier_arrive(smem.dq_turn[turn]);
       }
@@ -407,7 +406,7 @@ FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
 }
 
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kNumThreads, 1)
-    flash_bwd(const __grid_constant__ BwdTmaParams params) {
+    flash_bwd(const __grid_constant__ BwdTmaBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
     init_loads(smem.q_loads, 6);  // of K: compute_scores, and both sum_gradient

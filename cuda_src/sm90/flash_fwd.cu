@@ -22,7 +22,7 @@
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
 
-static_assert(sizeof(FwdTmaParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(FwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kConsumers = kBlockM / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
@@ -72,7 +72,7 @@ struct Work {
 // long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time.
 struct Tiles {
   int round = 0;
-  FA2_DEVICE bool next(const Shape& shape, Work& work) {
+  FA2_DEVICE bool next(const Shape& shape, Work& work, const FwdTmaBandParams& params) {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int linear = round++ * gridDim.x + place;
     const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
@@ -80,19 +80,19 @@ struct Tiles {
     const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
     const int sections_left = sections_after(linear, m_blocks, rows, shape);
     const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
-    work = {m_block, tile.head, tile.batch, key_blocks(sequence_of(shape, tile.batch), m_block)};
+    work = {m_block, tile.head, tile.batch, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
     return true;
   }
 };
 using Schedule = Visited<Tiles>;
 
 // Keys and values of all tiles, one thread.
-FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
+FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaBandParams& params) {
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
   Ring<kKvStages> ring;
-  while (schedule.next(shape, work)) {
+  while (schedule.next(shape, work, params)) {
     const int head_k = work.head / (shape.num_heads / shape.num_heads_k);
     for (int n = work.visit.end - 1; n >= work.visit.begin; --n, ring.advance()) {
       mbarrier_wait(smem.k_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its S
@@ -106,13 +106,13 @@ FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaParams& params) {
 }
 
 // The queries of a computing warpgroup into its buffers, and its outputs out of them, one thread.
-FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int group) {
+FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaBandParams& params, int group) {
   const Shape& shape = params.shape;
   const int group_row = group * 64;
   Schedule loads, stores;
   auto load_next = [&](int stage) {
     Work work;
-    if (!loads.next(shape, work)) return;
+    if (!loads.next(shape, work, params)) return;
     mbarrier_arrive_expect_tx(smem.q_full[group][stage], smem.q[0].kPanels * 64 * 128);
     load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage], work.m_block * kBlockM + group_row, work.head,
                   work.batch);
@@ -121,7 +121,7 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
   for (int stage = 0; stage < kQStages; ++stage) load_next(stage);
   Ring<kQStages> ring;
   Work work;
-  for (; stores.next(shape, work); ring.advance()) {
+  for (; stores.next(shape, work, params); ring.advance()) {
     if constexpr (kOwnO) {
       mbarrier_wait(smem.q_empty[group][ring.stage], ring.parity);  // released by compute after a tile's last S
       load_next(ring.stage);
@@ -140,7 +140,7 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaParams& params, int gr
 }
 
 // One warpgroup: all tiles, 64 query rows of each.
-FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int group) {
+FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int group) {
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
   const bool leader = threadIdx.x % 128 == 0;
@@ -183,7 +183,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     return Position<false>{work.m_block * kBlockM + row, n * kBlockN + accumulator_col()};
   };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, sequence_of(shape, work.batch), position_of(work, n));
+    mask_scores(acc_s, sequence_of(shape, work.batch, params), position_of(work, n));
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
@@ -210,7 +210,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       float* lse = params.lse + work.batch * params.lse_strides.batch + work.head * params.lse_strides.head;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (first_query + row + 8 * h < sequence_of(shape, work.batch).seqlen_q)
+        if (first_query + row + 8 * h < sequence_of(shape, work.batch, params).seqlen_q)
           lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
     }
     if constexpr (kOwnO) {  // the warpgroups take turns
@@ -232,8 +232,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
 
   Schedule schedule;
   Work work, next, after;
-  if (!schedule.next(shape, work)) return;
-  bool more = kAhead && schedule.next(shape, next);
+  if (!schedule.next(shape, work, params)) return;
+  bool more = kAhead && schedule.next(shape, next, params);
   if (kTurns && group == kConsumers - 1) bar_arrive(1, 256);  // the first turn
   start_tile(work);
   while (true) {
@@ -259,7 +259,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
     };
     int n = work.visit.end - 2;
     for (; n >= work.visit.mask_from; --n) step(n, True{});
-    for (; n >= 0; --n) step(n, False{});  // 0 is visit.begin; by that name one kernel (192/128) becomes another
+    // 0 is visit.begin without a band; by that name one kernel (192/128) becomes another
+    for (; n >= (kBand ? work.visit.unmasked_from() : 0); --n) step(n, False{});
+    if constexpr (kBand) {
+      for (; n >= work.visit.begin; --n) step(n, True{});
+    }
 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
@@ -272,7 +276,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       issue_s();
       issue_o(!first);
       pass_turn();
-      more_after = schedule.next(shape, after);
+      more_after = schedule.next(shape, after, params);
       wgmma_wait_group<1>();  // S of the next tile
       finish_s();
       if (next.visit.end == next.visit.begin + 1) release_q();
@@ -283,7 +287,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
       to_fragments(frag_p, acc_s);
     } else {
       issue_o(!first);
-      if (!kAhead) more = schedule.next(shape, next);
+      if (!kAhead) more = schedule.next(shape, next, params);
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
@@ -299,7 +303,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaParams& params, int grou
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __grid_constant__ FwdTmaParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __grid_constant__ FwdTmaBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
 #pragma unroll

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from fa2cupy import env, kernels
+from fa2cupy.checks import check_window
 from fa2cupy.errors import Fa2Error, UnsupportedDevice
 from fa2cupy.frameworks.base import Device, TensorRef, contiguous_strides
 from fa2cupy.jit import driver
@@ -14,7 +15,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.options import Options
-from fa2cupy.problem import AttentionProblem, Sizes
+from fa2cupy.problem import AttentionProblem, Sizes, with_features
 
 # A GPU of each architecture: name, multiprocessors, MiB of L2 cache.
 GPUS = {
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads-k", help="of k and v (default: as many as of q)", **number)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--window-size", nargs=2, type=int, metavar=("LEFT", "RIGHT"), help="-1 is unlimited")
     parser.add_argument("--deterministic", action="store_true", help="the gradients repeat their bits")
     parser.add_argument("--arch", metavar="sm_XY", help="a usual GPU of that architecture (default: this machine's)")
     parser.add_argument("--sm-count", help="multiprocessors, if not those of that GPU", **number)
@@ -111,8 +113,10 @@ def _sizes(args: argparse.Namespace) -> Sizes:
 def _problem(args: argparse.Namespace, sizes: Sizes, names: tuple[str, ...]) -> AttentionProblem:
     """Of contiguous arrays."""
     refs = {name: _ref(sizes.shape(name, "bshd"), "float32" if name == "lse" else args.dtype) for name in names}
-    options = Options.checked(args.causal, None, "bshd", None, args.deterministic)
-    return AttentionProblem.from_refs(refs, sizes, args.dtype, options)
+    window = check_window("window_size", args.window_size or (-1, -1))
+    features = {"window_size": window} if max(window) >= 0 else {}
+    options = Options.checked(args.causal, None, "bshd", None, args.deterministic, tuple(features.items()))
+    return with_features(AttentionProblem.from_refs(refs, sizes, args.dtype, options), features)
 
 
 def _ref(shape: tuple[int, ...], dtype: str) -> TensorRef:

@@ -21,7 +21,7 @@ from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.params import BwdParams, pack_strides
 from fa2cupy.kernels.tiles import tile_bytes
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import Row
+from fa2cupy.spec import Row, WindowSpec
 
 __all__ = [
     "ARRAYS",
@@ -78,7 +78,8 @@ class BwdRow(Row, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What there is to do, counted in tiles of a row. empty: leading queries that see no key, and are left out."""
+    """What there is to do, counted in tiles of a row. empty: leading queries that see no key, and are left out, as
+    leading keys are that no query sees."""
 
     problem: AttentionProblem
     device: DeviceInfo
@@ -89,6 +90,10 @@ class Work:
     @property
     def rows(self) -> int:
         return self.problem.seqlen_q - self.empty
+
+    @property
+    def keys(self) -> int:
+        return self.problem.seqlen_k - self.problem.empty_keys
 
     @property
     def group(self) -> int:
@@ -102,7 +107,35 @@ class Work:
     @property
     def n_blocks(self) -> int:
         """Of a cluster each."""
-        return -(-self.problem.seqlen_k // (self.tile.cluster * self.tile.block_n))
+        return -(-self.keys // (self.tile.cluster * self.tile.block_n))
+
+    @property
+    def band(self) -> WindowSpec | None:
+        """The window, if a kernel has to know it."""
+        window = self.problem.window
+        return None if window is None or window.only_drops else window
+
+    @property
+    def adding_blocks(self) -> int:
+        """Of a cluster each, the most of them that meet a tile of queries."""
+        if self.band is None:
+            return self.n_blocks
+        wide = self.tile.block_m + self.band.left + self.band.right
+        return min(self.n_blocks, 1 + -(-wide // (self.tile.cluster * self.tile.block_n)))
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The fewest and the most tiles of a head's queries that a key block (of a cluster) meets."""
+        wide, block_m, band = self.tile.cluster * self.tile.block_n, self.tile.block_m, self.band
+        beside = self.keys - self.rows  # the key that query 0 stands beside
+        last_key = (self.n_blocks - 1) * wide  # of the last block, the first
+        if band is not None:  # the first block's queries and the last one's are cut off
+            most = min(self.m_blocks, 1 + -(-(wide + band.left + band.right) // block_m))
+            of_first = -(-min(self.rows, min(wide, self.keys) - beside + band.left) // block_m)
+            of_last = self.m_blocks - max(0, last_key - beside - band.right) // block_m
+            return min(of_first, of_last, max(1, most - 1)), most
+        first_query = last_key - beside if self.problem.causal else 0
+        return self.m_blocks - max(0, first_query) // block_m, self.m_blocks
 
     @property
     def query_tiles(self) -> int:

@@ -64,13 +64,13 @@ def forward_label(dtype: str, head_dim: int, head_dim_v: int, causal: bool, tile
 
 
 def skipped_bytes(problem: AttentionProblem, empty: int) -> dict[str, int]:
-    """Bytes that `empty` query rows take, of each array that has query rows."""
+    """Bytes that `empty` query rows take, of each array that has query rows; of keys, those that no query sees."""
     sizes = {}
     for name, (_, first, second) in problem.strides:
         if name == "lse":
             sizes[name] = empty * 4 * second
-        elif name not in ("k", "v", "dk", "dv"):
-            sizes[name] = empty * 2 * first
+        else:
+            sizes[name] = (problem.empty_keys if name in ("k", "v", "dk", "dv") else empty) * 2 * first
     return sizes
 
 
@@ -80,7 +80,7 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
         problem.num_heads,
         problem.num_heads_k,
         seqlen_q,
-        problem.seqlen_k,
+        problem.seqlen_k - problem.empty_keys,
         problem.head_dim,
         section,
     )

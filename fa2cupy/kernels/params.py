@@ -7,7 +7,7 @@ every offset: a part (the kernel's struct, or a block) is a plain struct, withou
 of members, and each part starts behind the whole of the one before, the bytes that fill it up to a multiple of its
 alignment included. So a composed struct has parts, and never the fields of parts side by side: in CUDA the parts are
 its bases, in order (`struct Params : FwdParams, WindowParams`), here its members (`composed`). A part that is absent is
-an empty base there, and nothing here.
+an empty base there, or a base that is not there, and nothing here.
 """
 
 from __future__ import annotations

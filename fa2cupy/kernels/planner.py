@@ -121,9 +121,9 @@ def plan_backward(
         )
     names = common.pointer_names(problem, backward.ARRAYS)
     launches += fill_unseen.launches(problem, device, "dq", empty, names)
-    if problem.seqlen_q == empty:  # no query sees any key
-        for name in ("dk", "dv"):
-            launches += fill_unseen.launches(problem, device, name, problem.seqlen_k, names)
+    unseen = problem.seqlen_k if problem.seqlen_q == empty else problem.empty_keys
+    for name in ("dk", "dv"):
+        launches += fill_unseen.launches(problem, device, name, unseen, names)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
 
 

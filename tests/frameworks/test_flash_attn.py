@@ -295,11 +295,25 @@ def test_windows_that_hide_nothing_are_left_out(sq: int, sk: int) -> None:
         assert hidden(left, right).any() or "window_size" not in options
 
 
+@pytest.mark.parametrize(("causal", "window"), [(False, (1, 2)), (True, (1, 7)), (False, (-3, 1)), (False, (0, 0))])
+def test_windows(causal: bool, window: tuple[int, int]) -> None:
+    """A negative end is unlimited to flash_attn, and causal leaves nothing of the right one."""
+    q, k, v = make((BATCH, 5, HEADS, DIM), *[(BATCH, 7, HEADS_K, DIM)] * 2)
+    out, lse, _ = flash_attn_func(q, k, v, causal=causal, window_size=window, return_attn_probs=True)
+    left, right = (None if end < 0 else end for end in window)
+    distance = torch.arange(7) - torch.arange(2, 7)[:, None]
+    hidden = (distance > (0 if causal else right)) | (distance < -(9 if left is None else left))
+    k, v = (x.repeat_interleave(HEADS // HEADS_K, 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * DIM**-0.5
+    scores = scores.masked_fill(hidden, -math.inf)
+    close(out, torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), 2e-5)
+    close(lse, scores.logsumexp(-1), 2e-5)
+
+
 Q = torch.zeros(1, 4, 2, 8)
 CU = torch.tensor([0, 4], dtype=torch.int32)
 ASKED = {
     "dropout_p": {"dropout_p": 0.1},
-    "window_size": {"window_size": (1, 0)},
     "softcap": {"softcap": 30.0},
     "alibi_slopes": {"alibi_slopes": torch.ones(2)},
     "sinks": {"s_aux": torch.ones(2)},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +25,22 @@ def test_dot_product_attention(is_causal: bool) -> None:
     assert_close(single, jax.nn.dot_product_attention(q[0], k[0], v[0], is_causal=is_causal))
 
 
+@pytest.mark.parametrize("window", [3, (2, 1), (0, 0), (100, 2)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_windows(is_causal: bool, window: int | tuple[int, int]) -> None:
+    """And their gradients."""
+
+    def loss(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+        return (function(*arrays, is_causal=is_causal, local_window_size=window) * weights).sum()
+
+    q, k, v, weights = X
+    functions = fa2cupy.jax.dot_product_attention, jax.nn.dot_product_attention
+    ours, expected = (jax.value_and_grad(functools.partial(loss, each), (0, 1, 2))(q, k, v) for each in functions)
+    assert_close(ours[0], expected[0])
+    for found, wanted in zip(ours[1], expected[1], strict=True):
+        assert_close(found, wanted)
+
+
 def test_dot_product_attention_never_misaligns() -> None:
     q, k, v, _ = X
     with pytest.raises(InvalidArgument, match=r"16 queries and 8 keys: jax\.nn aligns them at the first key"):
@@ -30,8 +49,6 @@ def test_dot_product_attention_never_misaligns() -> None:
         fa2cupy.jax.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=jnp.asarray([3, 4]))
     with pytest.raises(InvalidArgument, match=r"local_window_size=3 with 16 queries and 8 keys: jax\.nn aligns"):
         fa2cupy.jax.dot_product_attention(q, k[:, :8], v[:, :8], local_window_size=3)
-    with pytest.raises(ValueError, match=r"window_size=\(3, 0\) is not supported yet"):
-        fa2cupy.jax.dot_product_attention(q, k, v, local_window_size=3, is_causal=True)
     with pytest.raises(ValueError, match=r"bias.*not supported yet"):
         fa2cupy.jax.dot_product_attention(q, k, v, bias=jnp.zeros((1, 1, S, S)))
 

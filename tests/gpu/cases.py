@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
-from fa2cupy.problem import AttentionProblem, Sizes
+from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
 __all__ = [
@@ -39,7 +39,7 @@ class Case:
 
     head_dim_v: None is head_dim. order: index into ORDERS. pad: elements between the rows of neighbouring heads (or
     whatever lies next to the head dimension). shift: elements by which every tensor starts after a 16-byte boundary.
-    given: outputs and workspace are the caller's. expanded: all key heads share one (stride 0).
+    given: outputs and workspace are the caller's. expanded: all key heads share one (stride 0). window: window_size.
     """
 
     seqlen_q: int
@@ -60,6 +60,16 @@ class Case:
     outliers: bool = False
     seed: int = 0
     head_dim_v: int | None = None
+    window: tuple[int, int] | None = None
+
+    @property
+    def unseen(self) -> tuple[int, int]:
+        """Leading queries that see no key, and leading keys that no query sees."""
+        left, right = self.window or (-1, -1)
+        right = 0 if self.causal else right
+        queries = 0 if right < 0 else max(0, self.seqlen_q - self.seqlen_k - right)
+        keys = 0 if left < 0 else max(0, self.seqlen_k - self.seqlen_q - left)
+        return queries if self.seqlen_k else self.seqlen_q, keys if self.seqlen_q else self.seqlen_k
 
     @property
     def softmax_scale(self) -> float:
@@ -70,7 +80,7 @@ class Case:
         widths = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
         text = f"{self.seqlen_q}x{self.seqlen_k} {widths} {self.dtype} {'causal' if self.causal else 'full'}"
         text += f" b{self.batch} h{self.heads[0]}/{self.heads[1]} {self.layout} seed{self.seed}"
-        for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers"):
+        for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers", "window"):
             value = getattr(self, name)
             if value not in (None, False) and (value or name == "scale"):
                 text += f" {name}={value}"
@@ -127,7 +137,8 @@ def problem_of(case: Case, backward: bool) -> AttentionProblem:
         address = 0 if own is not case else 2 * where.offset
         dtype = "float32" if name == "lse" else case.dtype
         refs[name] = TensorRef(address, where.shape, where.strides, dtype, Device("cuda", 0), None)
-    return AttentionProblem.from_refs(refs, sizes_of(case), case.dtype, options)
+    problem = AttentionProblem.from_refs(refs, sizes_of(case), case.dtype, options)
+    return problem if case.window is None else SPECS["window_size"](problem, case.window)
 
 
 def _packed(case: Case) -> Case:

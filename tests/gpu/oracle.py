@@ -33,13 +33,14 @@ def attention(
     *,
     causal: bool,
     scale: float,
+    window: tuple[int, int] | None = None,
     out: Tensor | None = None,
     want_model: bool = True,
 ) -> tuple[Tensor, dict[str, Bound]]:
     """lse (batch, heads, seqlen_q) and the bounds of out, and with `dout` of dq, dk, dv. All (batch, seqlen, heads, d).
 
-    Rows of q and dout that see no key may hold anything. `out`: what the backward was given, which the model takes D
-    from; the errors of another out would be another draw.
+    Rows of q and dout that see no key may hold anything, and so may keys that no query sees. `out`: what the backward
+    was given, which the model takes D from; the errors of another out would be another draw.
     """
     dtype = q.dtype
     batch, seqlen_q, heads, _ = q.shape
@@ -57,15 +58,20 @@ def attention(
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).double()
 
-    # Row i sees the keys up to i + seqlen_k - seqlen_q.
-    rows = torch.arange(seqlen_q, device=q.device)
-    last = rows + (seqlen_k - seqlen_q) if causal else torch.full_like(rows, seqlen_k - 1)
-    last = last.repeat(group)[:, None]
-    hidden = torch.arange(seqlen_k, device=q.device)[None, :] > last
-    sees = last >= 0
+    # Row i stands beside key i + seqlen_k - seqlen_q.
+    beside = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device).repeat(group)[:, None]
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    distance = torch.arange(seqlen_k, device=q.device)[None, :] - beside
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if right >= 0:
+        hidden |= distance > right
+    if left >= 0:
+        hidden |= distance < -left
+    sees, seen = (~hidden).any(1)[:, None], (~hidden).any(0)[:, None]
 
     Q = torch.where(sees, split(q, group), 0.0)
-    K, V = split(k, 1), split(v, 1)
+    K, V = torch.where(seen, split(k, 1), 0.0), torch.where(seen, split(v, 1), 0.0)
     S = (Q @ K.mT).mul_(scale).masked_fill_(hidden, -math.inf)
     m = S.amax(-1, keepdim=True) if seqlen_k else torch.zeros_like(Q[..., :1])
     m = torch.where(sees, m, 0.0)

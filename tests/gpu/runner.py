@@ -127,6 +127,8 @@ def run(case: Case, tensors: dict[str, Tensor], backward: bool, device: torch.de
 
     q, k, v = (arena.put(name, user(tensors[name])) for name in ("q", "k", "v"))
     options: dict[str, Any] = {"causal": case.causal, "softmax_scale": case.scale, "layout": case.layout}
+    if case.window is not None:
+        options["window_size"] = case.window
     if case.given:
         out, lse = arena.take("out"), arena.take("lse_out")
         got, got_lse = fa2cupy.attention(q, k, v, return_lse=True, out=out, lse_out=lse, **options)
@@ -167,13 +169,15 @@ def check(case: Case, backward: bool, device: torch.device) -> list[str]:
         tensors["dout"] if backward else None,
         causal=case.causal,
         scale=case.softmax_scale,
+        window=case.window,
         out=made.results["out"],
     )
-    empty = min(case.seqlen_q, case.seqlen_q - case.seqlen_k) if case.causal or not case.seqlen_k else 0
+    queries, keys = case.unseen
     flags = {
-        f"{name} is not 0 in rows that see no key": (made.results[name][:, : max(0, empty)] == 0).all()
-        for name in ("out", "dq")
-        if name in made.results
+        f"{name} is not 0 in rows of no use": (
+            made.results[name][:, : keys if name in ("dk", "dv") else queries] == 0
+        ).all()
+        for name in made.results
     }
     judgements = oracle.judge(made.results, made.lse, lse_ref, bounds, made.flags | flags)
     LEDGER.add(case.dtype, judgements)

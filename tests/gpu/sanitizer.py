@@ -37,24 +37,37 @@ EXTRA = {
     "synccheck": [],
 }
 
-# seqlen_q, seqlen_k, (head_dim, head_dim_v), heads, dtype, causal, deterministic, unaligned. A tile and a bit in both
-# directions and every kind of kernel: wide and narrow heads, a v of another width, GQA, 16-byte and 2-byte loads, empty
-# rows, masked and unmasked blocks.
+# seqlen_q, seqlen_k, (head_dim, head_dim_v), heads, dtype, causal, deterministic, unaligned, window. A tile and a bit
+# in both directions and every kind of kernel: wide and narrow heads, a v of another width, GQA, 16-byte and 2-byte
+# loads, empty rows, masked and unmasked blocks, windows.
 CASES = (
-    (200, 330, (64, 64), (2, 1), "bfloat16", True, False, False),
-    (200, 330, (64, 64), (2, 2), "float16", False, True, False),
-    (150, 280, (128, 128), (2, 1), "float16", True, False, False),
-    (150, 280, (128, 128), (2, 2), "bfloat16", False, False, True),
-    (130, 130, (59, 59), (2, 1), "bfloat16", True, True, False),
-    (100, 140, (192, 192), (1, 1), "bfloat16", True, False, False),
-    (100, 140, (256, 256), (2, 1), "bfloat16", True, True, False),
-    (100, 140, (256, 256), (1, 1), "float16", False, False, True),
-    (190, 70, (96, 96), (2, 2), "bfloat16", True, False, False),
-    (40, 3200, (64, 64), (8, 1), "bfloat16", True, True, False),  # query heads in each of the blocks that share keys
-    (40, 2300, (64, 64), (1, 1), "float16", False, False, False),  # so many key blocks that dQ is cleared before
-    (150, 280, (192, 128), (4, 1), "bfloat16", True, False, False),
-    (150, 280, (40, 72), (2, 2), "float16", False, True, False),
-    (9, 0, (64, 64), (1, 1), "bfloat16", False, False, False),
+    (200, 330, (64, 64), (2, 1), "bfloat16", True, False, False, None),
+    (200, 330, (64, 64), (2, 2), "float16", False, True, False, None),
+    (150, 280, (128, 128), (2, 1), "float16", True, False, False, None),
+    (150, 280, (128, 128), (2, 2), "bfloat16", False, False, True, None),
+    (130, 130, (59, 59), (2, 1), "bfloat16", True, True, False, None),
+    (100, 140, (192, 192), (1, 1), "bfloat16", True, False, False, None),
+    (100, 140, (256, 256), (2, 1), "bfloat16", True, True, False, None),
+    (100, 140, (256, 256), (1, 1), "float16", False, False, True, None),
+    (190, 70, (96, 96), (2, 2), "bfloat16", True, False, False, None),
+    (
+        40,
+        3200,
+        (64, 64),
+        (8, 1),
+        "bfloat16",
+        True,
+        True,
+        False,
+        None,
+    ),  # query heads in each of those that share keys
+    (40, 2300, (64, 64), (1, 1), "float16", False, False, False, None),  # so many key blocks that dQ is cleared before
+    (150, 280, (192, 128), (4, 1), "bfloat16", True, False, False, None),
+    (150, 280, (40, 72), (2, 2), "float16", False, True, False, None),
+    (9, 0, (64, 64), (1, 1), "bfloat16", False, False, False, None),
+    (200, 330, (64, 64), (2, 1), "float16", False, False, False, (70, 20)),
+    (150, 480, (128, 128), (2, 1), "bfloat16", False, True, False, (200, 10)),
+    (200, 140, (256, 256), (2, 1), "bfloat16", True, False, False, (30, 0)),
 )
 
 
@@ -81,7 +94,7 @@ def run_cases() -> None:
     cupy.cuda.set_allocator(None)  # cudaMalloc and cudaFree of the exact size
     rng = np.random.default_rng(0)
     types = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    for seqlen_q, seqlen_k, (d, d_v), (heads, heads_k), dtype, causal, deterministic, unaligned in CASES:
+    for seqlen_q, seqlen_k, (d, d_v), (heads, heads_k), dtype, causal, deterministic, unaligned, window in CASES:
 
         def array(seqlen: int, h: int, d: int, dtype: str = dtype, unaligned: bool = unaligned) -> Any:
             shape = (2, seqlen, h, d)
@@ -92,11 +105,12 @@ def run_cases() -> None:
         k, v = array(seqlen_k, heads_k, d), array(seqlen_k, heads_k, d_v)
         # Bulk stores initialise nothing in initcheck's eyes: `out` holds NaN already, and none may be left in it.
         out = cupy.full_like(dout, math.nan)
-        out, lse = fa2cupy.attention(q, k, v, causal=causal, return_lse=True, out=out)
+        seen = {"causal": causal, "window_size": window}
+        out, lse = fa2cupy.attention(q, k, v, **seen, return_lse=True, out=out)
         with sm80_kernels():
-            again = fa2cupy.attention(q, k, v, causal=causal)
+            again = fa2cupy.attention(q, k, v, **seen)
         # Nor the workspace, where the Hopper backward's first key block writes dQ.
-        options = {"causal": causal, "deterministic": deterministic}
+        options = {**seen, "deterministic": deterministic}
         workspace = cupy.full(fa2cupy.backward_workspace_bytes(q, k, v, **options), 0xFF, cupy.uint8)
         gradients = fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, workspace=workspace)
         for x in (out, again, *gradients):

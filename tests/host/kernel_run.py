@@ -16,7 +16,7 @@ from fa2cupy.kernels import KernelLaunch, Plan, plan_backward, plan_forward
 from fa2cupy.kernels.sm90.flash_fwd import FwdTileSm90
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.options import Options
-from fa2cupy.problem import AttentionProblem
+from fa2cupy.problem import SPECS, AttentionProblem
 from fa2cupy.spec import SoftmaxSpec
 from tests import reference
 from tests.gpu import cases as gpu_cases
@@ -129,7 +129,7 @@ _MAX_EXPECTED = 64
 
 
 def prepare(host_case: HostCase, backward: bool) -> Prepared:
-    """Inputs, outputs, plan and reference of a case. Query rows that see no key hold NaN."""
+    """Inputs, outputs, plan and reference of a case. Queries that see no key hold NaN, and keys that no query sees."""
     case = host_case.case
     names = (BACKWARD if backward else FORWARD) + ("dlse",) * host_case.dlse
     tensors = {name: _tensor(host_case, name) for name in names}
@@ -144,7 +144,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         head_dim_v=case.head_dim_v,
         outliers=case.outliers,
     )._asdict()
-    empty = case.seqlen_q if case.seqlen_k == 0 else max(0, case.seqlen_q - case.seqlen_k) * case.causal
+    empty, empty_keys = case.unseen
     values: dict[str, np.ndarray] = {}
     for name in ("q", "k", "v", "dout"):
         if name not in tensors:
@@ -152,8 +152,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         view = _bshd(tensors[name].values, case.layout)
         bits = numbers[name].view(np.uint16)
         view[...] = bits[:, :, :1] if case.expanded and name in ("k", "v") else bits
-        if name in ("q", "dout"):
-            view[:, :empty] = 0xFFFF
+        view[:, : empty if name in ("q", "dout") else empty_keys] = 0xFFFF
         values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
     if host_case.dlse:  # NaN of rows that see no key, as of their q and dout
         dlse = tensors["dlse"].values
@@ -170,6 +169,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
             values.get("dout"),
             causal=case.causal,
             scale=case.softmax_scale,
+            window=case.window,
             dlse=tensors["dlse"].values if host_case.dlse else None,
         )
     expected = _EXPECTED[key]
@@ -183,6 +183,8 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     refs = {name: tensor.ref() for name, tensor in tensors.items()}
     dense = {name: ref for name, ref in refs.items() if name != "dlse"}
     problem = AttentionProblem.from_refs(dense, gpu_cases.sizes_of(case), case.dtype, options)
+    if case.window is not None:
+        problem = SPECS["window_size"](problem, case.window)
     if host_case.dlse:
         batch, head, row = tensors["dlse"].strides
         problem = dataclasses.replace(problem, softmax=SoftmaxSpec((batch, head, row), empty))

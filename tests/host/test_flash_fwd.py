@@ -119,6 +119,8 @@ def test_many_random_cases(dtype: str) -> None:
         (Case(520, 70, 64, "bfloat16", True, heads=(4, 2)), "sm_90"),
         (Case(520, 70, 256, "float16", True, heads=(2, 2)), "sm_90"),
         (Case(330, 100, 128, "bfloat16", True), "sm_80"),
+        (Case(530, 70, 64, "bfloat16", False, heads=(4, 2), window=(20, 7)), "sm_90"),
+        (Case(330, 100, 128, "bfloat16", False, window=(-1, 5)), "sm_80"),
     ],
 )
 def test_queries_that_see_no_key(case: Case, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +129,7 @@ def test_queries_that_see_no_key(case: Case, arch: str, monkeypatch: pytest.Monk
     prepared = prepare(HostCase(case, arch), BACKWARD)
     main, fill = prepared.plan.launches
     monkeypatch.setattr(AttentionProblem, "empty_rows", 0)
+    monkeypatch.setattr(AttentionProblem, "empty_keys", 0)
     (whole,) = plan_forward(prepared.plan.problem, device(arch), prepared.plan.tile).launches
     assert whole.name == main.name and case.seqlen_q - case.seqlen_k > prepared.plan.tile.block_m
     whole = dataclasses.replace(whole, defines={**whole.defines, "FA2_UNSEEN_ROWS": 1})

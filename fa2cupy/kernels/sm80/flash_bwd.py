@@ -144,7 +144,7 @@ def order(work: Work) -> Order:
     section = heads_per_section(work.device, problem.causal, shares, work.n_blocks, queries_bytes)
     if work.deterministic:
         most = section if problem.causal else shares
-        section = min(most, _section_of_turns(work, work.m_blocks * work.group // splits))
+        section = min(most, _section_of_turns(work, work.steps[1] * work.group // splits))
     return Order(splits, section, cleared=True)
 
 

@@ -99,18 +99,18 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
 
     causal_turns: of the steps of a block, the heads for each cluster that runs that this takes.
     """
-    causal, deterministic = work.problem.causal, work.deterministic
+    causal, deterministic, banded = work.problem.causal, work.deterministic, work.band is not None
     splits = backward.splits_of_heads(work) if deterministic else _splits_of_steps(work)
     shares = work.key_heads * splits
     if deterministic:
-        steps = work.m_blocks * work.group // splits
-        section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal else _full_turns)
+        steps = work.steps[1] * work.group // splits
+        section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal or banded else _full_turns)
     else:
         section = heads_per_even_section(work.clusters, causal, shares, work.n_blocks)
     # With many tiles, starting beside the kernel before gains nothing, and full ones lose: thread blocks that take
     # neighbouring tiles are not neighbours any more.
     overlap = not deterministic and work.key_tiles * splits <= (8 if causal else 2) * work.clusters
-    return Order(splits, section, cleared(causal, work.n_blocks, deterministic, splits > 1), overlap)
+    return Order(splits, section, cleared(causal, work.adding_blocks, deterministic, splits > 1), overlap)
 
 
 def _full_turns(steps: int) -> float:
@@ -131,11 +131,8 @@ def _splits_of_steps(work: Work) -> int:
 
     It takes as long as the longest part, or as all steps evenly shared out; full ones in whole waves. No part is empty.
     """
-    problem, tile, group, clusters, key_tiles = work.problem, work.tile, work.group, work.clusters, work.key_tiles
-    first_query = 0  # of the last key block
-    if problem.causal:
-        first_query = (work.n_blocks - 1) * tile.cluster * tile.block_n - (problem.seqlen_k - work.rows)
-    fewest, most = group * (work.m_blocks - max(0, first_query) // tile.block_m), group * work.m_blocks
+    problem, group, clusters, key_tiles = work.problem, work.group, work.clusters, work.key_tiles
+    fewest, most = (group * steps for steps in work.steps)
     mean = (fewest + most) / 2
 
     def steps(splits: int) -> float:

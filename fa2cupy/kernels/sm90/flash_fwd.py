@@ -69,7 +69,7 @@ class FwdTileSm90:
         return 128 * (panels * (q_rows + k_rows) + panels_v * (k_rows + o_rows)) + 1024
 
 
-# By whether the problem is causal. With long tiles and no mask, two warpgroups find their turns by themselves.
+# By whether there is a mask: causal, or a window. With long tiles and no mask, two warpgroups find their turns alone.
 FWD_TILES_SM90: dict[bool, tuple[FwdTileSm90, ...]] = {
     False: (
         FwdTileSm90(64, 128, 128, 3, 4, True, "177 KB; ends closer to the sequence's end", max_seqlen_q=1024),
@@ -110,14 +110,15 @@ def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTileSm90]:
     """The best first."""
     seqlen_q = problem.seqlen_q - problem.empty_rows
-    return rows_for(problem.head_dim, problem.head_dim_v, problem.causal, seqlen_q)
+    masked = problem.causal or not (problem.window is None or problem.window.only_drops)
+    return rows_for(problem.head_dim, problem.head_dim_v, masked, seqlen_q)
 
 
-def rows_for(head_dim: int, head_dim_v: int, causal: bool, seqlen_q: int) -> list[FwdTileSm90]:
+def rows_for(head_dim: int, head_dim_v: int, masked: bool, seqlen_q: int) -> list[FwdTileSm90]:
     """Of the table all that serve these numbers, the narrowest first."""
     return [
         tile
-        for tile in FWD_TILES_SM90[causal]
+        for tile in FWD_TILES_SM90[masked]
         if seqlen_q <= tile.max_seqlen_q
         and head_dim <= tile.head_dim
         and head_dim_v <= (tile.head_dim_v or tile.head_dim)

@@ -44,10 +44,12 @@ def objection(problem: AttentionProblem, device: DeviceInfo, names: Sequence[str
 
 def map_dims(problem: AttentionProblem, name: str, rows: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
     """(columns, rows, heads, batch) of an array and the strides of its rows, heads and batches, as `TensorMapSpec.of`
-    takes them; of the queries the last `rows`."""
+    takes them; of the queries the last `rows`, of the keys those that a query sees."""
     p = problem
     columns = p.head_dim_v if name in ("v", "dv", "out", "dout") else p.head_dim
-    length, heads = (p.seqlen_k, p.num_heads_k) if name in ("k", "v", "dk", "dv") else (rows, p.num_heads)
+    length, heads = (
+        (p.seqlen_k - p.empty_keys, p.num_heads_k) if name in ("k", "v", "dk", "dv") else (rows, p.num_heads)
+    )
     batch, row, head = dict(p.strides)[name]
     return (columns, length, heads, p.batch), (row, head, batch)
 
@@ -60,8 +62,8 @@ def tensor_maps(
     skipped: Mapping[str, int],
     names: Sequence[str],
 ) -> tuple[TensorMapArgument, ...]:
-    """The maps of a struct whose boxes are COLUMNS x `box_rows` of an array; `skipped`: bytes in front of the last
-    `rows` queries; `names`: of the call's pointers."""
+    """The maps of a struct whose boxes are COLUMNS x `box_rows` of an array; `skipped`: bytes in front of
+    those rows; `names`: of the call's pointers."""
     return tuple(
         TensorMapArgument(
             getattr(struct, name).offset,

@@ -16,7 +16,7 @@ _VECTOR = 8  # elements that a thread sums
 def launch(whole: Backward) -> KernelLaunch:
     work, partial = whole.work, whole.order.partial
     problem, warps = work.problem, work.tile.dq_warps
-    keys = work.key_heads * problem.seqlen_k
+    keys = work.key_heads * work.keys
     widths = (problem.head_dim, problem.head_dim_v)
     sum_blocks = partial * sum(-(-keys * -(-width // _VECTOR) // (32 * warps)) for width in widths)
     defines = _defines(whole.side_defines, partial)
