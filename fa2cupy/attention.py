@@ -15,7 +15,7 @@ from fa2cupy import doors, dynamo
 from fa2cupy.calls import call
 from fa2cupy.checks import check_flag
 from fa2cupy.keywords import not_through_torch, public
-from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, Operation
+from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given
 
 __all__ = [
@@ -114,7 +114,7 @@ def attention(
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
-        if way is doors.STRAIGHT:
+        if way is STRAIGHT:
             operation = ASKED.get(operation, operation)
         elif way is not None:
             if operation.extra:

@@ -11,13 +11,9 @@ from typing import Any
 
 from fa2cupy import dynamo
 
-__all__ = ["STRAIGHT", "has_torch", "torch_way"]
+__all__ = ["has_torch", "torch_way"]
 
-# A way that is no detour: to the launch, which need not ask again what `torch_way` has asked.
-STRAIGHT: Any = "straight"
-
-
-# `way` of fa2cupy/torch/dispatch.py, which puts itself here.
+# `way` of fa2cupy/autograd/dispatch.py as soon as torch is loaded.
 torch_way: Callable[[Any, Any, Any], Callable[..., Any] | None] = lambda q, k, v: None  # noqa: E731 - until then
 
 _loaded = False
@@ -26,9 +22,9 @@ _loaded = False
 @dynamo.constant
 def has_torch() -> bool:
     """Whether torch is loaded; then `torch_way` is its."""
-    global _loaded
+    global _loaded, torch_way
     if not _loaded and sys.modules.get("torch") is not None:
-        import fa2cupy.torch.dispatch  # noqa: F401
+        from fa2cupy.autograd import dispatch
 
-        _loaded = True
+        torch_way, _loaded = dispatch.way, True
     return _loaded

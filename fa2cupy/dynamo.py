@@ -12,6 +12,7 @@ from __future__ import annotations
 import pkgutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 __all__ = ["constant", "leave", "tell", "told"]
@@ -27,10 +28,10 @@ _TRACED = frozenset(
             "flash_attn",
             "keywords",
             "options",
-            "torch.dispatch",
+            "autograd.dispatch",
             "torch.dot_product",
-            "torch.features",
-            "torch.sharding",
+            "autograd.features",
+            "autograd.sharding",
         )
     }
 )
@@ -57,11 +58,11 @@ def constant(function: _Function) -> _Function:
 def tell() -> None:
     """Tell Dynamo, which is loaded, to trace no file of this package but those of `_TRACED`."""
     global told
-    import fa2cupy.torch
-
     add = sys.modules["torch._dynamo"].trace_rules.add
-    for package in (fa2cupy, fa2cupy.torch):
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            if module.name not in _TRACED and module.name != "fa2cupy.torch":
+    here, packages = Path(__file__).parent, ("fa2cupy.autograd", "fa2cupy.torch")
+    for package in ("fa2cupy", *packages):
+        folder = here.joinpath(*package.split(".")[1:])
+        for module in pkgutil.iter_modules([str(folder)], f"{package}."):
+            if module.name not in _TRACED and module.name not in packages:
                 add(module.name)
     told = True

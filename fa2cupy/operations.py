@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["ASKED", "BACKWARD", "FORWARD", "FORWARD_OUT", "Operation"]
+__all__ = ["ASKED", "BACKWARD", "FORWARD", "FORWARD_OUT", "STRAIGHT", "Operation"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,3 +51,6 @@ FORWARD_OUT = Operation("attention", ("q", "k", "v"), ("out", "lse_out"), frozen
 BACKWARD = Operation("attention_backward", ("dout", "q", "k", "v", "out", "lse"), ("dq", "dk", "dv"))
 # The same for a caller that has asked.
 ASKED = {operation: replace(operation, asked=True) for operation in (FORWARD, FORWARD_OUT, BACKWARD)}
+
+# The way of a call that is no detour: to the launch, which need not ask again what the door has asked.
+STRAIGHT: Any = "straight"

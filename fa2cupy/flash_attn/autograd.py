@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import fa2cupy
+from fa2cupy.autograd.dispatch import cast
+from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled, is_plain
 from fa2cupy.flash_attn.translate import check_tensors, packed_parts, took
 from fa2cupy.torch import backward_op
-from fa2cupy.torch.dispatch import cast
-from fa2cupy.torch.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled, is_plain
 
 __all__ = ["attend"]
 

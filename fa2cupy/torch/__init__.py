@@ -4,8 +4,8 @@
 attention by: torch.ops.fa2cupy.forward.default and torch.ops.fa2cupy.backward.default.
 """
 
+from fa2cupy.autograd.operators import backward_op, forward_op
 from fa2cupy.torch.dot_product import scaled_dot_product_attention
-from fa2cupy.torch.operators import backward_op, forward_op
 from fa2cupy.torch.takeover import disable_sdpa, enable_sdpa, sdpa
 
 __all__ = ["backward_op", "disable_sdpa", "enable_sdpa", "forward_op", "scaled_dot_product_attention", "sdpa"]

@@ -27,11 +27,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fa2cupy
 from fa2cupy import cpu, host
+from fa2cupy.autograd.features import features_of, features_text
 from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.keywords import KEYWORDS, Keyword
 from fa2cupy.torch import backward_op, forward_op
-from fa2cupy.torch.features import features_of, features_text
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

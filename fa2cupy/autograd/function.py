@@ -8,34 +8,12 @@ from typing import Any
 import torch
 
 from fa2cupy import dynamo
-from fa2cupy.calls import call
-from fa2cupy.operations import ASKED, BACKWARD, FORWARD
-from fa2cupy.torch.features import features_text
-from fa2cupy.torch.watchers import are_watched, is_grad_enabled, is_plain
+from fa2cupy.autograd.features import features_text
+from fa2cupy.autograd.launching import launch_backward, launch_forward
+from fa2cupy.autograd.operators import backward_op
+from fa2cupy.autograd.watchers import are_watched, is_grad_enabled, is_plain
 
-__all__ = ["eager", "launch_backward", "launch_forward"]
-
-# Autograd is above whoever launches here, and has asked or was asked for what `check_call` asks.
-_FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
-_BACKWARD_WITH_DLSE = _BACKWARD.extended(("dlse",))
-
-
-def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
-    """out, lse. options: those of a launch (`RawOptions`)."""
-    out, lse = call(_FORWARD, [q, k, v, None, None], None, (*options[:4], False, options[5]))
-    return out, lse
-
-
-def launch_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...]
-) -> tuple[Any, Any, Any]:
-    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it."""
-    deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
-    operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
-    if dlse is not None:
-        operation, arrays = _BACKWARD_WITH_DLSE, [*arrays, dlse]
-    dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, options[5]))
-    return dq, dk, dv
+__all__ = ["eager"]
 
 
 class _Attention(torch.autograd.Function):
@@ -58,7 +36,6 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         # With grad mode on (create_graph=True) the operator is taken too: it says that there is no second derivative.
         if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
-            from fa2cupy.torch.operators import backward_op
 
             dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options[:5], features_text(ctx.options[5]))
         else:

@@ -23,7 +23,7 @@ def register() -> None:
         return
     from torch.distributed.tensor.experimental import register_sharding
 
-    from fa2cupy.torch.operators import backward_op, forward_op
+    from fa2cupy.autograd.operators import backward_op, forward_op
 
     register_sharding(forward_op)(_forward)
     register_sharding(backward_op)(_backward)

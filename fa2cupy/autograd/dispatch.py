@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 
-from fa2cupy import doors
+from fa2cupy.autograd import sharding
+from fa2cupy.autograd.features import features_text
+from fa2cupy.autograd.function import eager
+from fa2cupy.autograd.operators import forward_op
+from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidType
-from fa2cupy.operations import FORWARD, FORWARD_OUT
+from fa2cupy.operations import FORWARD, FORWARD_OUT, STRAIGHT
 from fa2cupy.options import Options
-from fa2cupy.torch import sharding
-from fa2cupy.torch.features import features_text
-from fa2cupy.torch.function import eager
-from fa2cupy.torch.operators import forward_op
-from fa2cupy.torch.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
 
 __all__ = ["cast", "way"]
 
@@ -33,7 +32,7 @@ Way = Callable[[Any, Any, Any, tuple[Any, ...], bool], Any]
 
 
 def way(q: Any, k: Any, v: Any) -> Way | None:
-    """How a call with these tensors goes on; `doors.STRAIGHT`: to the launch, nothing has to be asked again."""
+    """How a call with these tensors goes on; `STRAIGHT`: to the launch, nothing has to be asked again."""
     if not isinstance(q, torch.Tensor):
         return None
     if is_compiling():
@@ -44,7 +43,7 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
         return _autocast
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return eager
-    straight: Way = doors.STRAIGHT
+    straight: Way = STRAIGHT
     return straight
 
 
@@ -106,5 +105,3 @@ def cast(*tensors: Any) -> tuple[Any, ...]:
 def _casts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
-
-doors.torch_way = way

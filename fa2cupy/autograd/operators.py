@@ -14,13 +14,13 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction  # Function without what it does for torch.func
 from torch.utils.flop_counter import register_flop_formula
 
+from fa2cupy.autograd.features import features_of
+from fa2cupy.autograd.launching import launch_backward, launch_forward
+from fa2cupy.autograd.watchers import in_forward_mode
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
-from fa2cupy.torch.features import features_of
-from fa2cupy.torch.function import launch_backward, launch_forward
-from fa2cupy.torch.watchers import in_forward_mode
 
 __all__ = ["backward_op", "forward_op"]
 
