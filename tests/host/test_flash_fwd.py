@@ -129,10 +129,7 @@ def test_queries_that_see_no_key(case: Case, arch: str, monkeypatch: pytest.Monk
     prepared = prepare(HostCase(case, arch), BACKWARD)
     main, fill = prepared.plan.launches
     monkeypatch.setattr(AttentionProblem, "empty_rows", 0)
-<<<<<<< HEAD
     monkeypatch.setattr(AttentionProblem, "empty_keys", 0)
-=======
->>>>>>> main
     (whole,) = plan_forward(prepared.plan.problem, device(arch), prepared.plan.tile).launches
     assert whole.name == main.name and case.seqlen_q - case.seqlen_k > prepared.plan.tile.block_m
     whole = dataclasses.replace(whole, defines={**whole.defines, "FA2_UNSEEN_ROWS": 1})
