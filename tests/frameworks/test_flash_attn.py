@@ -299,15 +299,22 @@ def test_windows_that_hide_nothing_are_left_out(sq: int, sk: int) -> None:
 def test_windows(causal: bool, window: tuple[int, int]) -> None:
     """A negative end is unlimited to flash_attn, and causal leaves nothing of the right one."""
     q, k, v = make((BATCH, 5, HEADS, DIM), *[(BATCH, 7, HEADS_K, DIM)] * 2)
+    weights = torch.randn(BATCH, 5, HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    arrays = [x.requires_grad_() for x in (q, k, v)]
     out, lse, _ = flash_attn_func(q, k, v, causal=causal, window_size=window, return_attn_probs=True)
+    gradients = torch.autograd.grad((out * weights).sum() + lse.sum(), arrays)
     left, right = (None if end < 0 else end for end in window)
     distance = torch.arange(7) - torch.arange(2, 7)[:, None]
     hidden = (distance > (0 if causal else right)) | (distance < -(9 if left is None else left))
     k, v = (x.repeat_interleave(HEADS // HEADS_K, 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * DIM**-0.5
     scores = scores.masked_fill(hidden, -math.inf)
-    close(out, torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), 2e-5)
-    close(lse, scores.logsumexp(-1), 2e-5)
+    expected, expected_lse = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), scores.logsumexp(-1)
+    close(out, expected, 2e-5)
+    close(lse, expected_lse, 2e-5)
+    wanted = torch.autograd.grad((expected * weights).sum() + expected_lse.sum(), arrays)
+    for found, gradient in zip(gradients, wanted, strict=True):
+        close(found, gradient, 5e-5)
 
 
 Q = torch.zeros(1, 4, 2, 8)

@@ -109,3 +109,16 @@ def test_a_row_of_a_window_is_attention_over_its_keys(device: torch.device) -> N
     assert torch.equal(alone, fa2cupy.attention(q[:, -1:], k[:, -1024:], v[:, -1024:]))
     among = fa2cupy.attention(q, k, v, window_size=(1023, 0))[:, -1:]
     torch.testing.assert_close(alone, among, rtol=2**-7, atol=2e-3)
+
+
+def test_autograd(device: torch.device) -> None:
+    """Through torch's graph come the gradients of `attention_backward`, and its bits."""
+    case = Case(300, 500, 128, "bfloat16", False, 2, (4, 2), window=(100, 0))
+    tensors = inputs_of(case, device)
+    q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
+    out, lse = fa2cupy.attention(q, k, v, window_size=case.window, return_lse=True)
+    options = {"window_size": case.window, "deterministic": True}
+    expected = fa2cupy.attention_backward(dout, q, k, v, out, lse, **options)
+    arrays = [x.requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad(fa2cupy.attention(*arrays, **options), arrays, dout)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
