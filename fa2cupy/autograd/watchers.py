@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
+
+from fa2cupy.frameworks.torch import fx_tracing
 
 __all__ = ["PLAIN", "any_autocast", "are_watched", "in_forward_mode", "is_compiling", "is_grad_enabled", "is_plain"]
 
@@ -24,6 +25,7 @@ any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled",
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_batched: Callable[[Any], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 _is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)  # torch.jit.trace, older exports
+_is_fx_tracing = fx_tracing()
 _functorch: Callable[[], Any] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
 
 
@@ -44,5 +46,5 @@ def are_watched() -> bool:
         or _functorch() is not None
         or getattr(forward_ad, "_current_level", 0) >= 0
         or _is_tracing()
-        or getattr(_symbolic_trace, "_is_fx_tracing_flag", True)
+        or _is_fx_tracing()
     )

@@ -19,6 +19,16 @@ __all__ = ["TORCH"]
 _LOW = 1 << 40
 
 
+def fx_tracing() -> Callable[[], bool]:
+    """What says whether torch.fx is tracing. torch's public function logs a warning at every call.
+
+    A torch that has neither name counts as tracing: calls are then asked about once more, and are right.
+    """
+    module = importlib.import_module("torch.fx._symbolic_trace")
+    since_214: Callable[[], bool] | None = getattr(module, "_get_is_fx_tracing", None)
+    return since_214 or (lambda: bool(getattr(module, "_is_fx_tracing_flag", True)))
+
+
 class _Torch(GpuFramework):
     name = "PyTorch"
 
@@ -113,11 +123,10 @@ class _Torch(GpuFramework):
         return tuple(key), pointers
 
     @functools.cached_property
-    def _watchers(self) -> tuple[Callable[[], bool], Any, Callable[[], bool], Any]:
-        """Whether torch.jit.trace is at work; the module that has torch.fx's flag (its function warns); autograd."""
+    def _watchers(self) -> tuple[Callable[[], bool], Callable[[], bool], Callable[[], bool], Any]:
+        """Whether torch.jit.trace is at work; whether torch.fx is; whether grad mode is on; forward-mode autograd."""
         torch = sys.modules["torch"]
-        fx = importlib.import_module("torch.fx._symbolic_trace")
-        return torch._C._is_tracing, fx, torch.is_grad_enabled, torch.autograd.forward_ad
+        return torch._C._is_tracing, fx_tracing(), torch.is_grad_enabled, torch.autograd.forward_ad
 
     def _refuse_tracing(self, function: str) -> None:
         torch = sys.modules["torch"]
@@ -133,8 +142,8 @@ class _Torch(GpuFramework):
         )
 
     def check_call(self, arrays: Sequence[Any], function: str, names: Callable[[], tuple[str, ...]]) -> None:
-        is_jit_tracing, fx, is_grad_enabled, forward_ad = self._watchers
-        if is_jit_tracing() or getattr(fx, "_is_fx_tracing_flag", True):
+        is_jit_tracing, is_fx_tracing, is_grad_enabled, forward_ad = self._watchers
+        if is_jit_tracing() or is_fx_tracing():
             self._refuse_tracing(function)
         if is_grad_enabled():
             for array in arrays:

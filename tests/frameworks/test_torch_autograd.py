@@ -27,10 +27,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fa2cupy
 from fa2cupy import cpu, host
+from fa2cupy.autograd.dispatch import way
 from fa2cupy.autograd.features import features_of, features_text
+from fa2cupy.autograd.watchers import are_watched
 from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.keywords import KEYWORDS, Keyword
+from fa2cupy.operations import STRAIGHT
 from fa2cupy.torch import backward_op, forward_op
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -694,3 +697,10 @@ def test_compile_over_torch_func(case: Case) -> None:
     )
     with pytest.raises(Exception, match="has a tangent"):
         tangent(q)
+
+
+def test_nobody_watches_an_ordinary_call() -> None:
+    """On a torch that has lost one of the names that `watchers.py` asks, all calls would go through the operator."""
+    assert not are_watched()
+    q = torch.zeros(1, 3, 2, 8)
+    assert way(q, q, q) is STRAIGHT
