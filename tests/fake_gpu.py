@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fa2cupy.kernels.common import pointer_names
 from fa2cupy.prepared import PREPARED
 from fa2cupy.problem import AttentionProblem
 
+ROW = SimpleNamespace(head_dim=128)  # of every plan
 FORWARD_NAMES = ("q", "k", "v", "out", "lse")
 BACKWARD_NAMES = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 
@@ -163,7 +165,7 @@ class FakeGpu:
         return self.launches[-1]
 
     def plan_forward(
-        self, problem: AttentionProblem, device: Any, family: str | None, compiler: Callable[[str], str]
+        self, problem: AttentionProblem, device: Any, family: str | None, compiler: Callable[[str, Any], str]
     ) -> FakePlan:
         return self._plan(problem, self.forward_workspace_bytes, None, family, compiler)
 
@@ -173,7 +175,7 @@ class FakeGpu:
         device: Any,
         deterministic: bool,
         family: str | None,
-        compiler: Callable[[str], str],
+        compiler: Callable[[str, Any], str],
     ) -> FakePlan:
         return self._plan(problem, self.workspace_bytes, deterministic, family, compiler)
 
@@ -183,9 +185,9 @@ class FakeGpu:
         workspace_bytes: int,
         deterministic: bool | None,
         family: str | None,
-        compiler: Callable[[str], str],
+        compiler: Callable[[str, Any], str],
     ) -> FakePlan:
-        objection = next(filter(None, (compiler(launch.arch) for launch in self.launches_of_plans)), "")
+        objection = next(filter(None, (compiler(launch.arch, ROW) for launch in self.launches_of_plans)), "")
         launches = () if objection else self.launches_of_plans
         self.plans.append(FakePlan(self, problem, workspace_bytes, deterministic, launches, family, objection))
         return self.plans[-1]

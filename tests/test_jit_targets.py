@@ -52,9 +52,11 @@ def test_releases(fake: FakeDriver, build: str, new_driver: str, old_driver: str
         set_driver(fake, version)
         assert targets.target("sm_90a", build) == new_driver
         assert bool(targets.wgmma_objection(build)) == build.startswith("11.")
+        assert not targets.serialises_wgmma(build)
         assert targets.target("sm_90", build) == "sm_90" and targets.target("sm_80", build) == "sm_80"
     set_driver(fake, 12080)
     assert targets.target("sm_90a", build) == old_driver
+    assert targets.serialises_wgmma(build) == (new_driver == "compute_90a")
     said = targets.wgmma_objection(build)
     assert (objection in said and f"NVRTC {build} " in said) if objection else said == ""
     assert "CUDA 12.8, 13.0 is needed" in said or "wrong code" not in said

@@ -213,7 +213,7 @@ def test_which_backward(head_dims: tuple[int, int], options: dict[str, Any], obj
         with pytest.raises(InvalidArgument, match=re.escape(objection)):
             plan_backward(wanted, H200, False, family="sm90")
     else:
-        assert plan_backward(wanted, H200, False, compiler=lambda arch: "no" * (arch == "sm_90a")).family == "sm80"
+        assert plan_backward(wanted, H200, False, compiler=lambda arch, row: "no" * (arch == "sm_90a")).family == "sm80"
     assert plan_backward(wanted, A100, False).family == "sm80"
 
 

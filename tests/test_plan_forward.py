@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
+from typing import Any
 
 import pytest
 
-from fa2cupy.errors import InvalidArgument
+from fa2cupy import jit, log
+from fa2cupy.errors import Fa2Warning, InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import common, plan_backward, plan_forward
+from fa2cupy.kernels import common, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import FillParams, FwdParams, FwdTmaParams
 from fa2cupy.kernels.sm80.flash_fwd import FwdTile
 from fa2cupy.kernels.sm90.flash_fwd import FWD_TILES_SM90, FwdTileSm90, rows_for
@@ -84,7 +87,7 @@ def test_which_forward(wanted: AttentionProblem, device: DeviceInfo, family: str
 def test_objections_of_a_compiler() -> None:
     asked = []
 
-    def compiler(arch: str) -> str:
+    def compiler(arch: str, row: Any) -> str:
         asked.append(arch)
         return "NVRTC is no good" if arch == "sm_90a" else ""
 
@@ -95,6 +98,28 @@ def test_objections_of_a_compiler() -> None:
     plan_forward(problem(5, 0), H200, compiler=compiler)  # nothing that it could not compile
     plan_backward(backward_problem(5, 0, 64, "bfloat16", False), H200, False, compiler=compiler)
     assert len(asked) == 3
+
+
+def test_the_faster_way_of_a_compiler_that_serialises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per kernel: only the forward of head_dim up to 64 is faster on sm_80 then; and what is asked for is taken."""
+    monkeypatch.setattr(jit, "expected_nvrtc_build", lambda: "12.8.93 CL-1")
+    monkeypatch.setattr(jit, "wgmma_objection", lambda build: "")
+
+    def families(serialised: bool, family: str | None = None) -> list[str]:
+        monkeypatch.setattr(jit, "serialises_wgmma", lambda build: serialised)
+        ask = functools.partial(planner._nvrtc_objection, family)
+        plans = [
+            plan_forward(problem(head_dim=head_dim), H200, family=family, compiler=functools.partial(ask, False))
+            for head_dim in (32, 64, 96, 128)
+        ]
+        wanted = backward_problem(128, 128, 64, "bfloat16", False)
+        plans.append(plan_backward(wanted, H200, False, family=family, compiler=functools.partial(ask, True)))
+        return [plan.family for plan in plans]
+
+    log.warn_once.cache_clear()
+    with pytest.warns(Fa2Warning, match=r"12\.8\.93 CL-1 serialises wgmma.*head_dim 64 slower than that of sm_80"):
+        assert families(True) == ["sm80", "sm80", "sm90", "sm90", "sm90"]
+    assert families(False) == families(True, "sm90") == ["sm90"] * 5
 
 
 def test_a_given_tile_chooses_its_kernel() -> None:

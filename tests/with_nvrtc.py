@@ -41,6 +41,7 @@ def main() -> None:
     cache = env.cache_dir() / build.replace(" ", "-")
     os.environ[env.CACHE_DIR.name] = str(cache)
     jit.wgmma_objection = lambda build: ""
+    jit.serialises_wgmma = lambda build: False
     print(f"NVRTC {build}, kernels in {cache}", flush=True)
     atexit.register(report, cache)
     if program[0] == "-m":

@@ -8,7 +8,7 @@ from fa2cupy.jit.compiler import Cubin, KernelResources
 from fa2cupy.jit.driver import DeviceInfo, LaunchConfig, Launcher, device_guard, device_info, driver_version, launch
 from fa2cupy.jit.kernel import Kernel, expected_nvrtc_build, kernel, kernels
 from fa2cupy.jit.source import Source
-from fa2cupy.jit.targets import wgmma_objection
+from fa2cupy.jit.targets import serialises_wgmma, wgmma_objection
 from fa2cupy.jit.tensor_map import TensorMapSpec
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "kernel",
     "kernels",
     "launch",
+    "serialises_wgmma",
     "wgmma_objection",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fa2cupy.errors import MissingDependency
 from fa2cupy.jit import driver
 
-__all__ = ["target", "wgmma_objection"]
+__all__ = ["serialises_wgmma", "target", "wgmma_objection"]
 
 _WGMMA_ARCH, _WGMMA_PTX = "sm_90a", "compute_90a"
 _KNOWS_WGMMA, _SUSPECT, _GOOD_ASSEMBLER = (12, 0), (12, 5), (12, 9, 86)  # first releases
@@ -37,6 +37,11 @@ def wgmma_objection(build: str) -> str:
             "needed) cannot make it in NVRTC's place"
         )
     return ""
+
+
+def serialises_wgmma(build: str) -> bool:
+    """Whether what an NVRTC makes of wgmma kernels on this machine is slow: cubins of a release that serialises."""
+    return _KNOWS_WGMMA <= _version(build) < _GOOD_ASSEMBLER and not _driver_assembles()
 
 
 def _version(build: str) -> tuple[int, ...]:

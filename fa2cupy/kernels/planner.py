@@ -31,7 +31,7 @@ from fa2cupy.spec import Row
 
 __all__ = ["BACKWARD", "FORWARD", "bound_plan", "plan_backward", "plan_call", "plan_forward"]
 
-Compiler = Callable[[str], str]  # what is wrong with compiling for an architecture, or the empty string
+Compiler = Callable[[str, Row], str]  # what is wrong with compiling a row for an architecture, or the empty string
 
 
 class MainKernel(Protocol):
@@ -66,7 +66,7 @@ BACKWARD: tuple[BackwardKernel, ...] = (bwd_sm90, bwd_sm90_wide, bwd_sm80)
 _Kernel = TypeVar("_Kernel", bound=MainKernel)
 
 
-def any_compiler(arch: str) -> str:
+def any_compiler(arch: str, row: Row) -> str:
     """Of a `Compiler` that nothing is wrong with."""
     return ""
 
@@ -146,7 +146,7 @@ def _choose(
             continue
         row, objection = _row(kernel, problem, device)
         if row is not None:
-            objection = compiler(kernel.arch(device))
+            objection = compiler(kernel.arch(device), row)
             if not objection:
                 return kernel, row, "; ".join(why for other, why in objections.items() if other != own)
         if objection:
@@ -200,8 +200,9 @@ def plan_call(
 ) -> Plan:
     """The plan of a call ('attention' or 'attention_backward') on a GPU of this machine, with its NVRTC."""
     device = driver.device_info(device_index)
-    compiler = functools.partial(_nvrtc_objection, family)
-    if operation == "attention_backward":
+    is_backward = operation == "attention_backward"
+    compiler = functools.partial(_nvrtc_objection, family, is_backward)
+    if is_backward:
         return plan_backward(problem, device, deterministic, family=family, compiler=compiler)
     return plan_forward(problem, device, family=family, compiler=compiler)
 
@@ -212,14 +213,24 @@ _UPGRADE = (
 )
 
 
-def _nvrtc_objection(family: str | None, arch: str) -> str:
+# Serialised, the forward of sm_90 is slower than that of sm_80 up to this head_dim (measured: docs/debugging.md).
+_SLOW_SERIALISED = 64
+
+
+def _nvrtc_objection(family: str | None, is_backward: bool, arch: str, row: Row) -> str:
     """What is wrong with this process's NVRTC as far as wgmma goes, said once; nothing if the family was asked for.
 
     Without loading NVRTC if the cache knows which one it is.
     """
-    objection = jit.wgmma_objection(jit.expected_nvrtc_build()) if arch == tma.ARCH else ""
-    if not objection:
+    if arch != tma.ARCH:
         return ""
+    build = jit.expected_nvrtc_build()
+    objection = jit.wgmma_objection(build)
+    if not objection:
+        if family is None and not is_backward and row.head_dim <= _SLOW_SERIALISED and jit.serialises_wgmma(build):
+            objection = f"NVRTC {build} serialises wgmma, which makes sm_90's forward of head_dim {row.head_dim} slower"
+            log.warn_once(f"{objection} than that of sm_80, which is used. {_UPGRADE}")
+        return objection
     if family is not None:
         log.warn_once(f"{objection}, but {env.KERNEL.name}={family} asks for it. {_UPGRADE}")
         return ""
