@@ -309,7 +309,8 @@ def ratio(cell: Cell, mode: str, records: Iterable[Mapping[str, Any]]) -> tuple[
 
 def judge(records: Sequence[Mapping[str, Any]], groups: Iterable[str], modes: Sequence[str] = MODES) -> Verdict:
     """The bars of these groups, from the records of one run. A cell that is not there misses its bars."""
-    lines, missed = [], []
+    lines: list[str] = []
+    missed: list[str] = []
     for name in groups:
         cells = [cell for cell in CELLS.values() if cell.group == name]
         for mode in modes:

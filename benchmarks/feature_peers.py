@@ -27,7 +27,7 @@ from benchmarks.feature_cells import CELLS, DENSE, Cell, reference
 __all__ = [
     "FORMULA",
     "OTHERS",
-    "Missing",
+    "MissingError",
     "Queued",
     "Tensors",
     "UnableError",
@@ -55,7 +55,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """(batch, seqlen, heads, head_dim) or packed (rows, heads, head_dim); starts (sequences + 1,), used (batch,), int32."""
+    """(batch, seqlen, heads, head_dim) or (rows, heads, head_dim); starts (sequences + 1,), used (batch,): int32."""
 
     q: Any
     k: Any

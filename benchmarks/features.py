@@ -90,7 +90,7 @@ def measure(
         import torch as xp  # type: ignore[no-redef]
     tensors = feature_peers.make_tensors(cell, device)
     references = None
-    found = {}
+    found: dict[str, Found] = {}
     for mode in modes:
         row, calls = found.setdefault(mode, Found()), {}
         for name in contestants(cell, others):

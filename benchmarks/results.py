@@ -190,7 +190,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def by_cell(records: Iterable[Mapping[str, object]]) -> dict[tuple[object, ...], dict[str, float]]:
-    """cell -> peer -> milliseconds, but for the GEMM and what is wrong. DuplicateCellError if a peer has a cell twice."""
+    """cell -> peer -> milliseconds, without GEMM and what is wrong. DuplicateCellError if a peer has a cell twice."""
     table: dict[tuple[object, ...], dict[str, float]] = {}
     for record in records:
         if record["mode"] is None or record.get("wrong"):
@@ -254,8 +254,8 @@ def _line(title: str, values: Mapping[tuple[object, ...], float], with_mode: boo
 def summary(records: Sequence[Mapping[str, object]]) -> str:
     """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run.
 
-    What is wrong is left out. GEMM is that of the run. Beside a backward cell the bytes of our workspace, which records of before 2026-11-22 do
-    not have.
+    What is wrong is left out. GEMM is that of the run. Beside a backward cell the bytes of our workspace, which records
+    of before 2026-11-22 do not have.
     """
     flops = {
         (_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None and not r.get("wrong")
