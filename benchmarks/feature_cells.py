@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -74,11 +75,7 @@ class Cell:
     @property
     def pairs(self) -> int:
         """Live (query, key) pairs of one head."""
-        return sum(
-            max(0, last - first)
-            for _, rows, keys in self.sequences()
-            for first, last in (self.seen(row, keys) for row in range(rows))
-        )
+        return _pairs(self)
 
     def flops(self, mode: str) -> float:
         return (4.0 if mode == "fwd" else 10.0) * self.pairs * self.num_heads * self.head_dim
@@ -93,6 +90,12 @@ class Cell:
         if self.used:
             text += f", {min(self.used)} to {max(self.used)} keys used"
         return text
+
+
+@cache
+def _pairs(cell: Cell) -> int:
+    rows = (cell.seen(row, keys) for _, rows, keys in cell.sequences() for row in range(rows))
+    return sum(max(0, last - first) for first, last in rows)
 
 
 # A long tail of document lengths, 16 to 7,025; and one with empty sequences.
