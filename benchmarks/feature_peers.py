@@ -110,7 +110,7 @@ def as_given(found: Any, tensors: Tensors, mode: str) -> list[Any]:
     if hasattr(tensors.q, "detach"):
         import torch
 
-        found = [x.detach() if isinstance(x, torch.Tensor) else torch.from_dlpack(x) for x in found]
+        found = [x.detach() if isinstance(x, torch.Tensor) else torch.from_dlpack(x.block_until_ready()) for x in found]
     return [x.reshape(like.shape) for x, like in zip(found, shaped, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """Ours and the peers on packed sequences, windows and padded keys, in one run. Needs a GPU and torch.
 
-    python benchmarks/bench.py --cases features                          every cell, about 4 minutes on an H200
+    python benchmarks/bench.py --cases features                          every cell
     python benchmarks/bench.py --cases features --check                  the same; exit status 1 if a bar is missed
     python benchmarks/bench.py --cases features --cells 'w*,vl_*' --seconds 120 --modes bwd
     python benchmarks/bench.py --cases features --list                   the cells
@@ -245,7 +245,13 @@ def verdict(records: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> i
     groups = [name for name in GROUPS if any(cell.group == name for cell in args.selected)]
     print(f"\n{table(records)}\n")
     judged = judge(records, groups, args.modes)
-    print("\n".join([*judged.lines, *(f"missed: {text}" for text in judged.missed)]))
+    print("\n".join(judged.lines))
+    reasons: dict[str, list[str]] = {}
+    for text in judged.missed:
+        where, _, why = text.partition(": ")
+        reasons.setdefault(why, []).append(where)
+    for why, places in reasons.items():
+        print(f"missed: {'; '.join(places)}: {why}")
     if not judged.missed:
         print("every bar is reached" + ("" if len(groups) == len(GROUPS) else f" of {', '.join(groups)}"))
     return 1 if judged.missed and args.check else 0

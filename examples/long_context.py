@@ -1,6 +1,6 @@
 """One layer of attention learns to copy over 16,384 and 65,536 tokens: the second half asks for the first, in order.
 
-    python examples/long_context.py                      # on a GPU: bfloat16, 16 heads of 64, about a minute
+    python examples/long_context.py                      # on a GPU: bfloat16, 16 heads of 64
     python examples/long_context.py --tiny               # 512 tokens on the CPU, seconds
 
 Each symbol is random, so whoever does not find the one place among all has 1 in 16 right. Queries and keys come from a

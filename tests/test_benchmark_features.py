@@ -357,7 +357,8 @@ def test_a_run(liar: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
         on_cpu(monkeypatch, usual)
     assert features.main(["--records", "--cells", "w*", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "missed: w1k_8k fwd: without vfa3" in printed and "missed: w256_8k bwd: ours was not measured" in printed
+    assert "missed: w1k_8k fwd: without vfa3" in printed and "missed: w4k_32k fwd; w512sym_8k fwd; " in printed
+    assert "w1k_8k_d64 bwd: ours was not measured" in printed
     assert features.main(["--records", "--cells", "w*", "--out", str(tmp_path), "--check"]) == 1
     assert on_cpu(monkeypatch, [*usual[2:], "--cells", "w4k_8k", "--check"]) == 1
 
