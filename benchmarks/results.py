@@ -20,6 +20,7 @@ __all__ = [
     "PEERS",
     "DuplicateCellError",
     "Results",
+    "command",
     "commit",
     "file_name",
     "gemm_tflops",
@@ -55,6 +56,16 @@ class DuplicateCellError(ValueError):
 def new_run_id() -> str:
     """UTC start time, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """The command of a record, without where its file went (--out, --json): that is of one machine."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "--json"):
+            kept.append(argument)
+        skip = argument in ("--out", "--json")
+    return " ".join(["python", f"benchmarks/{script}", *kept])
 
 
 def commit() -> str:
