@@ -9,8 +9,10 @@ import pytest
 
 import fa2cupy
 from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks import CUPY
 from fa2cupy.sequences import sequences
 from tests.covering import covering
+from tests.fake_gpu import FakeGpu, cupy_array, host_view, to_cupy
 from tests.lengths import FORMS, MIXED, SMALL, Case, dead_rows, draw, expect_sequences
 from tests.reference import as_float64, store
 
@@ -323,3 +325,91 @@ def test_shapes_of_the_backward_follow() -> None:
     with pytest.raises(InvalidArgument, match=r"dk has shape \(12, 4, 8\): \(12, 2, 8\) is needed"):
         fa2cupy.attention_backward(out, q, k, v, out, lse, dk=np.empty((12, 4, 8), np.float32), **given)
     assert as_float64(out).shape == (10, 4, 8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What reaches a GPU
+
+
+def gpu_case(form: str, used: tuple[str, ...] = ()) -> tuple[Case, list[Any], dict[str, Any]]:
+    """Of fp16: the case, q, k, v, dout and the lengths on a GPU that is not there."""
+    case = draw(11, form, used=used, dtype="float16", head_dim=8, head_dim_v=16)
+    lengths = {name: tuple(map(to_cupy, x)) if isinstance(x, tuple) else to_cupy(x) for name, x in case.lengths.items()}
+    return case, [to_cupy(x) for x in case.inputs], lengths
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_gpu_is_told(form: str, gpu: FakeGpu) -> None:
+    """The front end's pointers, strides and shapes serve a computation with them alone."""
+    case, (q, k, v, dout), lengths = gpu_case(form, ("seqused_q", "seqused_k", "leftpad_k"))
+    window, dlse = (30, 4), np.random.default_rng(0).standard_normal(case.inputs.q.shape[:-1])
+    dlse = np.ascontiguousarray(np.moveaxis(dlse, -1, -2), np.float32)
+    out, lse = fa2cupy.attention(q, k, v, window_size=window, return_lse=True, **lengths)
+    gradients = fa2cupy.attention_backward(dout, q, k, v, out, lse, window_size=window, dlse=to_cupy(dlse), **lengths)
+    results = dict(zip(("out", "lse", *NAMES), map(host_view, (out, lse, *gradients)), strict=True))
+    expect_sequences(case.inputs, case.lengths, window=window, dlse=dlse, out=results["out"]).check(**results)
+    assert gpu.last.problem.lengths is not None and gpu.last.problem.extra_arrays[-1] == "dlse"
+
+
+def test_equal_shapes_of_lengths_are_one_signature(gpu: FakeGpu) -> None:
+    """Whatever the lengths are: nobody reads them."""
+    _, (q, k, v, _), lengths = gpu_case("packed", ("seqused_k",))
+    for shift in range(3):
+        fa2cupy.attention(q, k, v, **{name: to_cupy(host_view(x) + shift) for name, x in lengths.items()})
+    assert len(gpu.plans) == 1 and len(gpu.launches) == 3
+    fa2cupy.attention(q, k, v, **{name: x for name, x in lengths.items() if name != "seqused_k"})
+    assert len(gpu.plans) == 2
+
+
+def test_wide_lengths_are_converted_on_the_device(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, (q, k, v, _), lengths = gpu_case("packed")
+    copies = []
+
+    def as_int32(array: Any) -> Any:
+        copies.append(to_cupy(host_view(array).astype(np.int32)))
+        return copies[-1]
+
+    monkeypatch.setattr(CUPY, "as_int32", as_int32)
+    wide = {name: to_cupy(host_view(x).astype(np.int64)) for name, x in lengths.items()}
+    for _ in range(2):
+        out = host_view(fa2cupy.attention(q, k, v, **wide))
+        expect_sequences(case.inputs, case.lengths).check(out=out)
+    assert len(copies) == 4 and len(gpu.plans) == 1
+    assert gpu.last.pointers["cu_seqlens_k"] == copies[-1].data.ptr
+    fa2cupy.attention(q, k, v, **lengths)
+    assert len(copies) == 4 and len(gpu.plans) == 1
+    gpu.capturing = True
+    with pytest.raises(
+        InvalidArgument, match=r"cu_seqlens_q must be copied because it is not int32, .*: pass an int32"
+    ):
+        fa2cupy.attention(q, k, v, out=to_cupy(out), lse_out=None, **wide)
+
+
+def test_lengths_on_a_gpu_are_found_wrong(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (q, k, v, _), lengths = gpu_case("packed")
+    monkeypatch.setattr(CUPY, "to_host", host_view)
+    fa2cupy.attention(q, k, v, **lengths)
+    host_view(lengths["cu_seqlens_k"])[3] = 10**6
+    fa2cupy.attention(q, k, v, **lengths)
+    monkeypatch.setenv("FA2CUPY_CHECK", "1")
+    with pytest.raises(InvalidArgument, match="cu_seqlens_k ends sequence 2 at 1000000"):  # of a prepared call
+        fa2cupy.attention(q, k, v, **lengths)
+    gpu.capturing = True
+    with pytest.raises(
+        InvalidArgument, match="FA2CUPY_CHECK=1 waits for cu_seqlens_q, which a CUDA graph capture cannot"
+    ):
+        fa2cupy.attention(q, k, v, **lengths)
+    assert len(gpu.launches) == 2
+
+
+def test_lengths_of_another_framework_or_device(gpu: FakeGpu) -> None:
+    case, (q, k, v, _), lengths = gpu_case("packed")
+    with pytest.raises(InvalidType, match=r"cu_seqlens_k is a numpy.ndarray but q is a cupy.ndarray"):
+        fa2cupy.attention(q, k, v, **lengths | {"cu_seqlens_k": case.lengths["cu_seqlens_k"]})
+    other = to_cupy(case.lengths["cu_seqlens_k"], 1)
+    with pytest.raises(InvalidArgument, match="cu_seqlens_k is on cuda:1 but q is on cuda:0"):
+        fa2cupy.attention(q, k, v, **lengths | {"cu_seqlens_k": other})
+    with pytest.raises(InvalidArgument, match="out shares memory with cu_seqlens_q"):
+        out = cupy_array((*q.shape[:2], 16), np.float16)
+        starts = out.reshape(-1).view(np.int32)[: len(case.lengths["cu_seqlens_q"])]
+        fa2cupy.attention(q, k, v, out=out, **lengths | {"cu_seqlens_q": starts})
