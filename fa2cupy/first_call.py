@@ -62,7 +62,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     if framework is JAX:  # XLA allocates and calls back for the computation
         from fa2cupy.xla import door
 
-        return door.first_call(operation, arrays, options, raw_options)
+        return door.first_call(operation, arrays, sizes, options, raw_options)
     if not operation.asked:
         framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
