@@ -6,7 +6,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,6 +42,9 @@ class _Cupy(Numpy, GpuFramework):
     def contiguous(self, array: Any) -> Any:
         return array.copy(order="C")
 
+    def as_int32(self, array: Any) -> Any:
+        return array.clip(-(2**31), 2**31 - 1).astype(np.int32, order="C")
+
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []
@@ -57,6 +60,9 @@ class _Cupy(Numpy, GpuFramework):
                 key.append((type(array), array.shape, array.strides, array.dtype, memory.device_id, pointer & 15))
                 pointers.append(pointer)
         return tuple(key), pointers
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return cast("np.ndarray", array.get())
 
     @property
     def address(self) -> Callable[[Any], int]:

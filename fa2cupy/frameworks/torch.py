@@ -104,6 +104,11 @@ class _Torch(GpuFramework):
         torch = sys.modules["torch"]
         return array.detach().clone(memory_format=torch.contiguous_format)
 
+    def as_int32(self, array: Any) -> Any:
+        torch = sys.modules["torch"]
+        clipped = array.detach().clamp(-(2**31), 2**31 - 1)
+        return clipped.to(torch.int32, memory_format=torch.contiguous_format)
+
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []
@@ -121,6 +126,9 @@ class _Torch(GpuFramework):
                 key.append((type(array), array.shape, strides, array.dtype, array.get_device(), pointer & 15))
                 pointers.append(pointer)
         return tuple(key), pointers
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return cast("np.ndarray", array.detach().cpu().numpy())
 
     @functools.cached_property
     def _watchers(self) -> tuple[Callable[[], bool], Callable[[], bool], Callable[[], bool], Any]:
