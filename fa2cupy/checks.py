@@ -11,7 +11,18 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
 
-__all__ = ["LAYOUTS", "WINDOWS", "check_dtype", "check_flag", "check_layout", "check_scale", "check_window", "shown"]
+__all__ = [
+    "LAYOUTS",
+    "WINDOWS",
+    "check_dtype",
+    "check_flag",
+    "check_hint",
+    "check_layout",
+    "check_pair",
+    "check_scale",
+    "check_window",
+    "shown",
+]
 
 LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
 
@@ -75,6 +86,21 @@ def check_scale(name: str, value: Any) -> float | None:
     if not math.isfinite(scale):
         raise InvalidArgument(f"{shown(name, value)} is not supported: it must be finite")
     return scale
+
+
+def check_hint(name: str, value: Any) -> None:
+    """A number, or an array that may hold one: nobody reads it."""
+    if isinstance(value, (bool, np.bool_, str, bytes, tuple, list, dict)):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: a number, or an array of one, is needed")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """(for the queries, for the keys) of an array for both, or of two."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2 or any(item is None for item in value):
+        raise InvalidType(f"{name} is a {describe(value)} of {len(value)}: an array, or a pair of them, is needed")
+    return value[0], value[1]
 
 
 def check_window(name: str, value: Any) -> tuple[int, int]:
