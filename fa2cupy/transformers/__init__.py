@@ -29,14 +29,15 @@ def register(*, wait: bool = True) -> None:
     without padding away and to find one with gaps, which is SDPA's. With False, under torch.compile and in a CUDA graph
     nothing ever waits: every padding mask is passed on as lengths, and one with gaps fails an assertion on the device.
 
-    Registering twice is once, with the last `wait`. Raises MissingDependency for a transformers whose mask functions do
-    not know offsets (before 5).
+    Registering twice is once, with the last `wait`. Raises MissingDependency without transformers 5.
     """
-    from transformers import AttentionInterface, __version__
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError as error:
+        raise MissingDependency(f"transformers 5 or newer, and torch, are needed: {error}") from error
     if not {"q_length", "q_offset", "kv_length", "kv_offset"} <= set(inspect.signature(sdpa_mask).parameters):
-        raise MissingDependency(f"transformers {__version__} is too old for fa2cupy.transformers: 5 or newer is needed")
+        raise MissingDependency("transformers is too old: its mask functions know no offsets, those of 5 do")
     from fa2cupy.transformers import masks
     from fa2cupy.transformers.layer import attention_layer
 
