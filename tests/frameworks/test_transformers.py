@@ -27,74 +27,27 @@ from transformers.masking_utils import (  # noqa: E402
 )
 
 from fa2cupy.transformers import layer, masks, register  # noqa: E402
+from tests.frameworks.transformers_models import (  # noqa: E402
+    DECODERS,
+    ENCODERS,
+    LAYERS,
+    WINDOW,
+    config,
+    made,
+    result_of,
+)
 
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
-SEQLEN, LAYERS = 12, 2
-_SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
-_QWEN = {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-
-
-@functools.cache
-def configs() -> dict[str, Any]:
-    t = transformers
-    return {
-        "llama": t.LlamaConfig(**_GROUPED),
-        "mistral": t.MistralConfig(**_GROUPED, sliding_window=5),
-        "gemma3": t.Gemma3TextConfig(
-            **_GROUPED, sliding_window=5, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
-        ),
-        "qwen3": t.Qwen3Config(**_QWEN),
-        "gpt2": t.GPT2Config(
-            vocab_size=64, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-        ),
-        "phimoe": t.PhimoeConfig(**{**_GROUPED, "sliding_window": 5}, num_local_experts=2, num_experts_per_tok=1),
-        "bert": t.BertConfig(**_SIZES, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
-        "modernbert": t.ModernBertConfig(
-            **_SIZES, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
-        ),
-        "whisper": t.WhisperConfig(
-            vocab_size=64, d_model=32, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=10,
-            max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
-            suppress_tokens=None, begin_suppress_tokens=None,
-        ),
-        "gemma2": t.Gemma2Config(**_GROUPED, sliding_window=5, query_pre_attn_scalar=8),
-        "gpt-oss": t.GptOssConfig(
-            **_GROUPED, sliding_window=5, num_local_experts=2, num_experts_per_tok=1,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        ),
-    }  # fmt: skip
-
-
-DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2"]  # phimoe has a window that it does not tell its layers
-ENCODERS = ["bert", "modernbert"]
-
-
-def made(name: str, implementation: str) -> Any:
-    config = copy.deepcopy(configs()[name])
-    torch.manual_seed(0)
-    if name == "whisper":
-        return transformers.WhisperForConditionalGeneration._from_config(config, attn_implementation=implementation)
-    make = transformers.AutoModel if name in ENCODERS else transformers.AutoModelForCausalLM
-    return make.from_config(config, attn_implementation=implementation)
+SEQLEN = 12
 
 
 @functools.cache
 def pair(name: str) -> tuple[Any, Any]:
     """The same model with eager attention and with ours, without dropout."""
     register()
-    eager, ours = made(name, "eager").eval(), made(name, "fa2cupy").eval()
-    for x, y in zip(eager.parameters(), ours.parameters(), strict=True):
-        assert torch.equal(x, y)
-    assert ours.config._attn_implementation == "fa2cupy"
-    return eager, ours
+    return made(name, "eager"), made(name, "fa2cupy")
 
 
 def lengths_as_mask(side: str) -> torch.Tensor:
@@ -127,8 +80,7 @@ def counted() -> dict[str, int]:
 
 def output(model: Any, **inputs: Any) -> torch.Tensor:
     with torch.no_grad():
-        result = model(**inputs)
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+        return result_of(model, **inputs)
 
 
 def same(name: str, tokens: torch.Tensor | None = None, **inputs: Any) -> None:
@@ -187,7 +139,8 @@ def test_cross_attention() -> None:
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generate(name: str, cache: str | None) -> None:
-    """Without padding and with it on the left; windows of 5 slide."""
+    """Without padding and with it on the left; windows slide."""
+    assert WINDOW < SEQLEN
     eager, ours = pair(name)
     options = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, "cache_implementation": cache}
     if cache:
@@ -225,7 +178,8 @@ def test_generate_on_with_a_cache(name: str) -> None:
 def gradients(model: Any, name: str, labels: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     if name in ENCODERS:
-        model(**inputs).last_hidden_state[labels >= 0].square().sum().backward()
+        out = model(**inputs).last_hidden_state[labels >= 0]
+        (out * torch.arange(out.numel()).reshape(out.shape).sin()).sum().backward()
     else:
         model(**inputs, labels=labels).loss.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -255,6 +209,56 @@ def test_gradients(name: str, kind: str) -> None:
     for parameter, gradient in wanted.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(got[parameter], gradient, rtol=1e-3, atol=1e-5 * scale + 1e-8)
+
+
+WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+
+
+@pytest.mark.parametrize("kind", ["left", "packed", "static"])
+def test_nothing_waits(kind: str) -> None:
+    """With wait=False a forward has no operation for which a GPU would be waited for, nor has a layer ever."""
+    _, ours = pair("mistral")
+
+    def waits(wait: bool) -> set[str]:
+        register(wait=wait)
+        if kind == "packed":  # transformers itself waits, to see whether sequences are packed
+            inside = ours.model.layers
+            inputs = {"input_ids": IDS[:1], "position_ids": POSITIONS, "use_cache": False}
+        elif kind == "left":
+            inside = [ours] if not wait else ours.model.layers
+            inputs = {"input_ids": IDS, "attention_mask": LEFT, "use_cache": False}
+        else:
+            inside = ours.model.layers
+            cache = transformers.StaticCache(config=ours.config, max_cache_len=20)
+            output(ours, input_ids=IDS, attention_mask=LEFT, past_key_values=cache)
+            mask = torch.cat([LEFT, torch.ones(3, 1, dtype=torch.long)], 1)
+            inputs = {"input_ids": IDS[:, :1], "attention_mask": mask, "past_key_values": cache}
+        names: set[str] = set()
+        running: list[Any] = []
+
+        def before(*_: Any) -> None:
+            running.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]))
+            running[-1].__enter__()
+
+        def after(*_: Any) -> None:
+            running[-1].__exit__(None, None, None)
+            names.update(event.name for event in running.pop().events())
+
+        hooks = [h for m in inside for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+        try:
+            output(ours, **inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert "aten::linear" in names
+        return names & WAITS
+
+    assert waits(True) == waits(False) == set()
+    assert set(counted()) == {"fa2cupy"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(3).nonzero()
+        torch.ones(1).item()
+    assert {event.name for event in profile.events()} >= {"aten::item", "aten::nonzero"}
 
 
 def test_checkpointed_gradients() -> None:
@@ -288,8 +292,7 @@ def test_compiled(name: str, kind: str) -> None:
     tokens = LEFT.bool() if kind == "left" else slice(None)
     results = []
     for model in (eager, torch.compile(ours, fullgraph=True, backend="aot_eager")):
-        result = model(**inputs)
-        out = result.logits if hasattr(result, "logits") else result.last_hidden_state
+        out = result_of(model, **inputs)
         weight = model.get_input_embeddings().weight
         results.append((out[tokens], *torch.autograd.grad(out[tokens].square().mean(), [weight])))
     assert counted() == {"fa2cupy": LAYERS}
@@ -315,13 +318,11 @@ def test_compiled_generation() -> None:
 
     torch.compiler.reset()
     eager, ours = pair("gemma3")
-    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    config._compile_all_devices = True
+    how = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
     options = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
     wanted = eager.generate(IDS, attention_mask=LEFT, **options)
-    got = ours.generate(
-        IDS, attention_mask=LEFT, cache_implementation="static", compile_config=config, **options
-    )
+    got = ours.generate(IDS, attention_mask=LEFT, cache_implementation="static", compile_config=how, **options)
     assert torch.equal(got, wanted)
     calls = counted()
     assert set(calls) == {"fa2cupy"} and calls["fa2cupy"] < 7 * LAYERS  # traced, not called, for some of the steps
@@ -412,9 +413,8 @@ def test_masks(function: str, padding: str, wait: bool) -> None:
         agrees(arguments, ours=ours, causal=causal)
         if causal and place != "sliding":  # a static cache: a buffer of 14, of which nobody but the device knows more
             for offset in (sizes[1], torch.tensor(sizes[1])):
-                agrees({**arguments, "kv_length": 14, "q_offset": offset, "allow_is_causal_skip": sizes[0] != 1})
-    if not wait and padding not in ("none",) and function != "bidirectional window":
-        assert masks.mask(**asked(PLACES["all"], mask_function=mask_function, attention_mask=attention_mask, **more)) is not None
+                step = sizes[0] == 1 and (function != "causal" or offset is not sizes[1])
+                agrees({**arguments, "kv_length": 14, "q_offset": offset, "allow_is_causal_skip": not step})
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -431,11 +431,10 @@ def test_masks_of_packed_sequences(window: int | None, wait: bool) -> None:
 
 def packed_as_transformers_does(positions: torch.Tensor, window: int | None) -> dict[str, Any]:
     """The arguments of the mask interface for packed sequences."""
-    config = transformers.MistralConfig(**_GROUPED, sliding_window=window)
-    return captured(config, positions, None)
+    return captured(window, positions, None)
 
 
-def captured(config: Any, positions: torch.Tensor | None, attention_mask: Any, **more: Any) -> dict[str, Any]:
+def captured(window: int | None, positions: torch.Tensor | None, attention_mask: Any, **more: Any) -> dict[str, Any]:
     """What transformers gives the interface for a model's masks."""
     seen: list[dict[str, Any]] = []
     original = masks.mask
@@ -445,11 +444,12 @@ def captured(config: Any, positions: torch.Tensor | None, attention_mask: Any, *
         return original(**arguments)
 
     hf.AttentionMaskInterface.register("fa2cupy", spy)
+    own = copy.deepcopy(config("mistral", 8))
+    own.sliding_window, own._attn_implementation = window, "fa2cupy"
     try:
-        config._attn_implementation = "fa2cupy"
-        create = hf.create_causal_mask if config.sliding_window is None else hf.create_sliding_window_causal_mask
+        create = hf.create_causal_mask if window is None else hf.create_sliding_window_causal_mask
         batch = 2 if positions is None else positions.shape[0]
-        create(config, torch.zeros(batch, 9, 4), attention_mask, None, position_ids=positions, **more)
+        create(own, torch.zeros(batch, 9, 4), attention_mask, None, position_ids=positions, **more)
     finally:
         register(wait=masks.may_wait)
     return seen[0]
@@ -485,9 +485,8 @@ def test_what_dynamo_can_see_says_the_same() -> None:
     packed = torch.cat([torch.arange(5), torch.arange(4)])[None].expand(2, -1)
     padding = torch.ones(2, 9, dtype=torch.bool)
     for window in (None, 3):
-        config = transformers.MistralConfig(**_GROUPED, sliding_window=window)
         for position_ids, attention_mask in ((positions, None), (packed, None), (positions, padding), (None, None)):
-            seen = captured(config, position_ids, attention_mask)
+            seen = captured(window, position_ids, attention_mask)
             pattern = masks.pattern_of(seen["mask_function"])
             assert pattern is not None and pattern.packed == (position_ids is packed)
             by_name = masks._traced_pattern(
@@ -525,8 +524,7 @@ def test_gaps_that_nobody_waits_for_are_an_error() -> None:
 def test_blocks_among_packed_sequences_are_an_error_where_they_cannot_be_seen() -> None:
     """torch.compile, no mask, no cache: what is left over after recognising by names."""
     blocks = torch.tensor([[-1, -1, 0, 0, 0, -1, 1, 1, -1]] * 2)
-    config = transformers.MistralConfig(**_GROUPED, sliding_window=None)
-    seen = captured(config, torch.arange(5).repeat(2)[None, :9].expand(2, -1), None, block_sequence_ids=blocks)
+    seen = captured(None, torch.arange(5).repeat(2)[None, :9].expand(2, -1), None, block_sequence_ids=blocks)
     agrees(seen, ours=False)
     with pytest.raises(RuntimeError, match="only packed causal"):
         masks._starts(seen["mask_function"], 2, 9, "cpu", False)
