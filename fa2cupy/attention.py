@@ -17,6 +17,7 @@ from fa2cupy.checks import check_flag
 from fa2cupy.keywords import not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given
+from fa2cupy.spec import LENGTHS
 
 __all__ = [
     "attention",
@@ -137,9 +138,13 @@ def attention(
         if way is STRAIGHT:
             operation = ASKED.get(operation, operation)
         elif way is not None:
-            if operation.extra:
-                raise not_through_torch(operation.extra)
-            return way(q, k, v, (*options[:4], deterministic, options[5]), return_lse)
+            options = (*options[:4], deterministic, options[5])
+            if not operation.extra:
+                return way(q, k, v, options, return_lse)
+            for name in operation.extra:
+                if name not in LENGTHS:
+                    raise not_through_torch(operation.extra)
+            return way(q, k, v, options, return_lse, dict(zip(operation.extra, arrays[5:], strict=True)))
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fa2cupy.errors import InvalidArgument
 
-__all__ = ["STRICT", "VARIABLES", "Variable", "cache_dir", "check", "current", "debug", "kernel", "strict"]
+__all__ = ["CHECK", "STRICT", "VARIABLES", "Variable", "cache_dir", "check", "current", "debug", "kernel", "strict"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fa2cupy import env
@@ -261,7 +261,33 @@ def _prepare(
         stream=stream,
         is_current=driver.context_check(device.index),
         guard=driver.device_guard,
+        check=_check_of_lengths(operation, framework, sizes, device),
     )
+
+
+def _check_of_lengths(
+    operation: Operation, framework: GpuFramework, sizes: Sizes, device: Device
+) -> Callable[[list[Any]], None] | None:
+    """What FA2CUPY_CHECK=1 asks for, of the arrays in `operation.names()`; None without lengths."""
+    places = {name: position for position, name in enumerate(operation.names()) if name in LENGTHS}
+    if not places:
+        return None
+
+    def check(arrays: list[Any]) -> None:
+        if not env.check():
+            return
+        from fa2cupy import sequences
+        from fa2cupy.jit import driver
+
+        if framework.is_capturing(framework.stream(device.index)(device.index), device.index):
+            raise InvalidArgument(
+                f"{env.CHECK.name}=1 waits for {next(iter(places))}, which a CUDA graph capture cannot do: unset it"
+            )
+        with driver.device_guard(device.index):
+            held = {name: framework.to_host(arrays[position]) for name, position in places.items()}
+        sequences.check(held, sizes.batch, sizes.seqlen_q, sizes.seqlen_k)
+
+    return check
 
 
 def _problem(

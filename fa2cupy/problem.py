@@ -147,7 +147,7 @@ def _sequences(name: str, shape: tuple[int, ...]) -> int:
 
 
 def _batch_in_words(name: str, length: int) -> str:
-    return f"{name} is for {length} sequences" if name in _STARTS else f"{name} has batch {length}"
+    return f"{name} is for a batch of {length}" if name in _STARTS else f"{name} has batch {length}"
 
 
 def _meaning(layout: str, form: str) -> str:

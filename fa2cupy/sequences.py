@@ -127,14 +127,14 @@ def check(lengths: Mapping[str, Array], batch: int, seqlen_q: int, seqlen_k: int
 def _check_starts(name: str, starts: Array, rows: int) -> None:
     if starts[0] < 0:
         raise InvalidArgument(f"{name} starts sequence 0 at {starts[0]}: at least 0 is needed")
+    for wrong in np.flatnonzero(starts[1:] > rows)[:1]:
+        raise InvalidArgument(
+            f"{name} ends sequence {wrong} at {starts[wrong + 1]}: at most {rows} is possible, the rows of the array"
+        )
     for wrong in np.flatnonzero(np.diff(starts) < 0)[:1]:
         raise InvalidArgument(
             f"{name} ends sequence {wrong} at {starts[wrong + 1]}, before its start, {starts[wrong]}: starts must not "
             "fall"
-        )
-    for wrong in np.flatnonzero(starts[1:] > rows)[:1]:
-        raise InvalidArgument(
-            f"{name} ends sequence {wrong} at {starts[wrong + 1]}: at most {rows} is possible, the rows of the array"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fa2cupy.autograd import sharding
-from fa2cupy.autograd.features import features_text
+from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order
 from fa2cupy.autograd.function import eager
 from fa2cupy.autograd.operators import forward_op
 from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
@@ -27,8 +27,9 @@ from fa2cupy.options import Options
 
 __all__ = ["cast", "way"]
 
-# (q, k, v, options, return_lse) -> out or (out, lse); options: those of a launch, with the deterministic of gradients
-Way = Callable[[Any, Any, Any, tuple[Any, ...], bool], Any]
+# (q, k, v, options, return_lse, extra) -> out or (out, lse); options: those of a launch, with the deterministic of
+# gradients; extra: the arrays of other keywords, by name
+Way = Callable[..., Any]
 
 
 def way(q: Any, k: Any, v: Any) -> Way | None:
@@ -47,21 +48,23 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
     return straight
 
 
-def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     """Inside torch.compile or export. What is wrong with the options is said by the operator's fake kernel."""
     causal, softmax_scale, layout, dtype, deterministic, features = options
     sharding.register()
     q, k, v = cast(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
-    out, lse = forward_op(q, k, v, causal, scale, layout, dtype, deterministic, features_text(features))
+    out, lse = forward_op(
+        q, k, v, causal, scale, layout, dtype, deterministic, features_text(features), *in_order(extra)
+    )
     return (out, lse) if return_lse else out
 
 
-def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     """Somebody is watching: through the operator."""
-    for name, tensor in zip("qkv", (q, k, v), strict=True):
+    for name, tensor in (("q", q), ("k", k), ("v", v), *extra.items()):
         if not isinstance(tensor, torch.Tensor):
-            return _straight(q, k, v, options, return_lse)  # which says what is wrong with it
+            return _straight(q, k, v, options, return_lse, extra)  # which says what is wrong with it
         if tensor.is_nested:
             raise InvalidType(f"{name} is a nested tensor: pass a torch.Tensor with one length")
     checked = Options.checked(*options)
@@ -70,21 +73,21 @@ def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) ->
     scale = checked.softmax_scale
     out, lse = forward_op(
         q, k, v, checked.causal, None if scale is None else float(scale), checked.layout, checked.dtype,
-        checked.deterministic, features_text(checked.features),
+        checked.deterministic, features_text(checked.features), *in_order(extra),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     q, k, v = cast(q, k, v)
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return eager(q, k, v, options, return_lse)
-    return _straight(q, k, v, options, return_lse)
+        return eager(q, k, v, options, return_lse, extra)
+    return _straight(q, k, v, options, return_lse, extra)
 
 
-def _straight(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
-    operation = FORWARD if return_lse else FORWARD_OUT
-    out, lse = call(operation, [q, k, v, None, None], None, (*options[:4], False, options[5]))
+def _straight(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra) -> Any:
+    operation = (FORWARD if return_lse else FORWARD_OUT).extended(tuple(extra))
+    out, lse = call(operation, [q, k, v, None, None, *extra.values()], None, (*options[:4], False, options[5]))
     return (out, lse) if return_lse else out
 
 
@@ -104,4 +107,3 @@ def cast(*tensors: Any) -> tuple[Any, ...]:
 
 def _casts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
-
