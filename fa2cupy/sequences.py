@@ -89,8 +89,10 @@ def _segments(ids_q: Array, ids_k: Array, rows: Iterator[Sequence]) -> Iterator[
 
 def _runs(ids: Array, first: int, length: int) -> dict[int, tuple[int, int]]:
     """First row and length of the first run of each id; negative ones are padding."""
+    if not length:
+        return {}
     ids = ids[first : first + length]
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1)) if length else np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
     ends = np.append(starts[1:], length)
     found: dict[int, tuple[int, int]] = {}
     for number, start, end in zip(ids[starts].tolist(), starts.tolist(), ends.tolist(), strict=True):

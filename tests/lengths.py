@@ -117,9 +117,9 @@ def draw(
         lengths["segment_ids"] = tuple(x.astype(integers) for x in ids) if len(ids) == 2 else ids[0].astype(integers)
         for name, seqlen in (("seqused_q", sizes[0][1]), ("seqused_k", sizes[1][1])):
             if name in used:
-                lengths[name] = rng.integers(seqlen // 2, seqlen + 1, 3).astype(integers)
+                lengths[name] = np.append(rng.integers(seqlen // 2, seqlen + 1, 2), 0).astype(integers)
         if "leftpad_k" in used:
-            lengths["leftpad_k"] = rng.integers(0, seqlen // 3 + 1, 3).astype(integers)
+            lengths["leftpad_k"] = np.append(rng.integers(0, seqlen // 3 + 1, 2), 0).astype(integers)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     shapes = {"q": (*sizes[0], heads[0], head_dim), "k": (*sizes[1], heads[1], head_dim)}
     shapes |= {"v": (*sizes[1], heads[1], head_dim_v), "dout": (*sizes[0], heads[0], head_dim_v)}
