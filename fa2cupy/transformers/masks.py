@@ -86,7 +86,8 @@ def read(attention_mask: Any) -> Keys:
         starts = attention_mask[0, 0, :, 0]
         return keys._replace(starts_q=starts, starts_k=starts)
     if rows == 2:
-        return keys._replace(first=attention_mask[:, 0, 0, 0], last=attention_mask[:, 1, 0, 0])
+        first, last = attention_mask[:, :, 0, 0].unbind(1)
+        return keys._replace(first=first, last=last)
     return keys
 
 
@@ -339,8 +340,9 @@ def _bidirectional(pattern: Pattern, keys: _OfKeys) -> Any:
 
 
 def _ranges(pattern: Pattern, keys: _OfKeys, first: Any, last: Any) -> Any:
-    """first and last each contiguous for the kernels."""
-    return _packed_up(pattern, keys.batch, keys.device, torch.stack([first, last]).t().unsqueeze(2))
+    """first and last each contiguous for the kernels, and in order: a row may have no token yet."""
+    data = torch.stack([torch.minimum(first, last), last])
+    return _packed_up(pattern, keys.batch, keys.device, data.t().unsqueeze(2))
 
 
 def _padding(keys: _OfKeys) -> Any:

@@ -120,6 +120,19 @@ def test_packed(name: str) -> None:
     same(name, input_ids=IDS[:2], position_ids=rows, use_cache=False)
 
 
+def test_the_collator_of_packed_sequences() -> None:
+    """transformers' own; as its Trainer calls a model, with labels."""
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
+    batch = collator([{"input_ids": row.tolist()} for row in (IDS[0, :5], IDS[1, :1], IDS[2, :7])])
+    assert "cu_seq_lens_q" in batch and batch["input_ids"].shape == (1, 13)
+    eager, ours = pair("qwen3")
+    with torch.no_grad():
+        got = ours(**batch, use_cache=False).loss
+        wanted = eager(**{k: batch[k] for k in ("input_ids", "labels", "position_ids")}, use_cache=False).loss
+    assert counted() == {"fa2cupy": LAYERS}
+    torch.testing.assert_close(got, wanted)
+
+
 def test_packed_is_each_sequence_by_itself() -> None:
     """Not only what eager's mask of position_ids says."""
     _, ours = pair("mistral")
@@ -136,6 +149,25 @@ def test_cross_attention() -> None:
     assert counted() == {"fa2cupy": 3 * LAYERS}
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(ours.generate(features, **options), eager.generate(features, **options))
+    assert set(counted()) == {"fa2cupy"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cross_attention_to_padding(side: str) -> None:
+    """Fewer queries than keys, keys padded on either side, queries on the right."""
+    eager, ours = pair("bart")
+    kept = LEFT if side == "left" else RIGHT
+    queries = RIGHT[:, :9]
+    inputs = {
+        "input_ids": IDS, "attention_mask": kept, "decoder_input_ids": IDS[:, :9].flip(1),
+        "decoder_attention_mask": queries,
+    }  # fmt: skip
+    got, wanted = (output(model, **inputs)[queries.bool()] for model in (ours, eager))
+    assert counted() == {"fa2cupy": 3 * LAYERS}
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-6)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    got, wanted = (model.generate(IDS, attention_mask=kept, **options) for model in (ours, eager))
+    assert torch.equal(got, wanted)
     assert set(counted()) == {"fa2cupy"}
 
 
@@ -220,6 +252,20 @@ def of_an_assertion(event: Any) -> bool:
     while event is not None and event.name != "aten::_assert_async":
         event = event.cpu_parent
     return event is not None
+
+
+def test_the_lengths_are_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By FA2CUPY_CHECK: no token in a row, none yet in a chunk of a prompt, empty sequences behind the packed ones."""
+    monkeypatch.setenv("FA2CUPY_CHECK", "1")
+    _, ours = pair("mistral")
+    mask = LEFT.clone()
+    mask[1] = 0
+    for wait in (True, False):
+        register(wait=wait)
+        assert output(ours, input_ids=IDS, attention_mask=mask).isfinite().all()
+        ours.generate(IDS, attention_mask=LEFT, max_new_tokens=3, do_sample=False, prefill_chunk_size=4)
+        output(ours, input_ids=IDS[:1], position_ids=POSITIONS, use_cache=False)
+    assert set(counted()) == {"fa2cupy"}
 
 
 WAITS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}

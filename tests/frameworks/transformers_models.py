@@ -12,7 +12,7 @@ import transformers as t
 LAYERS, VOCABULARY, WINDOW = 2, 64, 5
 DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2"]
 ENCODERS = ["bert", "modernbert"]
-# Beside these whisper, phimoe, which has a window that it does not tell its layers, and two with what is to come.
+# Beside these: whisper, bart, phimoe, which has a window that it does not tell its layers, and two with what is to come.
 
 
 @functools.cache
@@ -55,6 +55,15 @@ def config(name: str, head_dim: int) -> Any:
                 "decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None, **special,
             },
         ),
+        "bart": (
+            t.BartConfig,
+            {
+                "vocab_size": VOCABULARY, "d_model": width, "encoder_layers": LAYERS, "decoder_layers": LAYERS,
+                "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": width,
+                "decoder_ffn_dim": width, "max_position_embeddings": 512, "decoder_start_token_id": 2, **special,
+                "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "forced_eos_token_id": None,
+            },
+        ),
         "gemma2": (t.Gemma2Config, gemma),
         "gpt-oss": (
             t.GptOssConfig,
@@ -71,6 +80,8 @@ def made(name: str, implementation: str, head_dim: int = 8) -> Any:
     torch.manual_seed(0)
     if name == "whisper":
         model = t.WhisperForConditionalGeneration._from_config(own, attn_implementation=implementation)
+    elif name == "bart":
+        model = t.BartForConditionalGeneration._from_config(own, attn_implementation=implementation)
     else:
         make = t.AutoModel if name in ENCODERS else t.AutoModelForCausalLM
         model = make.from_config(own, attn_implementation=implementation)
