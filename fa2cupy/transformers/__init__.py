@@ -27,7 +27,7 @@ def register(*, wait: bool = True) -> None:
 
     No layer waits for the GPU. wait: a forward may wait once for each padding mask that it is given, to leave one
     without padding away and to find one with gaps, which is SDPA's. With False, under torch.compile and in a CUDA graph
-    nothing ever waits: every padding mask is passed on as lengths, and one with gaps fails an assertion on the device.
+    nothing ever waits: every padding mask is passed on as lengths, and one with gaps fails an assertion on the GPU.
 
     Registering twice is once, with the last `wait`. Raises MissingDependency without transformers 5.
     """

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from fa2cupy.transformers.assertion import asserted
+
 __all__ = ["Keys", "Pattern", "dense", "is_ours", "mask", "may_wait", "pattern_of", "read"]
 
 may_wait = True  # `register`'s
@@ -289,10 +291,10 @@ def _starts(function: Any, batch: int, length: int, device: Any, waits: bool) ->
         end = torch.full((1,), batch * length, dtype=torch.int64, device=device)
         return torch.cat([is_start.nonzero().flatten(), end]).to(torch.int32)
     sees_next = function(row, head, index[:, :-1], index[:, 1:])
-    torch._assert_async(~sees_next.any(), _BLOCKS)
     sequence = is_start.cumsum(0)  # from 1
     number = torch.arange(batch * length + 1, device=device)
-    return torch.searchsorted(sequence, number, right=True).to(torch.int32)
+    starts = torch.searchsorted(sequence, number, right=True).to(torch.int32)
+    return asserted(starts, ~sees_next.any(), _BLOCKS)
 
 
 def _causal(pattern: Pattern, keys: _OfKeys, end: Any) -> Any:
@@ -303,8 +305,7 @@ def _causal(pattern: Pattern, keys: _OfKeys, end: Any) -> Any:
     if keys.attention_mask is not None:
         padding = _padding(keys)
         if not keys.waits:
-            torch._assert_async(_has_no_gaps(padding), _GAPS)
-            first = _first(padding)
+            first = asserted(_first(padding), _has_no_gaps(padding), _GAPS)
         else:
             without_gaps, from_the_first = torch.stack([_has_no_gaps(padding), padding[:, 0].all()]).tolist()
             if not without_gaps:
@@ -327,8 +328,9 @@ def _bidirectional(pattern: Pattern, keys: _OfKeys) -> Any:
     if keys.attention_mask is None:
         return plain
     padding = _padding(keys)
+    first = _first(padding)
     if not keys.waits:
-        torch._assert_async(_has_no_gaps(padding), _GAPS)
+        first = asserted(first, _has_no_gaps(padding), _GAPS)
     else:
         without_gaps, is_full = torch.stack([_has_no_gaps(padding), padding.all()]).tolist()
         if is_full:
@@ -336,7 +338,7 @@ def _bidirectional(pattern: Pattern, keys: _OfKeys) -> Any:
         if not without_gaps:
             return _NOT_OURS
     last = keys.length - padding.flip(1).to(torch.int32).argmax(1)
-    return _ranges(pattern, keys, _first(padding), last.to(torch.int32))
+    return _ranges(pattern, keys, first, last.to(torch.int32))
 
 
 def _ranges(pattern: Pattern, keys: _OfKeys, first: Any, last: Any) -> Any:

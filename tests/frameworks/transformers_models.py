@@ -12,7 +12,8 @@ import transformers as t
 LAYERS, VOCABULARY, WINDOW = 2, 64, 5
 DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2"]
 ENCODERS = ["bert", "modernbert"]
-# Beside these: whisper, bart, phimoe, which has a window that it does not tell its layers, and two with what is to come.
+# Beside these: whisper, bart, phimoe, which has a window that it does not tell its layers, and two with features to
+# come.
 
 
 @functools.cache
