@@ -26,7 +26,17 @@ from fa2cupy.frameworks import NUMPY
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, TensorRef, contiguous_strides
 from fa2cupy.options import Options
 from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
-from fa2cupy.xla.frame import DATA, Buffer, Frame, attribute_of, device_ordinal, handler, stream_of
+from fa2cupy.xla.frame import (
+    Buffer,
+    Frame,
+    args_of,
+    attribute_of,
+    device_ordinal,
+    handler,
+    pointers_of,
+    rets_of,
+    stream_of,
+)
 
 __all__ = ["TARGET", "Call", "capsule", "register", "workspace_bytes"]
 
@@ -89,7 +99,8 @@ _parse = functools.lru_cache(maxsize=4096)(Call.parse)
 
 def _run_on_cpu(frame: Frame) -> None:
     call = _parse(attribute_of(frame))
-    buffers = [Buffer.at(words) for words in (*frame.args[: len(call.inputs)], *frame.rets[: len(call.outputs)])]
+    addresses = (*args_of(frame)[: len(call.inputs)], *rets_of(frame)[: len(call.outputs)])
+    buffers = [Buffer.from_address(address) for address in addresses]
     arrays = {name: buffer.view() for name, buffer in zip((*call.inputs, *call.outputs), buffers, strict=True)}
     refs = {name: NUMPY.ref(array, name) for name, array in arrays.items()}
     is_bfloat16 = call.arrays()["q"][1] == "bfloat16"  # in NumPy uint16
@@ -154,35 +165,35 @@ def _gpus() -> tuple[int, ...]:
 class _Prepared:
     """A call on a device: what launches it, and how its pointers follow from XLA's buffers.
 
-    dense, results: inputs that stand in front of the outputs among the pointers, and outputs. workspace: the bytes of
-    one; None where the kernels do not even take a pointer to it.
+    order: where among the inputs and outputs of the frame the pointers are; None if these are they, as they come.
+    workspace: the bytes of one, which is then the last; None where the kernels do not even take a pointer to it.
     """
 
     launchable: Callable[[tuple[int, ...], int], None]
-    dense: int
-    results: int
+    order: tuple[int, ...] | None
     workspace: int | None
     is_current: Callable[[], bool]
 
 
-_prepared: dict[tuple[bytes, int], _Prepared] = {}
+_prepared: dict[tuple[bytes, int, int], _Prepared] = {}
 
 
 def _run_on_gpu(frame: Frame) -> None:
     gpus = _gpus()
     # A stream does not stand for a device: those that XLA records command buffers on come and go.
     device = gpus[0] if len(gpus) == 1 else device_ordinal(frame)
-    attribute = attribute_of(frame)
-    prepared = _prepared.get((attribute, device))
+    key = attribute_of(frame), device, frame.num_rets
+    prepared = _prepared.get(key)
     if prepared is None:
-        prepared = _prepared[attribute, device] = _prepare(frame, attribute, device)
-    args, rets = frame.args[: frame.num_args], frame.rets[: frame.num_rets]
-    dense, results = prepared.dense, prepared.results
-    words = args[:dense] + rets[:results] + args[dense:]
-    pointers = [word[DATA] for word in words]
+        prepared = _prepared[key] = _prepare(frame, key[0], device)
+    pointers = pointers_of(args_of(frame) + rets_of(frame))
+    if prepared.order is not None:
+        pointers = [pointers[place] for place in prepared.order]
     if prepared.workspace is not None:
-        pointer = rets[results][DATA] if prepared.workspace else 0
-        pointers.append(pointer + -pointer % WORKSPACE_ALIGNMENT)
+        if prepared.workspace:
+            pointers[-1] += -pointers[-1] % WORKSPACE_ALIGNMENT
+        else:
+            pointers.append(0)
     if prepared.is_current():
         prepared.launchable(tuple(pointers), stream_of(frame))
         return
@@ -199,7 +210,7 @@ def _prepare(frame: Frame, attribute: bytes, device: int) -> _Prepared:
     launchable, needed = _plan(call, device)
     results = len(call.outputs)
     if needed:
-        given = Buffer.at(frame.rets[results]).shape[0] if frame.num_rets > results else 0
+        given = Buffer.from_address(rets_of(frame)[results]).shape[0] if frame.num_rets > results else 0
         if given < _buffer_bytes(needed):
             raise LaunchError(
                 f"{call.function} was compiled with a workspace of {given} bytes but needs {_buffer_bytes(needed)} on "
@@ -207,10 +218,13 @@ def _prepare(frame: Frame, attribute: bytes, device: int) -> _Prepared:
                 "again here, and clear JAX's compilation cache if it comes from there"
             )
     takes_workspace = bool(needed) or call.function == "attention_backward"
+    inputs, dense = len(call.inputs), len(call.inputs) - len(call.extra)
+    order = (*range(dense), *range(inputs, inputs + results), *range(dense, inputs))
+    if needed:
+        order += (inputs + results,)
     return _Prepared(
         launchable=launchable,
-        dense=len(call.inputs) - len(call.extra),
-        results=results,
+        order=None if order == tuple(range(inputs + frame.num_rets)) else order,
         workspace=needed if takes_workspace else None,
         is_current=driver.context_check(device),
     )

@@ -13,7 +13,7 @@ from fa2cupy.problem import ARRAY_RULES
 from fa2cupy.xla import ffi
 from fa2cupy.xla import frame as xla
 from tests.fake_gpu import FakeGpu
-from tests.frameworks.xla_frame import FakeApi, FakeFrame
+from tests.frameworks.xla_frame import CallFrame, FakeApi, FakeFrame
 
 Q, LSE = ((2, 5, 4, 16), "float16"), ((2, 4, 5), "float32")
 OPTIONS = {"causal": True, "softmax_scale": None, "layout": "bshd", "dtype": None, "deterministic": False}
@@ -90,7 +90,7 @@ def test_what_is_promised() -> None:
     """XLA asks at registration, by an extension; then nothing is computed."""
     metadata = (ctypes.c_uint64 * 6)()
     extension = (ctypes.c_uint64 * 4)(32, 1, 0, ctypes.addressof(metadata))
-    asks = xla.Frame(extension=ctypes.addressof(extension))
+    asks = CallFrame(extension=ctypes.addressof(extension))
     assert ffi._callbacks["CUDA"](ctypes.addressof(asks)) is None
     assert metadata[3] == 1 << 32 and metadata[4] == 1  # version 0.1; may be recorded into a command buffer
 
