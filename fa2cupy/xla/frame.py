@@ -9,7 +9,8 @@ import ctypes
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,23 +18,28 @@ import numpy as np
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, LaunchError
 
 __all__ = [
+    "MEMORY",
+    "WORDS",
     "Buffer",
     "Frame",
+    "Words",
     "args_of",
     "attribute_of",
     "device_ordinal",
     "handler",
-    "pointers_of",
+    "places_of",
     "rets_of",
     "stream_of",
 ]
 
 _Word = ctypes.c_uint64
 
-# All memory, by address: as bytes for the fixed forms of `struct`, and as words, the word at address a at a >> 3. Read
-# so, a frame costs a third of what it does as ctypes objects, of which every pointer on the way is one.
-_bytes: Any = (ctypes.c_char * sys.maxsize).from_address(0)
-_words: Any = (_Word * (sys.maxsize >> 3)).from_address(0)
+# All memory, by address: as bytes, and as words, the word at address a at a >> 3. Read so, a frame costs a small part
+# of what it does as ctypes objects, of which every pointer on the way is one.
+MEMORY: Any = (ctypes.c_char * sys.maxsize).from_address(0)
+WORDS: Any = memoryview((_Word * (sys.maxsize >> 3)).from_address(0)).cast("B").cast("Q")
+
+Words = tuple[int, ...]
 
 
 class Frame(NamedTuple):
@@ -66,18 +72,12 @@ _tables = _Tables()
 
 def args_of(frame: Frame) -> tuple[int, ...]:
     """The addresses of the XLA_FFI_Buffers of the inputs."""
-    return _tables[frame.num_args](_bytes, frame.args)
+    return _tables[frame.num_args](MEMORY, frame.args)
 
 
 def rets_of(frame: Frame) -> tuple[int, ...]:
     """Those of the outputs."""
-    return _tables[frame.num_rets](_bytes, frame.rets)
-
-
-def pointers_of(buffers: Iterable[int]) -> list[int]:
-    """Where the memory of buffers is: the word at 24 of each."""
-    words = _words
-    return [words[address + 24 >> 3] for address in buffers]
+    return _tables[frame.num_rets](MEMORY, frame.rets)
 
 
 class Buffer(ctypes.Structure):
@@ -134,10 +134,29 @@ _DTYPES = {
 
 def attribute_of(frame: Frame) -> bytes:
     """The one attribute of a call, a string: XLA_FFI_ByteSpan."""
-    span = _words[frame.attrs >> 3] >> 3
-    data = _words[span]
-    text: bytes = _bytes[data : data + _words[span + 1]]
+    span = WORDS[frame.attrs >> 3] >> 3
+    data = WORDS[span]
+    text: bytes = MEMORY[data : data + WORDS[span + 1]]
     return text
+
+
+_Read = Callable[[Any], Words]
+
+
+def places_of(frame: Frame, order: Sequence[int]) -> tuple[_Read, _Read]:
+    """How to read the next frame whose tables are where this one's are: two functions of `WORDS`.
+
+    The first reads the tables: where the attribute and the buffers are. While that stays as it is, the second reads the
+    pointers of the buffers numbered in `order` (inputs, then outputs), and after them the attribute's address and size.
+    """
+    tables = (
+        frame.attrs >> 3,
+        *range(frame.args >> 3, (frame.args >> 3) + frame.num_args),
+        *range(frame.rets >> 3, (frame.rets >> 3) + frame.num_rets),
+    )
+    buffers = args_of(frame) + rets_of(frame)
+    span = WORDS[frame.attrs >> 3] >> 3
+    return itemgetter(*tables), itemgetter(*(buffers[i] + 24 >> 3 for i in order), span, span + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,7 +164,8 @@ def attribute_of(frame: Frame) -> bytes:
 
 # Byte offsets of function pointers in XLA_FFI_Api.
 _ERROR_CREATE, _STREAM_GET, _DEVICE_ORDINAL_GET = 48, 80, 184
-_ApiFunction = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)  # they return at once: the GIL stays
+# They return at once: the GIL stays. Their one argument goes as it is, a reference.
+_ApiFunction = ctypes.PYFUNCTYPE(ctypes.c_void_p)
 _INVALID_ARGUMENT, _INTERNAL = 3, 13
 
 
@@ -160,40 +180,42 @@ class _ContextArguments(ctypes.Structure):
 
 
 class _OfThread(threading.local):
-    """Arguments to fill in again and again, and where they are."""
+    """Arguments to fill in again and again, as words and as what is passed."""
 
     def __init__(self) -> None:
         arguments = _ContextArguments(ctypes.sizeof(_ContextArguments), 0, 0, 0)
-        self.pair = arguments, ctypes.addressof(arguments)
+        self.pair = memoryview(arguments).cast("B").cast("Q"), ctypes.byref(arguments)
 
 
 _of_thread = _OfThread()
-_functions: dict[tuple[int, int], Callable[[int], int | None]] = {}
 
 
-def _api_function(api: int, offset: int) -> Callable[[int], int | None]:
-    function = _functions.get((api, offset))
-    if function is None:
-        function = _functions[api, offset] = _ApiFunction(_Word.from_address(api + offset).value)
-    return function
+class _Functions(dict[int, Callable[[Any], int | None]]):
+    """Address -> the function there."""
+
+    def __missing__(self, address: int) -> Callable[[Any], int | None]:
+        function = self[address] = _ApiFunction(address)
+        return function
 
 
-def _from_context(frame: Frame, offset: int) -> int:
-    arguments, address = _of_thread.pair
-    arguments.context, arguments.result = frame.context, 0
-    if _api_function(frame.api, offset)(address):
+_functions = _Functions()
+
+
+def _from_context(offset: int, frame: Words) -> int:
+    words, reference = _of_thread.pair
+    words[2], words[3] = frame[2], 0
+    if _functions[WORDS[frame[1] + offset >> 3]](reference):
         raise LaunchError("XLA does not say on which stream or device it calls")
-    result: int = arguments.result
-    return result
+    return words[3]
 
 
-def stream_of(frame: Frame) -> int:
+def stream_of(frame: Words) -> int:
     """The CUDA stream on which to launch."""
-    return _from_context(frame, _STREAM_GET)
+    return _from_context(_STREAM_GET, frame)
 
 
-def device_ordinal(frame: Frame) -> int:
-    return _from_context(frame, _DEVICE_ORDINAL_GET) & 0xFFFFFFFF
+def device_ordinal(frame: Words) -> int:
+    return _from_context(_DEVICE_ORDINAL_GET, frame) & 0xFFFFFFFF
 
 
 def _error(api: int, error: BaseException) -> int | None:
@@ -202,7 +224,7 @@ def _error(api: int, error: BaseException) -> int | None:
     text = str(error) if isinstance(error, Fa2Error) else f"{type(error).__name__}: {error}"
     message = f"fa2cupy: {text}".encode(errors="backslashreplace").replace(b"\0", b"")
     arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), 0, message, code)
-    return _api_function(api, _ERROR_CREATE)(ctypes.addressof(arguments))
+    return _functions[WORDS[api + _ERROR_CREATE >> 3]](ctypes.byref(arguments))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,33 +234,35 @@ _METADATA = 1  # type of the extension that asks what a handler promises
 _COMMAND_BUFFER_COMPATIBLE = 1
 
 
-def _answer_metadata(extension: int) -> None:
-    """XLA asks, at registration: API version 0.1, and that the handler may be recorded into a command buffer."""
+def _answer_metadata(extension: int) -> bool:
+    """Whether XLA only asks, at registration: API version 0.1, and that the handler may be recorded into a command
+    buffer.
+    """
     if ctypes.c_int32.from_address(extension + 8).value != _METADATA:
-        return
+        return False
     metadata = _Word.from_address(extension + 24).value
     ctypes.c_int32.from_address(metadata + 24).value = 0
     ctypes.c_int32.from_address(metadata + 28).value = 1
     ctypes.c_uint32.from_address(metadata + 32).value = _COMMAND_BUFFER_COMPATIBLE
+    return True
 
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 
 
-def handler(run: Callable[[Frame], None]) -> Any:
-    """A C function for XLA that does `run`. Keep a reference to it."""
+def handler(run: Callable[[Words], None]) -> Any:
+    """A C function for XLA that does `run`, which gets the fields of `Frame` as they are. Keep a reference to it."""
 
-    new, read, memory = tuple.__new__, _FRAME, _bytes
+    read, memory = _FRAME, MEMORY
 
     def handle(address: int) -> int | None:
-        frame = new(Frame, read(memory, address))
-        if frame.extension:
-            _answer_metadata(frame.extension)
+        frame = read(memory, address)
+        if frame[0] and _answer_metadata(frame[0]):
             return None
         try:
             run(frame)
         except BaseException as error:
-            return _error(frame.api, error)
+            return _error(frame[1], error)
         return None
 
     return _Callback(handle)

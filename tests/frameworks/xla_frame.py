@@ -72,7 +72,7 @@ class FakeFrame:
         args: Sequence[tuple[str, tuple[int, ...], int]],
         rets: Sequence[tuple[str, tuple[int, ...], int]],
     ) -> None:
-        self._kept: list[Any] = []
+        self._kept: list[Any] = [api]
         self.frame = CallFrame(size=176, api=api.address, context=0xC0, num_args=len(args), num_rets=len(rets))
         self.frame.args, self.frame.rets = self._pointers(args), self._pointers(rets)
         text = ctypes.create_string_buffer(attribute.encode())
