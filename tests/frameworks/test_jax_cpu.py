@@ -195,7 +195,7 @@ def cuda(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         return device_of(array, argument) if is_traced(array) else Device("cuda", 1)
 
     monkeypatch.setattr(JAX, "device", device)
-    ffi._prepared.clear()
+    ffi.forget()
     transforms.clear_caches()
     jax.clear_caches()
     yield gpu
