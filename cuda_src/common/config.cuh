@@ -85,6 +85,12 @@ enum { kBand = FA2_BAND };  // a query sees a band of keys, whose two ends are p
 enum { kBand = 0 };
 #endif
 
+#ifdef FA2_LISTED
+enum { kListed = FA2_LISTED };  // tiles come from a list, each of a sequence with a place and lengths of its own
+#else
+enum { kListed = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif

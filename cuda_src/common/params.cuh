@@ -20,6 +20,14 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
+struct ListedTile;
+struct ListParams {
+  const ListedTile* tiles_q;
+  const ListedTile* tiles_k;
+  const int* counts;
+  int tiles_of_head_q, tiles_of_head_k, rows_q, rows_k;
+};
+
 // The struct of a kernel with a block behind it, if there is one. Without, it is the struct itself: an empty base would make some
 // plain kernels of sm80/flash_bwd.cu others.
 template <bool kGiven, typename With, typename Without>
@@ -29,6 +37,24 @@ struct Either {
 template <typename With, typename Without>
 struct Either<false, With, Without> {
   using Type = Without;
+};
+
+// The struct of a kernel with the blocks behind it that there are; likewise without empty bases.
+template <typename Base, bool kHasBand, bool kHasList>
+struct With {
+  using Type = Base;
+};
+template <typename Base>
+struct With<Base, true, false> {
+  struct Type : Base, WindowParams {};
+};
+template <typename Base>
+struct With<Base, false, true> {
+  struct Type : Base, ListParams {};
+};
+template <typename Base>
+struct With<Base, true, true> {
+  struct Type : Base, WindowParams, ListParams {};
 };
 
 struct FwdParams {
@@ -96,8 +122,8 @@ struct BwdParams {
   int head_dim_v;
 };
 
-struct BwdWindowParams : BwdParams, WindowParams {};
-using BwdBandParams = Either<kBand, BwdWindowParams, BwdParams>::Type;
+using BwdMainParams = With<BwdParams, kBand, kListed>::Type;
+using PostprocessParams = With<BwdParams, false, kListed>::Type;
 
 // What a backward adds for a gradient of lse; empty without one.
 template <bool kGiven>
@@ -108,7 +134,7 @@ struct DlseParams<true> {
   Strides dlse_strides;
   int dlse_first_row;
 };
-struct PreprocessParams : BwdParams, DlseParams<kDlse> {};
+struct PreprocessParams : PostprocessParams, DlseParams<kDlse> {};
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
@@ -126,8 +152,7 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-struct BwdTmaWindowParams : BwdTmaParams, WindowParams {};
-using BwdTmaBandParams = Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type;
+using BwdTmaMainParams = With<BwdTmaParams, kBand, kListed>::Type;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0

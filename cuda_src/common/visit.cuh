@@ -4,30 +4,67 @@
 // seqlen_q <= seqlen_k, and of a band each query sees a key and each key is seen.
 #pragma once
 
-#include "common/params.cuh"
+#include "common/listed.cuh"
 
 // The queries and the keys of one row of the batch: seqlen_q, seqlen_k, and the band's ends. Whoever asks for lengths asks a
 // Sequence. As all rows of the batch have the same, it is the Shape itself, by reference: a struct of two numbers takes other
 // registers.
-template <bool kHasBand>
+template <bool kHasBand, bool kHasList>
 struct SequenceOf {
   using Type = Shape;
 };
 template <>
-struct SequenceOf<true> {
+struct SequenceOf<true, false> {
   struct Type {
     int seqlen_q, seqlen_k, left, right;
   };
 };
-using Sequence = SequenceOf<kBand>::Type;
+// Of a list: rows [first_q, first_q + seqlen_q) of row batch_q of the queries' batch, and likewise keys.
+template <>
+struct SequenceOf<false, true> {
+  struct Type {
+    int seqlen_q, seqlen_k, first_q, first_k, batch_q, batch_k;
+  };
+};
+template <>
+struct SequenceOf<true, true> {
+  struct Type {
+    int seqlen_q, seqlen_k, left, right, first_q, first_k, batch_q, batch_k;
+  };
+};
+using Sequence = SequenceOf<kBand, kListed>::Type;
 
 // `shape` is that of `params`: looked up there once more, plain kernels become others.
-template <typename Params>
-FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int /* batch */, const Params& params) {
-  if constexpr (kBand) {
+// `tile`: of a list, or whoever has its fields.
+template <typename Params, typename Tile = Unlisted>
+FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int /* batch */, const Params& params, const Tile& tile = {}) {
+  if constexpr (kListed && kBand) {
+    return Sequence{tile.seqlen_q, tile.seqlen_k, params.left,  params.right,
+                    tile.first_q,  tile.first_k,  tile.batch_q, tile.batch_k};
+  } else if constexpr (kListed) {
+    return Sequence{tile.seqlen_q, tile.seqlen_k, tile.first_q, tile.first_k, tile.batch_q, tile.batch_k};
+  } else if constexpr (kBand) {
     return Sequence{shape.seqlen_q, shape.seqlen_k, params.left, params.right};
   } else {
     return (shape);
+  }
+}
+
+// Where a sequence's rows begin in a head of an array, in elements. `batch`: of a problem without a list.
+template <typename AnySequence>
+FA2_DEVICE int64_t first_query_offset(const AnySequence& sequence, int batch, const Strides& strides) {
+  if constexpr (kListed) {
+    return sequence.batch_q * strides.batch + sequence.first_q * strides.row;
+  } else {
+    return batch * strides.batch;
+  }
+}
+template <typename AnySequence>
+FA2_DEVICE int64_t first_key_offset(const AnySequence& sequence, int batch, const Strides& strides) {
+  if constexpr (kListed) {
+    return sequence.batch_k * strides.batch + sequence.first_k * strides.row;
+  } else {
+    return batch * strides.batch;
   }
 }
 

@@ -19,14 +19,15 @@
 #include "common/score.cuh"
 #include "sm80/tile.cuh"
 
-static_assert(sizeof(BwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdMainParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kKeyWarps = kNumWarps / kSplit;
 constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
 constexpr int kDCols = kHeadDim / kSplit;             // columns of dK of a warp
 constexpr int kDColsV = kHeadDimV / kSplit;           // columns of dV of a warp
-constexpr int kTurnBlocks = !kBand && kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
+// Query blocks of a turn, see my_turn. Nobody clears the counter of a block that no list has.
+constexpr int kTurnBlocks = !kBand && !kListed && kBlockN > kBlockM ? kBlockN / kBlockM : 1;
 constexpr int kHeadSteps = kHeadDim / 16, kHeadStepsV = kHeadDimV / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
 static_assert(kSCols % 16 == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks of 16");
@@ -113,16 +114,20 @@ FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdBandParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdMainParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
-  const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+  const int n_blocks = key_tiles_of_head<kBlockN>(params), m_blocks = query_tiles_of_head(params);
   // tile.head counts the shares of all key heads: splits for each, one after the other.
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
+  if (kListed && blockIdx.x >= n_blocks * shares) return;  // the host knows only how many tiles there are at most
   const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
+  const auto entry = key_tile_at(params, tile.block);
   // The longest first, but see my_turn.
-  const int n_block = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
-  const Sequence& sequence = sequence_of(shape, tile.batch, params);
+  const int n_block = kListed                                ? entry.block
+                      : kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block
+                                                             : tile.block;
+  const Sequence& sequence = sequence_of(shape, tile.batch, params, entry);
   const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
@@ -138,9 +143,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const auto smem_ds = operand_a(smem.ds, key_row, 0);
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
-  load_tile(smem.k, params.k + tile.batch * ks.batch + head_k * ks.head + first_key * ks.row, ks.row, keys, shape.head_dim);
-  load_tile(smem.v, params.v + tile.batch * vs.batch + head_k * vs.head + first_key * vs.row, vs.row, keys,
-            head_dim_v(params));
+  load_tile(smem.k, params.k + first_key_offset(sequence, tile.batch, ks) + head_k * ks.head + first_key * ks.row, ks.row,
+            keys, shape.head_dim);
+  load_tile(smem.v, params.v + first_key_offset(sequence, tile.batch, vs) + head_k * vs.head + first_key * vs.row, vs.row,
+            keys, head_dim_v(params));
 
   // A step is a block of queries of one of the query heads of this share.
   struct Step {
@@ -153,19 +159,21 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     return Step{step.head + last, last ? visit.begin : step.m_block + 1, (step.stage + 1) % kStages};
   };
   auto tile_index = [&](const Step& step) {  // among all tiles of queries
-    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + step.m_block;
+    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + entry.tile + step.m_block;
   };
   // What a step needs: its rows of Q and dO, whole or in parts, and their statistics. After the last step, zeros: nobody
   // reads them, and there is no branch in the loop.
   auto load_q = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
-    load_tile(smem.q[step.stage], params.q + tile.batch * qs.batch + step.head * qs.head + first_query * qs.row, qs.row,
+    const Element* rows = params.q + first_query_offset(sequence, tile.batch, qs) + step.head * qs.head;
+    load_tile(smem.q[step.stage], rows + first_query * qs.row, qs.row,
               step.head <= last_head ? sequence.seqlen_q - first_query : 0, shape.head_dim, part, parts);
   };
   auto load_dout = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
-    load_tile(smem.dout[step.stage], params.dout + tile.batch * dos.batch + step.head * dos.head + first_query * dos.row,
-              dos.row, step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
+    const Element* rows = params.dout + first_query_offset(sequence, tile.batch, dos) + step.head * dos.head;
+    load_tile(smem.dout[step.stage], rows + first_query * dos.row, dos.row,
+              step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
   };
   auto load_statistics = [&](const Step& step) {
     copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
@@ -194,6 +202,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // starts within a turn, at its diagonal, is the first in it: the others have started at least kBlockN queries earlier.
   auto my_turn = [&](int m_block) {
     if (!kCausal && !kBand) return n_block;
+    if (kListed) return key_blocks(sequence, m_block).end - 1 - n_block;  // m_blocks are those of all sequences
     return key_blocks(sequence, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
   };
   int* turn_to_pass = nullptr;
@@ -287,8 +296,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     store_accumulator(smem.v, key_row, d_col_v, acc_dv);
     __syncthreads();  // dK and dV are in shared memory
     const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-    store_tile(params.dk + tile.batch * dks.batch + head_k * dks.head + first_key * dks.row, dks.row, keys, shape.head_dim, smem.k);
-    store_tile(params.dv + tile.batch * dvs.batch + head_k * dvs.head + first_key * dvs.row, dvs.row, keys, head_dim_v(params),
-               smem.v);
+    store_tile(params.dk + first_key_offset(sequence, tile.batch, dks) + head_k * dks.head + first_key * dks.row, dks.row,
+               keys, shape.head_dim, smem.k);
+    store_tile(params.dv + first_key_offset(sequence, tile.batch, dvs) + head_k * dvs.head + first_key * dvs.row, dvs.row,
+               keys, head_dim_v(params), smem.v);
   }
 }

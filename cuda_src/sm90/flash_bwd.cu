@@ -24,7 +24,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
-static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdTmaMainParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
@@ -59,7 +59,7 @@ using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
 constexpr bool kDvFirst = kBlockM == 64, kDsFirst = !kDvFirst && kPartialDkv;
 
 // All that the tensor cores read from global memory, one thread.
-FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
+FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaMainParams& params) {
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
@@ -68,26 +68,27 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
   uint32_t v_parity = 0;
   while (schedule.next(params, work)) {
     const int first_key = work.n_block * kBlockN;
+    const auto queries = queries_in_map(params, work);
     bool first = true;
     for (Step step(shape, work); step.left > 0; step.advance(work)) {
       const int first_query = step.m_block * kBlockM;
       const int i = ring.stage;
       mbarrier_wait(smem.q_dout_empty[i], ring.parity ^ 1);  // released by the key warpgroups after dV and dK
       mbarrier_arrive_expect_tx(smem.q_full[i], smem.q[0].kBytes + kStatisticsBytes);
-      load_tile(smem.q[i], params.q, smem.q_full[i], first_query, step.head, work.batch);
+      load_tile(smem.q[i], params.q, smem.q_full[i], first_query, step.head, queries);
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
-        load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], first_key, work.head_k, work.batch);
+        load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], first_key, work.head_k, keys_in_map(params, work));
         griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
       }
       load_statistics(smem.lse_log2[i], params.lse_log2, smem.q_full[i], step);
       mbarrier_arrive_expect_tx(smem.dout_full[i], smem.dout[0].kBytes + kStatisticsBytes);
-      load_tile(smem.dout[i], params.dout, smem.dout_full[i], first_query, step.head, work.batch);
+      load_tile(smem.dout[i], params.dout, smem.dout_full[i], first_query, step.head, queries);
       if (first) {
         mbarrier_wait(smem.v_empty, v_parity ^ 1);  // released by the key warpgroups after a tile's last dP
         mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);
-        load_tile(smem.v, params.v, smem.v_full, first_key, work.head_k, work.batch);
+        load_tile(smem.v, params.v, smem.v_full, first_key, work.head_k, keys_in_map(params, work));
       }
       load_statistics(smem.softmax_d[i], params.softmax_d, smem.dout_full[i], step);
       ring.advance();
@@ -105,7 +106,7 @@ FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 
 FA2_DEVICE int dq_cols(int group) { return kDqColParts > 1 && group == 1 ? kHeadDim - kDqCols : kDqCols; }
 
 // Adds a warpgroup's part of every step's dQ to dq_accum, the parts of its four warps one by one: one thread.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaMainParams& params, int group) {
   const uint32_t bytes = dq_cols(group) * 64;  // of a warp
   Schedule schedule;
   Work work;
@@ -144,7 +145,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params, int g
 
 // Deterministic: tells add_dq when the turns of this block have come. One thread, so that a turn is awaited while the addition
 // before it is still on its way.
-FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& params) {
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaMainParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -182,7 +183,7 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
 }
 
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
-FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
+FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaMainParams& params, int group) {
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16;
   const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
@@ -236,7 +237,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
 
   Schedule schedule;
   Work work;
-  schedule.next(params, work);
+  const bool any = schedule.next(params, work);
+  if (kListed && !any) return;  // the host knows only how many tiles there are at most
   Step step(shape, work);
   bool first = true;  // step of its tile
   auto next_step = [&] {
@@ -266,11 +268,12 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
       store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
     } else {
       const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-      const int row = work.n_block * kBlockN + warp_row, rows = sequence_of(shape, work.batch, params).seqlen_k - row;
-      store_gradient(params.dk + work.batch * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows, shape.head_dim,
-                     acc_dk, params.softmax_scale);
-      store_gradient(params.dv + work.batch * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
-                     params.head_dim_v, acc_dv, 1.f);
+      const Sequence& sequence = sequence_of(shape, work.batch, params, work);
+      const int row = work.n_block * kBlockN + warp_row, rows = sequence.seqlen_k - row;
+      store_gradient(params.dk + first_key_offset(sequence, work.batch, dks) + work.head_k * dks.head + row * dks.row, dks.row,
+                     rows, shape.head_dim, acc_dk, params.softmax_scale);
+      store_gradient(params.dv + first_key_offset(sequence, work.batch, dvs) + work.head_k * dvs.head + row * dvs.row, dvs.row,
+                     rows, params.head_dim_v, acc_dv, 1.f);
     }
   };
 
@@ -278,7 +281,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   auto compute_step = [&](auto due, auto more) {
     constexpr bool kDue = decltype(due)::value, kMore = decltype(more)::value;
     const bool last = step.left == 1;  // of its tile
-    const Sequence& sequence = sequence_of(shape, work.batch, params);
+    const Sequence& sequence = sequence_of(shape, work.batch, params, work);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
     if (step.m_block < mask_to_of(work, step.m_block)) {
@@ -358,7 +361,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   finish_dq(acc_dq);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaBandParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaMainParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
     mbarrier_init(smem.v_full, 1);

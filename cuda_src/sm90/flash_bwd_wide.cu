@@ -19,7 +19,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
-static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdTmaMainParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 static_assert(kBlockN == 64 && kNumThreads == 512, "a warpgroup for each of the four");
 static_assert(kDqWarps == 4 && kDqWarpsD == 1 && kDqMTiles == 1, "a warpgroup adds all rows of a piece of dQ, a warp 16");
 
@@ -75,7 +75,7 @@ static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 102
 FA2_DEVICE int first_col_of_dq(bool second) { return second * 2 * kDqCols + cluster_rank() * cols_of_dq(second); }
 
 // Deterministic: pairs of key blocks take turns at a block's pieces.
-FA2_DEVICE int* turn_counter(const BwdTmaBandParams& params, const Step& step, int turn) {
+FA2_DEVICE int* turn_counter(const BwdTmaMainParams& params, const Step& step, int turn) {
   return params.dq_turn + step.tile * kDqParts + turn * kCluster + cluster_rank();
 }
 
@@ -84,7 +84,7 @@ FA2_DEVICE uint32_t keys_parity(const Schedule& schedule) { return (schedule.rou
 
 // K and Q with lse, or V and dO with D: one thread. k_peer: the other block's columns of K, or null.
 template <int kCols, int kPartCols, int kBuffers>
-FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
+FA2_DEVICE void copy_tiles(const BwdTmaMainParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
                            const TensorMap& keys_map, Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                            const TensorMap& queries_map, const TensorMap& statistics_map,
                            Panels<kBlockN, 2 * kDqCols>* k_peer) {
@@ -94,12 +94,12 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
   while (schedule.next(params, work)) {
     mbarrier_wait(loads.keys_empty, keys_parity(schedule) ^ 1);  // released by compute_scores, and K by both sum_gradient
     mbarrier_arrive_expect_tx(loads.keys_full, keys.kBytes + (k_peer ? k_peer->kBytes : 0));
-    load_tile(keys, keys_map, loads.keys_full, work.n_block * kBlockN, work.head_k, work.batch);
+    load_tile(keys, keys_map, loads.keys_full, work.n_block * kBlockN, work.head_k, keys_in_map(params, work));
     if (k_peer) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / kDqCols * kDqCols,
-                                     (work.n_block ^ 1) * kBlockN, work.head_k, work.batch);
+        load_box(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / kDqCols * kDqCols,
+                 (work.n_block ^ 1) * kBlockN, work.head_k, keys_in_map(params, work));
     }
     griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
     for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
@@ -107,8 +107,8 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
       for (int col = 0; col < kCols; col += kPartCols, ring.advance()) {
         mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by compute_scores and sum_gradient
         mbarrier_arrive_expect_tx(loads.full[ring.stage], queries[0].kBytes + (col == 0 ? kStatisticsBytes : 0));
-        load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head, work.batch,
-                  col);
+        load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head,
+                  queries_in_map(params, work), col);
         if (col == 0) load_statistics(loads.statistics[ring.stage], statistics_map, loads.full[ring.stage], step);
       }
     }
@@ -118,7 +118,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
 
 // One warpgroup: P and dS of every step, a warp 16 queries.
-FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& params) {
+FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaMainParams& params) {
   const Shape& shape = params.shape;
   const int warp_row = warp_id() % 4 * 16, row = warp_row + accumulator_row(), peer = cluster_rank() ^ 1;
   const bool leader = lane_id() == 0;
@@ -163,7 +163,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of(shape, work.batch, params), {query, key});
+      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of(shape, work.batch, params, work), {query, key});
       pin(acc_s);
     };
     issue_dp(False{});
@@ -218,7 +218,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
 // One warpgroup: dV += P^T dO, or (kSecond) dK += dS^T Q, of every tile, and a piece of dQ = dS K of every step. `left` is P or
 // dS, which left_full announces, and `queries`, which `loads` bring, are dO or Q.
 template <bool kSecond, int kPartCols, int kBuffers, int kLeftBuffers>
-FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params, Loads<kBuffers>& loads,
+FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaMainParams& params, Loads<kBuffers>& loads,
                              const Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                              const Panels<kBlockM, kBlockN> (&left)[kLeftBuffers], uint64_t (&left_full)[kLeftBuffers]) {
   constexpr int kCols = kSecond ? kHeadDim : kHeadDimV, kGradients = kCols / kPartCols;
@@ -317,9 +317,11 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
       store_partial(partial + row * kCols + col, kCols, part);
     } else {
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
+      const Sequence& sequence = sequence_of(params.shape, work.batch, params, work);
       const int row = work.n_block * kBlockN + warp_row;
-      Element* target = (kSecond ? params.dk : params.dv) + work.batch * strides.batch + work.head_k * strides.head;
-      store_gradient(target + row * strides.row + col, strides.row, sequence_of(params.shape, work.batch, params).seqlen_k - row,
+      Element* target = (kSecond ? params.dk : params.dv) + first_key_offset(sequence, work.batch, strides) +
+                        work.head_k * strides.head;
+      store_gradient(target + row * strides.row + col, strides.row, sequence.seqlen_k - row,
                      (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };
@@ -336,7 +338,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
 }
 
 // Adds dQ of every step to dq_accum, piece by piece, or waits for sum_gradient to have done so, and ends the turns. One thread.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params) {
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaMainParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -378,7 +380,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params) {
 
 // Deterministic: tells those who add when this block's turns have come. One thread, so that a turn is awaited while the
 // addition before it is still on its way.
-FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& params) {
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaMainParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -406,7 +408,7 @@ FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
 }
 
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kNumThreads, 1)
-    flash_bwd(const __grid_constant__ BwdTmaBandParams params) {
+    flash_bwd(const __grid_constant__ BwdTmaMainParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
     init_loads(smem.q_loads, 6);  // of K: compute_scores, and both sum_gradient

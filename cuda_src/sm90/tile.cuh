@@ -15,20 +15,29 @@ struct Panels {
   alignas(1024) Element data[kPanels][kRows][64];
 };
 
+// In a shifted map (kListed), whose third dimension is where a sequence ends, its first row; past its last one nothing is.
+struct Shifted {
+  int first, end, batch;
+};
+
 // Rows [tile_row, tile_row + kCount) of the tile = rows from `row` and columns from `col` on of a head; the map's box has kCount
 // rows.
 // One thread; the barrier expects the bytes.
-template <int kCount, int kRows, int kCols>
-FA2_DEVICE void load_rows(Panels<kRows, kCols>& tile, int tile_row, const TensorMap& map, uint64_t& barrier, int row, int head,
-                          int batch, int col = 0) {
-#pragma unroll
-  for (int p = 0; p < tile.kPanels; ++p) {
-    cp_async_bulk_tensor_4d_load(tile.data[p][tile_row], map, barrier, col + 64 * p, row, head, batch);
-  }
+FA2_DEVICE void load_box(void* smem, const TensorMap& map, uint64_t& barrier, int col, int row, int head, int batch) {
+  cp_async_bulk_tensor_4d_load(smem, map, barrier, col, row, head, batch);
 }
-template <int kRows, int kCols>
-FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head, int batch,
-                          int col = 0) {
+FA2_DEVICE void load_box(void* smem, const TensorMap& map, uint64_t& barrier, int col, int row, int head, const Shifted& rows) {
+  cp_async_bulk_tensor_5d_load(smem, map, barrier, col, rows.first + row, head, rows.end, rows.batch);
+}
+template <int kCount, int kRows, int kCols, typename Batch>
+FA2_DEVICE void load_rows(Panels<kRows, kCols>& tile, int tile_row, const TensorMap& map, uint64_t& barrier, int row, int head,
+                          const Batch& batch, int col = 0) {
+#pragma unroll
+  for (int p = 0; p < tile.kPanels; ++p) load_box(tile.data[p][tile_row], map, barrier, col + 64 * p, row, head, batch);
+}
+template <int kRows, int kCols, typename Batch>
+FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head,
+                          const Batch& batch, int col = 0) {
   load_rows<kRows>(tile, 0, map, barrier, row, head, batch, col);
 }
 

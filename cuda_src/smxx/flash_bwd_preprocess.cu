@@ -5,7 +5,7 @@
 // from the last to the first: what flash_bwd begins with is the last that has been touched, and still in L2.
 #include "common/dq_accum.cuh"
 #include "common/ptx.cuh"
-#include "common/visit.cuh"
+#include "common/schedule.cuh"
 
 static_assert(sizeof(PreprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
@@ -45,12 +45,8 @@ FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
 
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ PreprocessParams params) {
   griddepcontrol_launch_dependents();  // flash_bwd may start: it waits before it needs what is written here
-  const Shape& shape = params.shape;
-  const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const int64_t tile = gridDim.x - 1 - blockIdx.x;
-  const int m_block = tile % m_blocks, row_of_tiles = tile / m_blocks;
-  const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
-  const int first_row = m_block * kBlockM, rows = min(kBlockM, shape.seqlen_q - first_row);
+  const auto [tile, head, batch, first_row, rows] = query_tile(params, gridDim.x - 1 - blockIdx.x);
+  if (kListed && rows == 0) return;
 
   const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
   const Element* gmem_out = params.out + batch * os.batch + head * os.head + first_row * os.row;
