@@ -21,6 +21,23 @@ FA2_DEVICE ListedTile read_tile(const ListedTile* list, int place) {
   return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
+// Whether the queries have a tile `place`: the host knows only how many there are at most.
+template <typename Params>
+FA2_DEVICE bool has_query_tile(const Params& params, int place) {
+  if constexpr (kListed) {
+    return place < params.counts[0];
+  } else {
+    return true;
+  }
+}
+template <typename Params>
+FA2_DEVICE auto query_tile_at(const Params& params, int place) {
+  if constexpr (kListed) {
+    return read_tile(params.tiles_q, place);
+  } else {
+    return Unlisted{};
+  }
+}
 // Tile `place` of the keys.
 template <typename Params>
 FA2_DEVICE auto key_tile_at(const Params& params, int place) {

@@ -38,31 +38,6 @@ FA2_DEVICE int query_tiles_of_head(const Params& params) {
   }
 }
 
-// A tile of kBlockM queries of a head: rows [first_row, first_row + rows) of a row of the batch; none, if there is no such tile.
-// `index`: its number among all tiles of queries, by which workspaces go.
-struct QueryTile {
-  int64_t index;
-  int head, batch, first_row, rows;
-};
-template <typename Params>
-FA2_DEVICE QueryTile query_tile(const Params& params, int64_t linear) {
-  const Shape& shape = params.shape;
-  if constexpr (kListed) {
-    const int head = linear % shape.num_heads, place = linear / shape.num_heads;
-    if (place >= params.counts[0]) return {};
-    const ListedTile tile = read_tile(params.tiles_q, place);
-    const int first_row = tile.block * kBlockM;
-    return {static_cast<int64_t>(head) * params.tiles_of_head_q + tile.tile, head, tile.batch_q, tile.first_q + first_row,
-            min(kBlockM, tile.seqlen_q - first_row)};
-  } else {
-    const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-    const int m_block = linear % m_blocks, row_of_tiles = linear / m_blocks;
-    const int first_row = m_block * kBlockM;
-    return {linear, row_of_tiles % shape.num_heads, row_of_tiles / shape.num_heads, first_row,
-            min(kBlockM, shape.seqlen_q - first_row)};
-  }
-}
-
 // How many sections come after that of tile `linear`.
 FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& shape) {
   return (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * blocks);

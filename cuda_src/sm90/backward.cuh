@@ -59,14 +59,16 @@ struct Work : WorkOfBand<kBand>, WorkOfList<kListed> {
 };
 
 // Where the rows of the work's sequence are for load_tile: a row of the batch, or of a list what its shifted maps need.
-FA2_DEVICE auto queries_in_map(const BwdTmaMainParams& params, const Work& work) {
+template <typename Params, typename Work>
+FA2_DEVICE auto queries_in_map(const Params& params, const Work& work) {
   if constexpr (kListed) {
     return Shifted{params.rows_q - work.seqlen_q, work.first_q + work.seqlen_q, work.batch_q};
   } else {
     return work.batch;
   }
 }
-FA2_DEVICE auto keys_in_map(const BwdTmaMainParams& params, const Work& work) {
+template <typename Params, typename Work>
+FA2_DEVICE auto keys_in_map(const Params& params, const Work& work) {
   if constexpr (kListed) {
     return Shifted{params.rows_k - work.seqlen_k, work.first_k + work.seqlen_k, work.batch_k};
   } else {
@@ -75,6 +77,7 @@ FA2_DEVICE auto keys_in_map(const BwdTmaMainParams& params, const Work& work) {
 }
 
 // The number of a head's first tile of queries that is the work's.
+template <typename Work>
 FA2_DEVICE int64_t first_tile_of(const Shape& shape, const Work& work, int head) {
   if constexpr (kListed) {
     return static_cast<int64_t>(head) * work.tiles_of_head + work.first_tile;

@@ -18,9 +18,14 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 // dQ of tile `linear`, of all that there are at most.
 FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, int64_t linear) {
   const Shape& shape = params.shape;
-  const QueryTile tile = query_tile(params, linear);
-  if (kListed && tile.rows == 0) return;
-  const float* dq_tile = params.dq_accum + tile.index * kDqTileFloats;
+  const int m_blocks = query_tiles_of_head(params);
+  const int place = linear % m_blocks, row_of_tiles = linear / m_blocks;
+  const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
+  if (kListed && !has_query_tile(params, place)) return;
+  const auto entry = query_tile_at(params, place);
+  const Sequence& sequence = sequence_of(shape, batch, params, entry);
+  const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
+  const float* dq_tile = params.dq_accum + tile * kDqTileFloats;
 
   const int warp = warp_id(), lane = lane_id();
 #pragma unroll
@@ -44,8 +49,9 @@ FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, 
   }
   __syncthreads();  // dQ is in shared memory
   const Strides& dqs = params.dq_strides;
-  store_tile(params.dq + tile.batch * dqs.batch + tile.head * dqs.head + tile.first_row * dqs.row, dqs.row, tile.rows,
-             shape.head_dim, smem.dq);
+  const int first_query = (kListed ? entry.block : place) * kBlockM;
+  store_tile(params.dq + first_query_offset(sequence, batch, dqs) + head * dqs.head + first_query * dqs.row, dqs.row,
+             sequence.seqlen_q - first_query, shape.head_dim, smem.dq);
 }
 
 // Elements [col, col + 8) of a row of `cols` = x, rounded; nothing past its end.
@@ -96,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 4) flash_bwd_postproce
   FA2_SHARED_MEMORY(SharedMemory, smem);
   griddepcontrol_wait();  // flash_bwd has ended
   const Shape& shape = params.shape;
-  const int query_tiles = query_tiles_of_head(params) * shape.num_heads * shape.batch;
+  const int query_tiles = query_tiles_of_head(params) * shape.num_heads * shape.batch;  // of a list at most
   const int block = static_cast<int>(blockIdx.x) - query_tiles;
   if (block < 0) return convert_dq(smem, params, -1 - block);
   if constexpr (kPartialDkv) {
