@@ -85,12 +85,6 @@ enum { kBand = FA2_BAND };  // a query sees a band of keys, whose two ends are p
 enum { kBand = 0 };
 #endif
 
-#ifdef FA2_LISTED
-enum { kListed = FA2_LISTED };  // tiles come from a list, each of a sequence with a place and lengths of its own
-#else
-enum { kListed = 0 };
-#endif
-
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
@@ -99,6 +93,16 @@ constexpr int kFillThreads = FA2_FILL_THREADS;
 enum { kUnseenRows = FA2_UNSEEN_ROWS };  // there may be rows that see nothing, and tiles of nothing else
 #else
 enum { kUnseenRows = 0 };
+#endif
+
+#ifdef FA2_LISTED
+// Tiles come from a list that smxx/list_tiles.cu made, each of a sequence with a place and lengths of its own (listed.cuh).
+enum { kListed = FA2_LISTED };
+#else
+enum { kListed = 0 };
+#endif
+#ifdef FA2_IN_ORDER
+enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

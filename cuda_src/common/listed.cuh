@@ -1,49 +1,35 @@
-// Tiles of a list that smxx/list_tiles.cu made: each is of a sequence with a place and lengths of its own.
+// Sequences with places and lengths of their own, which the host does not know: packed, padded, or partly used. smxx/list_tiles.cu
+// makes of them lists of tiles, and kernels with kListed take their tiles from there. All sequences are one: rows [first, first +
+// seqlen) of a row of the batch, on the side of the queries and on that of the keys.
 #pragma once
 
-#include "common/params.cuh"
+#include "common/config.cuh"
 
-// (local copy of the contract, dropped at the merge)
+// A tile of a list. Two reads of 16 bytes, and nothing else has to be looked up.
 struct alignas(16) ListedTile {
-  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k;
-  int block;  // along its sequence
-  int tile;   // of queries: its number among those of a head; of keys: that of its sequence's first tile of queries
+  int first_q, seqlen_q, first_k, seqlen_k;  // of its sequence
+  int batch_q, batch_k;  // row of the batch: the sequence's number, or that of its segments; packed arrays have a stride of 0 there
+  int block;             // along the sequence
+  int tile;              // of queries: its number among all query tiles of a head; of keys: that of the sequence's first query tile
 };
 
-// Without a list.
-struct Unlisted {
-  enum { block = 0, tile = 0 };
+// What kernels with kListed are given: the block behind their own struct, and behind those of other features.
+struct ListParams {
+  const ListedTile* tiles_q;  // of the queries, and of the keys
+  const ListedTile* tiles_k;
+  const int* counts;  // how many there are of each
+  int rows_q, rows_k;  // of an array, or of each row of its batch
+  int tiles_of_head_q, tiles_of_head_k;  // how many there can be: a head's part of what is kept for each tile
 };
 
-FA2_DEVICE ListedTile read_tile(const ListedTile* list, int place) {
-  const int4* words = reinterpret_cast<const int4*>(list + place);
-  const int4 low = words[0], high = words[1];
-  return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-}
-
-// Whether the queries have a tile `place`: the host knows only how many there are at most.
-template <typename Params>
-FA2_DEVICE bool has_query_tile(const Params& params, int place) {
-  if constexpr (kListed) {
-    return place < params.counts[0];
-  } else {
-    return true;
-  }
-}
-template <typename Params>
-FA2_DEVICE auto query_tile_at(const Params& params, int place) {
-  if constexpr (kListed) {
-    return read_tile(params.tiles_q, place);
-  } else {
-    return Unlisted{};
-  }
-}
-// Tile `place` of the keys.
-template <typename Params>
-FA2_DEVICE auto key_tile_at(const Params& params, int place) {
-  if constexpr (kListed) {
-    return read_tile(params.tiles_k, place);
-  } else {
-    return Unlisted{};
-  }
-}
+// The arrays that a call was given, or null; int32 on the device. Whatever they hold, no row outside the arrays is meant by it.
+struct LengthsParams {
+  const int* cu_seqlens_q;  // (sequences + 1,): packed, and where sequences start
+  const int* cu_seqlens_k;
+  const int* seqused_q;  // (sequences,): rows in use, from the first
+  const int* seqused_k;
+  const int* leftpad_k;  // (sequences,): of these so many in front are not
+  const int* segment_ids_q;  // (batch, rows): rows of the same id are a sequence
+  const int* segment_ids_k;
+  int sequences;
+};

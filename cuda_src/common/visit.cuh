@@ -4,12 +4,13 @@
 // seqlen_q <= seqlen_k, and of a band each query sees a key and each key is seen.
 #pragma once
 
-#include "common/listed.cuh"
+#include "common/params.cuh"
 
 // The queries and the keys of one row of the batch: seqlen_q, seqlen_k, and the band's ends. Whoever asks for lengths asks a
 // Sequence. As all rows of the batch have the same, it is the Shape itself, by reference: a struct of two numbers takes other
 // registers.
-template <bool kHasBand, bool kHasList>
+// Of a list each tile brings its own.
+template <bool kHasBand, bool kIsListed>
 struct SequenceOf {
   using Type = Shape;
 };
@@ -19,52 +20,37 @@ struct SequenceOf<true, false> {
     int seqlen_q, seqlen_k, left, right;
   };
 };
-// Of a list: rows [first_q, first_q + seqlen_q) of row batch_q of the queries' batch, and likewise keys.
 template <>
 struct SequenceOf<false, true> {
   struct Type {
-    int seqlen_q, seqlen_k, first_q, first_k, batch_q, batch_k;
+    int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k;
   };
 };
 template <>
 struct SequenceOf<true, true> {
   struct Type {
-    int seqlen_q, seqlen_k, left, right, first_q, first_k, batch_q, batch_k;
+    int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, left, right;
   };
 };
 using Sequence = SequenceOf<kBand, kListed>::Type;
 
 // `shape` is that of `params`: looked up there once more, plain kernels become others.
-// `tile`: of a list, or whoever has its fields.
-template <typename Params, typename Tile = Unlisted>
-FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int /* batch */, const Params& params, const Tile& tile = {}) {
-  if constexpr (kListed && kBand) {
-    return Sequence{tile.seqlen_q, tile.seqlen_k, params.left,  params.right,
-                    tile.first_q,  tile.first_k,  tile.batch_q, tile.batch_k};
-  } else if constexpr (kListed) {
-    return Sequence{tile.seqlen_q, tile.seqlen_k, tile.first_q, tile.first_k, tile.batch_q, tile.batch_k};
-  } else if constexpr (kBand) {
+template <typename Params>
+FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int /* batch */, const Params& params) {
+  if constexpr (kBand) {
     return Sequence{shape.seqlen_q, shape.seqlen_k, params.left, params.right};
   } else {
     return (shape);
   }
 }
 
-// Where a sequence's rows begin in a head of an array, in elements. `batch`: of a problem without a list.
-template <typename AnySequence>
-FA2_DEVICE int64_t first_query_offset(const AnySequence& sequence, int batch, const Strides& strides) {
-  if constexpr (kListed) {
-    return sequence.batch_q * strides.batch + sequence.first_q * strides.row;
+// That of a tile of a list, or of whoever has its first six fields.
+template <typename Tile, typename Params>
+FA2_DEVICE Sequence sequence_of_tile(const Tile& tile, const Params& params) {
+  if constexpr (kBand) {
+    return {tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k, params.left, params.right};
   } else {
-    return batch * strides.batch;
-  }
-}
-template <typename AnySequence>
-FA2_DEVICE int64_t first_key_offset(const AnySequence& sequence, int batch, const Strides& strides) {
-  if constexpr (kListed) {
-    return sequence.batch_k * strides.batch + sequence.first_k * strides.row;
-  } else {
-    return batch * strides.batch;
+    return {tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
   }
 }
 

@@ -13,13 +13,13 @@
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
+#include "common/bwd_tiles.cuh"
 #include "common/dq_accum.cuh"
 #include "common/dropout.cuh"
-#include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "sm80/tile.cuh"
 
-static_assert(sizeof(BwdMainParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kKeyWarps = kNumWarps / kSplit;
 constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a warp
@@ -114,19 +114,18 @@ FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdMainParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
   const int n_blocks = key_tiles_of_head<kBlockN>(params), m_blocks = query_tiles_of_head(params);
   // tile.head counts the shares of all key heads: splits for each, one after the other.
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
   if (kListed && blockIdx.x >= n_blocks * shares) return;  // the host knows only how many tiles there are at most
-  const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
-  const auto entry = key_tile_at(params, tile.block);
+  const Tile2 tile = key_tile_of<kDeterministic>(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
-  const int n_block = kListed                                ? entry.block
-                      : kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block
-                                                             : tile.block;
+  const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
+  const auto entry = key_tile_at(params, place);
+  const int n_block = kListed ? entry.block : place;
   const Sequence& sequence = sequence_of(shape, tile.batch, params, entry);
   const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;

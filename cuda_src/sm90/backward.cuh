@@ -2,7 +2,7 @@
 // and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
-#include "common/schedule.cuh"
+#include "common/bwd_tiles.cuh"
 #include "sm90/tile.cuh"
 
 // In a band: from which query block on there is a mask again, and how many blocks a head has.
@@ -127,21 +127,21 @@ struct Tiles {
     const int clusters = read_nctaid() / kCluster, cluster = read_ctaid() / kCluster;  // anew: no registers to keep them in
     return round * clusters + (kDeterministic || round % 2 == 0 ? cluster : clusters - 1 - cluster);
   }
-  FA2_DEVICE bool more(const BwdTmaMainParams& params) const {
+  FA2_DEVICE bool more(const BwdTmaBandParams& params) const {
     const Shape& shape = params.shape;
     const int parts = shape.num_heads_k * (kPartialDkv ? params.splits : 1);
     return place() < key_tiles_of_head<kCluster * kBlockN>(params) * parts * shape.batch;
   }
-  FA2_DEVICE bool next(const BwdTmaMainParams& params, Work& work) {
+  FA2_DEVICE bool next(const BwdTmaBandParams& params, Work& work) {
     if (!more(params)) return false;
     const Shape& shape = params.shape;
     const int splits = kPartialDkv ? params.splits : 1, parts = shape.num_heads_k * splits;
     const int n_blocks = key_tiles_of_head<kCluster * kBlockN>(params), rows = parts * shape.batch;
     const int linear = place();
     round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
-    const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
+    const Tile2 tile = key_tile_of<kDeterministic>(linear, n_blocks, parts, shape);
     const int sections_left = sections_after(linear, n_blocks, rows, shape);
-    const bool backwards = kDeterministic ? kBand && !kListed : (kCausal || kListed) && sections_left % 2 == 1;
+    const bool backwards = kDeterministic ? kBand : kCausal && !kListed && sections_left % 2 == 1;
     const int place = backwards ? n_blocks - 1 - tile.block : tile.block;
     const auto entry = key_tile_at(params, place);
     const int first_block = kCluster * (kListed ? entry.block : place);
@@ -181,7 +181,7 @@ static_assert(!kUnseenRows || kListed, "more() does not look ahead, and a thread
 constexpr int kWritten = 1 << 30;
 
 // Deterministic: how many key blocks (pairs of a cluster) add to the dQ of a step before this one.
-FA2_DEVICE int turn_of(const BwdTmaMainParams& params, const Work& work, const Step& step) {
+FA2_DEVICE int turn_of(const BwdTmaBandParams& params, const Work& work, const Step& step) {
   const int block = work.n_block / kCluster;
   if constexpr (kBand) {
     const Sequence& sequence = sequence_of(params.shape, work.batch, params, work);

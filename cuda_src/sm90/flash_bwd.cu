@@ -24,7 +24,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
-static_assert(sizeof(BwdTmaMainParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
@@ -59,7 +59,7 @@ using AccDq = Accumulator<1, kDqCols / 8>;   // 64 queries x kDqCols
 constexpr bool kDvFirst = kBlockM == 64, kDsFirst = !kDvFirst && kPartialDkv;
 
 // All that the tensor cores read from global memory, one thread.
-FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaMainParams& params) {
+FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
   const Shape& shape = params.shape;
   Schedule schedule;
   Work work;
@@ -106,7 +106,7 @@ FA2_DEVICE int dq_warp(int group, int warp) { return kDqColParts == 1 ? group * 
 FA2_DEVICE int dq_cols(int group) { return kDqColParts > 1 && group == 1 ? kHeadDim - kDqCols : kDqCols; }
 
 // Adds a warpgroup's part of every step's dQ to dq_accum, the parts of its four warps one by one: one thread.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaMainParams& params, int group) {
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
   const uint32_t bytes = dq_cols(group) * 64;  // of a warp
   Schedule schedule;
   Work work;
@@ -145,7 +145,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaMainParams& params, int g
 
 // Deterministic: tells add_dq when the turns of this block have come. One thread, so that a turn is awaited while the addition
 // before it is still on its way.
-FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaMainParams& params) {
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -183,7 +183,7 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
 }
 
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
-FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaMainParams& params, int group) {
+FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16;
   const int dq_row = kDqColParts == 1 ? group_row : 0, dq_col = kDqColParts == 1 ? 0 : group * kDqCols;
@@ -361,7 +361,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaMainParams& params, int 
   finish_dq(acc_dq);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaMainParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __grid_constant__ BwdTmaBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
     mbarrier_init(smem.v_full, 1);

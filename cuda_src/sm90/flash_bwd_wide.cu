@@ -19,7 +19,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
 
-static_assert(sizeof(BwdTmaMainParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 static_assert(kBlockN == 64 && kNumThreads == 512, "a warpgroup for each of the four");
 static_assert(kDqWarps == 4 && kDqWarpsD == 1 && kDqMTiles == 1, "a warpgroup adds all rows of a piece of dQ, a warp 16");
 
@@ -75,7 +75,7 @@ static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 102
 FA2_DEVICE int first_col_of_dq(bool second) { return second * 2 * kDqCols + cluster_rank() * cols_of_dq(second); }
 
 // Deterministic: pairs of key blocks take turns at a block's pieces.
-FA2_DEVICE int* turn_counter(const BwdTmaMainParams& params, const Step& step, int turn) {
+FA2_DEVICE int* turn_counter(const BwdTmaBandParams& params, const Step& step, int turn) {
   return params.dq_turn + step.tile * kDqParts + turn * kCluster + cluster_rank();
 }
 
@@ -84,7 +84,7 @@ FA2_DEVICE uint32_t keys_parity(const Schedule& schedule) { return (schedule.rou
 
 // K and Q with lse, or V and dO with D: one thread. k_peer: the other block's columns of K, or null.
 template <int kCols, int kPartCols, int kBuffers>
-FA2_DEVICE void copy_tiles(const BwdTmaMainParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
+FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& loads, Panels<kBlockN, kCols>& keys,
                            const TensorMap& keys_map, Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                            const TensorMap& queries_map, const TensorMap& statistics_map,
                            Panels<kBlockN, 2 * kDqCols>* k_peer) {
@@ -118,7 +118,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaMainParams& params, Loads<kBuffers>& load
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
 
 // One warpgroup: P and dS of every step, a warp 16 queries.
-FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaMainParams& params) {
+FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& params) {
   const Shape& shape = params.shape;
   const int warp_row = warp_id() % 4 * 16, row = warp_row + accumulator_row(), peer = cluster_rank() ^ 1;
   const bool leader = lane_id() == 0;
@@ -218,7 +218,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaMainParams& param
 // One warpgroup: dV += P^T dO, or (kSecond) dK += dS^T Q, of every tile, and a piece of dQ = dS K of every step. `left` is P or
 // dS, which left_full announces, and `queries`, which `loads` bring, are dO or Q.
 template <bool kSecond, int kPartCols, int kBuffers, int kLeftBuffers>
-FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaMainParams& params, Loads<kBuffers>& loads,
+FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params, Loads<kBuffers>& loads,
                              const Panels<kBlockM, kPartCols> (&queries)[kBuffers],
                              const Panels<kBlockM, kBlockN> (&left)[kLeftBuffers], uint64_t (&left_full)[kLeftBuffers]) {
   constexpr int kCols = kSecond ? kHeadDim : kHeadDimV, kGradients = kCols / kPartCols;
@@ -338,7 +338,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaMainParams& params,
 }
 
 // Adds dQ of every step to dq_accum, piece by piece, or waits for sum_gradient to have done so, and ends the turns. One thread.
-FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaMainParams& params) {
+FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -380,7 +380,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaMainParams& params) {
 
 // Deterministic: tells those who add when this block's turns have come. One thread, so that a turn is awaited while the
 // addition before it is still on its way.
-FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaMainParams& params) {
+FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& params) {
   Schedule schedule;
   Work work;
   uint32_t parity = 0;
@@ -408,7 +408,7 @@ FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
 }
 
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kNumThreads, 1)
-    flash_bwd(const __grid_constant__ BwdTmaMainParams params) {
+    flash_bwd(const __grid_constant__ BwdTmaBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if (threadIdx.x == 0) {
     init_loads(smem.q_loads, 6);  // of K: compute_scores, and both sum_gradient

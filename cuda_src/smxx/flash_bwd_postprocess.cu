@@ -3,8 +3,8 @@
 //
 // The first thread blocks take a tile of kBlockM query rows each, with the warps that share it, heads from the last to the first:
 // those that flash_bwd ended with are still in L2. The others take 8 columns of a row of dK, later of dV, with each thread.
+#include "common/bwd_tiles.cuh"
 #include "common/dq_accum.cuh"
-#include "common/schedule.cuh"
 #include "sm80/tile.cuh"
 
 static_assert(sizeof(PostprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");

@@ -3,9 +3,9 @@
 //
 // One thread block per kBlockM query rows of a head; a row is shared by the lanes that hold its 16-byte chunks. Heads are taken
 // from the last to the first: what flash_bwd begins with is the last that has been touched, and still in L2.
+#include "common/bwd_tiles.cuh"
 #include "common/dq_accum.cuh"
 #include "common/ptx.cuh"
-#include "common/schedule.cuh"
 
 static_assert(sizeof(PreprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
