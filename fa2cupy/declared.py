@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, UnsupportedDevice
 
-__all__ = ["DECLARED", "FLOAT32_ON_GPU", "GPU_TOO_OLD", "RIGHT_OF_CAUSAL", "Declared"]
+__all__ = [
+    "BHSD_OF_PACKED",
+    "DECLARED",
+    "FLOAT32_ON_GPU",
+    "GPU_TOO_OLD",
+    "RIGHT_OF_CAUSAL",
+    "SEGMENTS_OF_PACKED",
+    "Declared",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,18 @@ RIGHT_OF_CAUSAL = Declared(
     InvalidArgument,
     "window_size={value} with causal=True: causal makes the right end 0, so -1 or 0 is needed",
 )
+BHSD_OF_PACKED = Declared(
+    '`layout="bhsd"` with packed sequences',
+    "packed arrays are (total, heads, head_dim)",
+    InvalidArgument,
+    "layout='bhsd' is not for packed sequences, whose arrays are (total, heads, head_dim): leave it out",
+)
+SEGMENTS_OF_PACKED = Declared(
+    "`segment_ids` with packed sequences",
+    "cu_seqlens say where they are already",
+    InvalidArgument,
+    "segment_ids is given beside cu_seqlens, which say where sequences are already: give one of them",
+)
 _TO_COME = (
     Declared(
         "a BlockMask with `causal=` or `window_size=`",
@@ -56,13 +76,6 @@ _TO_COME = (
         InvalidArgument,
         "{name}={value} is given beside a BlockMask, which has its own: give it to the BlockMask",
         "mask",
-    ),
-    Declared(
-        '`layout="bhsd"` with packed sequences',
-        "packed arrays are (total, heads, head_dim)",
-        InvalidArgument,
-        "layout='bhsd' is not for packed sequences, whose arrays are (total, heads, head_dim): leave it out",
-        "cu_seqlens_q",
     ),
     Declared(
         "dropout with a KVCache",
@@ -80,4 +93,4 @@ _TO_COME = (
     ),
 )
 
-DECLARED = (FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, *_TO_COME)
+DECLARED = (FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, *_TO_COME)

@@ -39,6 +39,7 @@ from fa2cupy.prepared import (
     workspace_block,
 )
 from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
+from fa2cupy.spec import LENGTHS
 
 __all__ = ["first_call"]
 
@@ -142,7 +143,7 @@ def _check_arrays(operation: Operation, refs: Mapping[str, TensorRef], options: 
     """The dtype and the lengths of the problem; raises where dtypes or shapes do not fit together."""
     dense = {name: ref for name, ref in refs.items() if name not in operation.extra}
     dtype = check_dtypes(dense, options)
-    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+    sizes = Sizes.of(refs, options.layout)
     for name, ref in dense.items():
         sizes.check_shape(name, ref.shape, options.layout)
     for name in operation.extra:
@@ -176,18 +177,25 @@ def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, Tenso
 
 
 def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Arrays, device: Device) -> Arrays:
-    """Copies of the inputs whose last dimension is not contiguous; the other arrays as they are."""
+    """Copies of the inputs whose last dimension is not contiguous, int32 of lengths that are int64; the other arrays as
+    they are.
+    """
     copies: Arrays = {}
     for name in (*operation.inputs, *operation.extra):
-        if not framework.has_contiguous_rows(arrays[name]) or not framework.is_strided_by_element(arrays[name]):
+        is_wide = name in LENGTHS and framework.dtype(arrays[name]) != "int32"
+        contiguous = framework.has_contiguous_rows(arrays[name]) and framework.is_strided_by_element(arrays[name])
+        if is_wide or not contiguous:
             if not framework.allocates_in_capture and framework.is_capturing(
                 framework.stream(device.index)(device.index), device.index
             ):
+                why, wanted = "it is not int32", "an int32"
+                if not is_wide:
+                    why, wanted = "its last dimension is not contiguous", "a contiguous"
                 raise InvalidArgument(
-                    f"{name} must be copied because its last dimension is not contiguous, which {framework.name} "
-                    "cannot do inside a CUDA graph capture: pass a contiguous array"
+                    f"{name} must be copied because {why}, which {framework.name} cannot do inside a CUDA graph "
+                    f"capture: pass {wanted} array"
                 )
-            copies[name] = framework.contiguous(arrays[name])
+            copies[name] = framework.as_int32(arrays[name]) if is_wide else framework.contiguous(arrays[name])
     return {**arrays, **copies}
 
 

@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DlseParams", "Row", "SoftmaxSpec", "Spec", "WindowParams", "WindowSpec"]
+__all__ = ["LENGTHS", "DlseParams", "LengthsSpec", "Row", "SoftmaxSpec", "Spec", "WindowParams", "WindowSpec"]
 
 
 class Row(Protocol):
@@ -87,6 +87,44 @@ class WindowSpec(Spec):
 
     def params(self) -> WindowParams:
         return WindowParams(self.left, self.right)
+
+
+# The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one
+# for the queries and one for the keys, which may be the same array.
+LENGTHS = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "segment_ids_q", "segment_ids_k",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LengthsSpec(Spec):
+    """Sequences whose places and lengths are known on the device only, by the arrays that are True here.
+
+    sequences: how many there are at most; of segments the most that there can be. A packed side is one row of tokens,
+    (total, heads, head_dim), of which cu_seqlens says where sequences start: its stride of the batch is 0.
+    """
+
+    sequences: int
+    cu_seqlens_q: bool = False
+    cu_seqlens_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+    leftpad_k: bool = False
+    segments: bool = False
+
+    @property
+    def packed_q(self) -> bool:
+        return self.cu_seqlens_q
+
+    @property
+    def packed_k(self) -> bool:
+        return self.cu_seqlens_k
+
+    def arrays(self) -> tuple[str, ...]:
+        """int32, contiguous: cu_seqlens (sequences + 1,), seqused and leftpad_k (sequences,), segment_ids (batch,
+        seqlen).
+        """
+        return tuple(name for name in LENGTHS if getattr(self, "segments" if name.startswith("segment") else name))
 
 
 class DlseParams(ctypes.Structure):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import itertools
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,8 +16,16 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import CUPY
 from fa2cupy.frameworks.base import Device, TensorRef, contiguous_strides
 from fa2cupy.options import Options
-from fa2cupy.problem import SPECS, AttentionProblem, Sizes, check_dtypes, softmax_scale
-from fa2cupy.spec import WindowSpec
+from fa2cupy.problem import (
+    ARRAY_RULES,
+    SPECS,
+    AttentionProblem,
+    Sizes,
+    check_dtypes,
+    softmax_scale,
+    with_features,
+)
+from fa2cupy.spec import LengthsSpec, WindowSpec
 from tests.fake_gpu import cupy_array
 from tests.reference import visible_keys
 
@@ -56,7 +65,7 @@ def test_fields() -> None:
         "lse": (20, 5, 1),
     }
     assert not problem().causal
-    assert "seqlen_q=5" in str(p) and str(p) == repr(p).replace(", window=None, softmax=None", "")
+    assert "seqlen_q=5" in str(p) and str(p) == repr(p).replace(", window=None, lengths=None, softmax=None", "")
     assert hash(p) == hash(problem(causal=True))
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.batch = 3  # type: ignore[misc]
@@ -181,26 +190,26 @@ def test_shapes_by_name() -> None:
 @pytest.mark.parametrize(("heads", "heads_k"), [(1, 1), (4, 4), (6, 3), (8, 2), (6, 1), (0, 0), (0, 3)])
 def test_heads_that_divide(heads: int, heads_k: int) -> None:
     k = ref((2, 7, heads_k, 16))
-    sizes = Sizes.of(ref((2, 5, heads, 16)), k, k, "bshd")
+    sizes = Sizes.of({"q": ref((2, 5, heads, 16)), "k": k, "v": k}, "bshd")
     assert (sizes.num_heads, sizes.num_heads_k) == (heads, heads_k)
 
 
 def test_head_dim_of_v_is_its_own() -> None:
     for head_dim, head_dim_v in ((192, 128), (64, 128), (1, 256), (59, 16)):
         q, k, v = ref((2, 5, 4, head_dim)), ref((2, 7, 2, head_dim)), ref((2, 7, 2, head_dim_v))
-        assert Sizes.of(q, k, v, "bshd") == Sizes(2, 5, 7, 4, 2, head_dim, head_dim_v)
+        assert Sizes.of({"q": q, "k": k, "v": v}, "bshd") == Sizes(2, 5, 7, 4, 2, head_dim, head_dim_v)
 
 
 def test_zero_lengths_are_fine() -> None:
     for batch, seqlen_q, seqlen_k in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)):
         k = ref((batch, seqlen_k, 1, 16))
-        assert Sizes.of(ref((batch, seqlen_q, 1, 16)), k, k, "bshd").batch == batch
+        assert Sizes.of({"q": ref((batch, seqlen_q, 1, 16)), "k": k, "v": k}, "bshd").batch == batch
 
 
 def test_too_long() -> None:
     k = TensorRef(512, (1, 2**31, 1, 8), (0, 0, 0, 1), "float16", GPU, None)
     with pytest.raises(InvalidArgument, match=r"k has seqlen 2147483648.* at most 1073741824"):
-        Sizes.of(ref((1, 1, 1, 8)), k, k, "bshd")
+        Sizes.of({"q": ref((1, 1, 1, 8)), "k": k, "v": k}, "bshd")
 
 
 @pytest.mark.parametrize(
@@ -259,3 +268,54 @@ def test_what_the_kernels_of_a_window_see(seqlen_q: int, seqlen_k: int) -> None:
         else:
             assert not p.causal and p.window.only_drops == bool(rest.all()), (left, right)
             assert (rest == visible_keys(*rest.shape, False, (p.window.left, p.window.right))).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lengths
+
+
+def packed_problem(
+    names: tuple[str, ...], *, window: tuple[int, int] | None = None, causal: bool = False
+) -> AttentionProblem:
+    """Three sequences in 5 rows of q or 7 of k and v, of which those arrays say where they lie."""
+    arrays = {"q": ref((3, 5, 4, 16)), "k": ref((3, 7, 2, 16)), "v": ref((3, 7, 2, 8))}
+    starts = {name: ref((4,), "int32") for name in names if name.startswith("cu")}
+    for name in "qkv":
+        if ("cu_seqlens_q" if name == "q" else "cu_seqlens_k") in starts:
+            arrays[name] = ref(arrays[name].shape[1:])
+    sizes = Sizes.of({**arrays, **starts}, "bshd")
+    tensors = {**arrays, "out": ref(sizes.shape("out", "bshd")), "lse": ref(sizes.shape("lse", "bshd"), "float32")}
+    given: dict[str, Any] = {} if window is None else {"window_size": window}
+    given |= {name: ref(next(iter(ARRAY_RULES[name].shapes(sizes))), "int32") for name in names}
+    whole = AttentionProblem.from_refs(tensors, sizes, "float16", options(causal=causal))
+    return with_features(whole, given)
+
+
+def test_a_packed_side_has_no_batch() -> None:
+    p = packed_problem(("cu_seqlens_q", "cu_seqlens_k", "seqused_k"))
+    assert (p.batch, p.seqlen_q, p.seqlen_k) == (3, 5, 7)
+    assert p.lengths == LengthsSpec(3, cu_seqlens_q=True, cu_seqlens_k=True, seqused_k=True)
+    assert p.extra_arrays == ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+    strides = {"q": (0, 64, 16), "k": (0, 32, 16), "v": (0, 16, 8), "out": (0, 32, 8), "lse": (0, 5, 1)}
+    assert dict(p.strides) == strides
+    one_side = packed_problem(("cu_seqlens_k",))
+    assert dict(one_side.strides) == {"q": (320, 64, 16), "out": (160, 32, 8), "lse": (20, 5, 1)} | {
+        name: strides[name] for name in "kv"
+    }
+    assert one_side.lengths is not None and (one_side.lengths.packed_q, one_side.lengths.packed_k) == (False, True)
+
+
+def test_segments_are_at_most_as_many_as_they_have_queries_and_keys() -> None:
+    p = packed_problem(("segment_ids_q", "segment_ids_k"))
+    assert p.lengths == LengthsSpec(15, segments=True)
+    assert p.extra_arrays == ("segment_ids_q", "segment_ids_k")
+
+
+def test_lengths_leave_unseen_rows_to_the_device() -> None:
+    assert packed_problem(("seqused_k",), window=(1, 0)).empty_keys == 0
+    p = packed_problem(("seqused_k", "leftpad_k"), causal=True)
+    assert (p.empty_rows, p.empty_keys) == (0, 0)
+    p = packed_problem(("seqused_k",), window=(0, 1))
+    assert p.window is not None and not p.window.only_drops
+    assert packed_problem(("seqused_k",), window=(6, 4)).window is None  # no sequence is longer than the arrays
+    assert packed_problem(("seqused_k",), window=(5, 9)).window == WindowSpec(5, 5)

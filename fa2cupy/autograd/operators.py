@@ -110,7 +110,7 @@ def _checked(
                 torch._check(length <= MAX_LENGTH)  # said of a length that nobody knows yet, it can be relied on below
     extra = {name: refs.pop(name) for name in ("dlse",) if name in refs}
     problem_dtype = check_dtypes(refs, options)
-    sizes = Sizes.of(refs["q"], refs["k"], refs["v"], layout)
+    sizes = Sizes.of(refs, layout)
     for name, ref in refs.items():
         sizes.check_shape(name, ref.shape, layout)
     for name, ref in extra.items():
@@ -228,8 +228,8 @@ torch.library.register_vmap("fa2cupy::backward", _vmap(backward_op, len(_BACKWAR
 
 
 def _sizes_of_shapes(q: Any, k: Any, v: Any, layout: str) -> Sizes:
-    refs = [TensorRef(0, tuple(shape), (), "", Device("cpu", 0), None) for shape in (q, k, v)]
-    return Sizes.of(refs[0], refs[1], refs[2], layout)
+    shapes = zip("qkv", (q, k, v), strict=True)
+    return Sizes.of({n: TensorRef(0, tuple(shape), (), "", Device("cpu", 0), None) for n, shape in shapes}, layout)
 
 
 def _matmul_flops(sizes: Sizes, head_dims: int) -> int:

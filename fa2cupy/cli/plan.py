@@ -107,7 +107,7 @@ def _sizes(args: argparse.Namespace) -> Sizes:
     q = _ref((args.batch, args.seqlen, args.heads, args.head_dim), args.dtype)
     k = _ref((args.batch, seqlen_k, heads_k, args.head_dim), args.dtype)
     v = _ref((args.batch, seqlen_k, heads_k, head_dim_v), args.dtype)
-    return Sizes.of(q, k, v, "bshd")
+    return Sizes.of({"q": q, "k": k, "v": v}, "bshd")
 
 
 def _problem(args: argparse.Namespace, sizes: Sizes, names: tuple[str, ...]) -> AttentionProblem:

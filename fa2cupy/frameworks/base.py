@@ -30,7 +30,7 @@ __all__ = [
 # A workspace is one block, this aligned (bytes). CuPy's and torch's allocators align to 512.
 WORKSPACE_ALIGNMENT = 256
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +168,10 @@ class GpuFramework(Framework):
     @abstractmethod
     def contiguous(self, array: Any) -> Any:
         """A C-contiguous copy, queued on the current stream."""
+
+    @abstractmethod
+    def as_int32(self, array: Any) -> Any:
+        """A C-contiguous copy of integers, queued on the current stream; those beyond int32 become its ends."""
 
     @abstractmethod
     def is_capturing(self, stream: int, device_index: int) -> bool:

@@ -42,6 +42,9 @@ class _Cupy(Numpy, GpuFramework):
     def contiguous(self, array: Any) -> Any:
         return array.copy(order="C")
 
+    def as_int32(self, array: Any) -> Any:
+        return array.clip(-(2**31), 2**31 - 1).astype(np.int32, order="C")
+
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []

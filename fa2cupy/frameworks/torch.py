@@ -104,6 +104,11 @@ class _Torch(GpuFramework):
         torch = sys.modules["torch"]
         return array.detach().clone(memory_format=torch.contiguous_format)
 
+    def as_int32(self, array: Any) -> Any:
+        torch = sys.modules["torch"]
+        clipped = array.detach().clamp(-(2**31), 2**31 - 1)
+        return clipped.to(torch.int32, memory_format=torch.contiguous_format)
+
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []

@@ -84,6 +84,7 @@ def plan_forward(
     tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
     InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
     """
+    _no_lengths_yet(problem)
     empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
@@ -105,6 +106,7 @@ def plan_backward(
     compiler: Compiler = any_compiler,
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
+    _no_lengths_yet(problem)
     empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0  # then there are keys
     kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
@@ -125,6 +127,12 @@ def plan_backward(
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
+
+
+def _no_lengths_yet(problem: AttentionProblem) -> None:
+    if problem.lengths is not None:
+        name = problem.lengths.arrays()[0].replace("segment_ids_q", "segment_ids")
+        raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
 
 
 def _choose(

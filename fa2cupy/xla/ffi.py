@@ -69,7 +69,7 @@ class Call:
         options = Options.checked(**{**self.options, "dtype": dtype or self.options["dtype"]})
         dense = {name: ref for name, ref in refs.items() if name not in self.extra}
         problem_dtype = check_dtypes(dense, options)
-        sizes = Sizes.of(refs["q"], refs["k"], refs["v"], options.layout)
+        sizes = Sizes.of(refs, options.layout)
         for name in self.extra:
             check_array(name, refs[name], sizes, problem_dtype)
         return options, problem_dtype, sizes
