@@ -25,13 +25,32 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
   return (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * blocks);
 }
 
+// Launch order of a list of `count` tiles, each of which is there for all heads. So many neighbours, mostly of one sequence, go
+// together: head by head, so that a head's keys are read once for all of them. The list runs slowest, longest tiles first.
+constexpr int kListedRun = 8;
+struct ListPlace {
+  int entry, head;
+};
+FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads) {
+  const int first = linear / (kListedRun * heads) * kListedRun;
+  const int neighbours = min(kListedRun, count - first), index = linear - first * heads;
+  return {first + index % neighbours, index / neighbours};
+}
+
+// An entry of a list, in two reads.
+FA2_DEVICE ListedTile read_listed(const ListedTile* tile) {
+  const int4* words = reinterpret_cast<const int4*>(tile);
+  const int4 low = words[0], high = words[1];
+  return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+}
+
 // The tiles of Tiles::next, less those that meet no block (kUnseenRows): nobody takes them, in no role, and fill_unseen fills what
 // would be theirs.
 template <typename Tiles>
 struct Visited : Tiles {
   template <typename Problem, typename Work, typename... Params>
   FA2_DEVICE bool next(const Problem& problem, Work& work, const Params&... params) {
-    if constexpr (!kUnseenRows) {
+    if constexpr (!kUnseenRows || kListed) {  // in a list there are no others
       return Tiles::next(problem, work, params...);
     } else {
       while (Tiles::next(problem, work, params...)) {
