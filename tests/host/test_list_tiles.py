@@ -79,6 +79,10 @@ def expected(lengths: Lengths, block_m: int, block_n: int) -> tuple[list[dict[st
     first_tile = 0
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(runs(lengths, "q"), runs(lengths, "k"), strict=True)):
         seen = visible(lengths, sq, sk)
+        # Queries that see no key, and keys that no query sees, are dropped; all of them lead.
+        sq, sk = int(seen.any(1).sum()), int(seen.any(0).sum())
+        drop_q, drop_k = len(seen) - sq, seen.shape[1] - sk
+        first_q, first_k, seen = first_q + drop_q, first_k + drop_k, seen[drop_q:, drop_k:]
         here = dict(zip(FIELDS, (first_q, sq, first_k, sk, b, b), strict=False))
         blocks_q, blocks_k = -(-sq // block_m), -(-sk // block_n)
         for block in range(blocks_q):
@@ -291,7 +295,7 @@ SOURCE = "smxx/list_tiles.cu"
 MUTANTS = [
     ("packed-sorted", "ends[s + step - 1] <= index", "ends[s + step - 1] < index"),
     ("packed-sorted", "kBins - 1 - min(bin, kBins - 1)", "min(bin, kBins - 1)"),
-    ("causal", "return blocks > 0 ? bin_of(blocks) : -1;", "return bin_of(max(blocks, 0));"),
+    ("causal", "queries.first + unseen_q", "queries.first"),
     ("packed-backward", "place = listed + up_to_here - 1;", "place = listed + up_to_here;"),
     ("packed-backward", "listed += smem.bin_q[0];", "listed += 0;"),
     ("gaps", "run.first += padding, run.seqlen -= padding;", "run.first += padding;"),
