@@ -153,7 +153,7 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
     const auto visit = key_blocks(sequence_of_tile(tile, params), block);
     blocks = visit.end - visit.begin;
   }
-  return bin_of(blocks);
+  return bin_of(max(0, blocks));
 }
 
 // Tiles of the sequences that are here into their bins.
