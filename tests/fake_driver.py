@@ -53,7 +53,9 @@ class FakeMap(ctypes.Structure):
         ("swizzle", ctypes.c_int),
         ("l2_promotion", ctypes.c_int),
         ("number", ctypes.c_int),
-        ("padding", ctypes.c_ubyte * 32),
+        ("fifth_dim", ctypes.c_uint64),
+        ("fifth_stride", ctypes.c_uint64),
+        ("padding", ctypes.c_ubyte * 16),
     )
 
 

@@ -60,6 +60,13 @@ FA2_DEVICE void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* 
       ::"l"(&map), "r"(smem_address(smem)), "r"(d), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+FA2_DEVICE void cp_async_bulk_tensor_5d_store(const TensorMap& map, const void* smem, int d, int row, int head, int end,
+                                              int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+      ::"l"(&map), "r"(smem_address(smem)), "r"(d), "r"(row), "r"(head), "r"(end), "r"(batch)
+      : "memory");
+}
 
 // ---- bulk additions of bytes in a row (PTX ISA 9.7.9.25): addresses and sizes are multiples of 16 ---------------------------
 

@@ -42,13 +42,17 @@ FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint
 }
 
 // The other way round, for the first kCols columns. One thread; the caller commits.
-template <int kCount, int kCols, int kRows, int kTileCols>
+FA2_DEVICE void store_box(const TensorMap& map, const void* smem, int col, int row, int head, int batch) {
+  cp_async_bulk_tensor_4d_store(map, smem, col, row, head, batch);
+}
+FA2_DEVICE void store_box(const TensorMap& map, const void* smem, int col, int row, int head, const Shifted& rows) {
+  cp_async_bulk_tensor_5d_store(map, smem, col, rows.first + row, head, rows.end, rows.batch);
+}
+template <int kCount, int kCols, int kRows, int kTileCols, typename Batch>
 FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kTileCols>& tile, int tile_row, int row, int head,
-                           int batch) {
+                           const Batch& batch) {
 #pragma unroll
-  for (int p = 0; p < ceil_div(kCols, 64); ++p) {
-    cp_async_bulk_tensor_4d_store(map, tile.data[p][tile_row], 64 * p, row, head, batch);
-  }
+  for (int p = 0; p < ceil_div(kCols, 64); ++p) store_box(map, tile.data[p][tile_row], 64 * p, row, head, batch);
 }
 
 // An operand of a product whose sum runs along the rows of a tile (Q and K): `step` is the block of 16 columns.

@@ -38,13 +38,13 @@ _DIMENSIONS = ("row", "head", "batch")  # those that have a stride
 class TensorMapSpec:
     """All of a map but the address: an array, and the box that one copy moves.
 
-    dims: (columns, rows, heads, batch). strides_bytes: between neighbouring (rows, heads, batches); columns are
-    contiguous. box: (columns, rows), of one head. Shared memory has rows of 128 bytes, swizzled, or for float32 the box
-    as it is; what lies outside the array reads as zeros and is not written.
+    dims: (columns, rows, heads, batch), shifted (columns, rows, heads, ends, batch). strides_bytes: between neighbours
+    in each but the columns, which are contiguous. box: (columns, rows), of one head. Shared memory has rows of 128
+    bytes, swizzled, or for float32 the box as it is; what lies outside the array reads as zeros and is not written.
     """
 
-    dims: tuple[int, int, int, int]
-    strides_bytes: tuple[int, int, int]
+    dims: tuple[int, ...]
+    strides_bytes: tuple[int, ...]
     box: tuple[int, int]
     dtype: str
     _hash: int = field(init=False, repr=False, compare=False)
@@ -66,6 +66,18 @@ class TensorMapSpec:
             stride * itemsize if n > 1 else legal for n, stride in zip((rows, heads, batch), strides, strict=True)
         )
         return cls((columns, rows, heads, batch), (row, head, group), box, dtype)
+
+    def shifted(self) -> tuple[TensorMapSpec, int]:
+        """The map of the same array for copies that end with a sequence, and the bytes from the array to its address.
+
+        Rows run up to the end of the array whatever the sequence, which one more dimension moves to where the sequence
+        ends: of `length` rows up to row `end` the coordinates are rows - length + row and end. So all rows past its
+        last one, and no others, lie outside. The address lies as many rows in front of the array as it has.
+        """
+        columns, rows, heads, batch = self.dims
+        row, head, group = self.strides_bytes
+        spec = TensorMapSpec((columns, rows, heads, rows + 1, batch), (row, head, row, group), self.box, self.dtype)
+        return spec, -rows * row
 
 
 def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
@@ -109,8 +121,8 @@ def encode(spec: TensorMapSpec, pointer: int) -> bytes:
             c_void_p(pointer),
             (c_uint64 * rank)(*spec.dims),
             (c_uint64 * (rank - 1))(*spec.strides_bytes),
-            (c_uint32 * rank)(*spec.box, 1, 1),
-            (c_uint32 * rank)(1, 1, 1, 1),
+            (c_uint32 * rank)(*spec.box, *(1,) * (rank - 2)),
+            (c_uint32 * rank)(*(1,) * rank),
             c_uint32(_INTERLEAVE_NONE),
             c_uint32(swizzle),
             c_uint32(_L2_PROMOTION_256B),

@@ -63,14 +63,14 @@ def tensor_maps(
     names: Sequence[str],
 ) -> tuple[TensorMapArgument, ...]:
     """The maps of a struct whose boxes are COLUMNS x `box_rows` of an array; `skipped`: bytes in front of
-    those rows; `names`: of the call's pointers."""
-    return tuple(
-        TensorMapArgument(
-            getattr(struct, name).offset,
-            names.index(name),
-            skipped.get(name, 0),
-            TensorMapSpec.of(*map_dims(problem, name, rows), (COLUMNS, box_rows[name]), problem.dtype),
-        )
-        for name in mapped(struct)
-        if name in box_rows
-    )
+    those rows; `names`: of the call's pointers. Shifted where sequences have places and lengths of their own."""
+    maps = []
+    for name in mapped(struct):
+        if name not in box_rows:
+            continue
+        spec = TensorMapSpec.of(*map_dims(problem, name, rows), (COLUMNS, box_rows[name]), problem.dtype)
+        add_bytes = skipped.get(name, 0)
+        if problem.lengths is not None:
+            spec, add_bytes = spec.shifted()
+        maps.append(TensorMapArgument(getattr(struct, name).offset, names.index(name), add_bytes, spec))
+    return tuple(maps)

@@ -31,8 +31,10 @@ void mbarrier_arrive(const char* name, const void* barrier, uint32_t bytes, Site
 // Sleeps until the phase may have completed.
 bool mbarrier_try_wait(const char* name, const void* barrier, uint32_t parity, Site site);
 
+// Of a map's dimensions: column, row, head and so on.
 struct Coordinates {
-  int d, row, head, batch;
+  int at[5];
+  int rank;  // so many of them
 };
 void bulk_load(void* shared, const void* map, const void* barrier, Coordinates at, Site site);
 void bulk_store(const void* map, const void* shared, Coordinates at, Site site);
