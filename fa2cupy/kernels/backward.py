@@ -17,8 +17,8 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import common
 from fa2cupy.kernels.common import Where
-from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import BwdParams, pack_strides
 from fa2cupy.kernels.tiles import tile_bytes
 from fa2cupy.problem import AttentionProblem
@@ -156,8 +156,10 @@ class Work:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """The fewest and the most tiles of a head's queries that a key block (of a cluster) meets; where only the device
-        knows, 1 and about the most."""
+        """The fewest and the most tiles of a head's queries that a key block (of a cluster) meets.
+
+        1 and about the most, where only the device knows.
+        """
         wide, block_m, band = self.wide, self.tile.block_m, self.band
         if self.lists:
             m_blocks, _ = self.blocks_of_a_sequence

@@ -118,7 +118,7 @@ def plan_backward(
     workspace_bytes, splits = 0, 1
     if work.lists is not None:
         busy = busy and problem.seqlen_k > 0
-        if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # there are results, and list_tiles fills them
+        if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # some rows may be nobody's
             workspace_bytes = work.lists.end
             launches += (
                 list_tiles.launch(problem, device, work.lists, ("dq", "dk", "dv"), names, in_order=deterministic),

@@ -26,7 +26,7 @@ _OF_KEYS = ("k", "v", "dk", "dv")
 
 @dataclass(frozen=True)
 class Sequence:
-    """Its queries and keys, and rows that are there but not used: behind its queries, in front of and behind its keys."""
+    """Its queries and keys, and rows that are there but unused: behind its queries, in front of and behind its keys."""
 
     seqlen_q: int
     seqlen_k: int
@@ -45,7 +45,8 @@ def lengths(*pairs: tuple[int, ...]) -> tuple[Sequence, ...]:
 @dataclass(frozen=True)
 class PackedCase:
     """packed_q, packed_k: whether a side is packed; otherwise each sequence has a row of the batch. behind: rows behind
-    the last sequence of a packed side. pad: columns between rows. dlse: a backward is given a gradient of lse."""
+    the last sequence of a packed side. pad: columns between rows. dlse: a backward is given a gradient of lse.
+    """
 
     sequences: tuple[Sequence, ...]
     head_dim: int
@@ -150,7 +151,9 @@ def prepare(case: PackedCase, backward: bool) -> Prepared:
     arrays = case.given()
     refs = {name: tensor.ref() for name, tensor in tensors.items() if name != "dlse"}
     device = Device("cuda", 0)
-    given = {name: TensorRef(array.ctypes.data, array.shape, (1,), "int32", device, array) for name, array in arrays.items()}
+    given = {
+        name: TensorRef(array.ctypes.data, array.shape, (1,), "int32", device, array) for name, array in arrays.items()
+    }
     features: dict[str, object] = {} if case.window is None else {"window_size": case.window}
     features |= given
     if "dlse" in tensors:
@@ -239,7 +242,7 @@ def execute(
 
 
 def judge(prepared: Prepared) -> None:
-    """AssertionError unless each sequence's results are right, all other rows are zeros, and nothing else was written."""
+    """AssertionError unless each sequence's results are right, other rows zeros, and nothing else was written."""
     case = prepared.case
     for name in prepared.results:
         assert prepared.tensors[name].untouched_outside(), f"{name}: something outside the array was written"
