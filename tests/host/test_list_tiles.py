@@ -85,9 +85,7 @@ def expected(lengths: Lengths, block_m: int, block_n: int) -> tuple[list[dict[st
             which = np.nonzero(seen[block * block_m : (block + 1) * block_m].any(0))[0] // block_n
             first = which[0] if len(which) and lengths.window else 0
             if len(which):
-                queries.append(
-                    here | {"block": block, "tile": first_tile + block, "blocks": which[-1] - first + 1}
-                )
+                queries.append(here | {"block": block, "tile": first_tile + block, "blocks": which[-1] - first + 1})
         for block in range(blocks_k):
             which = np.nonzero(seen[:, block * block_n : (block + 1) * block_n].any(1))[0] // block_m
             if len(which):
