@@ -1,5 +1,5 @@
-"""Sequences whose lengths are data on the device: what they are, what queries see, and their attention on the CPU by the
-kernels, judged sequence by sequence."""
+"""Sequences whose lengths are data on the device: what they are, what queries see, and their attention by the kernels,
+run on the CPU and judged sequence by sequence."""
 
 from __future__ import annotations
 

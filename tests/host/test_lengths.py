@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 
-from tests.host.build import Mutation
-from tests.host.lengths import Lengths, LengthsCase, check, execute, judge_memory, prepare, starts
-from tests.host.run import HostRunError, Schedule
+from tests.host.lengths import Lengths, LengthsCase, check, starts
 
 # Zero lengths on either side, one row, blocks' edges and beside them; more queries than keys.
 _PACKED = Lengths(520, 700, 8, starts(1, 0, 130, 64, 65, 129, 0, 100), starts(5, 7, 203, 0, 33, 128, 0, 261))
@@ -54,7 +51,7 @@ def cases(arch: str, head_dim: int, head_dim_v: int | None = None, **changes: ob
     return found
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_86", 128)])
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_86", 128), ("sm_90", 64), ("sm_90", 128)])
 def test_forward(arch: str, head_dim: int) -> None:
     for case in cases(arch, head_dim):
         check(case, False)
