@@ -28,11 +28,10 @@ typedef struct {
 
 /* Stands for the 128 bytes of a CUtensorMap, which are opaque. */
 typedef struct {
-  uint64_t address, dims[4], strides[3];
-  uint32_t box[4];
+  uint64_t address, dims[5], strides[4];
+  uint32_t box[5];
   int data_type, swizzle, l2_promotion, number;
-  uint64_t fifth_dim, fifth_stride; /* 0 without */
-  unsigned char padding[16];
+  unsigned char padding[12];
 } Map;
 _Static_assert(sizeof(Map) == 128, "as long as a CUtensorMap");
 
@@ -176,7 +175,7 @@ CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* a
                                 const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int oob_fill) {
   if (fake_encode_status) return fake_encode_status;
-  if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || (rank != 4 && rank != 5)) return 1;
+  if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank < 4 || rank > 5) return 1;
   if (data_type != 6 && data_type != 7 && data_type != 9) return 1;
   const uint32_t item = data_type == 7 ? 4 : 2;
   if (interleave != 0 || swizzle != (item == 2 ? 3 : 0) || l2_promotion != 3 || oob_fill != 0) return 1;
@@ -186,10 +185,9 @@ CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* a
   }
   if (box[0] * item % 16 || (swizzle && box[0] * item > 128)) return 1;
   Map encoded = {.address = (uint64_t)(uintptr_t)address, .data_type = data_type, .swizzle = swizzle, .l2_promotion = l2_promotion};
-  memcpy(encoded.dims, dims, sizeof encoded.dims);
-  memcpy(encoded.strides, strides, sizeof encoded.strides);
-  memcpy(encoded.box, box, sizeof encoded.box);
-  if (rank == 5) encoded.fifth_dim = dims[4], encoded.fifth_stride = strides[3];
+  memcpy(encoded.dims, dims, rank * sizeof *dims);
+  memcpy(encoded.strides, strides, (rank - 1) * sizeof *strides);
+  memcpy(encoded.box, box, rank * sizeof *box);
   pthread_mutex_lock(&mutex);
   encoded.number = fake_encode_count++;
   pthread_mutex_unlock(&mutex);

@@ -49,8 +49,8 @@ def test_everything_arrives(fake: FakeDriver) -> None:
 
 def test_shifted(fake: FakeDriver) -> None:
     """Row `row` of a sequence of `length` rows that ends at `end` is where it is in the array, and no row is behind."""
-    spec, add_bytes = SPEC.shifted()
-    found = FakeMap.from_buffer_copy(encode(spec, POINTER + add_bytes))
+    spec = SPEC.shifted
+    found = FakeMap.from_buffer_copy(encode(spec, POINTER - spec.shift_bytes))
     assert (*found.dims, found.fifth_dim) == (64, 100, 8, 101, 2)
     assert (*found.strides, found.fifth_stride) == (1024, 128, 1024, 102400)
     rows, first, length = 100, 30, 45

@@ -3,8 +3,9 @@
 
 #include "common/schedule.cuh"
 
-// What a tile that no list says would have been told.
+// A tile that is in no list: what it would say of it.
 struct Unlisted {
+  int batch;
   enum { block = 0, tile = 0 };
 };
 
@@ -37,26 +38,26 @@ FA2_DEVICE bool has_query_tile(const Params& params, int place) {
   }
 }
 
-// What the lists say of tile `place` of a head.
+// What the lists say of tile `place` of a head; `batch`: of a shape's.
 template <typename Params>
-FA2_DEVICE auto query_tile_at(const Params& params, int place) {
+FA2_DEVICE auto query_tile_at(const Params& params, int place, int batch) {
   if constexpr (kListed) {
     return read_listed(params.tiles_q + place);
   } else {
-    return Unlisted{};
+    return Unlisted{batch};
   }
 }
 template <typename Params>
-FA2_DEVICE auto key_tile_at(const Params& params, int place) {
+FA2_DEVICE auto key_tile_at(const Params& params, int place, int batch) {
   if constexpr (kListed) {
     return read_listed(params.tiles_k + place);
   } else {
-    return Unlisted{};
+    return Unlisted{batch};
   }
 }
 
-// Which tile of the keys comes when, `block` of them being its place in a list. Those that add in turn are listed in the order of the
-// sequences, and come in sections of heads, as the shape's do: neighbours would wait for each other.
+// Which tile of the keys comes when; `block` is its place in a list. Where they add in turn, the list has the order of the sequences,
+// and comes in sections of heads as a shape's tiles do: neighbours would wait for each other.
 template <bool kInTurn>
 FA2_DEVICE Tile2 key_tile_of(int linear, int blocks, int heads, const Shape& shape) {
   if constexpr (kListed && !kInTurn) {
@@ -64,33 +65,5 @@ FA2_DEVICE Tile2 key_tile_of(int linear, int blocks, int heads, const Shape& sha
     return {place.entry, place.head, 0};
   } else {
     return tile_of(linear, blocks, heads, shape);
-  }
-}
-
-// The sequence of a tile. `tile`: what a list says of it, or whoever has its first six fields.
-template <typename Params, typename Tile>
-FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int batch, const Params& params, const Tile& tile) {
-  if constexpr (kListed) {
-    return sequence_of_tile(tile, params);
-  } else {
-    return sequence_of(shape, batch, params);
-  }
-}
-
-// Where its rows begin in head 0 of an array, in elements. `batch`: of a shape's tile.
-template <typename AnySequence>
-FA2_DEVICE int64_t first_query_offset(const AnySequence& sequence, int batch, const Strides& strides) {
-  if constexpr (kListed) {
-    return sequence.batch_q * strides.batch + sequence.first_q * strides.row;
-  } else {
-    return batch * strides.batch;
-  }
-}
-template <typename AnySequence>
-FA2_DEVICE int64_t first_key_offset(const AnySequence& sequence, int batch, const Strides& strides) {
-  if constexpr (kListed) {
-    return sequence.batch_k * strides.batch + sequence.first_k * strides.row;
-  } else {
-    return batch * strides.batch;
   }
 }

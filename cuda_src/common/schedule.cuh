@@ -1,6 +1,7 @@
 // Which tile comes when: the order in which thread blocks take the tiles of all heads.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "common/visit.cuh"
 
 struct Tile2 {
@@ -42,6 +43,42 @@ FA2_DEVICE ListedTile read_listed(const ListedTile* tile) {
   const int4* words = reinterpret_cast<const int4*>(tile);
   const int4 low = words[0], high = words[1];
   return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+}
+
+// A query block of a head.
+template <bool kIsListed>
+struct QueryTileOf {
+  int m_block, head, batch;
+};
+template <>
+struct QueryTileOf<true> {
+  int m_block, head;
+  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k;
+};
+using QueryTile = QueryTileOf<kListed>;
+
+// Tile `linear` of a list of `count`.
+template <typename Params>
+FA2_DEVICE QueryTile listed_query_tile(const Params& params, int linear, int count, int heads) {
+  const ListPlace place = place_in_list(linear, count, heads);
+  const ListedTile tile = read_listed(params.tiles_q + place.entry);
+  return {tile.block, place.head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+}
+
+// The tile of a thread block that takes one, tile `linear` of the launch order; false if there is none. The longest come first.
+template <typename Params>
+FA2_DEVICE bool take_query_tile(const Shape& shape, int linear, QueryTile& tile, const Params& params) {
+  if constexpr (kListed) {
+    griddepcontrol_wait();  // the list is there
+    const int count = params.counts[0];
+    if (linear >= count * shape.num_heads) return false;
+    tile = listed_query_tile(params, linear, count, shape.num_heads);
+  } else {
+    const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+    const Tile2 place = tile_of(linear, m_blocks, shape.num_heads, shape);
+    tile = {kCausal ? m_blocks - 1 - place.block : place.block, place.head, place.batch};
+  }
+  return true;
 }
 
 // The tiles of Tiles::next, less those that meet no block (kUnseenRows): nobody takes them, in no role, and fill_unseen fills what

@@ -54,6 +54,49 @@ FA2_DEVICE Sequence sequence_of_tile(const Tile& tile, const Params& params) {
   }
 }
 
+template <typename Tile, typename Params>
+FA2_DEVICE decltype(auto) sequence_of_tile(const Shape& shape, const Tile& tile, const Params& params) {
+  if constexpr (kListed) {
+    return sequence_of_tile(tile, params);
+  } else {
+    return sequence_of(shape, tile.batch, params);
+  }
+}
+
+// Where its rows are: those of a query and of a key in their row of the batch, and which rows of the batch these are.
+template <typename Tile>
+FA2_DEVICE int query_row(const Tile& tile, int query) {
+  if constexpr (kListed) {
+    return tile.first_q + query;
+  } else {
+    return query;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int key_row(const Tile& tile, int key) {
+  if constexpr (kListed) {
+    return tile.first_k + key;
+  } else {
+    return key;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int query_batch(const Tile& tile) {
+  if constexpr (kListed) {
+    return tile.batch_q;
+  } else {
+    return tile.batch;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int key_batch(const Tile& tile) {
+  if constexpr (kListed) {
+    return tile.batch_k;
+  } else {
+    return tile.batch;
+  }
+}
+
 // The key that query 0 stands beside.
 FA2_DEVICE int offset_of(const Sequence& sequence) { return sequence.seqlen_k - sequence.seqlen_q; }
 

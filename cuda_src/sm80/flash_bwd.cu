@@ -124,9 +124,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const Tile2 tile = key_tile_of<kDeterministic>(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
-  const auto entry = key_tile_at(params, place);
+  const auto entry = key_tile_at(params, place, tile.batch);
   const int n_block = kListed ? entry.block : place;
-  const Sequence& sequence = sequence_of(shape, tile.batch, params, entry);
+  const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
@@ -142,9 +142,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   const auto smem_ds = operand_a(smem.ds, key_row, 0);
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
-  load_tile(smem.k, params.k + first_key_offset(sequence, tile.batch, ks) + head_k * ks.head + first_key * ks.row, ks.row,
+  load_tile(smem.k, params.k + key_batch(entry) * ks.batch + head_k * ks.head + key_row(entry, first_key) * ks.row, ks.row,
             keys, shape.head_dim);
-  load_tile(smem.v, params.v + first_key_offset(sequence, tile.batch, vs) + head_k * vs.head + first_key * vs.row, vs.row,
+  load_tile(smem.v, params.v + key_batch(entry) * vs.batch + head_k * vs.head + key_row(entry, first_key) * vs.row, vs.row,
             keys, head_dim_v(params));
 
   // A step is a block of queries of one of the query heads of this share.
@@ -164,14 +164,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // reads them, and there is no branch in the loop.
   auto load_q = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
-    const Element* rows = params.q + first_query_offset(sequence, tile.batch, qs) + step.head * qs.head;
-    load_tile(smem.q[step.stage], rows + first_query * qs.row, qs.row,
+    const Element* rows = params.q + query_batch(entry) * qs.batch + step.head * qs.head;
+    load_tile(smem.q[step.stage], rows + query_row(entry, first_query) * qs.row, qs.row,
               step.head <= last_head ? sequence.seqlen_q - first_query : 0, shape.head_dim, part, parts);
   };
   auto load_dout = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
-    const Element* rows = params.dout + first_query_offset(sequence, tile.batch, dos) + step.head * dos.head;
-    load_tile(smem.dout[step.stage], rows + first_query * dos.row, dos.row,
+    const Element* rows = params.dout + query_batch(entry) * dos.batch + step.head * dos.head;
+    load_tile(smem.dout[step.stage], rows + query_row(entry, first_query) * dos.row, dos.row,
               step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
   };
   auto load_statistics = [&](const Step& step) {
@@ -295,9 +295,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     store_accumulator(smem.v, key_row, d_col_v, acc_dv);
     __syncthreads();  // dK and dV are in shared memory
     const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-    store_tile(params.dk + first_key_offset(sequence, tile.batch, dks) + head_k * dks.head + first_key * dks.row, dks.row,
+    store_tile(params.dk + key_batch(entry) * dks.batch + head_k * dks.head + key_row(entry, first_key) * dks.row, dks.row,
                keys, shape.head_dim, smem.k);
-    store_tile(params.dv + first_key_offset(sequence, tile.batch, dvs) + head_k * dvs.head + first_key * dvs.row, dvs.row,
+    store_tile(params.dv + key_batch(entry) * dvs.batch + head_k * dvs.head + key_row(entry, first_key) * dvs.row, dvs.row,
                keys, head_dim_v(params), smem.v);
   }
 }

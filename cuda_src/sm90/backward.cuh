@@ -58,24 +58,6 @@ struct Work : WorkOfBand<kBand>, WorkOfList<kListed> {
   int part;                    // which part of dK and dV this is (kPartialDkv)
 };
 
-// Where the rows of the work's sequence are for load_tile: a row of the batch, or of a list what its shifted maps need.
-template <typename Params, typename Work>
-FA2_DEVICE auto queries_in_map(const Params& params, const Work& work) {
-  if constexpr (kListed) {
-    return Shifted{params.rows_q - work.seqlen_q, work.first_q + work.seqlen_q, work.batch_q};
-  } else {
-    return work.batch;
-  }
-}
-template <typename Params, typename Work>
-FA2_DEVICE auto keys_in_map(const Params& params, const Work& work) {
-  if constexpr (kListed) {
-    return Shifted{params.rows_k - work.seqlen_k, work.first_k + work.seqlen_k, work.batch_k};
-  } else {
-    return work.batch;
-  }
-}
-
 // The number of a head's first tile of queries that is the work's.
 template <typename Work>
 FA2_DEVICE int64_t first_tile_of(const Shape& shape, const Work& work, int head) {
@@ -143,10 +125,10 @@ struct Tiles {
     const int sections_left = sections_after(linear, n_blocks, rows, shape);
     const bool backwards = kDeterministic ? kBand : kCausal && !kListed && sections_left % 2 == 1;
     const int place = backwards ? n_blocks - 1 - tile.block : tile.block;
-    const auto entry = key_tile_at(params, place);
+    const auto entry = key_tile_at(params, place, tile.batch);
     const int first_block = kCluster * (kListed ? entry.block : place);
     const int n_block = first_block + cluster_rank();
-    const Sequence& sequence = sequence_of(shape, tile.batch, params, entry);
+    const Sequence& sequence = sequence_of_tile(shape, entry, params);
     // Of all of the cluster: without a band its first key block has most.
     const QueryVisit visit = query_blocks<kBand ? kCluster : 1>(sequence, first_block);
     const int heads = shape.num_heads / shape.num_heads_k, head_k = tile.head / splits;
@@ -184,7 +166,7 @@ constexpr int kWritten = 1 << 30;
 FA2_DEVICE int turn_of(const BwdTmaBandParams& params, const Work& work, const Step& step) {
   const int block = work.n_block / kCluster;
   if constexpr (kBand) {
-    const Sequence& sequence = sequence_of(params.shape, work.batch, params, work);
+    const Sequence& sequence = sequence_of_tile(params.shape, work, params);
     const int last_query = min((step.m_block + 1) * kBlockM, sequence.seqlen_q) - 1;
     return (key_end(sequence, last_query) - 1) / (kCluster * kBlockN) - block;
   } else {

@@ -22,8 +22,8 @@ FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, 
   const int place = linear % m_blocks, row_of_tiles = linear / m_blocks;
   const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
   if (kListed && !has_query_tile(params, place)) return;
-  const auto entry = query_tile_at(params, place);
-  const Sequence& sequence = sequence_of(shape, batch, params, entry);
+  const auto entry = query_tile_at(params, place, batch);
+  const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
   const float* dq_tile = params.dq_accum + tile * kDqTileFloats;
 
@@ -50,7 +50,7 @@ FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, 
   __syncthreads();  // dQ is in shared memory
   const Strides& dqs = params.dq_strides;
   const int first_query = (kListed ? entry.block : place) * kBlockM;
-  store_tile(params.dq + first_query_offset(sequence, batch, dqs) + head * dqs.head + first_query * dqs.row, dqs.row,
+  store_tile(params.dq + query_batch(entry) * dqs.batch + head * dqs.head + query_row(entry, first_query) * dqs.row, dqs.row,
              sequence.seqlen_q - first_query, shape.head_dim, smem.dq);
 }
 
@@ -98,7 +98,8 @@ FA2_DEVICE void sum_parts(const PostprocessParams& params, int64_t index) {
   store_chunk(rows + key * strides.row, col, cols, sum);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 4) flash_bwd_postprocess(const __grid_constant__ PostprocessParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 4)
+    flash_bwd_postprocess(const __grid_constant__ PostprocessParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   griddepcontrol_wait();  // flash_bwd has ended
   const Shape& shape = params.shape;

@@ -104,4 +104,3 @@ def cast(*tensors: Any) -> tuple[Any, ...]:
 
 def _casts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
-

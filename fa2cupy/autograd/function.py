@@ -36,7 +36,6 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         # With grad mode on (create_graph=True) the operator is taken too: it says that there is no second derivative.
         if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
-
             dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options[:5], features_text(ctx.options[5]))
         else:
             dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, ctx.options)

@@ -31,6 +31,9 @@ _OOB_FILL_ZEROS = 0
 # CUtensorMapDataType, swizzle, bytes of an element
 _DTYPES = {"float16": (6, _SWIZZLE_128B, 2), "bfloat16": (9, _SWIZZLE_128B, 2), "float32": (7, _SWIZZLE_NONE, 4)}
 
+_RANK = 4  # of a map that is not shifted
+_MAX_SHIFT = 2**33  # bytes: no driver gives out an address below that, so that a shifted map has one too
+
 _DIMENSIONS = ("row", "head", "batch")  # those that have a stride
 
 
@@ -38,9 +41,13 @@ _DIMENSIONS = ("row", "head", "batch")  # those that have a stride
 class TensorMapSpec:
     """All of a map but the address: an array, and the box that one copy moves.
 
-    dims: (columns, rows, heads, batch), shifted (columns, rows, heads, ends, batch). strides_bytes: between neighbours
-    in each but the columns, which are contiguous. box: (columns, rows), of one head. Shared memory has rows of 128
-    bytes, swizzled, or for float32 the box as it is; what lies outside the array reads as zeros and is not written.
+    dims: (columns, rows, heads, batch). strides_bytes: between neighbouring (rows, heads, batches); columns are
+    contiguous. box: (columns, rows), of one head. Shared memory has rows of 128 bytes, swizzled, or for float32 the box
+    as it is; what lies outside the array reads as zeros and is not written.
+
+    Shifted, (columns, rows, heads, rows + 1, batch): the array of sequences that a copy is told the ends of, as the
+    fourth coordinate, with the stride of rows. The rows of a sequence of n then are the last n of the second dimension,
+    and the map begins `shift_bytes` in front of the array.
     """
 
     dims: tuple[int, ...]
@@ -67,20 +74,19 @@ class TensorMapSpec:
         )
         return cls((columns, rows, heads, batch), (row, head, group), box, dtype)
 
-    def shifted(self) -> tuple[TensorMapSpec, int]:
-        """The map of the same array for copies that end with a sequence, and the bytes from the array to its address.
+    @property
+    def shifted(self) -> TensorMapSpec:
+        """Of the same array."""
+        (columns, rows, heads, batch), (row, head, group) = self.dims, self.strides_bytes
+        return TensorMapSpec((columns, rows, heads, rows + 1, batch), (row, head, row, group), self.box, self.dtype)
 
-        Rows run up to the end of the array whatever the sequence, which one more dimension moves to where the sequence
-        ends: of `length` rows up to row `end` the coordinates are rows - length + row and end. So all rows past its
-        last one, and no others, lie outside. The address lies as many rows in front of the array as it has.
-        """
-        columns, rows, heads, batch = self.dims
-        row, head, group = self.strides_bytes
-        spec = TensorMapSpec((columns, rows, heads, rows + 1, batch), (row, head, row, group), self.box, self.dtype)
-        return spec, -rows * row
+    @property
+    def shift_bytes(self) -> int:
+        """How far in front of the array the map begins."""
+        return self.dims[1] * self.strides_bytes[0] if len(self.dims) > _RANK else 0
 
 
-def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
+def objection(dims: Sequence[int], strides: Sequence[int], *, shifted: bool = False) -> str:
     """What of an array of 16-bit elements a map cannot express ("row stride is negative"), or the empty string.
 
     dims and strides (elements) as for `TensorMapSpec.of`. That the array starts at a multiple of ALIGNMENT is the
@@ -99,6 +105,8 @@ def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
             return f"{what} stride is negative"
         if size >= _STRIDE_END:
             return f"{what} stride is {size} bytes, not below 2**40"
+    if shifted and dims[1] > 1 and dims[1] * 2 * strides[0] >= _MAX_SHIFT:
+        return f"rows take {dims[1] * 2 * strides[0]} bytes, not below 2**33"
     return ""
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "forward_label",
     "head_dim_label",
     "kernel_launch",
+    "mean_seqlen_q",
     "padded_head_dims",
     "pointer_names",
     "shape_params",
@@ -85,6 +86,13 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
         problem.head_dim,
         section,
     )
+
+
+def mean_seqlen_q(problem: AttentionProblem) -> int:
+    """Query rows of a sequence that see a key; of packed ones, whose lengths nobody knows here, if all were as long."""
+    if problem.lengths is not None and problem.lengths.packed_q:
+        return -(-problem.seqlen_q // max(1, problem.batch))
+    return problem.seqlen_q - problem.empty_rows
 
 
 def pointer_names(problem: AttentionProblem, dense: Iterable[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import Backward, Defines, Order, Work
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Launchable
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.plan import BackwardPlan, ForwardPlan, Plan
 from fa2cupy.kernels.sm80 import flash_bwd as bwd_sm80
 from fa2cupy.kernels.sm80 import flash_fwd as fwd_sm80
@@ -45,7 +46,9 @@ class MainKernel(Protocol):
 
 
 class ForwardKernel(MainKernel, Protocol):
-    def launch(self, problem: AttentionProblem, device: DeviceInfo, tile: Any, empty: int) -> KernelLaunch: ...
+    def launch(
+        self, problem: AttentionProblem, device: DeviceInfo, tile: Any, empty: int, lists: Lists | None
+    ) -> KernelLaunch: ...
     def compile_jobs(self, arch: str, dtype: str) -> list[CompileJob]: ...
 
 
@@ -84,16 +87,22 @@ def plan_forward(
     tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
     InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
     """
-    _no_lengths_yet(problem)
+    if problem.lengths is not None and problem.lengths.segments:
+        _no_lengths_yet(problem)
     empty = problem.empty_rows
-    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
+    there = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
+    busy = there and problem.seqlen_k > 0
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
-    launches: tuple[KernelLaunch, ...] = ()
-    if busy:
-        launches += (kernel.launch(problem, device, tile, empty),)
     names = common.pointer_names(problem, common.FORWARD_ARRAYS)
+    launches: tuple[KernelLaunch, ...] = ()
+    lists = None
+    if problem.lengths is not None and there:
+        lists = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False)
+        launches += (list_tiles.launch(problem, device, lists, ("out", "lse"), names),)
+    if busy:
+        launches += (kernel.launch(problem, device, tile, empty, lists),)
     launches += fill_unseen.launches(problem, device, "out", empty, names, with_lse=True)
-    return ForwardPlan(problem, launches, 0, tile, objection)
+    return ForwardPlan(problem, launches, lists.end if lists else 0, tile, objection)
 
 
 def plan_backward(
