@@ -216,10 +216,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
+      if (kListed) lse += query_row(work, 0) * params.lse_strides.row;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (first_query + row + 8 * h < sequence_of_tile(shape, work, params).seqlen_q)
-          lse[query_row(work, first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
+          lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
     }
     if constexpr (kOwnO) {  // the warpgroups take turns
       mbarrier_wait(smem.o_empty[(group + kConsumers - 1) % kConsumers], group == 0 ? o_parity ^ 1 : o_parity);
