@@ -133,13 +133,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // Which part of dK and dV this is (kPartialDkv). Computed at the end, it takes the loop two registers more.
   const int part = (tile.batch * shares + tile.head) * n_blocks + n_block;
 
-  const int key_row = warp_id() / kSplit * kKeyTiles * 16;
+  const int warp_row = warp_id() / kSplit * kKeyTiles * 16;
   const int s_col = warp_id() % kSplit * kSCols, d_col = warp_id() % kSplit * kDCols;
   const int d_col_v = kOwnHeadDimV ? warp_id() % kSplit * kDColsV : d_col;
-  const auto smem_k = operand_a(smem.k, key_row, 0);
-  const auto smem_v = operand_a(smem.v, key_row, 0);
-  const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : key_row, 0);
-  const auto smem_ds = operand_a(smem.ds, key_row, 0);
+  const auto smem_k = operand_a(smem.k, warp_row, 0);
+  const auto smem_v = operand_a(smem.v, warp_row, 0);
+  const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : warp_row, 0);
+  const auto smem_ds = operand_a(smem.ds, warp_row, 0);
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
   load_tile(smem.k, params.k + key_batch(entry) * ks.batch + head_k * ks.head + key_row(entry, first_key) * ks.row, ks.row,
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   acc_dk.clear();
   acc_dv.clear();
   auto compute_p = [&](AccS& acc, int stage, int m_block, auto masked) {
-    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, sequence, first_key + key_row,
+    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, sequence, first_key + warp_row,
                                          m_block * kBlockM, s_col);
   };
 
@@ -236,11 +236,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + key_row + accumulator_row()};
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
     keep(acc_ds, position);
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
     keep(acc_p, position);
-    store_accumulator(smem.ds, key_row, s_col, acc_ds);
+    store_accumulator(smem.ds, warp_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
     if (kDeterministic && threadIdx.x == 0 && block_in_turn == 0) {
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
       gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout, copy_dout);
       __syncthreads();  // dS^T is complete, and it is this block's turn
     } else {
-      store_accumulator(smem.p, key_row, s_col, acc_p);
+      store_accumulator(smem.p, warp_row, s_col, acc_p);
       __syncthreads();  // P^T and dS^T are complete, and it is this block's turn
       gemm<kQuerySteps>(acc_dv, smem_p, smem_dout, copy_dout);
     }
@@ -288,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   pass_turn();
   if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
     const int64_t row = static_cast<int64_t>(part) * kBlockN;
-    store_partial<kHeadDim>(params.dk_partial + row * kHeadDim, key_row, d_col, acc_dk);
-    store_partial<kHeadDimV>(params.dv_partial + row * kHeadDimV, key_row, d_col_v, acc_dv);
+    store_partial<kHeadDim>(params.dk_partial + row * kHeadDim, warp_row, d_col, acc_dk);
+    store_partial<kHeadDimV>(params.dv_partial + row * kHeadDimV, warp_row, d_col_v, acc_dv);
   } else {  // through the tiles of K and V
-    store_accumulator(smem.k, key_row, d_col, acc_dk);
-    store_accumulator(smem.v, key_row, d_col_v, acc_dv);
+    store_accumulator(smem.k, warp_row, d_col, acc_dk);
+    store_accumulator(smem.v, warp_row, d_col_v, acc_dv);
     __syncthreads();  // dK and dV are in shared memory
     const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
     store_tile(params.dk + key_batch(entry) * dks.batch + head_k * dks.head + key_row(entry, first_key) * dks.row, dks.row,

@@ -96,6 +96,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
     k.advance();
     v_parity ^= 1;
   }
+  if (kListed) griddepcontrol_wait();  // with no tile to take, too: the kernel after this one takes the one before it for ended
 }
 
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.

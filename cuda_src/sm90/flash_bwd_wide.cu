@@ -113,6 +113,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
       }
     }
   }
+  if (kListed) griddepcontrol_wait();  // with no tile to take, too: the kernel after this one takes the one before it for ended
 }
 
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
