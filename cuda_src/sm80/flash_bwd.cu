@@ -26,8 +26,7 @@ constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a 
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
 constexpr int kDCols = kHeadDim / kSplit;             // columns of dK of a warp
 constexpr int kDColsV = kHeadDimV / kSplit;           // columns of dV of a warp
-// Query blocks of a turn, see my_turn. Nobody clears the counter of a block that no list has.
-constexpr int kTurnBlocks = !kBand && !kListed && kBlockN > kBlockM ? kBlockN / kBlockM : 1;
+constexpr int kTurnBlocks = !kBand && kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
 constexpr int kHeadSteps = kHeadDim / 16, kHeadStepsV = kHeadDimV / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
 static_assert(kSCols % 16 == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks of 16");
@@ -201,8 +200,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // starts within a turn, at its diagonal, is the first in it: the others have started at least kBlockN queries earlier.
   auto my_turn = [&](int m_block) {
     if (!kCausal && !kBand) return n_block;
-    if (kListed) return key_blocks(sequence, m_block).end - 1 - n_block;  // m_blocks are those of all sequences
-    return key_blocks(sequence, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
+    const int end = kListed ? ceil_div(sequence.seqlen_q, kBlockM) : m_blocks;
+    return key_blocks(sequence, min(end, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
   };
   int* turn_to_pass = nullptr;
   // Orders the dQ of the whole block, which is done with it, before the turn of the next one: red.release and the barrier

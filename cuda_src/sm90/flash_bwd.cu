@@ -268,12 +268,13 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
       store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
     } else {
       const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-      const Sequence& sequence = sequence_of_tile(shape, work, params);
-      const int row = work.n_block * kBlockN + warp_row, rows = sequence.seqlen_k - row;
-      store_gradient(params.dk + key_batch(work) * dks.batch + work.head_k * dks.head + key_row(work, row) * dks.row, dks.row,
-                     rows, shape.head_dim, acc_dk, params.softmax_scale);
-      store_gradient(params.dv + key_batch(work) * dvs.batch + work.head_k * dvs.head + key_row(work, row) * dvs.row, dvs.row,
-                     rows, params.head_dim_v, acc_dv, 1.f);
+      int row = work.n_block * kBlockN + warp_row;
+      const int rows = sequence_of_tile(shape, work, params).seqlen_k - row;
+      if constexpr (kListed) row = key_row(work, row);  // called without a list, too, it makes some plain kernels others
+      store_gradient(params.dk + key_batch(work) * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows,
+                     shape.head_dim, acc_dk, params.softmax_scale);
+      store_gradient(params.dv + key_batch(work) * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
+                     params.head_dim_v, acc_dv, 1.f);
     }
   };
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from tests.host.build import Mutation
 from tests.host.packed_run import PackedCase, Sequence, check, lengths, prepare
+from tests.host.run import HostRunError
 
 # Queries and keys, and rows that are not used: behind the queries, in front of and behind the keys.
 MIXED = lengths((70, 70), (0, 0), (130, 40), (3, 200, 0, 5, 7), (0, 33), (65, 0, 4), (1, 1), (200, 260, 9, 0, 1))
 PLAIN = lengths((64, 64), (129, 129), (0, 0), (257, 257))
 SHORT = tuple(Sequence(n % 3, n % 4) for n in range(40))
 NOTHING = lengths((0, 5), (7, 0), (0, 0))
-LONG = lengths((20, 2300), (3, 5))  # more key blocks than the first of which is to write dQ
+LONG = lengths((20, 2300), (3, 2100))  # more key blocks than the first of which is to write dQ
 
 
 def case(sequences: tuple[Sequence, ...], head_dim: int, arch: str, **more: object) -> PackedCase:
@@ -74,3 +76,52 @@ def test_every_kernel(
     for packed_q, packed_k in ((True, True), (False, True), (True, False), (False, False)):
         options = {"causal": causal, "window": window, "deterministic": deterministic, "head_dim_v": head_dim_v}
         check(case(MIXED, head_dim, arch, packed_q=packed_q, packed_k=packed_k, **options), True)
+
+
+TILES, BOTH90 = "common/bwd_tiles.cuh", "sm90/backward.cuh"
+BWD, BWD90, WIDE90 = "sm80/flash_bwd.cu", "sm90/flash_bwd.cu", "sm90/flash_bwd_wide.cu"
+BEFORE, AFTER = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
+
+MUTATED = {
+    "sm80": case(MIXED, 64, "sm_80", causal=True),
+    "sm80-turns": case(PLAIN, 128, "sm_86", causal=True, deterministic=True),
+    "sm90": case(PLAIN, 64, "sm_90", causal=True),
+    "sm90-turns": case(PLAIN, 128, "sm_90", window=(60, 10), deterministic=True),
+    "sm90-wide": case(PLAIN, 192, "sm_90", causal=True),
+    "nothing": case(NOTHING, 64, "sm_90"),
+    "nothing-wide": case(NOTHING, 192, "sm_90"),
+}
+
+# Case, file, what stands there, what is put there instead.
+MUTANTS = [
+    ("sm80", TILES, "return place < params.counts[0];", "return place < params.counts[0] - 1;"),
+    ("sm80", BEFORE, "(kListed ? entry.block : place) * kBlockM", "place * kBlockM"),
+    ("sm80", BEFORE, "static_cast<int64_t>(head) * m_blocks + entry.tile", "linear"),
+    ("sm80", AFTER, "query_row(entry, first_query) * dqs.row", "first_query * dqs.row"),
+    ("sm80", BWD, "* m_blocks + entry.tile + step.m_block", "* m_blocks + step.m_block"),
+    ("sm80", BWD, "kListed ? entry.block : place;", "place;"),
+    ("sm80", BWD, "rows + query_row(entry, first_query) * dos.row", "rows + first_query * dos.row"),
+    ("sm80-turns", BWD, "kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block", "false ? 0"),
+    ("sm80-turns", BWD, "kListed ? ceil_div(sequence.seqlen_q, kBlockM) : m_blocks", "m_blocks"),
+    ("sm90", BOTH90, "return work.tiles_of_head;", "return work.end;"),
+    ("sm90", BOTH90, "* work.tiles_of_head + work.first_tile", "* work.tiles_of_head"),
+    ("sm90", BOTH90, "kCluster * (kListed ? entry.block : place)", "kCluster * place"),
+    ("sm90", BWD90, "row = key_row(work, row);", "row += 0;"),
+    ("sm90-turns", BOTH90, "kDeterministic ? kBand : kCausal", "kDeterministic ? false : kCausal"),
+    ("sm90-wide", BOTH90, "kCluster * (kListed ? entry.block : place)", "(kListed ? entry.block : place)"),
+    ("sm90-wide", WIDE90, "key_row(work, row) * strides.row", "row * strides.row"),
+    ("nothing", BWD90, "if (kListed) griddepcontrol_wait();", ""),
+    ("nothing", BWD90, "if (kListed && !any) return;", ""),
+    ("nothing-wide", WIDE90, "if (kListed) griddepcontrol_wait();", ""),
+]
+
+
+@pytest.mark.parametrize("name", MUTATED)
+def test_the_cases_of_the_mutants_are_right(name: str) -> None:
+    check(MUTATED[name], True)
+
+
+@pytest.mark.parametrize(("name", "path", "old", "new"), MUTANTS, ids=[f"{m[0]}-{n}" for n, m in enumerate(MUTANTS)])
+def test_mutants(name: str, path: str, old: str, new: str) -> None:
+    with pytest.raises((AssertionError, HostRunError)):
+        check(MUTATED[name], True, mutation=Mutation(path, old, new))
