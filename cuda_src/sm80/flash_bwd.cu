@@ -200,8 +200,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   // starts within a turn, at its diagonal, is the first in it: the others have started at least kBlockN queries earlier.
   auto my_turn = [&](int m_block) {
     if (!kCausal && !kBand) return n_block;
-    const int end = kListed ? ceil_div(sequence.seqlen_q, kBlockM) : m_blocks;
-    return key_blocks(sequence, min(end, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
+    return key_blocks(sequence, min(m_blocks, (m_block / kTurnBlocks + 1) * kTurnBlocks) - 1).end - 1 - n_block;
   };
   int* turn_to_pass = nullptr;
   // Orders the dQ of the whole block, which is done with it, before the turn of the next one: red.release and the barrier

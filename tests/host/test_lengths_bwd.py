@@ -84,9 +84,7 @@ BEFORE, AFTER = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 
 MUTATED = {
     "sm80": case(MIXED, 64, "sm_80", causal=True),
-    "sm80-turns": case(PLAIN, 128, "sm_86", causal=True, deterministic=True),
     "sm90": case(PLAIN, 64, "sm_90", causal=True),
-    "sm90-turns": case(PLAIN, 128, "sm_90", window=(60, 10), deterministic=True),
     "sm90-wide": case(PLAIN, 192, "sm_90", causal=True),
     "nothing": case(NOTHING, 64, "sm_90"),
     "nothing-wide": case(NOTHING, 192, "sm_90"),
@@ -101,13 +99,10 @@ MUTANTS = [
     ("sm80", BWD, "* m_blocks + entry.tile + step.m_block", "* m_blocks + step.m_block"),
     ("sm80", BWD, "kListed ? entry.block : place;", "place;"),
     ("sm80", BWD, "rows + query_row(entry, first_query) * dos.row", "rows + first_query * dos.row"),
-    ("sm80-turns", BWD, "kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block", "false ? 0"),
-    ("sm80-turns", BWD, "kListed ? ceil_div(sequence.seqlen_q, kBlockM) : m_blocks", "m_blocks"),
     ("sm90", BOTH90, "return work.tiles_of_head;", "return work.end;"),
     ("sm90", BOTH90, "* work.tiles_of_head + work.first_tile", "* work.tiles_of_head"),
     ("sm90", BOTH90, "kCluster * (kListed ? entry.block : place)", "kCluster * place"),
     ("sm90", BWD90, "row = key_row(work, row);", "row += 0;"),
-    ("sm90-turns", BOTH90, "kDeterministic ? kBand : kCausal", "kDeterministic ? false : kCausal"),
     ("sm90-wide", BOTH90, "kCluster * (kListed ? entry.block : place)", "(kListed ? entry.block : place)"),
     ("sm90-wide", WIDE90, "key_row(work, row) * strides.row", "row * strides.row"),
     ("nothing", BWD90, "if (kListed) griddepcontrol_wait();", ""),
