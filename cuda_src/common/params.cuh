@@ -118,9 +118,9 @@ struct DlseParams<true> {
   Strides dlse_strides;
   int dlse_first_row;
 };
-struct PreprocessDlseParams : BwdParams, DlseParams<kDlse> {};
+struct PreprocessPlainParams : BwdParams, DlseParams<kDlse> {};
 struct PreprocessListParams : BwdParams, DlseParams<kDlse>, ListParams {};
-using PreprocessParams = Either<kListed, PreprocessListParams, PreprocessDlseParams>::Type;
+using PreprocessParams = Either<kListed, PreprocessListParams, PreprocessPlainParams>::Type;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
