@@ -6,7 +6,20 @@ import ctypes
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["LENGTHS", "DlseParams", "LengthsSpec", "Row", "SoftmaxSpec", "Spec", "WindowParams", "WindowSpec"]
+__all__ = [
+    "LENGTHS",
+    "LISTING",
+    "DlseParams",
+    "LengthsParams",
+    "LengthsSpec",
+    "Row",
+    "SoftmaxSpec",
+    "Spec",
+    "WindowParams",
+    "WindowSpec",
+]
+
+LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
 
 
 class Row(Protocol):
@@ -80,7 +93,7 @@ class WindowSpec(Spec):
     only_drops: bool = False
 
     def reaches(self, source: str) -> bool:
-        return not self.only_drops and not source.startswith("smxx/")
+        return not self.only_drops and (source == LISTING or not source.startswith("smxx/"))
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_BAND": 1}
@@ -94,6 +107,12 @@ class WindowSpec(Spec):
 LENGTHS = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "segment_ids_q", "segment_ids_k",
 )  # fmt: skip
+
+
+class LengthsParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/listed.cuh."""
+
+    _fields_ = (*((name, ctypes.c_uint64) for name in LENGTHS), ("sequences", ctypes.c_int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,13 @@ class LengthsSpec(Spec):
     seqused_k: bool = False
     leftpad_k: bool = False
     segments: bool = False
+
+    def reaches(self, source: str) -> bool:
+        """Only who makes lists of tiles looks at the arrays; what others are told is `kernels.listed.Lists`."""
+        return source == LISTING
+
+    def params(self) -> LengthsParams:
+        return LengthsParams(sequences=self.sequences)
 
     @property
     def packed_q(self) -> bool:

@@ -46,15 +46,27 @@ class FakeMap(ctypes.Structure):
 
     _fields_ = (
         ("address", ctypes.c_uint64),
-        ("dims", ctypes.c_uint64 * 4),
-        ("strides", ctypes.c_uint64 * 3),
-        ("box", ctypes.c_uint32 * 4),
+        ("all_dims", ctypes.c_uint64 * 5),
+        ("all_strides", ctypes.c_uint64 * 4),
+        ("all_box", ctypes.c_uint32 * 5),
         ("data_type", ctypes.c_int),
         ("swizzle", ctypes.c_int),
         ("l2_promotion", ctypes.c_int),
         ("number", ctypes.c_int),
-        ("padding", ctypes.c_ubyte * 32),
+        ("padding", ctypes.c_ubyte * 12),
     )
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(n for n in self.all_dims if n)  # as many as the rank
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(self.all_strides[: len(self.dims) - 1])
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        return tuple(self.all_box[: len(self.dims)])
 
 
 class FakeDriver:

@@ -28,10 +28,10 @@ typedef struct {
 
 /* Stands for the 128 bytes of a CUtensorMap, which are opaque. */
 typedef struct {
-  uint64_t address, dims[4], strides[3];
-  uint32_t box[4];
+  uint64_t address, dims[5], strides[4];
+  uint32_t box[5];
   int data_type, swizzle, l2_promotion, number;
-  unsigned char padding[32];
+  unsigned char padding[12];
 } Map;
 _Static_assert(sizeof(Map) == 128, "as long as a CUtensorMap");
 
@@ -169,13 +169,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** p
   pthread_mutex_unlock(&mutex);
   return fake_launch_status;
 }
-/* Refuses what the CUDA driver API's documentation forbids, as far as our maps go: rank 4, 16-bit elements with 128-byte swizzle or
+/* Refuses what the CUDA driver API's documentation forbids, as far as our maps go: rank 4 or 5, 16-bit elements with 128-byte swizzle or
    float32 without. */
 CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
                                 const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int oob_fill) {
   if (fake_encode_status) return fake_encode_status;
-  if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank != 4) return 1;
+  if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank < 4 || rank > 5) return 1;
   if (data_type != 6 && data_type != 7 && data_type != 9) return 1;
   const uint32_t item = data_type == 7 ? 4 : 2;
   if (interleave != 0 || swizzle != (item == 2 ? 3 : 0) || l2_promotion != 3 || oob_fill != 0) return 1;
@@ -185,9 +185,9 @@ CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* a
   }
   if (box[0] * item % 16 || (swizzle && box[0] * item > 128)) return 1;
   Map encoded = {.address = (uint64_t)(uintptr_t)address, .data_type = data_type, .swizzle = swizzle, .l2_promotion = l2_promotion};
-  memcpy(encoded.dims, dims, sizeof encoded.dims);
-  memcpy(encoded.strides, strides, sizeof encoded.strides);
-  memcpy(encoded.box, box, sizeof encoded.box);
+  memcpy(encoded.dims, dims, rank * sizeof *dims);
+  memcpy(encoded.strides, strides, (rank - 1) * sizeof *strides);
+  memcpy(encoded.box, box, rank * sizeof *box);
   pthread_mutex_lock(&mutex);
   encoded.number = fake_encode_count++;
   pthread_mutex_unlock(&mutex);

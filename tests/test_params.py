@@ -26,15 +26,30 @@ from tests.host import build
 HEADER = "common/params.cuh"
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
-BLOCKS = {"DlseParams<true>": spec.DlseParams, "WindowParams": spec.WindowParams}
-_WINDOW = {"": spec.WindowParams}
-# Struct with parts -> the twin of its first one, and of each other the macro that it is there with; of none, always.
+BLOCKS = {
+    "DlseParams<true>": spec.DlseParams,
+    "LengthsParams": spec.LengthsParams,
+    "WindowParams": spec.WindowParams,
+}
+_WINDOW, _LIST = ("", spec.WindowParams), ("", params.ListParams)
+# Struct with parts -> the twin of its first, and each other with the macro that it is there with; with none, always.
 COMPOSED = {
-    "PreprocessParams": (params.BwdParams, {"FA2_DLSE": spec.DlseParams}),
-    "FwdWindowParams": (params.FwdParams, _WINDOW),
-    "FwdTmaWindowParams": (params.FwdTmaParams, _WINDOW),
-    "BwdWindowParams": (params.BwdParams, _WINDOW),
-    "BwdTmaWindowParams": (params.BwdTmaParams, _WINDOW),
+    "PreprocessPlainParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams),)),
+    "PreprocessListParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LIST)),
+    "FwdWindowParams": (params.FwdParams, (_WINDOW,)),
+    "FwdListParams": (params.FwdParams, (_LIST,)),
+    "FwdWindowListParams": (params.FwdParams, (_WINDOW, _LIST)),
+    "FwdTmaWindowParams": (params.FwdTmaParams, (_WINDOW,)),
+    "FwdTmaListParams": (params.FwdTmaParams, (_LIST,)),
+    "FwdTmaWindowListParams": (params.FwdTmaParams, (_WINDOW, _LIST)),
+    "BwdWindowParams": (params.BwdParams, (_WINDOW,)),
+    "BwdListParams": (params.BwdParams, (_LIST,)),
+    "BwdWindowListParams": (params.BwdParams, (_WINDOW, _LIST)),
+    "BwdTmaWindowParams": (params.BwdTmaParams, (_WINDOW,)),
+    "BwdTmaListParams": (params.BwdTmaParams, (_LIST,)),
+    "BwdTmaWindowListParams": (params.BwdTmaParams, (_WINDOW, _LIST)),
+    "ListTilesFullParams": (params.ListTilesParams, (("", spec.LengthsParams),)),
+    "ListTilesWindowParams": (params.ListTilesParams, (_WINDOW, ("", spec.LengthsParams))),
 }
 
 Defines = Mapping[str, int | str]
@@ -178,7 +193,7 @@ def twins(defines: Defines) -> dict[str, Any]:
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():
-        there = tuple(block for macro, block in others.items() if not macro or macro in defines)
+        there = tuple(block for macro, block in others if not macro or macro in defines)
         found[name] = params.composed(first, there) if there else first
     return found
 

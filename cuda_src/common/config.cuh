@@ -95,6 +95,16 @@ enum { kUnseenRows = FA2_UNSEEN_ROWS };  // there may be rows that see nothing, 
 enum { kUnseenRows = 0 };
 #endif
 
+#ifdef FA2_LISTED
+// Tiles come from a list that smxx/list_tiles.cu made, each of a sequence with a place and lengths of its own (listed.cuh).
+enum { kListed = FA2_LISTED };
+#else
+enum { kListed = 0 };
+#endif
+#ifdef FA2_IN_ORDER
+enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
+#endif
+
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs
 #ifdef FA2_SHARED_BYTES
 constexpr int kSharedBytes = FA2_SHARED_BYTES;  // size of the dynamic shared memory that the host asks for

@@ -2,7 +2,7 @@
 // on both sides. Strides count elements; the last dimension is contiguous. Pointers come first.
 #pragma once
 
-#include "common/config.cuh"
+#include "common/listed.cuh"
 
 struct Strides {
   int64_t batch, row, head;
@@ -55,10 +55,13 @@ struct alignas(64) TensorMap {
 };
 
 struct FwdWindowParams : FwdParams, WindowParams {};
-using FwdBandParams = Either<kBand, FwdWindowParams, FwdParams>::Type;
+struct FwdListParams : FwdParams, ListParams {};
+struct FwdWindowListParams : FwdParams, WindowParams, ListParams {};
+using FwdListedParams = Either<kBand, FwdWindowListParams, FwdListParams>::Type;
+using FwdBandParams = Either<kListed, FwdListedParams, Either<kBand, FwdWindowParams, FwdParams>::Type>::Type;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
-// boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle.
+// boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
 struct FwdTmaParams {
   TensorMap q, k, v, out;
   float* lse;
@@ -68,7 +71,10 @@ struct FwdTmaParams {
 };
 
 struct FwdTmaWindowParams : FwdTmaParams, WindowParams {};
-using FwdTmaBandParams = Either<kBand, FwdTmaWindowParams, FwdTmaParams>::Type;
+struct FwdTmaListParams : FwdTmaParams, ListParams {};
+struct FwdTmaWindowListParams : FwdTmaParams, WindowParams, ListParams {};
+using FwdTmaListedParams = Either<kBand, FwdTmaWindowListParams, FwdTmaListParams>::Type;
+using FwdTmaBandParams = Either<kListed, FwdTmaListedParams, Either<kBand, FwdTmaWindowParams, FwdTmaParams>::Type>::Type;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -97,7 +103,11 @@ struct BwdParams {
 };
 
 struct BwdWindowParams : BwdParams, WindowParams {};
-using BwdBandParams = Either<kBand, BwdWindowParams, BwdParams>::Type;
+struct BwdListParams : BwdParams, ListParams {};
+struct BwdWindowListParams : BwdParams, WindowParams, ListParams {};
+using BwdListedParams = Either<kBand, BwdWindowListParams, BwdListParams>::Type;
+using BwdBandParams = Either<kListed, BwdListedParams, Either<kBand, BwdWindowParams, BwdParams>::Type>::Type;
+using PostprocessParams = Either<kListed, BwdListParams, BwdParams>::Type;
 
 // What a backward adds for a gradient of lse; empty without one.
 template <bool kGiven>
@@ -108,7 +118,9 @@ struct DlseParams<true> {
   Strides dlse_strides;
   int dlse_first_row;
 };
-struct PreprocessParams : BwdParams, DlseParams<kDlse> {};
+struct PreprocessPlainParams : BwdParams, DlseParams<kDlse> {};
+struct PreprocessListParams : BwdParams, DlseParams<kDlse>, ListParams {};
+using PreprocessParams = Either<kListed, PreprocessListParams, PreprocessPlainParams>::Type;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
@@ -127,7 +139,10 @@ struct BwdTmaParams {
 };
 
 struct BwdTmaWindowParams : BwdTmaParams, WindowParams {};
-using BwdTmaBandParams = Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type;
+struct BwdTmaListParams : BwdTmaParams, ListParams {};
+struct BwdTmaWindowListParams : BwdTmaParams, WindowParams, ListParams {};
+using BwdTmaListedParams = Either<kBand, BwdTmaWindowListParams, BwdTmaListParams>::Type;
+using BwdTmaBandParams = Either<kListed, BwdTmaListedParams, Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type>::Type;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
@@ -135,3 +150,21 @@ struct FillParams {
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
+
+struct ListTilesParams {
+  ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
+  ListedTile* tiles_k;
+  int* counts;  // (2,)
+  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse.
+  Element* out;  // of the queries: out, or dq
+  float* lse;
+  Element* dk;
+  Element* dv;
+  Strides out_strides, lse_strides, dk_strides, dv_strides;
+  int rows_q, rows_k, tiles_of_head_q, tiles_of_head_k;  // as in ListParams
+  int num_heads, num_heads_k;
+  int cols_out, cols_dk, cols_dv;
+};
+struct ListTilesFullParams : ListTilesParams, LengthsParams {};
+struct ListTilesWindowParams : ListTilesParams, WindowParams, LengthsParams {};
+using ListTilesBandParams = Either<kBand, ListTilesWindowParams, ListTilesFullParams>::Type;

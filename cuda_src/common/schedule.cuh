@@ -1,6 +1,7 @@
 // Which tile comes when: the order in which thread blocks take the tiles of all heads.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "common/visit.cuh"
 
 struct Tile2 {
@@ -25,13 +26,68 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
   return (rows - 1) / shape.heads_per_section - linear / (shape.heads_per_section * blocks);
 }
 
+// Launch order of a list of `count` tiles, each of which is there for all heads. So many neighbours, mostly of one sequence, go
+// together: head by head, so that a head's keys are read once for all of them. The list runs slowest, longest tiles first.
+constexpr int kListedRun = 8;
+struct ListPlace {
+  int entry, head;
+};
+FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads) {
+  const int first = linear / (kListedRun * heads) * kListedRun;
+  const int neighbours = min(kListedRun, count - first), index = linear - first * heads;
+  return {first + index % neighbours, index / neighbours};
+}
+
+// An entry of a list, in two reads.
+FA2_DEVICE ListedTile read_listed(const ListedTile* tile) {
+  const int4* words = reinterpret_cast<const int4*>(tile);
+  const int4 low = words[0], high = words[1];
+  return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+}
+
+// A query block of a head.
+template <bool kIsListed>
+struct QueryTileOf {
+  int m_block, head, batch;
+};
+template <>
+struct QueryTileOf<true> {
+  int m_block, head;
+  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k;
+};
+using QueryTile = QueryTileOf<kListed>;
+
+// Tile `linear` of a list of `count`.
+template <typename Params>
+FA2_DEVICE QueryTile listed_query_tile(const Params& params, int linear, int count, int heads) {
+  const ListPlace place = place_in_list(linear, count, heads);
+  const ListedTile tile = read_listed(params.tiles_q + place.entry);
+  return {tile.block, place.head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+}
+
+// The tile of a thread block that takes one, tile `linear` of the launch order; false if there is none. The longest come first.
+template <typename Params>
+FA2_DEVICE bool take_query_tile(const Shape& shape, int linear, QueryTile& tile, const Params& params) {
+  if constexpr (kListed) {
+    griddepcontrol_wait();  // the list is there
+    const int count = params.counts[0];
+    if (linear >= count * shape.num_heads) return false;
+    tile = listed_query_tile(params, linear, count, shape.num_heads);
+  } else {
+    const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+    const Tile2 place = tile_of(linear, m_blocks, shape.num_heads, shape);
+    tile = {kCausal ? m_blocks - 1 - place.block : place.block, place.head, place.batch};
+  }
+  return true;
+}
+
 // The tiles of Tiles::next, less those that meet no block (kUnseenRows): nobody takes them, in no role, and fill_unseen fills what
 // would be theirs.
 template <typename Tiles>
 struct Visited : Tiles {
   template <typename Problem, typename Work, typename... Params>
   FA2_DEVICE bool next(const Problem& problem, Work& work, const Params&... params) {
-    if constexpr (!kUnseenRows) {
+    if constexpr (!kUnseenRows || kListed) {  // in a list there are no others
       return Tiles::next(problem, work, params...);
     } else {
       while (Tiles::next(problem, work, params...)) {

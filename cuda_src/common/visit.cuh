@@ -9,17 +9,30 @@
 // The queries and the keys of one row of the batch: seqlen_q, seqlen_k, and the band's ends. Whoever asks for lengths asks a
 // Sequence. As all rows of the batch have the same, it is the Shape itself, by reference: a struct of two numbers takes other
 // registers.
-template <bool kHasBand>
+// Of a list each tile brings its own.
+template <bool kHasBand, bool kIsListed>
 struct SequenceOf {
   using Type = Shape;
 };
 template <>
-struct SequenceOf<true> {
+struct SequenceOf<true, false> {
   struct Type {
     int seqlen_q, seqlen_k, left, right;
   };
 };
-using Sequence = SequenceOf<kBand>::Type;
+template <>
+struct SequenceOf<false, true> {
+  struct Type {
+    int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k;
+  };
+};
+template <>
+struct SequenceOf<true, true> {
+  struct Type {
+    int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, left, right;
+  };
+};
+using Sequence = SequenceOf<kBand, kListed>::Type;
 
 // `shape` is that of `params`: looked up there once more, plain kernels become others.
 template <typename Params>
@@ -28,6 +41,59 @@ FA2_DEVICE decltype(auto) sequence_of(const Shape& shape, int /* batch */, const
     return Sequence{shape.seqlen_q, shape.seqlen_k, params.left, params.right};
   } else {
     return (shape);
+  }
+}
+
+// That of a tile of a list, or of whoever has its first six fields.
+template <typename Tile, typename Params>
+FA2_DEVICE Sequence sequence_of_tile(const Tile& tile, const Params& params) {
+  if constexpr (kBand) {
+    return {tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k, params.left, params.right};
+  } else {
+    return {tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+  }
+}
+
+template <typename Tile, typename Params>
+FA2_DEVICE decltype(auto) sequence_of_tile(const Shape& shape, const Tile& tile, const Params& params) {
+  if constexpr (kListed) {
+    return sequence_of_tile(tile, params);
+  } else {
+    return sequence_of(shape, tile.batch, params);
+  }
+}
+
+// Where its rows are: those of a query and of a key in their row of the batch, and which rows of the batch these are.
+template <typename Tile>
+FA2_DEVICE int query_row(const Tile& tile, int query) {
+  if constexpr (kListed) {
+    return tile.first_q + query;
+  } else {
+    return query;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int key_row(const Tile& tile, int key) {
+  if constexpr (kListed) {
+    return tile.first_k + key;
+  } else {
+    return key;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int query_batch(const Tile& tile) {
+  if constexpr (kListed) {
+    return tile.batch_q;
+  } else {
+    return tile.batch;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int key_batch(const Tile& tile) {
+  if constexpr (kListed) {
+    return tile.batch_k;
+  } else {
+    return tile.batch;
   }
 }
 

@@ -70,17 +70,17 @@ FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t s
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
-  const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const Tile2 tile = tile_of(blockIdx.x, m_blocks, shape.num_heads, shape);
-  const int m_block = kCausal ? m_blocks - 1 - tile.block : tile.block;  // the longest first
-  const Sequence& sequence = sequence_of(shape, tile.batch, params);
+  QueryTile tile;
+  if (!take_query_tile(shape, blockIdx.x, tile, params)) return;
+  const int m_block = tile.m_block;
+  const Sequence& sequence = sequence_of_tile(shape, tile, params);
   const int head_k = tile.head / (shape.num_heads / shape.num_heads_k);
 
   const Strides &qs = params.q_strides, &ks = params.k_strides, &vs = params.v_strides, &os = params.out_strides;
   const int first_query = m_block * kBlockM, queries = sequence.seqlen_q - first_query;
-  const Element* gmem_q = params.q + tile.batch * qs.batch + tile.head * qs.head + first_query * qs.row;
-  const Element* gmem_k = params.k + tile.batch * ks.batch + head_k * ks.head;
-  const Element* gmem_v = params.v + tile.batch * vs.batch + head_k * vs.head;
+  const Element* gmem_q = params.q + query_batch(tile) * qs.batch + tile.head * qs.head + query_row(tile, first_query) * qs.row;
+  const Element* gmem_k = params.k + key_batch(tile) * ks.batch + head_k * ks.head + key_row(tile, 0) * ks.row;
+  const Element* gmem_v = params.v + key_batch(tile) * vs.batch + head_k * vs.head + key_row(tile, 0) * vs.row;
 
   const int warp_row = warp_id() * kMTiles * 16;
   const auto smem_q = operand_a(smem.q, warp_row, 0);
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   };
 
   const KeyVisit visit = key_blocks(sequence, m_block);
-  if (kUnseenRows && visit.begin >= visit.end) return;
+  if (kUnseenRows && !kListed && visit.begin >= visit.end) return;
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
   load_k(visit.end - 1, False{});
   cp_async_commit_group();
@@ -152,12 +152,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
   softmax.finish(acc_o);
-  float* gmem_lse = params.lse + tile.batch * params.lse_strides.batch + tile.head * params.lse_strides.head;
-  store_lse(softmax, gmem_lse + first_query * params.lse_strides.row, params.lse_strides.row,
+  float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
+  store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);
   store_accumulator(smem.out, warp_row, 0, acc_o);
   cp_async_wait_group<0>();  // the zeros
   __syncthreads();  // the whole output tile is in shared memory
-  Element* gmem_out = params.out + tile.batch * os.batch + tile.head * os.head + first_query * os.row;
+  Element* gmem_out = params.out + query_batch(tile) * os.batch + tile.head * os.head + query_row(tile, first_query) * os.row;
   store_tile(gmem_out, os.row, queries, head_dim_v(params), smem.out);
 }

@@ -63,24 +63,32 @@ using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
 
 // A tile: query block m_block of a head, and the key blocks that it meets, the last of them first.
-struct Work {
-  int m_block, head, batch;
+struct Work : QueryTile {
   KeyVisit visit;
 };
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
-// long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time.
+// long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time. A list
+// is all one section.
 struct Tiles {
   int round = 0;
-  FA2_DEVICE bool next(const Shape& shape, Work& work, const FwdTmaBandParams& params) {
+  template <typename Params>
+  FA2_DEVICE bool next(const Shape& shape, Work& work, const Params& params) {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int linear = round++ * gridDim.x + place;
-    const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
-    if (linear >= m_blocks * rows) return false;
-    const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
-    const int sections_left = sections_after(linear, m_blocks, rows, shape);
-    const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
-    work = {m_block, tile.head, tile.batch, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+    if constexpr (kListed) {
+      const int count = params.counts[0];
+      if (linear >= count * shape.num_heads) return false;
+      const QueryTile tile = listed_query_tile(params, linear, count, shape.num_heads);
+      work = {tile, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
+    } else {
+      const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
+      if (linear >= m_blocks * rows) return false;
+      const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
+      const int sections_left = sections_after(linear, m_blocks, rows, shape);
+      const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
+      work = {{m_block, tile.head, tile.batch}, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+    }
     return true;
   }
 };
@@ -97,10 +105,10 @@ FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaBandParams& params) {
     for (int n = work.visit.end - 1; n >= work.visit.begin; --n, ring.advance()) {
       mbarrier_wait(smem.k_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its S
       mbarrier_arrive_expect_tx(smem.k_full[ring.stage], smem.k[0].kBytes);
-      load_tile(smem.k[ring.stage], params.k, smem.k_full[ring.stage], n * kBlockN, head_k, work.batch);
+      load_tile(smem.k[ring.stage], params.k, smem.k_full[ring.stage], key_place(work, n * kBlockN, head_k, params));
       mbarrier_wait(smem.v_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its O += P V
       mbarrier_arrive_expect_tx(smem.v_full[ring.stage], smem.v[0].kBytes);
-      load_tile(smem.v[ring.stage], params.v, smem.v_full[ring.stage], n * kBlockN, head_k, work.batch);
+      load_tile(smem.v[ring.stage], params.v, smem.v_full[ring.stage], key_place(work, n * kBlockN, head_k, params));
     }
   }
 }
@@ -114,8 +122,8 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaBandParams& params, in
     Work work;
     if (!loads.next(shape, work, params)) return;
     mbarrier_arrive_expect_tx(smem.q_full[group][stage], smem.q[0].kPanels * 64 * 128);
-    load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage], work.m_block * kBlockM + group_row, work.head,
-                  work.batch);
+    load_rows<64>(smem.q[stage], group_row, params.q, smem.q_full[group][stage],
+                  query_place(work, work.m_block * kBlockM + group_row, work.head, params));
   };
 #pragma unroll
   for (int stage = 0; stage < kQStages; ++stage) load_next(stage);
@@ -127,8 +135,8 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaBandParams& params, in
       load_next(ring.stage);
     }
     mbarrier_wait(smem.o_full[group][ring.stage], ring.parity);  // O is there: compute
-    store_rows<64, kHeadDimV>(params.out, smem.o(ring.stage), smem.o_row(group), work.m_block * kBlockM + group_row, work.head,
-                              work.batch);
+    store_rows<64, kHeadDimV>(params.out, smem.o(ring.stage), smem.o_row(group),
+                              query_place(work, work.m_block * kBlockM + group_row, work.head, params));
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers
     if constexpr (kOwnO) {
@@ -183,7 +191,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     return Position<false>{work.m_block * kBlockM + row, n * kBlockN + accumulator_col()};
   };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, sequence_of(shape, work.batch, params), position_of(work, n));
+    mask_scores(acc_s, sequence_of_tile(shape, work, params), position_of(work, n));
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
@@ -207,10 +215,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     done.finish(acc_o);
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
-      float* lse = params.lse + work.batch * params.lse_strides.batch + work.head * params.lse_strides.head;
+      float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
+      if (kListed) lse += query_row(work, 0) * params.lse_strides.row;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (first_query + row + 8 * h < sequence_of(shape, work.batch, params).seqlen_q)
+        if (first_query + row + 8 * h < sequence_of_tile(shape, work, params).seqlen_q)
           lse[(first_query + row + 8 * h) * params.lse_strides.row] = done.lse(0, h, scale_log2);
     }
     if constexpr (kOwnO) {  // the warpgroups take turns
@@ -326,6 +335,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_fwd(const __g
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised
+  if constexpr (kListed) griddepcontrol_wait();  // the list is there
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -53,6 +53,22 @@ FA2_DEVICE void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* 
       : "memory");
 }
 
+// The same with a dimension more, in front of batch.
+FA2_DEVICE void cp_async_bulk_tensor_5d_load(void* smem, const TensorMap& map, uint64_t& barrier, int d, int row, int head,
+                                             int start, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+      ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(&barrier)), "r"(d), "r"(row), "r"(head), "r"(start), "r"(batch)
+      : "memory");
+}
+FA2_DEVICE void cp_async_bulk_tensor_5d_store(const TensorMap& map, const void* smem, int d, int row, int head, int start,
+                                              int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+      ::"l"(&map), "r"(smem_address(smem)), "r"(d), "r"(row), "r"(head), "r"(start), "r"(batch)
+      : "memory");
+}
+
 // ---- bulk additions of bytes in a row (PTX ISA 9.7.9.25): addresses and sizes are multiples of 16 ---------------------------
 
 // gmem = smem. One thread issues it and commits.

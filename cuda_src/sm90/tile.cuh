@@ -15,31 +15,79 @@ struct Panels {
   alignas(1024) Element data[kPanels][kRows][64];
 };
 
-// Rows [tile_row, tile_row + kCount) of the tile = rows from `row` and columns from `col` on of a head; the map's box has kCount
-// rows.
-// One thread; the barrier expects the bytes.
-template <int kCount, int kRows, int kCols>
-FA2_DEVICE void load_rows(Panels<kRows, kCols>& tile, int tile_row, const TensorMap& map, uint64_t& barrier, int row, int head,
-                          int batch, int col = 0) {
-#pragma unroll
-  for (int p = 0; p < tile.kPanels; ++p) {
-    cp_async_bulk_tensor_4d_load(tile.data[p][tile_row], map, barrier, col + 64 * p, row, head, batch);
+// Where a box begins: at a row of a head. kListed: of a sequence, whose rows are those in front of `start` in memory. There the
+// dimension of rows is so shifted that it ends where the sequence does: what lies behind reads as zeros, and is not written. Its
+// maps have the dimensions (columns, rows, heads, rows + 1, batch), the fourth with the stride of the second, and begin as many rows
+// in front of the array as it has.
+template <bool kIsListed>
+struct MapPlaceOf {
+  int row, head, batch;
+};
+template <>
+struct MapPlaceOf<true> {
+  int row, head, start, batch;
+};
+using MapPlace = MapPlaceOf<kListed>;
+
+// Of query `query`, or key `key`, of a tile (or of whoever has its fields).
+template <typename Tile, typename Params>
+FA2_DEVICE MapPlace query_place(const Tile& tile, int query, int head, const Params& params) {
+  if constexpr (kListed) {
+    return {params.rows_q - tile.seqlen_q + query, head, tile.first_q + tile.seqlen_q, tile.batch_q};
+  } else {
+    return {query, head, tile.batch};
   }
+}
+template <typename Tile, typename Params>
+FA2_DEVICE MapPlace key_place(const Tile& tile, int key, int head, const Params& params) {
+  if constexpr (kListed) {
+    return {params.rows_k - tile.seqlen_k + key, head, tile.first_k + tile.seqlen_k, tile.batch_k};
+  } else {
+    return {key, head, tile.batch};
+  }
+}
+
+template <typename Place>
+FA2_DEVICE void load_box(void* smem, const TensorMap& map, uint64_t& barrier, int col, const Place& at) {
+  if constexpr (kListed) {
+    cp_async_bulk_tensor_5d_load(smem, map, barrier, col, at.row, at.head, at.start, at.batch);
+  } else {
+    cp_async_bulk_tensor_4d_load(smem, map, barrier, col, at.row, at.head, at.batch);
+  }
+}
+template <typename Place>
+FA2_DEVICE void store_box(const TensorMap& map, const void* smem, int col, const Place& at) {
+  if constexpr (kListed) {
+    cp_async_bulk_tensor_5d_store(map, smem, col, at.row, at.head, at.start, at.batch);
+  } else {
+    cp_async_bulk_tensor_4d_store(map, smem, col, at.row, at.head, at.batch);
+  }
+}
+
+// Rows [tile_row, tile_row + kCount) of the tile = rows and columns from that place on, and from `col`; the map's box has kCount
+// rows. One thread; the barrier expects the bytes.
+template <int kCount, int kRows, int kCols>
+FA2_DEVICE void load_rows(Panels<kRows, kCols>& tile, int tile_row, const TensorMap& map, uint64_t& barrier, const MapPlace& at,
+                          int col = 0) {
+#pragma unroll
+  for (int p = 0; p < tile.kPanels; ++p) load_box(tile.data[p][tile_row], map, barrier, col + 64 * p, at);
+}
+template <int kRows, int kCols>
+FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, const MapPlace& at, int col = 0) {
+  load_rows<kRows>(tile, 0, map, barrier, at, col);
 }
 template <int kRows, int kCols>
 FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head, int batch,
                           int col = 0) {
-  load_rows<kRows>(tile, 0, map, barrier, row, head, batch, col);
+  static_assert(!kListed || kRows == 0, "a tile of a list has a place of its own");
+  load_rows<kRows>(tile, 0, map, barrier, MapPlace{row, head, batch}, col);
 }
 
 // The other way round, for the first kCols columns. One thread; the caller commits.
 template <int kCount, int kCols, int kRows, int kTileCols>
-FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kTileCols>& tile, int tile_row, int row, int head,
-                           int batch) {
+FA2_DEVICE void store_rows(const TensorMap& map, const Panels<kRows, kTileCols>& tile, int tile_row, const MapPlace& at) {
 #pragma unroll
-  for (int p = 0; p < ceil_div(kCols, 64); ++p) {
-    cp_async_bulk_tensor_4d_store(map, tile.data[p][tile_row], 64 * p, row, head, batch);
-  }
+  for (int p = 0; p < ceil_div(kCols, 64); ++p) store_box(map, tile.data[p][tile_row], 64 * p, at);
 }
 
 // An operand of a product whose sum runs along the rows of a tile (Q and K): `step` is the block of 16 columns.

@@ -31,6 +31,9 @@ _OOB_FILL_ZEROS = 0
 # CUtensorMapDataType, swizzle, bytes of an element
 _DTYPES = {"float16": (6, _SWIZZLE_128B, 2), "bfloat16": (9, _SWIZZLE_128B, 2), "float32": (7, _SWIZZLE_NONE, 4)}
 
+_RANK = 4  # of a map that is not shifted
+_MAX_SHIFT = 2**33  # bytes: no driver gives out an address below that, so that a shifted map has one too
+
 _DIMENSIONS = ("row", "head", "batch")  # those that have a stride
 
 
@@ -41,10 +44,14 @@ class TensorMapSpec:
     dims: (columns, rows, heads, batch). strides_bytes: between neighbouring (rows, heads, batches); columns are
     contiguous. box: (columns, rows), of one head. Shared memory has rows of 128 bytes, swizzled, or for float32 the box
     as it is; what lies outside the array reads as zeros and is not written.
+
+    Shifted, (columns, rows, heads, rows + 1, batch): the array of sequences that a copy is told the ends of, as the
+    fourth coordinate, with the stride of rows. The rows of a sequence of n then are the last n of the second dimension,
+    and the map begins `shift_bytes` in front of the array.
     """
 
-    dims: tuple[int, int, int, int]
-    strides_bytes: tuple[int, int, int]
+    dims: tuple[int, ...]
+    strides_bytes: tuple[int, ...]
     box: tuple[int, int]
     dtype: str
     _hash: int = field(init=False, repr=False, compare=False)
@@ -67,8 +74,19 @@ class TensorMapSpec:
         )
         return cls((columns, rows, heads, batch), (row, head, group), box, dtype)
 
+    @property
+    def shifted(self) -> TensorMapSpec:
+        """Of the same array."""
+        (columns, rows, heads, batch), (row, head, group) = self.dims, self.strides_bytes
+        return TensorMapSpec((columns, rows, heads, rows + 1, batch), (row, head, row, group), self.box, self.dtype)
 
-def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
+    @property
+    def shift_bytes(self) -> int:
+        """How far in front of the array the map begins."""
+        return self.dims[1] * self.strides_bytes[0] if len(self.dims) > _RANK else 0
+
+
+def objection(dims: Sequence[int], strides: Sequence[int], *, shifted: bool = False) -> str:
     """What of an array of 16-bit elements a map cannot express ("row stride is negative"), or the empty string.
 
     dims and strides (elements) as for `TensorMapSpec.of`. That the array starts at a multiple of ALIGNMENT is the
@@ -87,6 +105,8 @@ def objection(dims: Sequence[int], strides: Sequence[int]) -> str:
             return f"{what} stride is negative"
         if size >= _STRIDE_END:
             return f"{what} stride is {size} bytes, not below 2**40"
+    if shifted and dims[1] > 1 and dims[1] * 2 * strides[0] >= _MAX_SHIFT:
+        return f"rows take {dims[1] * 2 * strides[0]} bytes, not below 2**33"
     return ""
 
 
@@ -109,8 +129,8 @@ def encode(spec: TensorMapSpec, pointer: int) -> bytes:
             c_void_p(pointer),
             (c_uint64 * rank)(*spec.dims),
             (c_uint64 * (rank - 1))(*spec.strides_bytes),
-            (c_uint32 * rank)(*spec.box, 1, 1),
-            (c_uint32 * rank)(1, 1, 1, 1),
+            (c_uint32 * rank)(*spec.box, *(1,) * (rank - 2)),
+            (c_uint32 * rank)(*(1,) * rank),
             c_uint32(_INTERLEAVE_NONE),
             c_uint32(swizzle),
             c_uint32(_L2_PROMOTION_256B),

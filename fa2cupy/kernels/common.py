@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels.launch import KernelLaunch, Pointer, TensorMapArgument
-from fa2cupy.kernels.params import Shape, composed
+from fa2cupy.kernels.listed import Lists
+from fa2cupy.kernels.params import ListParams, Shape, composed
 from fa2cupy.kernels.tiles import padded_head_dim
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import Row
@@ -21,6 +22,7 @@ __all__ = [
     "forward_label",
     "head_dim_label",
     "kernel_launch",
+    "mean_seqlen_q",
     "padded_head_dims",
     "pointer_names",
     "shape_params",
@@ -86,6 +88,13 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
     )
 
 
+def mean_seqlen_q(problem: AttentionProblem) -> int:
+    """Query rows of a sequence that see a key; of packed ones, whose lengths nobody knows here, if all were as long."""
+    if problem.lengths is not None and problem.lengths.packed_q:
+        return -(-problem.seqlen_q // max(1, problem.batch))
+    return problem.seqlen_q - problem.empty_rows
+
+
 def pointer_names(problem: AttentionProblem, dense: Iterable[str]) -> tuple[str, ...]:
     """Of the arrays of a call, in the order of its pointers; `dense`: those that every call has."""
     return *dense, *problem.extra_arrays
@@ -101,9 +110,10 @@ def kernel_launch(
     pointers: Mapping[str, Where],
     names: Sequence[str],
     tensor_maps: tuple[TensorMapArgument, ...] = (),
+    lists: Lists | None = None,
 ) -> KernelLaunch:
     """A launch of a kernel (its source and name), with the defines, blocks of parameters and arrays of the specs that
-    reach it.
+    reach it, and with those of `lists` if it takes its tiles from there.
 
     pointers: by the names of fields of `params`. names: `pointer_names` of the call.
     """
@@ -112,16 +122,22 @@ def kernel_launch(
     placed = [Pointer(getattr(struct, field).offset, *where) for field, where in pointers.items()]
     reaching = [spec for spec in problem.specs if spec.reaches(source)]
     blocks = [(spec, block) for spec in reaching if (block := spec.params()) is not None]
-    if blocks:
-        struct = composed(struct, tuple(type(block) for _, block in blocks))
-        params = struct(params, *(block for _, block in blocks))
+    own = [] if lists is None else [lists.params()]
+    if blocks or own:
+        struct = composed(struct, (*(type(block) for _, block in blocks), *map(type, own)))
+        params = struct(params, *(block for _, block in blocks), *own)
         for spec, block in blocks:
             start = getattr(struct, type(block).__name__).offset
             for array in spec.arrays():
                 placed.append(Pointer(start + getattr(type(block), array).offset, names.index(array), 0))
-    if reaching:
-        defines = dict(defines)
-        for spec in reaching:
-            defines |= spec.defines()
+    defines = dict(defines)
+    for spec in reaching:
+        defines |= spec.defines()
+    if lists is not None:
+        defines |= lists.defines()
+        start = getattr(struct, ListParams.__name__).offset
+        for field, offset in lists.offsets.items():
+            placed.append(Pointer(start + getattr(ListParams, field).offset, len(names), offset))
+    if reaching or own:
         defines["FA2_PARAMS_BYTES"] = ctypes.sizeof(struct)
     return KernelLaunch(source, name, arch, defines, config, bytes(params), tuple(placed), tensor_maps)

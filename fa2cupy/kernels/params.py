@@ -23,6 +23,9 @@ __all__ = [
     "FillParams",
     "FwdParams",
     "FwdTmaParams",
+    "ListParams",
+    "ListTilesParams",
+    "ListedTile",
     "Shape",
     "Strides3",
     "TensorMap",
@@ -114,6 +117,33 @@ class FillParams(ctypes.Structure):
         ("num_rows", c_int32),
         ("num_heads", c_int32),
         ("head_dim", c_int32),
+    )
+
+
+class ListedTile(ctypes.Structure):
+    """What lists in a workspace consist of."""
+
+    _fields_ = tuple(
+        (name, c_int32)
+        for name in ("first_q", "seqlen_q", "first_k", "seqlen_k", "batch_q", "batch_k", "block", "tile")
+    )
+
+
+class ListParams(ctypes.Structure):
+    """The block of kernels that take tiles from lists, behind those of all specs."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("tiles_q", "tiles_k", "counts")),
+        *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
+    )
+
+
+class ListTilesParams(ctypes.Structure):
+    _fields_ = (
+        *((name, c_uint64) for name in ("tiles_q", "tiles_k", "counts", "out", "lse", "dk", "dv")),
+        *((f"{name}_strides", Strides3) for name in ("out", "lse", "dk", "dv")),
+        *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
+        *((name, c_int32) for name in ("num_heads", "num_heads_k", "cols_out", "cols_dk", "cols_dv")),
     )
 
 

@@ -52,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ForwardPlan(Plan):
-    """Pointers: q, k, v, out, lse, and the arrays of specs."""
+    """Pointers: q, k, v, out, lse, the arrays of specs, and the workspace if there is one."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import Backward, Defines, Order, Work
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Launchable
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.plan import BackwardPlan, ForwardPlan, Plan
 from fa2cupy.kernels.sm80 import flash_bwd as bwd_sm80
 from fa2cupy.kernels.sm80 import flash_fwd as fwd_sm80
@@ -25,7 +26,7 @@ from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90
 from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide
 from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90
 from fa2cupy.kernels.sm90 import tma
-from fa2cupy.kernels.smxx import fill_unseen, flash_bwd_postprocess, flash_bwd_preprocess
+from fa2cupy.kernels.smxx import fill_unseen, flash_bwd_postprocess, flash_bwd_preprocess, list_tiles
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import Row
 
@@ -45,7 +46,9 @@ class MainKernel(Protocol):
 
 
 class ForwardKernel(MainKernel, Protocol):
-    def launch(self, problem: AttentionProblem, device: DeviceInfo, tile: Any, empty: int) -> KernelLaunch: ...
+    def launch(
+        self, problem: AttentionProblem, device: DeviceInfo, tile: Any, empty: int, lists: Lists | None
+    ) -> KernelLaunch: ...
     def compile_jobs(self, arch: str, dtype: str) -> list[CompileJob]: ...
 
 
@@ -84,16 +87,22 @@ def plan_forward(
     tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
     InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
     """
-    _no_lengths_yet(problem)
+    if problem.lengths is not None and problem.lengths.segments:
+        _no_lengths_yet(problem)
     empty = problem.empty_rows
-    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
+    there = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
+    busy = there and problem.seqlen_k > 0
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
-    launches: tuple[KernelLaunch, ...] = ()
-    if busy:
-        launches += (kernel.launch(problem, device, tile, empty),)
     names = common.pointer_names(problem, common.FORWARD_ARRAYS)
+    launches: tuple[KernelLaunch, ...] = ()
+    lists = None
+    if problem.lengths is not None and there:
+        lists = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False)
+        launches += (list_tiles.launch(problem, device, lists, ("out", "lse"), names),)
+    if busy:
+        launches += (kernel.launch(problem, device, tile, empty, lists),)
     launches += fill_unseen.launches(problem, device, "out", empty, names, with_lse=True)
-    return ForwardPlan(problem, launches, 0, tile, objection)
+    return ForwardPlan(problem, launches, lists.end if lists else 0, tile, objection)
 
 
 def plan_backward(
@@ -106,14 +115,24 @@ def plan_backward(
     compiler: Compiler = any_compiler,
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
-    _no_lengths_yet(problem)
+    if problem.lengths is not None and problem.lengths.segments:
+        _no_lengths_yet(problem)
     empty = problem.empty_rows
-    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0  # then there are keys
+    heads = problem.num_heads * problem.batch
+    busy = (problem.seqlen_q - empty) * heads > 0  # then there are keys, unless lengths are data
     kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
+    work = Work(problem, device, deterministic, row, empty)
+    names = common.pointer_names(problem, backward.ARRAYS)
     launches: tuple[KernelLaunch, ...] = ()
     workspace_bytes, splits = 0, 1
+    if work.lists is not None:
+        busy = busy and problem.seqlen_k > 0
+        if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # some rows may be nobody's
+            workspace_bytes = work.lists.end
+            launches += (
+                list_tiles.launch(problem, device, work.lists, ("dq", "dk", "dv"), names, in_order=deterministic),
+            )
     if busy:
-        work = Work(problem, device, deterministic, row, empty)
         whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
         workspace_bytes, splits = whole.workspace_bytes, whole.order.splits
         launches += (
@@ -121,9 +140,8 @@ def plan_backward(
             kernel.launch(whole, row),
             flash_bwd_postprocess.launch(whole),
         )
-    names = common.pointer_names(problem, backward.ARRAYS)
     launches += fill_unseen.launches(problem, device, "dq", empty, names)
-    unseen = problem.seqlen_k if problem.seqlen_q == empty else problem.empty_keys
+    unseen = problem.seqlen_k if problem.seqlen_q == empty and work.lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)

@@ -25,7 +25,7 @@ BUILD = HERE.parent.parent / "build" / "host"
 _CUDA_WORLD = str(WORLD / "cuda_world.h")
 CXX = os.environ.get("CXX") or "g++"
 
-_INCLUDED_BY_TWINS = ("types", "config", "params", "accumulator")  # of cuda_src/common
+_INCLUDED_BY_TWINS = ("types", "config", "listed", "params", "accumulator")  # of cuda_src/common
 
 # Few, and the same for every version of g++: what a kernel must not do.
 _WARNINGS = ("-Werror", "-Wreturn-type", "-Wuninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")

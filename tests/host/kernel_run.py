@@ -231,24 +231,42 @@ def execute(
 ) -> tuple[dict[str, bytes], set[run.Site]]:
     """Run the plan's launches into poisoned outputs; the results' bits, and the synchronisations that were reached."""
     outputs = {name: prepared.tensors[name] for name in prepared.results}
-    for tensor in (*outputs.values(), prepared.workspace):
+    for tensor in outputs.values():
         tensor.poison()
     names = (BACKWARD if prepared.backward else FORWARD) + ("dlse",) * prepared.host_case.dlse
     pointers = tuple(prepared.tensors[name].pointer for name in names)
-    if prepared.backward:
-        pointers += (prepared.workspace.pointer,)
+    sites = run_plan(
+        prepared.plan, pointers, prepared.workspace, schedule, plant=plant, mutation=mutation, seed=seed
+    )  # fmt: skip
+    return {name: tensor.bits() for name, tensor in outputs.items()}, sites
+
+
+def run_plan(
+    plan: Plan,
+    pointers: tuple[int, ...],
+    workspace: Tensor,
+    schedule: Schedule,
+    *,
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+    seed: int = 1,
+) -> set[run.Site]:
+    """All launches of a plan, into a poisoned workspace, whose pointer is the last; the synchronisations reached.
+
+    What a launch has written there may come late to one that overlaps it: when that one waits for it.
+    """
+    workspace.poison()
     sites: set[run.Site] = set()
-    workspace = prepared.workspace
     before = workspace.bits()
-    for launch in prepared.plan.launches:
+    for launch in plan.launches:
         after = workspace.bits()
         late = None
-        if launch.config.overlaps_previous:  # then it comes late
+        if launch.config.overlaps_previous:
             late = workspace.address, after
             workspace.fill(before)
-        sites.update(_launch(launch, pointers, schedule, plant, mutation, seed, late))
+        sites.update(_launch(launch, (*pointers, workspace.pointer), schedule, plant, mutation, seed, late))
         before = after
-    return {name: tensor.bits() for name, tensor in outputs.items()}, sites
+    return sites
 
 
 def _launch(

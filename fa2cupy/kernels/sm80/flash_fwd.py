@@ -13,6 +13,7 @@ from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import common, order
 from fa2cupy.kernels.common import FORWARD_ARRAYS
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import FwdParams, pack_strides
 from fa2cupy.kernels.tiles import SHARED_MEMORY, head_dims_of_rows, rows_for, shared_memory_class, tile_bytes
 from fa2cupy.problem import AttentionProblem
@@ -94,14 +95,16 @@ def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTile]:
     """Of the smallest head_dim that is large enough, the best first: those whose grid fills the GPU, then the rest."""
     table = FWD_TILES[shared_memory_class(device.shared_mem_optin)]
     served = rows_for(table, max(problem.head_dim, problem.head_dim_v))
-    seqlen_q = problem.seqlen_q - problem.empty_rows
+    seqlen_q = common.mean_seqlen_q(problem)
     heads = problem.batch * problem.num_heads
     filling = [tile for tile in served if -(-seqlen_q // tile.block_m) * heads > device.sm_count]
     return filling + [tile for tile in reversed(served) if tile not in filling]
 
 
-def launch(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int) -> KernelLaunch:
-    """Of all query rows but the first `empty`."""
+def launch(
+    problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int, lists: Lists | None
+) -> KernelLaunch:
+    """Of all query rows but the first `empty`; or of the tiles of a list, the launch before."""
     head_dim, head_dim_v = common.padded_head_dims(problem)
     seqlen_q = problem.seqlen_q - empty
     # The order of tiles: sections of the heads whose keys fit the cache.
@@ -119,7 +122,7 @@ def launch(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: 
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     params.head_dim_v = problem.head_dim_v
 
-    tiles = m_blocks * problem.num_heads * problem.batch
+    tiles = (m_blocks * problem.batch if lists is None else lists.tiles_of_head_q) * problem.num_heads
     skipped = common.skipped_bytes(problem, empty)
     scale_first = problem.softmax_scale <= 0
     return common.kernel_launch(
@@ -131,10 +134,12 @@ def launch(problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: 
             (tiles, 1, 1),
             (32 * tile.num_warps, 1, 1),
             shared_mem_bytes=tile.shared_mem_bytes(head_dim, head_dim_v),
+            overlaps_previous=lists is not None and device.cc >= (9, 0),
         ),
         params,
         {name: (place, skipped.get(name, 0)) for place, name in enumerate(FORWARD_ARRAYS)},
         common.pointer_names(problem, FORWARD_ARRAYS),
+        lists=lists,
     )
 
 

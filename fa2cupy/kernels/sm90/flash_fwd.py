@@ -13,6 +13,7 @@ from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import common, order
 from fa2cupy.kernels.common import FORWARD_ARRAYS
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import FwdTmaParams, pack_strides
 from fa2cupy.kernels.sm90 import tma
 from fa2cupy.problem import AttentionProblem
@@ -109,7 +110,7 @@ def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
 
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTileSm90]:
     """The best first."""
-    seqlen_q = problem.seqlen_q - problem.empty_rows
+    seqlen_q = common.mean_seqlen_q(problem)
     masked = problem.causal or not (problem.window is None or problem.window.only_drops)
     return rows_for(problem.head_dim, problem.head_dim_v, masked, seqlen_q)
 
@@ -125,8 +126,10 @@ def rows_for(head_dim: int, head_dim_v: int, masked: bool, seqlen_q: int) -> lis
     ]
 
 
-def launch(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm90, empty: int) -> KernelLaunch:
-    """Of all query rows but the first `empty`."""
+def launch(
+    problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm90, empty: int, lists: Lists | None
+) -> KernelLaunch:
+    """Of all query rows but the first `empty`; or of the tiles of a list, the launch before."""
     seqlen_q = problem.seqlen_q - empty
     # The order of tiles, of which each thread block takes several: even sections.
     m_blocks = -(-seqlen_q // tile.block_m)
@@ -144,18 +147,24 @@ def launch(problem: AttentionProblem, device: DeviceInfo, tile: FwdTileSm90, emp
     names = common.pointer_names(problem, FORWARD_ARRAYS)
     skipped = common.skipped_bytes(problem, empty)
     box_rows = {"q": _WARPGROUP_ROWS, "k": tile.block_n, "v": tile.block_n, "out": _WARPGROUP_ROWS}
-    tiles = m_blocks * problem.num_heads * problem.batch
+    tiles = (m_blocks * problem.batch if lists is None else lists.tiles_of_head_q) * problem.num_heads
     blocks = min(tiles, device.sm_count)  # one for each multiprocessor, which takes tiles from the list
     return common.kernel_launch(
         problem,
         _KERNEL,
         arch(device),
         _defines(tile, problem.dtype, problem.causal, problem.softmax_scale <= 0),
-        LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=tile.shared_mem_bytes()),
+        LaunchConfig(
+            (blocks, 1, 1),
+            (32 * tile.num_warps, 1, 1),
+            shared_mem_bytes=tile.shared_mem_bytes(),
+            overlaps_previous=lists is not None,
+        ),
         params,
         {name: (names.index(name), skipped[name]) for name in _PLAIN},
         names,
         tma.tensor_maps(problem, FwdTmaParams, box_rows, seqlen_q, skipped, names),
+        lists,
     )
 
 

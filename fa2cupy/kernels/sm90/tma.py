@@ -34,7 +34,8 @@ def objection(problem: AttentionProblem, device: DeviceInfo, names: Sequence[str
     if problem.head_dim_v % 8:
         return f"head_dim_v {problem.head_dim_v} is not a multiple of 8"
     for name in names:
-        why = tensor_map.objection(*map_dims(problem, name, problem.seqlen_q))
+        dims, strides = map_dims(problem, name, problem.seqlen_q)
+        why = tensor_map.objection(dims, strides, shifted=problem.lengths is not None)
         if why:
             return f"{name}'s {why}"
     if not problem.aligned:  # head dims and strides are
@@ -62,15 +63,14 @@ def tensor_maps(
     skipped: Mapping[str, int],
     names: Sequence[str],
 ) -> tuple[TensorMapArgument, ...]:
-    """The maps of a struct whose boxes are COLUMNS x `box_rows` of an array; `skipped`: bytes in front of
-    those rows; `names`: of the call's pointers."""
-    return tuple(
-        TensorMapArgument(
-            getattr(struct, name).offset,
-            names.index(name),
-            skipped.get(name, 0),
-            TensorMapSpec.of(*map_dims(problem, name, rows), (COLUMNS, box_rows[name]), problem.dtype),
-        )
-        for name in mapped(struct)
-        if name in box_rows
-    )
+    """The maps of a struct whose boxes are COLUMNS x `box_rows` of an array, shifted where the device alone knows
+    lengths; `skipped`: bytes in front of those rows; `names`: of the call's pointers."""
+    found = []
+    for name in mapped(struct):
+        if name in box_rows:
+            spec = TensorMapSpec.of(*map_dims(problem, name, rows), (COLUMNS, box_rows[name]), problem.dtype)
+            if problem.lengths is not None:
+                spec = spec.shifted
+            place = skipped.get(name, 0) - spec.shift_bytes
+            found.append(TensorMapArgument(getattr(struct, name).offset, names.index(name), place, spec))
+    return tuple(found)

@@ -42,7 +42,7 @@ struct MBarrier {
 
 struct Map {
   char* base;
-  int64_t dims[4], strides[3];  // dims as in Coordinates; bytes between rows, heads, batches
+  int64_t dims[5], strides[4];  // dims as in Coordinates; bytes between neighbours, but for columns
   uint32_t rows, row_bytes;     // of the box
   int item;                     // bytes of an element
   bool swizzled;                // rows of 128 bytes; else one after the other, as they are
@@ -305,7 +305,7 @@ bool mbarrier_try_wait(const char* name, const void* address, uint32_t parity, S
 
 namespace {
 
-Map read_map(const void* words, Site site) {
+Map read_map(const void* words, int rank, Site site) {
   const uint64_t* w = static_cast<const uint64_t*>(words);
   const char* wrong = nullptr;
   if (reinterpret_cast<uintptr_t>(words) % 64) wrong = "it is not 64-byte aligned";
@@ -315,15 +315,17 @@ Map read_map(const void* words, Site site) {
   else if (w[10] == 2 && w[8] != 64) wrong = "its box is not 64 columns of 2 bytes wide";
   else if (w[10] == 4 && (w[8] < 4 || w[8] > 256 || w[8] % 4)) wrong = "its box has not 4 to 256 columns of 4 bytes";
   else if (w[9] < 1 || w[9] > 256) wrong = "its box has not 1 to 256 rows";
-  for (int i = 0; i < 4 && !wrong; i++) {
-    if (w[1 + i] < 1 || w[1 + i] > 1ull << 32) wrong = "a dimension is not from 1 to 2^32";
-    if (i < 3 && (w[5 + i] % 16 || w[5 + i] >> 40)) wrong = "a stride is not a multiple of 16 below 2^40";
+  else if (w[14] != static_cast<uint64_t>(rank)) wrong = "it has another rank than the copy";
+  const uint64_t dims[] = {w[1], w[2], w[3], w[4], w[12]}, strides[] = {w[5], w[6], w[7], w[13]};
+  for (int i = 0; i < 5 && !wrong; i++) {
+    if (dims[i] < 1 || dims[i] > 1ull << 32) wrong = "a dimension is not from 1 to 2^32";
+    if (i < 4 && (strides[i] % 16 || strides[i] >> 40)) wrong = "a stride is not a multiple of 16 below 2^40";
   }
   if (wrong) fail("%s:%d: no tensor map: %s", short_name(site.file), site.line, wrong);
   Map map{reinterpret_cast<char*>(w[0]), {}, {}, static_cast<uint32_t>(w[9]), static_cast<uint32_t>(w[8] * w[10]),
           static_cast<int>(w[10]), w[10] == 2};
-  for (int i = 0; i < 4; i++) map.dims[i] = static_cast<int64_t>(w[1 + i]);
-  for (int i = 0; i < 3; i++) map.strides[i] = static_cast<int64_t>(w[5 + i]);
+  for (int i = 0; i < 5; i++) map.dims[i] = static_cast<int64_t>(dims[i]);
+  for (int i = 0; i < 4; i++) map.strides[i] = static_cast<int64_t>(strides[i]);
   return map;
 }
 
@@ -347,7 +349,8 @@ uint32_t end_atom(uint32_t offset, uint32_t bytes) { return (offset + bytes + kA
 template <class Each>
 void walk_box(const Map& map, Coordinates at, uint32_t offset, Each each) {
   const int item = map.item, items = 16 / item;
-  const bool there = at.head >= 0 && at.head < map.dims[2] && at.batch >= 0 && at.batch < map.dims[3];
+  const bool there = at.head >= 0 && at.head < map.dims[2] && at.fourth >= 0 && at.fourth < map.dims[3] && at.fifth >= 0 &&
+                     at.fifth < map.dims[4];
   for (uint32_t r = 0; r < map.rows; r++) {
     const int64_t row = int64_t{at.row} + r;
     for (uint32_t c = 0; c < map.row_bytes / 16; c++) {
@@ -360,7 +363,8 @@ void walk_box(const Map& map, Coordinates at, uint32_t offset, Each each) {
         each(shared, nullptr, 16);
         continue;
       }
-      char* global = map.base + row * map.strides[0] + at.head * map.strides[1] + at.batch * map.strides[2];
+      char* global = map.base + row * map.strides[0] + at.head * map.strides[1] + at.fourth * map.strides[2] +
+                     at.fifth * map.strides[3];
       if (first) each(shared, nullptr, static_cast<int>(item * first));
       each(shared + item * first, global + item * (column + first), static_cast<int>(item * (end - first)));
       if (end < items) each(shared + item * end, nullptr, static_cast<int>(16 - item * end));
@@ -499,7 +503,7 @@ void bulk_copy_cluster(void* to, const void* barrier, int rank, const void* from
 
 void bulk_load(void* shared, const void* words, const void* address, Coordinates at, Site site) {
   constexpr const char* kName = "the bulk load";
-  const Map map = read_map(words, site);
+  const Map map = read_map(words, at.rank, site);
   const uint32_t offset = place_of_box(map, shared, kName, site), bytes = map.bytes();
   MBarrier& barrier = claim(address, bytes, site);
   if (map.swizzled) fill(offset, bytes, site);
@@ -508,7 +512,7 @@ void bulk_load(void* shared, const void* words, const void* address, Coordinates
 }
 
 void bulk_store(const void* words, const void* shared, Coordinates at, Site site) {
-  const Map map = read_map(words, site);
+  const Map map = read_map(words, at.rank, site);
   start(Store{map, at, nullptr, false, place_of_box(map, shared, "the bulk store", site), map.bytes(), false, site});
 }
 

@@ -31,8 +31,9 @@ void mbarrier_arrive(const char* name, const void* barrier, uint32_t bytes, Site
 // Sleeps until the phase may have completed.
 bool mbarrier_try_wait(const char* name, const void* barrier, uint32_t parity, Site site);
 
+// Of a box, columns first: in a map of rank 4 the fourth is the batch, and the fifth 0.
 struct Coordinates {
-  int d, row, head, batch;
+  int d, row, head, fourth, fifth, rank;
 };
 void bulk_load(void* shared, const void* map, const void* barrier, Coordinates at, Site site);
 void bulk_store(const void* map, const void* shared, Coordinates at, Site site);

@@ -31,6 +31,7 @@
   struct alignas(4 * sizeof(T)) name##4 { \
     T x, y, z, w;                         \
   };
+FA2_HOST_VECTORS(int, int)
 FA2_HOST_VECTORS(unsigned, uint)
 FA2_HOST_VECTORS(float, float)
 #undef FA2_HOST_VECTORS
@@ -101,6 +102,28 @@ inline int __any_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
     for (int i = 0; i < 32; i++) static_cast<fa2_host::Shuffle*>(lanes[i])->result = any;
   }, {file, line});
   return static_cast<int>(args.result);
+}
+
+// The lanes that have the same value.
+inline unsigned __match_any_sync(unsigned mask, int value, FA2_HOST_SITE) {
+  if (mask != 0xffffffffu) fa2_host::fail("__match_any_sync of part of a warp");
+  fa2_host::Shuffle args{fa2_host_bits<uint32_t>(value), 0, 0};
+  fa2_host::collective("__match_any_sync", &args, [](void* const* lanes) {
+    for (int i = 0; i < 32; i++) {
+      fa2_host::Shuffle& lane = *static_cast<fa2_host::Shuffle*>(lanes[i]);
+      for (int j = 0; j < 32; j++) {
+        lane.result |= static_cast<uint32_t>(static_cast<const fa2_host::Shuffle*>(lanes[j])->value == lane.value) << j;
+      }
+    }
+  }, {file, line});
+  return args.result;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int atomicAdd(int* address, int value) {
+  const int before = *address;
+  *address += value;
+  return before;
 }
 
 // A product that no FMA swallows.

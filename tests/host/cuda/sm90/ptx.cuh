@@ -35,11 +35,19 @@ inline void mbarrier_wait(uint64_t& barrier, uint32_t parity, FA2_HOST_SITE) {
 
 inline void cp_async_bulk_tensor_4d_load(void* smem, const TensorMap& map, uint64_t& barrier, int d, int row, int head,
                                          int batch, FA2_HOST_SITE) {
-  fa2_host::bulk_load(smem, &map, &barrier, {d, row, head, batch}, {file, line});
+  fa2_host::bulk_load(smem, &map, &barrier, {d, row, head, batch, 0, 4}, {file, line});
 }
 inline void cp_async_bulk_tensor_4d_store(const TensorMap& map, const void* smem, int d, int row, int head, int batch,
                                           FA2_HOST_SITE) {
-  fa2_host::bulk_store(&map, smem, {d, row, head, batch}, {file, line});
+  fa2_host::bulk_store(&map, smem, {d, row, head, batch, 0, 4}, {file, line});
+}
+inline void cp_async_bulk_tensor_5d_load(void* smem, const TensorMap& map, uint64_t& barrier, int d, int row, int head,
+                                         int start, int batch, FA2_HOST_SITE) {
+  fa2_host::bulk_load(smem, &map, &barrier, {d, row, head, start, batch, 5}, {file, line});
+}
+inline void cp_async_bulk_tensor_5d_store(const TensorMap& map, const void* smem, int d, int row, int head, int start,
+                                          int batch, FA2_HOST_SITE) {
+  fa2_host::bulk_store(&map, smem, {d, row, head, start, batch, 5}, {file, line});
 }
 inline void cp_async_bulk_store(void* gmem, const void* smem, uint32_t bytes, FA2_HOST_SITE) {
   fa2_host::bulk_store_bytes(gmem, smem, bytes, {file, line});

@@ -1,0 +1,35 @@
+// Sequences with places and lengths of their own, which the host does not know: packed, padded, or partly used. smxx/list_tiles.cu
+// makes of them lists of tiles, and kernels with kListed take their tiles from there. All sequences are one: rows [first, first +
+// seqlen) of a row of the batch, on the side of the queries and on that of the keys.
+#pragma once
+
+#include "common/config.cuh"
+
+// A tile of a list. Two reads of 16 bytes, and nothing else has to be looked up.
+struct alignas(16) ListedTile {
+  int first_q, seqlen_q, first_k, seqlen_k;  // of its sequence
+  int batch_q, batch_k;  // row of the batch: the sequence's number, or that of its segments; packed arrays have a stride of 0 there
+  int block;             // along the sequence
+  int tile;              // of queries: its number among all query tiles of a head; of keys: that of the sequence's first query tile
+};
+
+// What kernels with kListed are given: the block behind their own struct, and behind those of other features.
+struct ListParams {
+  const ListedTile* tiles_q;  // of the queries, and of the keys
+  const ListedTile* tiles_k;
+  const int* counts;  // how many there are of each
+  int rows_q, rows_k;  // of an array, or of each row of its batch
+  int tiles_of_head_q, tiles_of_head_k;  // how many there can be: a head's part of what is kept for each tile
+};
+
+// The arrays that a call was given, or null; int32 on the device. Whatever they hold, no row outside the arrays is meant by it.
+struct LengthsParams {
+  const int* cu_seqlens_q;  // (sequences + 1,): packed, and where sequences start
+  const int* cu_seqlens_k;
+  const int* seqused_q;  // (sequences,): rows in use, from the first
+  const int* seqused_k;
+  const int* leftpad_k;  // (sequences,): of these so many in front are not
+  const int* segment_ids_q;  // (batch, rows): rows of the same id are a sequence
+  const int* segment_ids_k;
+  int sequences;
+};

@@ -1,0 +1,297 @@
+"""Sequences whose lengths are data on the device: what they are, what queries see, and their attention by the kernels,
+run on the CPU and judged sequence by sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from fa2cupy.kernels import Plan, plan_backward, plan_forward
+from fa2cupy.options import Options
+from fa2cupy.problem import SPECS, AttentionProblem, Sizes
+from fa2cupy.spec import LengthsSpec
+from tests import reference
+from tests.host import run
+from tests.host.build import Mutation
+from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan
+from tests.host.run import Schedule
+
+ARRAYS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+
+
+def starts(*lengths: int) -> tuple[int, ...]:
+    """cu_seqlens of sequences that follow each other."""
+    return tuple(int(n) for n in np.cumsum((0, *lengths)))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The arrays of a call, each None where there is none. rows_q, rows_k: of all, or of each row of the batch."""
+
+    rows_q: int
+    rows_k: int
+    sequences: int
+    cu_seqlens_q: tuple[int, ...] | None = None
+    cu_seqlens_k: tuple[int, ...] | None = None
+    seqused_q: tuple[int, ...] | None = None
+    seqused_k: tuple[int, ...] | None = None
+    leftpad_k: tuple[int, ...] | None = None
+    causal: bool = False
+    window: tuple[int, int] | None = None
+
+    @property
+    def spec(self) -> LengthsSpec:
+        given = {name: getattr(self, name) is not None for name in ARRAYS}
+        return LengthsSpec(self.sequences, **given)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """int32, by name."""
+        return {name: np.array(getattr(self, name), np.int32) for name in self.spec.arrays()}
+
+    def is_packed(self, side: str) -> bool:
+        return getattr(self, f"cu_seqlens_{side}") is not None
+
+    def batch(self, side: str) -> int:
+        return 1 if self.is_packed(side) else self.sequences
+
+    def row(self, side: str, sequence: int) -> int:
+        """The row of the batch that a sequence is in."""
+        return 0 if self.is_packed(side) else sequence
+
+    def runs(self, side: str) -> list[tuple[int, int]]:
+        """(first row, length) of each sequence on a side, of right lengths."""
+        origins, used = getattr(self, f"cu_seqlens_{side}"), getattr(self, f"seqused_{side}")
+        found = []
+        for b in range(self.sequences):
+            first, length = (origins[b], origins[b + 1] - origins[b]) if origins else (0, getattr(self, f"rows_{side}"))
+            if used:
+                length = used[b]
+            if side == "k" and self.leftpad_k:
+                first, length = first + self.leftpad_k[b], length - self.leftpad_k[b]
+            found.append((first, length))
+        return found
+
+    def visible(self, seqlen_q: int, seqlen_k: int) -> np.ndarray:
+        """(seqlen_q, seqlen_k) bool: whom a query sees, of a sequence of these lengths."""
+        distance = np.arange(seqlen_k)[None, :] - np.arange(seqlen_q)[:, None] - (seqlen_k - seqlen_q)
+        left, right = self.window or (-1, -1)
+        left, right = (1 << 20 if end < 0 else end for end in (left, 0 if self.causal else right))
+        return np.asarray((distance >= -left) & (distance <= right))
+
+    def seen(self, side: str) -> np.ndarray:
+        """(batch, rows) bool: queries that see a key, or keys that a query sees."""
+        found = np.zeros((self.batch(side), getattr(self, f"rows_{side}")), bool)
+        for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(self.runs("q"), self.runs("k"), strict=True)):
+            visible = self.visible(sq, sk)
+            first, which = (first_q, visible.any(1)) if side == "q" else (first_k, visible.any(0))
+            found[self.row(side, b), first : first + len(which)] |= which
+        return found
+
+
+@dataclass(frozen=True)
+class LengthsCase:
+    """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows."""
+
+    lengths: Lengths
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+    heads: tuple[int, int] = (2, 1)
+    arch: str = "sm_90"
+    head_dim_v: int | None = None
+    pad: int = 0
+    heads_first: bool = False
+    deterministic: bool = False
+    family: str | None = None
+    seed: int = 1
+
+    def __str__(self) -> str:
+        texts = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+        return f"LengthsCase({', '.join(texts)})"
+
+
+_OF_QUERIES = ("q", "out", "lse", "dout", "dq")
+
+
+@dataclass
+class Prepared:
+    case: LengthsCase
+    backward: bool
+    tensors: dict[str, Tensor]
+    arrays: dict[str, np.ndarray]
+    plan: Plan
+    expected: list[reference.Expected | None]  # of each sequence that has a query and a key
+    workspace: Tensor
+    inputs: dict[str, bytes]
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("dq", "dk", "dv") if self.backward else ("out", "lse")
+
+
+def _tensor(case: LengthsCase, name: str) -> Tensor:
+    """(batch, rows, heads, width) of the array, whatever its memory is; lse (batch, heads, rows)."""
+    lengths = case.lengths
+    side = "q" if name in _OF_QUERIES else "k"
+    batch, rows = lengths.batch(side), getattr(lengths, f"rows_{side}")
+    heads = case.heads[0] if side == "q" else case.heads[1]
+    if name == "lse":
+        return Tensor((batch, heads, rows), (heads * rows, rows, 1), "float32")
+    width = (case.head_dim_v or case.head_dim) if name in ("v", "out", "dout", "dv") else case.head_dim
+    pitch = width + case.pad
+    row, head = (pitch, rows * pitch) if case.heads_first else (heads * pitch, pitch)
+    return Tensor((batch, rows, heads, width), (rows * heads * pitch, row, head, 1), case.dtype)
+
+
+def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProblem:
+    """As a call makes it."""
+    lengths = case.lengths
+    sizes = Sizes(
+        lengths.sequences, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
+        case.head_dim_v or case.head_dim, lengths.is_packed("q"), lengths.is_packed("k"),
+    )  # fmt: skip
+    refs = {name: tensor.ref() for name, tensor in tensors.items()}  # of a batch of one the stride is 0
+    options = Options.checked(lengths.causal, None, "bshd", None, case.deterministic)
+    problem = AttentionProblem.from_refs(refs, sizes, case.dtype, options)
+    problem = dataclasses.replace(problem, lengths=lengths.spec)
+    return problem if lengths.window is None else SPECS["window_size"](problem, lengths.window)
+
+
+def prepare(case: LengthsCase, backward: bool) -> Prepared:
+    """Rows that belong to no sequence hold NaN."""
+    lengths = case.lengths
+    tensors = {name: _tensor(case, name) for name in (BACKWARD if backward else FORWARD)}
+    numbers = reference.make_inputs(
+        case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.sequences),
+        heads=case.heads, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
+    )._asdict()  # fmt: skip
+    for name in ("q", "k", "v", "dout"):
+        if name in tensors:
+            side = "q" if name in _OF_QUERIES else "k"
+            values = tensors[name].values
+            for b, (first, length) in enumerate(lengths.runs(side)):
+                rows = slice(first, first + length)
+                values[lengths.row(side, b), rows] = numbers[name].view(np.uint16)[lengths.row(side, b), rows]
+    expected: list[reference.Expected | None] = []
+    for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
+        if not sq or not sk:
+            expected.append(None)
+            continue
+        of = {
+            name: _part(case, tensor, name, b, (first_q, sq) if name in _OF_QUERIES else (first_k, sk))
+            for name, tensor in tensors.items()
+        }
+        want = reference.expect(
+            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window
+        )  # fmt: skip
+        expected.append(want)
+        if backward:
+            model = want.bounds["out"].model
+            assert model is not None
+            of["out"][...] = reference.store(model, case.dtype).view(of["out"].dtype)
+            of["lse"][...] = want.lse
+    problem = problem_of(case, tensors)
+    gpu = device(case.arch)
+    if backward:
+        plan: Plan = plan_backward(problem, gpu, case.deterministic, family=case.family)
+    else:
+        plan = plan_forward(problem, gpu, family=case.family)
+    workspace = Tensor((plan.workspace_bytes // 4,), (1,), "float32")
+    prepared = Prepared(case, backward, tensors, lengths.arrays, plan, expected, workspace, {})
+    prepared.inputs = {name: each.bits() for name, each in tensors.items() if name not in prepared.results}
+    return prepared
+
+
+def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
+    """A sequence's part of an array, with a batch of one."""
+    row = case.lengths.row("q" if name in _OF_QUERIES else "k", sequence)
+    there = slice(rows[0], rows[0] + rows[1])
+    if name == "lse":
+        return tensor.values[row : row + 1, :, there]
+    part = tensor.values[row : row + 1, there]
+    return part if case.dtype == "bfloat16" else part.view(np.float16)
+
+
+def execute(
+    prepared: Prepared,
+    schedule: Schedule = Schedule.LOWEST_FIRST,
+    *,
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+    seed: int = 1,
+    arrays: dict[str, np.ndarray] | None = None,
+) -> tuple[dict[str, bytes], set[run.Site]]:
+    """The results' bits, and the synchronisations reached. arrays: other lengths than those of the case."""
+    for name in prepared.results:
+        prepared.tensors[name].poison()
+    names = BACKWARD if prepared.backward else FORWARD
+    pointers = tuple(prepared.tensors[name].pointer for name in names)
+    pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
+    sites = run_plan(prepared.plan, pointers, prepared.workspace, schedule, plant=plant, mutation=mutation, seed=seed)
+    return {name: prepared.tensors[name].bits() for name in prepared.results}, sites
+
+
+def judge_memory(prepared: Prepared) -> None:
+    """AssertionError if anything but the results was written."""
+    for name in prepared.results:
+        assert prepared.tensors[name].untouched_outside(), f"{name}: something outside the array was written"
+    assert prepared.workspace.untouched_outside(), "something outside the workspace was written"
+    for name, bits in prepared.inputs.items():
+        assert prepared.tensors[name].bits() == bits, f"{name} is an input, and was written"
+
+
+def judge(prepared: Prepared) -> None:
+    """AssertionError unless every sequence is right, and every row of none, or that sees nothing, is 0."""
+    judge_memory(prepared)
+    case, lengths = prepared.case, prepared.case.lengths
+    for name in prepared.results:
+        seen = lengths.seen("q" if name in _OF_QUERIES else "k")
+        values = prepared.tensors[name].values
+        if name == "lse":
+            assert (values.swapaxes(1, 2)[~seen] == -np.inf).all(), "lse: a row that sees no key is not -inf"
+        else:
+            assert not values[~seen].any(), f"{name}: a row that is not seen is not 0"
+    for b, want in enumerate(prepared.expected):
+        if want is None:
+            continue
+        sides = {side: lengths.runs(side)[b] for side in "qk"}
+        got = {
+            name: _part(case, prepared.tensors[name], name, b, sides["q" if name in _OF_QUERIES else "k"])
+            for name in prepared.results
+        }
+        try:
+            want.check(**got)
+        except AssertionError as error:
+            raise AssertionError(f"sequence {b}: {error}") from error
+
+
+def check(
+    case: LengthsCase,
+    backward: bool,
+    *,
+    schedules: tuple[Schedule, ...] = tuple(Schedule),
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+) -> set[run.Site]:
+    """Under each schedule every result is right, and no bit depends on the order of things; dq's may, as ever."""
+    prepared = prepared_of(case, backward)
+    first: dict[str, bytes] | None = None
+    sites: set[run.Site] = set()
+    for number, schedule in enumerate(schedules):
+        results, reached = execute(prepared, schedule, plant=plant, mutation=mutation, seed=case.seed + number)
+        sites |= reached
+        try:
+            judge(prepared)
+            for name, bits in (first or results).items():
+                same = bits == results[name] or (name == "dq" and not case.deterministic)
+                assert same, f"{name} depends on the order in which warps and blocks run"
+        except AssertionError as error:
+            raise AssertionError(f"{case} [{schedule.name}]: {error}") from error
+        first = first or results
+    return sites
+
+
+prepared_of = functools.lru_cache(maxsize=32)(prepare)  # a case is run again for each plant and mutant
