@@ -15,9 +15,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-FRAMEWORKS = {"torch_tensors": "torch", "jax_arrays": "jax", "ring_jax": "jax", "gpt_jax": "jax", "gpt_torch": "torch"}
-ARGUMENTS = {"ring_jax": ["--seqlen", "256"], "gpt_jax": ["--tiny"], "gpt_torch": ["--tiny"]}
-PROOFS = {"gpt_jax", "gpt_torch"}  # whole trainings, which may be longer
+FRAMEWORKS = {
+    "torch_tensors": "torch",
+    "jax_arrays": "jax",
+    "ring_jax": "jax",
+    "gpt_jax": "jax",
+    "gpt_torch": "torch",
+    "long_context": "torch",
+}
+PROOFS = {"gpt_jax", "gpt_torch", "long_context"}  # whole trainings, which may be longer
+ARGUMENTS = {"ring_jax": ["--seqlen", "256"], **{name: ["--tiny"] for name in PROOFS}}
 SNIPPETS = {
     f"{page}-{number}": code
     for page in ("README.md", "docs/torch.md", "docs/usage.md")
