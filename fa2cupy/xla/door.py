@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from fa2cupy import prepared as known
 from fa2cupy.errors import InvalidType
 from fa2cupy.frameworks import JAX
-from fa2cupy.frameworks.jax import immutable, is_traced
-from fa2cupy.operations import Operation
+from fa2cupy.frameworks.jax import immutable, in_host_memory, is_traced
+from fa2cupy.operations import FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import Options, RawOptions
-from fa2cupy.prepared import remember, signature_key
+from fa2cupy.prepared import PREPARED, remember, signature_key
 from fa2cupy.xla import ffi, transforms
 
 __all__ = ["first_call"]
@@ -24,13 +25,24 @@ __all__ = ["first_call"]
 ffi.register()
 
 
-def first_call(operation: Operation, arrays: Mapping[str, Any], options: Options, raw_options: RawOptions) -> list[Any]:
+def first_call(
+    operation: Operation,
+    arrays: Mapping[str, Any],
+    options: Options,
+    raw_options: RawOptions,
+    checks: tuple[transforms.Check, Callable[..., list[Any]]],
+) -> list[Any]:
     """The outputs of `operation` for its inputs by name, which are JAX's and checked.
 
-    Concrete arrays leave a `_Prepared` for the next call of this signature.
+    checks: what checks arrays as numbers; what has checked these, and more.
+
+    Concrete arrays leave a `_Prepared` for the next calls with these options. Its jitted function checks what it has
+    not seen yet, but not on which devices and in which memory arrays are; that is left to JAX.
     """
     inputs = [arrays[name] for name in (*operation.inputs, *operation.extra)]
-    prepared = _Prepared(operation, _function(operation, options), len(operation.inputs), len(operation.outputs))
+    in_host = any(map(in_host_memory, inputs))
+    check, from_the_start = checks
+    prepared = _Prepared(operation, raw_options, _function(operation, options, in_host, check), from_the_start)
     is_float64 = any(array.dtype == np.float64 for array in inputs)
     try:
         with _x64() if is_float64 else contextlib.nullcontext():
@@ -39,46 +51,58 @@ def first_call(operation: Operation, arrays: Mapping[str, Any], options: Options
         if "forward-mode" in str(error):
             raise InvalidType(transforms.NO_TANGENTS) from error
         raise
-    if not is_float64 and not any(map(is_traced, inputs)):
+    if not is_float64 and not in_host and not any(map(is_traced, inputs)):
+        kind = type(inputs[0])
         ordered = [arrays.get(name) for name in operation.names()]
-        key = signature_key(operation, JAX.signature(ordered)[0], raw_options)
-        remember(key, type(inputs[0]), JAX, prepared)
+        remember(signature_key(operation, JAX.signature(ordered)[0], raw_options), kind, JAX, prepared)
+        if operation in (FORWARD, FORWARD_OUT) and all(type(array) is kind for array in inputs):
+            known.plain_type = kind
+            PREPARED.put(known.plain_key(operation, arrays["q"], raw_options), prepared)
     return results
 
 
-def _function(operation: Operation, options: Options) -> Callable[..., tuple[Any, ...]]:
+def _function(operation: Operation, options: Options, in_host: bool, check: transforms.Check) -> Callable[..., Any]:
     if operation.is_backward:
-        return transforms.attention_backward(options, operation.extra)
-    return transforms.attention(options, operation.extra, "lse_out" not in operation.scratch)
+        return transforms.attention_backward(options, operation.extra, in_host, check)
+    return transforms.attention(options, operation.extra, "lse_out" not in operation.scratch, in_host, check)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A checked call: the jitted function that computes it, and how many dense inputs and outputs it has."""
+    """A call that has passed all checks, and the jitted function that computes it."""
 
     operation: Operation
-    function: Callable[..., tuple[Any, ...]]
-    dense: int
-    outputs: int
+    options: RawOptions
+    function: Callable[..., Any]
+    from_the_start: Callable[..., list[Any]]
 
     def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
         """`arrays`: inputs, a None for each output, further inputs."""
         if workspace is not None:
             raise immutable("workspace")
-        inputs = arrays[: self.dense] + arrays[self.dense + self.outputs :]
-        try:
+        dense = len(self.operation.inputs)
+        inputs = arrays[:dense] + arrays[dense + len(self.operation.outputs) :]
+        with contextlib.suppress(Exception):
             return self.results(inputs)
+        return self._again(arrays)
+
+    def straight(self, q: Any, k: Any, v: Any) -> Any:
+        """A forward of nothing else: out, or out and lse."""
+        try:
+            return self.function(q, k, v)
         except Exception:
-            for name, array in zip((*self.operation.inputs, *self.operation.extra), inputs, strict=True):
-                JAX.check(array, name)  # what can differ between calls of one signature: it was deleted
-            raise
+            pass
+        out, lse = self._again([q, k, v, None, None])
+        return out if lse is None else (out, lse)
+
+    def _again(self, arrays: list[Any]) -> list[Any]:
+        """What was wrong, in our words: every check, of the arrays themselves in place of traced ones."""
+        return self.from_the_start(self.operation, arrays, None, self.options)
 
     def results(self, inputs: Sequence[Any]) -> list[Any]:
         """One for each output, None for what nobody asked for."""
-        results = list(self.function(*inputs))
-        if len(results) < self.outputs:
-            results.append(None)
-        return results
+        results = self.function(*inputs)
+        return [results, None] if self.operation.scratch else list(results)
 
 
 def _x64() -> contextlib.AbstractContextManager[Any]:
