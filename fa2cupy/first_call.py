@@ -25,7 +25,7 @@ from fa2cupy.frameworks.base import (
     swap,
 )
 from fa2cupy.frameworks.dlpack import from_producer
-from fa2cupy.frameworks.jax import immutable, is_traced
+from fa2cupy.frameworks.jax import immutable, is_movable
 from fa2cupy.frameworks.overlap import has_duplicates
 from fa2cupy.operations import Operation
 from fa2cupy.options import Options, RawOptions
@@ -56,13 +56,14 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     if framework is JAX and (given or workspace is not None):
         raise immutable(next(iter(given), "workspace"))
     refs = {name: framework.ref(array, name) for name, array in arrays.items()}
-    device = _one_device({name: ref for name, ref in refs.items() if not is_traced(ref.owner)} or refs)
+    fixed = {name: ref for name, ref in refs.items() if not is_movable(ref.owner)}
+    device = _one_device(fixed) if fixed else refs["q"].device
     refs = {name: dataclasses.replace(ref, device=device) for name, ref in refs.items()}
     dtype, sizes = _check_arrays(operation, refs, options)
     if framework is JAX:  # XLA allocates and calls back for the computation
         from fa2cupy.xla import door
 
-        return door.first_call(operation, arrays, sizes, options, raw_options)
+        return door.first_call(operation, arrays, options, raw_options, (_check_arrays, first_call))
     if not operation.asked:
         framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)

@@ -161,6 +161,20 @@ def test_a_refused_map_leaves_nothing_wrong(fake: FakeDriver) -> None:
     assert [each.address for each in maps.values()] == list(good[:4]) and params.lse == good[4]
 
 
+def test_structs_are_bounded(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all launches together; one that was dropped is filled again."""
+    from fa2cupy.kernels import launch
+
+    monkeypatch.setattr(launch, "MAX_STRUCTS", 5)
+    first, second = (plan_forward(problem(seqlen, seqlen), H200).bind(0) for seqlen in (64, 128))
+    for number in (*range(1, 9), 1):
+        for bound in (first, second):
+            bound(tuple((number << 32) + (i << 16) for i in range(5)), 0)
+            maps, params = arrived(fake)
+            assert {address >> 32 for address in (*(each.address for each in maps.values()), params.lse)} == {number}
+            assert len(first._structs) + len(second._structs) <= 5
+
+
 def test_threads_launch_their_own_arrays(fake: FakeDriver) -> None:
     bound = plan_forward(problem(), H200).bind(0)
     barrier = threading.Barrier(6)

@@ -195,7 +195,10 @@ def test_pointers_that_are_not_in_front_arrive(device: Any, monkeypatch: pytest.
         def __init__(self, function: int, config: Any) -> None:
             pass
 
-        def __call__(self, address: int, stream: int) -> None:
+        def packed(self, address: int) -> int:
+            return address
+
+        def launch(self, address: int, stream: int) -> None:
             arrived.append(ctypes.string_at(address, size))
 
     monkeypatch.setattr(launch, "Launcher", Launcher)

@@ -364,10 +364,24 @@ class Launcher:
         self._params: dict[int, Any] = {}
 
     def __call__(self, params_address: int, stream: int) -> None:
+        params = self._params.get(params_address)
+        if params is None:
+            params = self.packed(params_address)
+            if len(self._params) >= _MAX_CACHED:
+                self._params = {}
+            self._params[params_address] = params
+        self.launch(params, stream)
+
+    @staticmethod
+    def packed(params_address: int) -> Any:
+        """A struct's address as `launch` takes it, for who keeps that with the struct."""
+        return byref((c_void_p * 1)(params_address))  # kernelParams: an array of pointers, ours has one
+
+    def launch(self, params: Any, stream: int) -> None:
         try:
-            config, params = self._configs[stream], self._params[params_address]
+            config = self._configs[stream]
         except KeyError:
-            config, params = self._pack_config(stream), self._pack_params(params_address)
+            config = self._pack_config(stream)
         status = self._launch(config, self._function, params, None)
         if status:
             self._fail(status)
@@ -385,13 +399,6 @@ class Launcher:
         if len(self._configs) >= _MAX_CACHED:
             self._configs = {}
         self._configs[stream] = packed
-        return packed
-
-    def _pack_params(self, params_address: int) -> Any:
-        packed = byref((c_void_p * 1)(params_address))  # kernelParams: an array of pointers, ours has one
-        if len(self._params) >= _MAX_CACHED:
-            self._params = {}
-        self._params[params_address] = packed
         return packed
 
     def _fail(self, status: int) -> None:

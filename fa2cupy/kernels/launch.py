@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fa2cupy import jit
 from fa2cupy.jit import tensor_map
 from fa2cupy.jit.driver import Launcher
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.jit.tensor_map import TensorMapSpec
+from fa2cupy.locks import Lock
 
 __all__ = ["CompileJob", "KernelLaunch", "Launchable", "Pointer", "TensorMapArgument", "bind"]
 
@@ -89,9 +90,7 @@ def bind(launches: Sequence[KernelLaunch], device_index: int, context: str) -> L
     CompilationError, LaunchError.
     """
     jit.kernels([(each.source, each.name, each.arch, each.defines) for each in launches], context=context)
-    bound = tuple(
-        (_BoundWithMaps if launch.tensor_maps else _Bound)(launch, device_index, context) for launch in launches
-    )
+    bound = tuple(_Bound(launch, device_index, context) for launch in launches)
     if len(bound) == 1:
         return bound[0]
 
@@ -102,68 +101,43 @@ def bind(launches: Sequence[KernelLaunch], device_index: int, context: str) -> L
     return launch_all
 
 
+# Structs that are kept, of all launches together: about 1.5 KB each. The oldest goes first.
+MAX_STRUCTS = 2048
+
+_Structs = dict[tuple[int, ...], tuple[Any, Any]]
+
+_kept: deque[tuple[_Structs, tuple[int, ...]]] = deque()
+_lock = Lock()
+
+
 class _Bound:
-    """A KernelLaunch on a device. Each thread packs a copy of the params; the driver copies them at the launch."""
+    """A KernelLaunch on a device.
+
+    For each set of pointers a struct is filled once, and then only read, by any thread; the driver copies it at the
+    launch. Calls come back with the same pointers soon: what has freed an output gets it again.
+    """
 
     def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
         kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
         function = kernel.function(device_index, launch.config.shared_mem_bytes)
-        self._launcher = Launcher(function, launch.config)
-        self._params = launch.params
-        self._pointers = tuple((offset // 8, position, add_bytes) for offset, position, add_bytes in launch.pointers)
-        self._local = threading.local()
-        # The call's first pointers, as far as they stand at the front as they come: one copy instead of a loop.
-        count = 0
-        while count < len(self._pointers) and self._pointers[count] == (count, count, 0):
-            count += 1
-        self._front, self._others = slice(0, count), self._pointers[count:]
+        self._launch, self._launcher = launch, Launcher(function, launch.config)
+        self._structs: _Structs = {}  # pointers -> the struct as the launcher takes it, and its memory
 
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
-        try:
-            words, address = self._local.packed
-        except AttributeError:
-            words, address = self._pack()
-        words[self._front] = pointers[self._front]
-        for word, position, add_bytes in self._others:
-            words[word] = pointers[position] + add_bytes
-        self._launcher(address, stream)
+        struct = self._structs.get(pointers)
+        if struct is None:
+            struct = self._fill(pointers)
+        self._launcher.launch(struct[0], stream)
 
-    def _pack(self) -> tuple[ctypes.Array[ctypes.c_uint64], int]:
-        words = (ctypes.c_uint64 * (len(self._params) // 8)).from_buffer_copy(self._params)
-        self._local.packed = words, ctypes.addressof(words)
-        return self._local.packed  # type: ignore[no-any-return]
-
-
-class _BoundWithMaps(_Bound):
-    """A KernelLaunch whose struct has tensor maps. Those of arrays that the thread's last call had too are still there.
-
-    Most calls have new outputs at most, and the allocator gives them the same workspace again; a map that is needed
-    again is found in the cache of `tensor_map.encode`.
-    """
-
-    def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
-        super().__init__(launch, device_index, context)
-        self._maps = tuple(
-            (index, slice(offset, offset + tensor_map.SIZE), position, add_bytes, spec)
-            for index, (offset, position, add_bytes, spec) in enumerate(launch.tensor_maps)
-        )
-
-    def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
-        try:
-            words, content, address, last = self._local.with_maps
-        except AttributeError:
-            words, content, address, last = self._pack_with_maps()
-        for index, place, position, add_bytes, spec in self._maps:
-            pointer = pointers[position]
-            if pointer != last[index]:
-                content[place] = tensor_map.encode(spec, pointer + add_bytes)
-                last[index] = pointer
-        for word, position, add_bytes in self._pointers:
-            words[word] = pointers[position] + add_bytes
-        self._launcher(address, stream)
-
-    def _pack_with_maps(self) -> tuple[ctypes.Array[ctypes.c_uint64], memoryview, int, list[int]]:
-        buffer = bytearray(self._params)
-        words = (ctypes.c_uint64 * (len(buffer) // 8)).from_buffer(buffer)
-        self._local.with_maps = words, memoryview(buffer), ctypes.addressof(words), [-1] * len(self._maps)
-        return self._local.with_maps  # type: ignore[no-any-return]
+    def _fill(self, pointers: tuple[int, ...]) -> tuple[Any, Any]:
+        packed = self._launch.pack(pointers, tensor_map.encode)
+        memory = (ctypes.c_char * len(packed)).from_buffer(packed)
+        struct = self._launcher.packed(ctypes.addressof(memory)), memory
+        with _lock:
+            if pointers not in self._structs:
+                _kept.append((self._structs, pointers))
+            self._structs[pointers] = struct
+            while len(_kept) > MAX_STRUCTS:
+                structs, oldest = _kept.popleft()
+                structs.pop(oldest, None)
+        return struct

@@ -26,9 +26,22 @@ from fa2cupy.frameworks import NUMPY
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, TensorRef, contiguous_strides
 from fa2cupy.options import Options
 from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
-from fa2cupy.xla.frame import DATA, Buffer, Frame, attribute_of, device_ordinal, handler, stream_of
+from fa2cupy.xla.frame import (
+    MEMORY,
+    WORDS,
+    Buffer,
+    Frame,
+    Words,
+    args_of,
+    attribute_of,
+    device_ordinal,
+    handler,
+    places_of,
+    rets_of,
+    stream_of,
+)
 
-__all__ = ["TARGET", "Call", "capsule", "register", "workspace_bytes"]
+__all__ = ["TARGET", "Call", "capsule", "forget", "register", "workspace_bytes"]
 
 TARGET = "fa2cupy"
 
@@ -87,9 +100,11 @@ _parse = functools.lru_cache(maxsize=4096)(Call.parse)
 # On the CPU
 
 
-def _run_on_cpu(frame: Frame) -> None:
+def _run_on_cpu(words: Words) -> None:
+    frame = Frame(*words)
     call = _parse(attribute_of(frame))
-    buffers = [Buffer.at(words) for words in (*frame.args[: len(call.inputs)], *frame.rets[: len(call.outputs)])]
+    addresses = (*args_of(frame)[: len(call.inputs)], *rets_of(frame)[: len(call.outputs)])
+    buffers = [Buffer.from_address(address) for address in addresses]
     arrays = {name: buffer.view() for name, buffer in zip((*call.inputs, *call.outputs), buffers, strict=True)}
     refs = {name: NUMPY.ref(array, name) for name, array in arrays.items()}
     is_bfloat16 = call.arrays()["q"][1] == "bfloat16"  # in NumPy uint16
@@ -154,42 +169,74 @@ def _gpus() -> tuple[int, ...]:
 class _Prepared:
     """A call on a device: what launches it, and how its pointers follow from XLA's buffers.
 
-    dense, results: inputs that stand in front of the outputs among the pointers, and outputs. workspace: the bytes of
-    one; None where the kernels do not even take a pointer to it.
+    order: where among the inputs and outputs of the frame the pointers are.
+    workspace: the bytes of one, which is then the last; None where the kernels do not even take a pointer to it.
     """
 
+    attribute: bytes
     launchable: Callable[[tuple[int, ...], int], None]
-    dense: int
-    results: int
+    order: tuple[int, ...]
     workspace: int | None
     is_current: Callable[[], bool]
 
 
-_prepared: dict[tuple[bytes, int], _Prepared] = {}
+_prepared: dict[tuple[bytes, int, int], _Prepared] = {}
+
+# XLA keeps the tables of a call, from one execution to the next, where they were: (device, counts and addresses) ->
+# (how to read them, what was there, how to read the pointers and the attribute, the attribute, the call). What the
+# addresses held before counts only if they hold it still, which is looked at each time: another executable may have
+# come to lie there.
+_sites: dict[tuple[int, Words], tuple[Any, Words, Any, bytes, _Prepared]] = {}
+_MAX_SITES = 4096  # of some 500 bytes
 
 
-def _run_on_gpu(frame: Frame) -> None:
+def forget() -> None:
+    """What calls left on the GPUs."""
+    _prepared.clear()
+    _sites.clear()
+
+
+def _run_on_gpu(frame: Words) -> None:
     gpus = _gpus()
     # A stream does not stand for a device: those that XLA records command buffers on come and go.
     device = gpus[0] if len(gpus) == 1 else device_ordinal(frame)
-    attribute = attribute_of(frame)
-    prepared = _prepared.get((attribute, device))
+    site = _sites.get((device, frame[3:]))
+    if site is not None:
+        read, tables, gather, attribute, prepared = site
+        if read(WORDS) == tables:
+            found = gather(WORDS)
+            if MEMORY[found[-2] : found[-2] + found[-1]] == attribute:
+                _launch(prepared, found[:-2], device, frame)
+                return
+    read, gather, prepared = _learn(Frame(*frame), device)
+    if len(_sites) >= _MAX_SITES:
+        _sites.clear()
+    _sites[device, frame[3:]] = read, read(WORDS), gather, prepared.attribute, prepared
+    _launch(prepared, gather(WORDS)[:-2], device, frame)
+
+
+def _learn(frame: Frame, device: int) -> tuple[Any, Any, _Prepared]:
+    """How to read frames such as this one, and the call."""
+    key = attribute_of(frame), device, frame.num_rets
+    prepared = _prepared.get(key)
     if prepared is None:
-        prepared = _prepared[attribute, device] = _prepare(frame, attribute, device)
-    args, rets = frame.args[: frame.num_args], frame.rets[: frame.num_rets]
-    dense, results = prepared.dense, prepared.results
-    words = args[:dense] + rets[:results] + args[dense:]
-    pointers = [word[DATA] for word in words]
+        prepared = _prepared[key] = _prepare(frame, key[0], device)
+    return *places_of(frame, prepared.order), prepared
+
+
+def _launch(prepared: _Prepared, pointers: tuple[int, ...], device: int, frame: Words) -> None:
     if prepared.workspace is not None:
-        pointer = rets[results][DATA] if prepared.workspace else 0
-        pointers.append(pointer + -pointer % WORKSPACE_ALIGNMENT)
+        if prepared.workspace:
+            pointers = (*pointers[:-1], pointers[-1] + -pointers[-1] % WORKSPACE_ALIGNMENT)
+        else:
+            pointers += (0,)
     if prepared.is_current():
-        prepared.launchable(tuple(pointers), stream_of(frame))
+        prepared.launchable(pointers, stream_of(frame))
         return
     from fa2cupy.jit import driver
 
     with driver.device_guard(device):
-        prepared.launchable(tuple(pointers), stream_of(frame))
+        prepared.launchable(pointers, stream_of(frame))
 
 
 def _prepare(frame: Frame, attribute: bytes, device: int) -> _Prepared:
@@ -199,7 +246,7 @@ def _prepare(frame: Frame, attribute: bytes, device: int) -> _Prepared:
     launchable, needed = _plan(call, device)
     results = len(call.outputs)
     if needed:
-        given = Buffer.at(frame.rets[results]).shape[0] if frame.num_rets > results else 0
+        given = Buffer.from_address(rets_of(frame)[results]).shape[0] if frame.num_rets > results else 0
         if given < _buffer_bytes(needed):
             raise LaunchError(
                 f"{call.function} was compiled with a workspace of {given} bytes but needs {_buffer_bytes(needed)} on "
@@ -207,10 +254,14 @@ def _prepare(frame: Frame, attribute: bytes, device: int) -> _Prepared:
                 "again here, and clear JAX's compilation cache if it comes from there"
             )
     takes_workspace = bool(needed) or call.function == "attention_backward"
+    inputs, dense = len(call.inputs), len(call.inputs) - len(call.extra)
+    order = (*range(dense), *range(inputs, inputs + results), *range(dense, inputs))
+    if needed:
+        order += (inputs + results,)
     return _Prepared(
+        attribute=attribute,
         launchable=launchable,
-        dense=len(call.inputs) - len(call.extra),
-        results=results,
+        order=order,
         workspace=needed if takes_workspace else None,
         is_current=driver.context_check(device),
     )

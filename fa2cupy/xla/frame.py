@@ -6,43 +6,82 @@ Layout of the structs: xla/ffi/api/c_api.h, whose versions 0.1 on only append.
 from __future__ import annotations
 
 import ctypes
+import struct
+import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, LaunchError
 
-__all__ = ["Buffer", "Frame", "attribute_of", "device_ordinal", "handler", "stream_of"]
+__all__ = [
+    "MEMORY",
+    "WORDS",
+    "Buffer",
+    "Frame",
+    "Words",
+    "args_of",
+    "attribute_of",
+    "device_ordinal",
+    "handler",
+    "places_of",
+    "rets_of",
+    "stream_of",
+]
 
 _Word = ctypes.c_uint64
-_Words = ctypes.POINTER(ctypes.POINTER(_Word))
+
+# All memory, by address: as bytes, and as words, the word at address a at a >> 3. Read so, a frame costs a small part
+# of what it does as ctypes objects, of which every pointer on the way is one.
+MEMORY: Any = (ctypes.c_char * sys.maxsize).from_address(0)
+WORDS: Any = memoryview((_Word * (sys.maxsize >> 3)).from_address(0)).cast("B").cast("Q")
+
+Words = tuple[int, ...]
 
 
-class Frame(ctypes.Structure):
-    """XLA_FFI_CallFrame. What its pointers point to is read as words, which costs the least."""
+class Frame(NamedTuple):
+    """Of an XLA_FFI_CallFrame what is needed: addresses (args, rets and attrs: of arrays of pointers) and numbers."""
 
-    _fields_ = (
-        ("size", _Word),
-        ("extension", _Word),
-        ("api", _Word),
-        ("context", _Word),
-        ("stage", _Word),
-        *((name, _Word) for name in ("args_size", "args_extension", "num_args", "arg_types")),
-        ("args", _Words),
-        *((name, _Word) for name in ("rets_size", "rets_extension", "num_rets", "ret_types")),
-        ("rets", _Words),
-        *((name, _Word) for name in ("attrs_size", "attrs_extension", "num_attrs", "attr_types", "attr_names")),
-        ("attrs", _Words),
-    )
+    extension: int
+    api: int
+    context: int
+    num_args: int
+    args: int
+    num_rets: int
+    rets: int
+    attrs: int
 
 
-DATA = 3  # the word of an XLA_FFI_Buffer that is its address
+# Its words 1 to 3, 7, 9 (args: those of words 5 to 9), 12, 14 (rets: 10 to 14), 20 (attrs: 15 to 20).
+_FRAME = struct.Struct("@8xQQQ24xQ8xQ16xQ8xQ40xQ").unpack_from
+
+
+class _Tables(dict[int, Callable[[Any, int], tuple[int, ...]]]):
+    """Number of pointers -> what reads as many from an address."""
+
+    def __missing__(self, count: int) -> Callable[[Any, int], tuple[int, ...]]:
+        read = self[count] = struct.Struct(f"@{count}Q").unpack_from
+        return read
+
+
+_tables = _Tables()
+
+
+def args_of(frame: Frame) -> tuple[int, ...]:
+    """The addresses of the XLA_FFI_Buffers of the inputs."""
+    return _tables[frame.num_args](MEMORY, frame.args)
+
+
+def rets_of(frame: Frame) -> tuple[int, ...]:
+    """Those of the outputs."""
+    return _tables[frame.num_rets](MEMORY, frame.rets)
 
 
 class Buffer(ctypes.Structure):
-    """XLA_FFI_Buffer."""
+    """XLA_FFI_Buffer; `Buffer.from_address` reads one."""
 
     _fields_ = (
         ("size", _Word),
@@ -52,10 +91,6 @@ class Buffer(ctypes.Structure):
         ("rank", ctypes.c_int64),
         ("dims", ctypes.POINTER(ctypes.c_int64)),
     )
-
-    @classmethod
-    def at(cls, words: Any) -> Buffer:
-        return cls.from_address(ctypes.addressof(words.contents))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,9 +133,30 @@ _DTYPES = {
 
 
 def attribute_of(frame: Frame) -> bytes:
-    """The one attribute of a call, a string."""
-    data, size = frame.attrs[0][:2]
-    return ctypes.string_at(data, size)
+    """The one attribute of a call, a string: XLA_FFI_ByteSpan."""
+    span = WORDS[frame.attrs >> 3] >> 3
+    data = WORDS[span]
+    text: bytes = MEMORY[data : data + WORDS[span + 1]]
+    return text
+
+
+_Read = Callable[[Any], Words]
+
+
+def places_of(frame: Frame, order: Sequence[int]) -> tuple[_Read, _Read]:
+    """How to read the next frame whose tables are where this one's are: two functions of `WORDS`.
+
+    The first reads the tables: where the attribute and the buffers are. While that stays as it is, the second reads the
+    pointers of the buffers numbered in `order` (inputs, then outputs), and after them the attribute's address and size.
+    """
+    tables = (
+        frame.attrs >> 3,
+        *range(frame.args >> 3, (frame.args >> 3) + frame.num_args),
+        *range(frame.rets >> 3, (frame.rets >> 3) + frame.num_rets),
+    )
+    buffers = args_of(frame) + rets_of(frame)
+    span = WORDS[frame.attrs >> 3] >> 3
+    return itemgetter(*tables), itemgetter(*(buffers[i] + 24 >> 3 for i in order), span, span + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,7 +164,8 @@ def attribute_of(frame: Frame) -> bytes:
 
 # Byte offsets of function pointers in XLA_FFI_Api.
 _ERROR_CREATE, _STREAM_GET, _DEVICE_ORDINAL_GET = 48, 80, 184
-_ApiFunction = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)  # they return at once: the GIL stays
+# They return at once: the GIL stays. Their one argument goes as it is, a reference.
+_ApiFunction = ctypes.PYFUNCTYPE(ctypes.c_void_p)
 _INVALID_ARGUMENT, _INTERNAL = 3, 13
 
 
@@ -123,40 +180,42 @@ class _ContextArguments(ctypes.Structure):
 
 
 class _OfThread(threading.local):
-    """Arguments to fill in again and again, and where they are."""
+    """Arguments to fill in again and again, as words and as what is passed."""
 
     def __init__(self) -> None:
         arguments = _ContextArguments(ctypes.sizeof(_ContextArguments), 0, 0, 0)
-        self.pair = arguments, ctypes.addressof(arguments)
+        self.pair = memoryview(arguments).cast("B").cast("Q"), ctypes.byref(arguments)
 
 
 _of_thread = _OfThread()
-_functions: dict[tuple[int, int], Callable[[int], int | None]] = {}
 
 
-def _api_function(api: int, offset: int) -> Callable[[int], int | None]:
-    function = _functions.get((api, offset))
-    if function is None:
-        function = _functions[api, offset] = _ApiFunction(_Word.from_address(api + offset).value)
-    return function
+class _Functions(dict[int, Callable[[Any], int | None]]):
+    """Address -> the function there."""
+
+    def __missing__(self, address: int) -> Callable[[Any], int | None]:
+        function = self[address] = _ApiFunction(address)
+        return function
 
 
-def _from_context(frame: Frame, offset: int) -> int:
-    arguments, address = _of_thread.pair
-    arguments.context, arguments.result = frame.context, 0
-    if _api_function(frame.api, offset)(address):
+_functions = _Functions()
+
+
+def _from_context(offset: int, frame: Words) -> int:
+    words, reference = _of_thread.pair
+    words[2], words[3] = frame[2], 0
+    if _functions[WORDS[frame[1] + offset >> 3]](reference):
         raise LaunchError("XLA does not say on which stream or device it calls")
-    result: int = arguments.result
-    return result
+    return words[3]
 
 
-def stream_of(frame: Frame) -> int:
+def stream_of(frame: Words) -> int:
     """The CUDA stream on which to launch."""
-    return _from_context(frame, _STREAM_GET)
+    return _from_context(_STREAM_GET, frame)
 
 
-def device_ordinal(frame: Frame) -> int:
-    return _from_context(frame, _DEVICE_ORDINAL_GET) & 0xFFFFFFFF
+def device_ordinal(frame: Words) -> int:
+    return _from_context(_DEVICE_ORDINAL_GET, frame) & 0xFFFFFFFF
 
 
 def _error(api: int, error: BaseException) -> int | None:
@@ -165,7 +224,7 @@ def _error(api: int, error: BaseException) -> int | None:
     text = str(error) if isinstance(error, Fa2Error) else f"{type(error).__name__}: {error}"
     message = f"fa2cupy: {text}".encode(errors="backslashreplace").replace(b"\0", b"")
     arguments = _ErrorArguments(ctypes.sizeof(_ErrorArguments), 0, message, code)
-    return _api_function(api, _ERROR_CREATE)(ctypes.addressof(arguments))
+    return _functions[WORDS[api + _ERROR_CREATE >> 3]](ctypes.byref(arguments))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,31 +234,35 @@ _METADATA = 1  # type of the extension that asks what a handler promises
 _COMMAND_BUFFER_COMPATIBLE = 1
 
 
-def _answer_metadata(extension: int) -> None:
-    """XLA asks, at registration: API version 0.1, and that the handler may be recorded into a command buffer."""
+def _answer_metadata(extension: int) -> bool:
+    """Whether XLA only asks, at registration: API version 0.1, and that the handler may be recorded into a command
+    buffer.
+    """
     if ctypes.c_int32.from_address(extension + 8).value != _METADATA:
-        return
+        return False
     metadata = _Word.from_address(extension + 24).value
     ctypes.c_int32.from_address(metadata + 24).value = 0
     ctypes.c_int32.from_address(metadata + 28).value = 1
     ctypes.c_uint32.from_address(metadata + 32).value = _COMMAND_BUFFER_COMPATIBLE
+    return True
 
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 
 
-def handler(run: Callable[[Frame], None]) -> Any:
-    """A C function for XLA that does `run`. Keep a reference to it."""
+def handler(run: Callable[[Words], None]) -> Any:
+    """A C function for XLA that does `run`, which gets the fields of `Frame` as they are. Keep a reference to it."""
+
+    read, memory = _FRAME, MEMORY
 
     def handle(address: int) -> int | None:
-        frame = Frame.from_address(address)
-        if frame.extension:
-            _answer_metadata(frame.extension)
+        frame = read(memory, address)
+        if frame[0] and _answer_metadata(frame[0]):
             return None
         try:
             run(frame)
         except BaseException as error:
-            return _error(frame.api, error)
+            return _error(frame[1], error)
         return None
 
     return _Callback(handle)

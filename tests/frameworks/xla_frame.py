@@ -10,6 +10,25 @@ from fa2cupy.xla import frame as xla
 
 NUMBERS = {name: number for number, name in xla._DTYPES.items()}
 _Word = ctypes.c_uint64
+_Words = ctypes.POINTER(ctypes.POINTER(_Word))
+
+
+class CallFrame(ctypes.Structure):
+    """XLA_FFI_CallFrame of xla/ffi/api/c_api.h."""
+
+    _fields_ = (
+        ("size", _Word),
+        ("extension", _Word),
+        ("api", _Word),
+        ("context", _Word),
+        ("stage", _Word),
+        *((name, _Word) for name in ("args_size", "args_extension", "num_args", "arg_types")),
+        ("args", _Words),
+        *((name, _Word) for name in ("rets_size", "rets_extension", "num_rets", "ret_types")),
+        ("rets", _Words),
+        *((name, _Word) for name in ("attrs_size", "attrs_extension", "num_attrs", "attr_types", "attr_names")),
+        ("attrs", _Words),
+    )
 
 
 class FakeApi:
@@ -53,8 +72,8 @@ class FakeFrame:
         args: Sequence[tuple[str, tuple[int, ...], int]],
         rets: Sequence[tuple[str, tuple[int, ...], int]],
     ) -> None:
-        self._kept: list[Any] = []
-        self.frame = xla.Frame(size=176, api=api.address, context=0xC0, num_args=len(args), num_rets=len(rets))
+        self._kept: list[Any] = [api]
+        self.frame = CallFrame(size=176, api=api.address, context=0xC0, num_args=len(args), num_rets=len(rets))
         self.frame.args, self.frame.rets = self._pointers(args), self._pointers(rets)
         text = ctypes.create_string_buffer(attribute.encode())
         span = (_Word * 2)(ctypes.addressof(text), len(attribute.encode()))
