@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fa2cupy import doors, dynamo
+from fa2cupy import doors, dynamo, prepared
 from fa2cupy.calls import call
 from fa2cupy.checks import check_flag
+from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.keywords import not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given
@@ -146,6 +147,12 @@ def attention(
                 if name not in LENGTHS:
                     raise not_through_torch(operation.extra)
             return way(q, k, v, options, return_lse, dict(zip(operation.extra, arrays[5:], strict=True)))
+    if type(q) is prepared.plain_type is type(k) is type(v) and out is None and lse_out is None and workspace is None:
+        run = prepared.plain(operation, q, options)
+        if run is not None:
+            return run(q, k, v)
+    if deterministic and any(map(is_traced, (q, k, v))):  # who takes the gradients gets no other word
+        options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)

@@ -26,6 +26,9 @@ __all__ = [
     "PreparedCall",
     "check_overlap",
     "framework_by_type",
+    "plain",
+    "plain_key",
+    "plain_type",
     "remember",
     "shared_scratch",
     "signature_key",
@@ -177,6 +180,26 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: Raw
     of features were checked.
     """
     return operation, options, type(options[0]), type(options[1]), type(options[4]), signature
+
+
+# The type of q, k and v of which `plain` may know something: JAX's.
+plain_type: type | None = None
+
+
+def plain_key(operation: Operation, q: Any, options: RawOptions) -> tuple[Any, ...]:
+    """The key of a forward of q, k and v of `plain_type` and no other array. `jax.jit` knows the rest of the signature:
+    what it has not seen yet is checked while it is traced.
+    """
+    return q.dtype, operation, options, type(options[0]), type(options[1])
+
+
+def plain(operation: Operation, q: Any, options: RawOptions) -> Callable[[Any, Any, Any], Any] | None:
+    """What takes q, k and v and returns what `attention` does; None if no such call has passed all checks."""
+    try:
+        prepared: Any = PREPARED.get(plain_key(operation, q, options))
+    except TypeError:  # unhashable options: the first call says what is wrong
+        return None
+    return None if prepared is None else prepared.straight
 
 
 def remember(key: tuple[Any, ...], array_type: type, framework: Signed, prepared: Runnable) -> None:

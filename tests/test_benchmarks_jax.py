@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -32,6 +35,29 @@ def test_bars_of_the_gpt() -> None:
     missed = [text for text, *_, held in gpt_jax.verdicts(record(0.6, 9.9)) if not held]
     assert len(missed) == 5 and "mean loss of our last 20 steps, worst seed" in missed
     assert "| fa2cupy - cudnn | 1.00e-01 | 1.00e-01 |" in gpt_jax.table(record(0.1, 9.9))
+
+
+def test_trainings_that_fit_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's, which need most, at a fourth of the memory at least; each result where it belongs."""
+    seen: list[tuple[set[str], float]] = []
+
+    def train(jobs: Sequence[gpt_jax.Job], at_once: bool, memory: float) -> list[dict[str, Any]]:
+        seen.append(({kind for kind, *_ in jobs}, memory))
+        assert len(jobs) * memory <= 0.91 and all(shape in shapes for _, shape, *_ in jobs)
+        return [{"losses": [hash(job)], "norms": [seed], "ms": 1.0} for job in jobs for seed in job[3:]]
+
+    monkeypatch.syspath_prepend(str(gpt_jax.EXAMPLE.parent))
+    shapes = importlib.import_module("gpt_data").SHAPES
+    monkeypatch.setattr(gpt_jax, "train", train)
+    for seeds, number in ((3, 2), (4, 4)):
+        seen.clear()
+        found = gpt_jax.run_curves(False, 300, seeds)
+        assert len(seen) == number and all(memory >= 0.25 for kinds, memory in seen if "xla" in kinds)
+        assert all(kinds == {"xla"} for kinds, _ in seen if "xla" in kinds)
+        for kind in gpt_jax.CURVES:
+            assert found["losses"][kind] == {s: [hash((kind, "124m", 300, s))] for s in range(seeds)}
+            assert found["norms"][kind] == {s: [s] for s in range(seeds)}
+    assert gpt_jax.run_times(False) == {"fa2cupy": [1.0, 1.0], "cudnn": [1.0, 1.0]}
 
 
 def test_bars_of_the_host_cost() -> None:

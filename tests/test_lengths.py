@@ -124,6 +124,40 @@ def test_a_sequence_alone_among_8192() -> None:
     assert np.isfinite(results["lse"]).sum() == 4 * 5
 
 
+# What broke others, by the number of the report: lengths of queries and keys, heads, head_dim, mask.
+_PEERS: dict[str, tuple[Any, tuple[int, int], int, dict[str, Any]]] = {
+    "flash-attention-1537 longest query of 1": (((0, 0), (1, 3), (0, 0), (1, 5)), (9, 3), 64, {"causal": True}),
+    "flash-attention-1619 fewer tokens than sequences": (((0, 0), (0, 0), (0, 0), (1, 1)), (21, 7), 120, {}),
+    "flash-attention-1254 empty sequences hang": (((0, 0), (0, 7), (5, 0), (0, 0)), (2, 2), 32, {"causal": True}),
+    "flash-attention-2562 an empty one in the middle": (((130, 130), (0, 0), (70, 70)), (2, 1), 64, {"causal": True}),
+    "flash-attention-1778 window beyond short keys": (((300, 3), (3, 300)), (2, 2), 16, {"window": (2, 0)}),
+    "flash-attention-1116 only the left end": (((40, 90), (90, 40)), (2, 2), 16, {"window": (10, -1)}),
+    "vllm-flash-attention-139 lse behind what exits early": (((0, 5), (64, 0), (65, 65)), (4, 2), 32, {}),
+}
+
+
+@pytest.mark.parametrize("name", _PEERS)
+def test_what_broke_others(name: str) -> None:
+    pairs, heads, head_dim, options = _PEERS[name]
+    for used in ((), _USED):
+        check(draw(6, "packed", pairs=pairs, heads=heads, head_dim=head_dim, used=used, dtype="float32"), **options)
+
+
+def test_log_sum_exp_of_any_strides() -> None:
+    """Rows first, as others keep it (cudnn-frontend 462), or of every second head of a larger array."""
+    case = draw(10, "packed")
+    q, k, v, dout = case.inputs
+    out, lse = fa2cupy.attention(q, k, v, return_lse=True, **case.lengths)
+    wider = np.full((2 * len(lse), lse.shape[1]), np.nan)
+    wider[::2] = lse
+    dlse = np.random.default_rng(0).standard_normal(lse.shape)
+    wanted = fa2cupy.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **case.lengths)
+    for given in (np.ascontiguousarray(lse.T).T, wider[::2]):
+        got = fa2cupy.attention_backward(dout, q, k, v, out, given, dlse=dlse.T.copy().T, **case.lengths)
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 def test_no_sequences_and_no_tokens() -> None:
     for pairs in ((), ((0, 0),), ((0, 0), (0, 3)), ((2, 0),)):
         for form in FORMS:
@@ -383,6 +417,34 @@ def test_wide_lengths_are_converted_on_the_device(gpu: FakeGpu, monkeypatch: pyt
         InvalidArgument, match=r"cu_seqlens_q must be copied because it is not int32, .*: pass an int32"
     ):
         fa2cupy.attention(q, k, v, out=to_cupy(out), lse_out=None, **wide)
+
+
+def test_lengths_with_gaps_are_copied(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece of longer rows, or rows shared by all: the kernels know no strides of these arrays."""
+    case, (q, k, v, _), lengths = gpu_case("segments")
+    ids = host_view(lengths["segment_ids"])
+    longer = cupy_array((3, ids.shape[1] + 5), np.int32)
+    host_view(longer)[:, : ids.shape[1]] = ids
+    monkeypatch.setattr(CUPY, "contiguous", lambda array: to_cupy(host_view(array).copy()))
+    out = host_view(fa2cupy.attention(q, k, v, segment_ids=longer[:, : ids.shape[1]]))
+    expect_sequences(case.inputs, case.lengths).check(out=out)
+    assert gpu.last.pointers["segment_ids_q"] != longer.data.ptr
+    fa2cupy.attention(q, k, v, segment_ids=lengths["segment_ids"])
+    assert gpu.last.pointers["segment_ids_k"] == lengths["segment_ids"].data.ptr
+
+
+def test_pieces_of_packed_keys_are_merged() -> None:
+    """Each sequence's keys in two pieces, by their starts: what ring attention does with packed sequences."""
+    case = draw(8, "packed")
+    q, k, v, _ = case.inputs
+    first, last = case.lengths["cu_seqlens_k"][:-1], case.lengths["cu_seqlens_k"][1:]
+    half = (last - first) // 2
+    pieces = [
+        fa2cupy.attention(q, k, v, return_lse=True, **case.lengths, **used)
+        for used in ({"seqused_k": half}, {"leftpad_k": half})
+    ]
+    out, lse = fa2cupy.merge_attention(*zip(*pieces, strict=True))
+    expect_sequences(case.inputs, case.lengths).check(out=out, lse=lse)
 
 
 def test_lengths_on_a_gpu_are_found_wrong(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:

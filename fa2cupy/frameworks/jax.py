@@ -12,11 +12,21 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks.base import Device, Framework, contiguous_strides
 
-__all__ = ["JAX", "immutable", "is_traced"]
+__all__ = ["JAX", "immutable", "in_host_memory", "is_movable", "is_traced"]
 
 
 def is_traced(array: Any) -> bool:
     return any(base.__name__ == "Tracer" for base in type(array).__mro__)
+
+
+def is_movable(array: Any) -> bool:
+    """Whether JAX computes with an array where the others are: it is traced, or not committed to a device."""
+    return is_traced(array) or not getattr(array, "committed", True)
+
+
+def in_host_memory(array: Any) -> bool:
+    """Whether an array, concrete or traced, says that it is in a GPU's host memory. JAX before 0.7 does not say."""
+    return getattr(getattr(array.aval, "memory_space", None), "name", "") == "Host"
 
 
 def immutable(name: str) -> InvalidArgument:
@@ -36,14 +46,8 @@ class _Jax(Framework):
             raise InvalidArgument(f"{argument} was deleted or donated: its memory is gone")
 
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
-        """As of the frameworks whose pointers are known here; of traced arrays there is none."""
-        parts: list[Any] = []
-        for array in arrays:
-            if array is None:
-                parts.append(None)
-            else:
-                parts += (type(array), array.shape, array.dtype, array.sharding)
-        return tuple(parts), []
+        """Types and dtypes, and no pointers: the rest is the signature of a `jax.jit`."""
+        return tuple([None if array is None else (type(array), array.dtype) for array in arrays]), []
 
     def device(self, array: Any, argument: str) -> Device:
         """Of this process's devices that an array is sharded over the first; of a traced array, of which nobody knows,

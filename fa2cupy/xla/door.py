@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from fa2cupy import env, sequences
+from fa2cupy import prepared as known
 from fa2cupy.errors import InvalidType
 from fa2cupy.frameworks import JAX
-from fa2cupy.frameworks.jax import immutable, is_traced
-from fa2cupy.operations import Operation
+from fa2cupy.frameworks.jax import immutable, in_host_memory, is_traced
+from fa2cupy.operations import FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import Options, RawOptions
-from fa2cupy.prepared import remember, signature_key
+from fa2cupy.prepared import PREPARED, remember, signature_key
 from fa2cupy.problem import Sizes
 from fa2cupy.spec import LENGTHS
 from fa2cupy.xla import ffi, transforms
@@ -28,16 +29,23 @@ ffi.register()
 
 
 def first_call(
-    operation: Operation, arrays: Mapping[str, Any], sizes: Sizes, options: Options, raw_options: RawOptions
+    operation: Operation,
+    arrays: Mapping[str, Any],
+    options: Options,
+    raw_options: RawOptions,
+    checks: tuple[transforms.Check, Callable[..., list[Any]]],
 ) -> list[Any]:
     """The outputs of `operation` for its inputs by name, which are JAX's and checked.
 
-    Concrete arrays leave a `_Prepared` for the next call of this signature.
+    checks: what checks arrays as numbers; what has checked these, and more.
+
+    Concrete arrays leave a `_Prepared` for the next calls with these options. Its jitted function checks what it has
+    not seen yet, but not on which devices and in which memory arrays are; that is left to JAX.
     """
     inputs = [arrays[name] for name in (*operation.inputs, *operation.extra)]
-    lengths_of = sizes if any(name in LENGTHS for name in operation.extra) else None
-    function, dense = _function(operation, options), len(operation.inputs)
-    prepared = _Prepared(operation, function, dense, len(operation.outputs), lengths_of)
+    in_host = any(map(in_host_memory, inputs))
+    check, from_the_start = checks
+    prepared = _Prepared(operation, raw_options, _function(operation, options, in_host, check), from_the_start)
     is_float64 = any(array.dtype == np.float64 for array in inputs)
     try:
         with _x64() if is_float64 else contextlib.nullcontext():
@@ -46,59 +54,69 @@ def first_call(
         if "forward-mode" in str(error):
             raise InvalidType(transforms.NO_TANGENTS) from error
         raise
-    if not is_float64 and not any(map(is_traced, inputs)):
+    if not is_float64 and not in_host and not any(map(is_traced, inputs)):
+        kind = type(inputs[0])
         ordered = [arrays.get(name) for name in operation.names()]
-        key = signature_key(operation, JAX.signature(ordered)[0], raw_options)
-        remember(key, type(inputs[0]), JAX, prepared)
+        remember(signature_key(operation, JAX.signature(ordered)[0], raw_options), kind, JAX, prepared)
+        if operation in (FORWARD, FORWARD_OUT) and all(type(array) is kind for array in inputs):
+            known.plain_type = kind
+            PREPARED.put(known.plain_key(operation, arrays["q"], raw_options), prepared)
     return results
 
 
-def _function(operation: Operation, options: Options) -> Callable[..., tuple[Any, ...]]:
+def _function(operation: Operation, options: Options, in_host: bool, check: transforms.Check) -> Callable[..., Any]:
     if operation.is_backward:
-        return transforms.attention_backward(options, operation.extra)
-    return transforms.attention(options, operation.extra, "lse_out" not in operation.scratch)
+        return transforms.attention_backward(options, operation.extra, in_host, check)
+    return transforms.attention(options, operation.extra, "lse_out" not in operation.scratch, in_host, check)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A checked call: the jitted function that computes it, how many dense inputs and outputs it has, and, where
-    arrays say where sequences lie, the sizes that these must keep to.
-    """
+    """A call that has passed all checks, and the jitted function that computes it."""
 
     operation: Operation
-    function: Callable[..., tuple[Any, ...]]
-    dense: int
-    outputs: int
-    lengths_of: Sizes | None
+    options: RawOptions
+    function: Callable[..., Any]
+    from_the_start: Callable[..., list[Any]]
 
     def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
         """`arrays`: inputs, a None for each output, further inputs."""
         if workspace is not None:
             raise immutable("workspace")
-        inputs = arrays[: self.dense] + arrays[self.dense + self.outputs :]
-        try:
+        dense = len(self.operation.inputs)
+        inputs = arrays[:dense] + arrays[dense + len(self.operation.outputs) :]
+        with contextlib.suppress(Exception):
             return self.results(inputs)
+        return self._again(arrays)
+
+    def straight(self, q: Any, k: Any, v: Any) -> Any:
+        """A forward of nothing else: out, or out and lse."""
+        try:
+            return self.function(q, k, v)
         except Exception:
-            for name, array in zip((*self.operation.inputs, *self.operation.extra), inputs, strict=True):
-                JAX.check(array, name)  # what can differ between calls of one signature: it was deleted
-            raise
+            pass
+        out, lse = self._again([q, k, v, None, None])
+        return out if lse is None else (out, lse)
+
+    def _again(self, arrays: list[Any]) -> list[Any]:
+        """What was wrong, in our words: every check, of the arrays themselves in place of traced ones."""
+        return self.from_the_start(self.operation, arrays, None, self.options)
 
     def results(self, inputs: Sequence[Any]) -> list[Any]:
         """One for each output, None for what nobody asked for."""
-        if self.lengths_of is not None and env.check():
+        if env.check():
             self._check(inputs)
-        results = list(self.function(*inputs))
-        if len(results) < self.outputs:
-            results.append(None)
-        return results
+        results = self.function(*inputs)
+        return [results, None] if self.operation.scratch else list(results)
 
     def _check(self, inputs: Sequence[Any]) -> None:
         """FA2CUPY_CHECK=1, of concrete arrays; of traced ones the CPU's target does it, and nobody on a GPU."""
-        sizes = self.lengths_of
-        assert sizes is not None
-        named = zip(self.operation.extra, inputs[self.dense :], strict=True)
-        lengths = {name: array for name, array in named if name in LENGTHS}
-        if not any(map(is_traced, lengths.values())):
+        operation = self.operation
+        arrays = dict(zip((*operation.inputs, *operation.extra), inputs, strict=True))
+        lengths = {name: array for name, array in arrays.items() if name in LENGTHS}
+        if lengths and not any(map(is_traced, lengths.values())):
+            refs = {name: JAX.ref(array, name) for name, array in arrays.items()}
+            sizes = Sizes.of(refs, str(self.options[2]))
             held = {name: np.asarray(array) for name, array in lengths.items()}
             sequences.check(held, sizes.batch, sizes.seqlen_q, sizes.seqlen_k)
 

@@ -8,7 +8,7 @@ From the outside in: `jax.jit` (cached per set of options), `custom_vjp`, a `sha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -17,7 +17,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from fa2cupy.errors import InvalidType
+from fa2cupy import operations
+from fa2cupy.errors import InvalidType, UnsupportedDevice
+from fa2cupy.frameworks import JAX
+from fa2cupy.frameworks.base import TensorRef
+from fa2cupy.frameworks.jax import in_host_memory
 from fa2cupy.keywords import arrays_in_order
 from fa2cupy.operations import BACKWARD, FORWARD
 from fa2cupy.options import Options
@@ -26,7 +30,7 @@ from fa2cupy.xla import arrays as by_array
 from fa2cupy.xla import shardings
 from fa2cupy.xla.operation import Arrays, Operation, heads_at
 
-__all__ = ["NO_TANGENTS", "attention", "attention_backward", "clear_caches"]
+__all__ = ["NO_TANGENTS", "Check", "attention", "attention_backward", "clear_caches"]
 
 Names = tuple[str, ...]
 
@@ -165,23 +169,42 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 # The outermost
 
 
-@functools.lru_cache(maxsize=1024)
-def attention(options: Options, extra: Names, with_lse: bool) -> Callable[..., Arrays]:
-    """The jitted forward: q, k, v and the arrays called `extra` -> out and, if asked for, lse; differentiable."""
+# Raises where the dtypes or shapes of an operation's arrays, by name, do not fit together.
+Check = Callable[[operations.Operation, Mapping[str, TensorRef], Options], object]
 
-    def attention(*arrays: Any) -> Arrays:
+
+def _check(operation: operations.Operation, options: Options, in_host: bool, check: Check, arrays: Arrays) -> None:
+    """What a call is checked for that comes to a jitted function directly, with arrays that it has not seen yet."""
+    named = zip((*operation.inputs, *operation.extra), arrays, strict=True)
+    check(operation, {name: JAX.ref(array, name) for name, array in named}, options)
+    if not in_host and any(map(in_host_memory, arrays)):
+        raise UnsupportedDevice("an array is in host memory")
+
+
+@functools.lru_cache(maxsize=1024)
+def attention(options: Options, extra: Names, with_lse: bool, in_host: bool, check: Check) -> Callable[..., Any]:
+    """The jitted forward: q, k, v and the arrays called `extra` -> out, or out and lse; differentiable.
+
+    in_host: whether an array may be in a GPU's host memory, which only the arrays' own check can allow.
+    """
+    operation = FORWARD.extended(extra)
+
+    def attention(*arrays: Any) -> Any:
+        _check(operation, options, in_host, check, arrays)
         arrays = _as_int32(extra, arrays)
-        results: Arrays = _attention(options, extra, *shardings.uniformly_varying(*arrays))
-        return results if with_lse else results[:1]
+        out, lse = _attention(options, extra, *shardings.uniformly_varying(*arrays))
+        return (out, lse) if with_lse else out
 
-    return cast("Callable[..., Arrays]", jax.jit(attention))
+    return cast("Callable[..., Any]", jax.jit(attention))
 
 
 @functools.lru_cache(maxsize=1024)
-def attention_backward(options: Options, extra: Names) -> Callable[..., Arrays]:
+def attention_backward(options: Options, extra: Names, in_host: bool, check: Check) -> Callable[..., Arrays]:
     """The jitted backward: dout, q, k, v, out, lse and the arrays called `extra` -> dq, dk, dv."""
+    operation = BACKWARD.extended(extra)
 
     def attention_backward(*arrays: Any) -> Arrays:
+        _check(operation, options, in_host, check, arrays)
         arrays = _as_int32(extra, arrays)
         _, q, k = arrays[:3]
         run = _first_order(_backward_operation(options, extra, _group(q, k, options.layout)))

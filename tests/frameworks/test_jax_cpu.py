@@ -132,7 +132,7 @@ def test_checked_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     q = jnp.ones((2, 5, 4, 16), "float16")
     PREPARED.clear()
     first = both(Inputs(q, q, q, q))
-    assert len(PREPARED) == 2
+    assert len(PREPARED) == 3  # the forward by its own door, and by that of all functions
     with monkeypatch.context() as patch:
         patch.setattr(first_call, "first_call", None)
         again = both(Inputs(q + 0, q + 0, q + 0, q + 0))
@@ -152,7 +152,75 @@ def test_checked_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InvalidType, match=r"k has dtype float32 but q has float16"):
         fa2cupy.attention(q, q.astype("float32"), q, return_lse=True)
     fa2cupy.attention(q, q, q, return_lse=True)
-    assert len(PREPARED) == 2
+    assert len(PREPARED) == 3
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_new_arrays_at_the_door_of_known_ones(return_lse: bool) -> None:
+    """Checked while they are traced, or by JAX; then in our words all the same, and each time."""
+    q = jnp.ones((2, 5, 4, 16), "float16")
+    ours = functools.partial(fa2cupy.attention, return_lse=return_lse)
+    ours(q, q, q)
+    stored, x = inputs(4, "float16")
+    for _ in range(2):
+        found = ours(x.q, x.k, x.v)
+        for name, array in zip(("out", "lse"), found if return_lse else (found,), strict=False):
+            expect(*stored).check(**{name: np.asarray(array)})
+        with pytest.raises(InvalidArgument, match=r"head_dim|shape"):
+            ours(q, q[..., :8], q)
+        with pytest.raises(InvalidArgument, match="dimensions"):
+            ours(q[0], q, q)
+        with pytest.raises(InvalidType, match="v has dtype float32 but q has float16"):
+            ours(q, q, q.astype("float32"))
+        for causal in (1, q):
+            with pytest.raises(InvalidType, match="causal"):
+                ours(q, q, q, causal=causal)
+        with pytest.raises(InvalidType, match="softmax_scale"):
+            ours(q, q, q, softmax_scale=q)
+        with pytest.raises(InvalidArgument, match="out cannot be given for JAX arrays"):
+            ours(q, q, q, out=q)
+
+
+def test_arrays_on_several_devices() -> None:
+    """An array that was put on a device stays there; JAX moves others to it."""
+    first, second = jax.devices()[:2]
+    q = jnp.ones((2, 5, 4, 16))
+    here, there = jax.device_put(q, first), jax.device_put(q, second)
+    PREPARED.clear()
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match="k is on cpu:1 but q is on the CPU"):
+            fa2cupy.attention(here, there, q)
+        out, lse = fa2cupy.attention(there, q, q, return_lse=True)
+        assert out.devices() == {second}
+        with pytest.raises(ValueError, match=r"devices|is on"):
+            fa2cupy.attention_backward(out, q, here, q, out, lse)
+        assert fa2cupy.attention_backward(out, q, q, q, out, lse)[0].devices() == {second}
+        fa2cupy.attention(q, q, q)
+
+
+def test_host_memory_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time: on a GPU it is refused, which depends on where an array is."""
+    q = jnp.ones((2, 5, 4, 16))
+    if not hasattr(q.aval, "memory_space"):
+        pytest.skip("before JAX 0.7 a traced array does not know its memory")
+    in_host = jax.device_put(q, jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
+    fa2cupy.attention(q, q, q)
+    asked: list[str] = []
+    device_of = JAX.device
+    monkeypatch.setattr(JAX, "device", lambda array, name: asked.append(is_traced(array)) or device_of(array, name))
+    for _ in range(2):
+        asked.clear()
+        np.testing.assert_array_equal(fa2cupy.attention(q, in_host, q), fa2cupy.attention(q, q, q))
+        assert False in asked
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_are_as_deterministic_as_asked(deterministic: bool) -> None:
+    q = jnp.ones((2, 5, 4, 16))
+    derived = jax.jit(jax.grad(lambda q: fa2cupy.attention(q, q, q, deterministic=deterministic).sum()))
+    text = derived.lower(q).as_text()
+    assert text.count(r"\22deterministic\22:") == 2
+    assert text.count(rf"\22deterministic\22:{str(deterministic).lower()}") == 2
 
 
 def test_float64_is_not_remembered() -> None:
@@ -171,7 +239,7 @@ def test_traced_and_concrete_arrays_have_calls_of_their_own() -> None:
     PREPARED.clear()
     fa2cupy.attention(q, q, q)
     gradient = jax.grad(lambda k: fa2cupy.attention(q, k, q).sum())(2 * q)
-    assert gradient.shape == q.shape and len(PREPARED) == 1
+    assert gradient.shape == q.shape and len(PREPARED) == 2
 
 
 def test_framework() -> None:
