@@ -100,7 +100,8 @@ def attention(
 
     torch:
         Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
-        and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA.
+        and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA. Nested tensors of
+        layout torch.jagged are packed sequences: out is one too, with q's offsets, and lse is (num_heads, total_q).
 
     JAX:
         Differentiable, in q, k and v, through out and lse, once and in reverse mode; under jit, vmap, scan, remat,

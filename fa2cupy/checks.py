@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -118,5 +119,6 @@ def check_window(name: str, value: Any) -> tuple[int, int]:
             )
         if end is not None and end < -1:
             raise InvalidArgument(f"{shown(name, value)} is not supported: -1 is unlimited, and nothing is below it")
-    left, right = (-1 if end is None else int(end) for end in value)
+    # Of a length that torch.compile does not know yet, int() would make no number: options are part of a graph.
+    left, right = (-1 if end is None else operator.index(end) for end in value)
     return left, right

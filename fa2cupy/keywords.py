@@ -31,6 +31,7 @@ __all__ = [
     "KEYWORDS",
     "OTHER_NAMES",
     "Keyword",
+    "arrays_in_order",
     "is_neutral",
     "not_supported",
     "not_through_torch",
@@ -202,6 +203,12 @@ _TABLE = (
 )  # fmt: skip
 
 KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
+
+
+def arrays_in_order() -> list[str]:
+    """Names of keywords, or of the arrays that one is for, in the table's order: that of a call's pointers."""
+    return [name for keyword in KEYWORDS.values() for name in keyword.arrays or (keyword.name,)]
+
 
 # What keywords are called elsewhere: (ours, a remark). Hints, not aliases.
 _EITHER = "mask is for booleans, bias for numbers that are added"

@@ -385,6 +385,34 @@ def test_wide_lengths_are_converted_on_the_device(gpu: FakeGpu, monkeypatch: pyt
         fa2cupy.attention(q, k, v, out=to_cupy(out), lse_out=None, **wide)
 
 
+def test_lengths_with_gaps_are_copied(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece of longer rows, or rows shared by all: the kernels know no strides of these arrays."""
+    case, (q, k, v, _), lengths = gpu_case("segments")
+    ids = host_view(lengths["segment_ids"])
+    longer = cupy_array((3, ids.shape[1] + 5), np.int32)
+    host_view(longer)[:, : ids.shape[1]] = ids
+    monkeypatch.setattr(CUPY, "contiguous", lambda array: to_cupy(host_view(array).copy()))
+    out = host_view(fa2cupy.attention(q, k, v, segment_ids=longer[:, : ids.shape[1]]))
+    expect_sequences(case.inputs, case.lengths).check(out=out)
+    assert gpu.last.pointers["segment_ids_q"] != longer.data.ptr
+    fa2cupy.attention(q, k, v, segment_ids=lengths["segment_ids"])
+    assert gpu.last.pointers["segment_ids_k"] == lengths["segment_ids"].data.ptr
+
+
+def test_pieces_of_packed_keys_are_merged() -> None:
+    """Each sequence's keys in two pieces, by their starts: what ring attention does with packed sequences."""
+    case = draw(8, "packed")
+    q, k, v, _ = case.inputs
+    first, last = case.lengths["cu_seqlens_k"][:-1], case.lengths["cu_seqlens_k"][1:]
+    half = (last - first) // 2
+    pieces = [
+        fa2cupy.attention(q, k, v, return_lse=True, **case.lengths, **used)
+        for used in ({"seqused_k": half}, {"leftpad_k": half})
+    ]
+    out, lse = fa2cupy.merge_attention(*zip(*pieces, strict=True))
+    expect_sequences(case.inputs, case.lengths).check(out=out, lse=lse)
+
+
 def test_lengths_on_a_gpu_are_found_wrong(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     _, (q, k, v, _), lengths = gpu_case("packed")
     monkeypatch.setattr(CUPY, "to_host", host_view)

@@ -14,7 +14,7 @@ from torch.utils import flop_counter
 from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
-from fa2cupy.errors import InvalidArgument
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.torch import backward_op, forward_op
 from tests.lengths import FORMS, Case, draw, expect_sequences
 
@@ -194,3 +194,55 @@ def test_what_is_saved_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     x.lengths["cu_seqlens_k"].sub_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out, x.qkv, x.dout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nested tensors
+
+
+def nested(holes: bool = False) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any], dict[str, Any]]:
+    """q, k and v as jagged tensors, the values that are their leaves, and the lengths that say the same."""
+    torch.manual_seed(0)
+    leaves = tuple(torch.randn(n, h, 8, dtype=torch.float64, requires_grad=True) for n, h in ((9, 4), (11, 2), (11, 2)))
+    starts = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 2, 5, 11])
+    used = (torch.tensor([2, 0, 5]), torch.tensor([2, 1, 4])) if holes else (None, None)
+    tensors = tuple(
+        torch.nested.nested_tensor_from_jagged(x, starts[side], used[side])
+        for x, side in zip(leaves, (0, 1, 1), strict=True)
+    )
+    lengths = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+    return tensors, leaves, lengths | ({"seqused_q": used[0], "seqused_k": used[1]} if holes else {})
+
+
+@pytest.mark.parametrize(
+    ("holes", "compiled"), [(False, False), (False, True), (True, False)]
+)  # torch compiles no holes
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_jagged(holes: bool, layout: str, compiled: bool) -> None:
+    (q, k, v), leaves, lengths = nested(holes)
+    expected, expected_lse = fa2cupy.attention(*leaves, causal=True, window_size=(3, 0), return_lse=True, **lengths)
+    run = torch.compile(fa2cupy.attention, backend="aot_eager", fullgraph=True) if compiled else fa2cupy.attention
+    arrays = [x.transpose(1, 2) for x in (q, k, v)] if layout == "bhsd" else (q, k, v)
+    out, lse = run(*arrays, causal=True, window_size=(3, 0), layout=layout, return_lse=True)
+    out = out.transpose(1, 2) if layout == "bhsd" else out
+    assert out.shape == q.shape and torch.equal(out.offsets(), q.offsets())
+    assert torch.equal(out.values(), expected) and torch.equal(lse, expected_lse)
+    weights = torch.randn_like(expected)
+    got = torch.autograd.grad((out.values() * weights).sum(), leaves)
+    for x, y in zip(got, torch.autograd.grad((expected * weights).sum(), leaves), strict=True):
+        assert torch.equal(x, y)
+    with torch.no_grad():
+        assert torch.equal(fa2cupy.attention(q, k, v, causal=True, window_size=(3, 0)).values(), expected)
+
+
+def test_nested_tensors_that_do_not_fit() -> None:
+    (q, k, v), leaves, lengths = nested()
+    with pytest.raises(InvalidType, match=r"k is no nested tensor of layout torch\.strided: q, k and v of layout"):
+        fa2cupy.attention(q, leaves[1], v)
+    with pytest.raises(InvalidArgument, match="seqused_k is given beside nested tensors"):
+        fa2cupy.attention(q, k, v, seqused_k=lengths["cu_seqlens_k"])
+    with pytest.raises(InvalidArgument, match="dimension 2 is ragged"):
+        fa2cupy.attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    other = torch.nested.nested_tensor_from_jagged(leaves[2], torch.tensor([0, 3, 5, 11]))
+    with pytest.raises(InvalidArgument, match="k and v are nested tensors with other offsets"):
+        fa2cupy.attention(q, k, other)
