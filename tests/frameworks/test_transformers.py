@@ -263,7 +263,8 @@ def test_the_lengths_are_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     for wait in (True, False):
         register(wait=wait)
         assert output(ours, input_ids=IDS, attention_mask=mask).isfinite().all()
-        ours.generate(IDS, attention_mask=LEFT, max_new_tokens=3, do_sample=False, prefill_chunk_size=4)
+        for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            ours.generate(IDS, attention_mask=LEFT, max_new_tokens=3, do_sample=False, prefill_chunk_size=4, **cache)
         output(ours, input_ids=IDS[:1], position_ids=POSITIONS, use_cache=False)
     assert set(counted()) == {"fa2cupy"}
 
@@ -484,6 +485,15 @@ def test_masks(function: str, padding: str, wait: bool) -> None:
                 agrees({**arguments, "kv_length": 14, "q_offset": offset, "allow_is_causal_skip": not step})
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_row_of_padding_sees_nothing(function: str) -> None:
+    mask_function, more = FUNCTIONS[function]
+    padding = torch.tensor([(0,) * 9, (0,) + (1,) * 8], dtype=torch.bool)
+    keys = masks.read(masks.mask(**asked(PLACES["all"], mask_function=mask_function, attention_mask=padding, **more)))
+    seen = masks.dense(keys, 9, 9, "cpu")
+    assert not seen[0].any() and seen[1].any()
+
+
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("window", [None, 3, 1])
 def test_masks_of_packed_sequences(window: int | None, wait: bool) -> None:
@@ -675,6 +685,16 @@ def test_a_layer_by_itself() -> None:
     q, k, v = heads(2, 6)  # two tokens behind a cache of four
     out, _ = layer.attention_layer(Layer(), q, k, v, None)
     torch.testing.assert_close(out, by_formula(q, k, v, torch.ones(2, 6, dtype=torch.bool).tril(4)))
+
+
+def test_autocast_casts_before_we_judge() -> None:
+    """Norms in float32 beside values in bfloat16, as autocast leaves them."""
+    q, k, v = heads()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = layer.attention_layer(Layer(), q.float(), k.float(), v.bfloat16(), None)
+    assert out.dtype == torch.bfloat16 and counted() == {"fa2cupy": 1}
+    wanted = by_formula(q, k, v, torch.ones(5, 5, dtype=torch.bool).tril())
+    torch.testing.assert_close(out.double(), wanted, rtol=0.03, atol=0.03)
 
 
 def test_packed_lengths_of_queries_and_keys() -> None:
