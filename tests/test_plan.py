@@ -15,7 +15,8 @@ from fa2cupy import jit
 from fa2cupy.errors import LaunchError
 from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import common, compile_jobs, launch, plan_backward, plan_forward
+from fa2cupy.kernels import common, compile_jobs, plan_backward, plan_forward
+from fa2cupy.kernels import launch as launching
 from fa2cupy.kernels.params import FwdTmaParams
 from fa2cupy.kernels.sm80.flash_bwd import BwdTile
 from fa2cupy.kernels.sm90.flash_bwd import BWD_TILES_SM90
@@ -177,12 +178,12 @@ def test_a_launch_finds_its_context(fake: FakeDriver) -> None:
 
 
 def test_what_was_launched_is_kept_within_bounds(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_MAX_READY", 8)
-    monkeypatch.setattr(launch, "_ready", {})
+    monkeypatch.setattr(launching, "_MAX_READY", 8)
+    monkeypatch.setattr(launching, "_ready", {})
     bound = plan_forward(problem(), H200).bind(0)
     for number in (*range(20), 19):
         bound(tuple((number << 32) + (i << 16) for i in range(5)), number)
-        assert launch._ready and len(launch._ready) <= 8
+        assert launching._ready and len(launching._ready) <= 8
         maps, params = arrived(fake)
         assert [each.address for each in maps.values()] == [(number << 32) + (i << 16) for i in range(4)]
         assert params.lse == (number << 32) + (4 << 16) and fake.launches[-1].stream == number

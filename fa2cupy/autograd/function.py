@@ -9,9 +9,10 @@ import torch
 
 from fa2cupy import dynamo
 from fa2cupy.autograd.features import features_text
+from fa2cupy.autograd.known import KINDS, NO_KIND
 from fa2cupy.autograd.launching import launch_backward, launch_forward
 from fa2cupy.autograd.operators import backward_op
-from fa2cupy.autograd.watchers import are_watched, is_grad_enabled, is_plain
+from fa2cupy.autograd.watchers import are_watched, deterministic_algorithms, is_grad_enabled, is_plain
 
 __all__ = ["eager"]
 
@@ -20,36 +21,57 @@ class _Attention(torch.autograd.Function):
     """forward(ctx, ...) rather than setup_context, with which torch inspects a signature at every call (15 us)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
-        out, lse = launch_forward(q, k, v, options)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+        try:  # types, since 1 == True
+            kind = KINDS[options, type(options[0]), type(options[1]), q.shape, k.shape]
+        except TypeError:  # options that are errors
+            kind = NO_KIND
+        for run in kind.runs:
+            results = run(q, k, v)
+            if results is not None:
+                out, lse = results
+                break
+        else:
+            out, lse = launch_forward(q, k, v, options, kind)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = options
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
-        return out, lse
+        # An output costs autograd 5 us, whether anybody looks at it or not.
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
-            return None, None, None, None
+            return None, None, None, None, None
         q, k, v, out, lse = ctx.saved_tensors
+        options, kind = ctx.options, NO_KIND
+        # With grad mode on (create_graph=True) the operator is taken: it says that there is no second derivative.
+        watched = is_grad_enabled() or are_watched()
         if dout is None:
             dout = torch.zeros_like(out)
-        # With grad mode on (create_graph=True) the operator is taken too: it says that there is no second derivative.
-        if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
-
-            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options[:5], features_text(ctx.options[5]))
+        elif dlse is None and not watched:
+            kind = ctx.kind.backwards[options[4] or deterministic_algorithms()]
+            for run in kind.runs:
+                gradients = run(dout, q, k, v, out, lse)
+                if gradients is not None:
+                    dq, dk, dv = gradients
+                    return dq, dk, dv, None, None
+        if watched or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
+            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *options[:5], features_text(options[5]))
         else:
-            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, ctx.options)
-        return dq, dk, dv, None
+            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, kind)
+        return dq, dk, dv, None, None
 
 
 # Past torch's Python `apply`, which looks for torch.func: whoever comes here has looked.
 _apply = super(torch.autograd.Function, _Attention).apply
+# What autograd's engine calls; torch's own `apply` looks for the function above, once more at every call.
+_Attention._backward_cls.apply = _Attention.backward
 
 
 def eager(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
     """out or (out, lse), with a graph."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    out, lse = _apply(q, k, v, options)
-    return (out, lse) if return_lse else out
+    return _apply(q, k, v, options, return_lse)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fa2cupy.autograd.known import NO_KIND, Kind
 from fa2cupy.calls import call
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 
@@ -16,19 +17,27 @@ _FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
 _BACKWARD_WITH_DLSE = _BACKWARD.extended(("dlse",))
 
 
-def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
-    """out, lse. options: those of a launch (`RawOptions`)."""
-    out, lse = call(_FORWARD, [q, k, v, None, None], None, (*options[:4], False, options[5]))
+def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...], kind: Kind = NO_KIND) -> tuple[Any, Any]:
+    """out, lse. options: those of a launch (`RawOptions`). kind: what learns from this call."""
+    launched = (*options[:4], False, options[5])
+    out, lse = call(_FORWARD, [q, k, v, None, None], None, launched)
+    kind.learn(_FORWARD, (q, k, v), (out, lse), launched)
     return out, lse
 
 
 def launch_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...]
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...], kind: Kind = NO_KIND
 ) -> tuple[Any, Any, Any]:
-    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it."""
+    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it.
+
+    kind: what learns from this call, the one of its `deterministic`.
+    """
     deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
     operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
     if dlse is not None:
         operation, arrays = _BACKWARD_WITH_DLSE, [*arrays, dlse]
-    dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, options[5]))
+    launched = (*options[:4], deterministic, options[5])
+    dq, dk, dv = call(operation, arrays, None, launched)
+    if dlse is None:
+        kind.learn(_BACKWARD, (dout, q, k, v, out, lse), (dq, dk, dv), launched)
     return dq, dk, dv
