@@ -75,6 +75,7 @@ def guards_tell_all(tools: _Tools) -> bool:
         x = torch.empty(2, 4, 4, 4, dtype=torch.float16)
         check = tools.check([x])
         others = (
+            x[:1],
             torch.empty(2, 4, 4, 8, dtype=torch.float16)[..., :4],
             torch.empty(2, 4, 4, 2, dtype=torch.float16),
             x.transpose(1, 2),
@@ -112,11 +113,22 @@ class Kind:
             self._backwards = Kind(self._left), Kind(self._left)
         return self._backwards
 
-    def learn(self, operation: Operation, inputs: Sequence[Any], results: Sequence[Any], options: Any) -> None:
-        """From a call that has just gone the long way, so that the next ones like it need not."""
+    def learn(
+        self,
+        operation: Operation,
+        inputs: Sequence[Any],
+        results: Sequence[Any],
+        options: Any,
+        given: Sequence[Any] | None = None,
+    ) -> None:
+        """From a call that has just gone the long way, so that the next ones like it need not.
+
+        results: new tensors that are like its results; after them others that a run is to allocate. given: what runs
+        will be given, where that is not `inputs` but the same memory.
+        """
         if TOOLS is not None and self._left > 0 and len(self.runs) < _MAX_RUNS:
             self._left -= 1
-            run = _run(TOOLS, operation, inputs, results, options)
+            run = _run(TOOLS, operation, inputs, results, options, inputs if given is None else given)
             if run is not None:
                 self.runs = (*self.runs, run)
 
@@ -139,10 +151,15 @@ NO_KIND = Kind(0)  # of calls that nothing is learned from
 
 
 def _run(
-    tools: _Tools, operation: Operation, inputs: Sequence[Any], results: Sequence[Any], options: Any
+    tools: _Tools,
+    operation: Operation,
+    inputs: Sequence[Any],
+    results: Sequence[Any],
+    options: Any,
+    given: Sequence[Any],
 ) -> Run | None:
     try:
-        signature, pointers = TORCH.signature([*inputs, *[None] * len(results)])
+        signature, pointers = TORCH.signature([*inputs, *[None] * len(operation.outputs)])
         prepared = PREPARED.get(signature_key(operation, signature, options))
     except Exception:  # one that the long way knew how to copy
         return None
@@ -151,7 +168,7 @@ def _run(
     if operation.extra or any(pointer & _MISALIGNED for pointer in pointers):
         return None
     make = _backward_run if operation.is_backward else _forward_run
-    return make(tools, tools.check(inputs), prepared, [(tuple(x.shape), x.stride(), x.dtype) for x in results])
+    return make(tools, tools.check(given), prepared, [(tuple(x.shape), x.stride(), x.dtype) for x in results])
 
 
 _MISALIGNED = 15  # the bits of an address that are 0 in the only prepared call which a run stands for
@@ -166,7 +183,7 @@ def _forward_run(tools: _Tools, check: Check, prepared: PreparedCall, specs: Seq
         return None
     device, stream, empty, *_ = tools
     index, launch = prepared.device_index, prepared.launchable
-    of_out, of_lse = specs
+    of_out, of_lse, *more = specs
 
     def run(q: Any, k: Any, v: Any) -> Any:
         if not check(q, k, v):
@@ -176,7 +193,7 @@ def _forward_run(tools: _Tools, check: Check, prepared: PreparedCall, specs: Seq
             return None
         out, lse = empty(*of_out), empty(*of_lse)
         launch((at_q, at_k, at_v, out.data_ptr(), lse.data_ptr()), stream(index))
-        return out, lse
+        return (out, lse, *[empty(*each) for each in more]) if more else (out, lse)
 
     return run
 

@@ -29,7 +29,9 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # types that dispatch now
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
-deterministic_algorithms: Callable[[], bool] = torch.are_deterministic_algorithms_enabled
+deterministic_algorithms: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)

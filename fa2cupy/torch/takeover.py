@@ -24,6 +24,8 @@ import torch
 import torch.nn.attention
 
 from fa2cupy import counts, dynamo
+from fa2cupy.autograd.known import KINDS, Kind
+from fa2cupy.autograd.watchers import deterministic_algorithms
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
@@ -155,11 +157,39 @@ _FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=Tru
 _BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
-def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
-    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
+def _took(door: str) -> None:
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    counts.took(_DOOR)
+    counts.took(door)
+
+
+def _known(door: str, kind: Kind, *tensors: Any) -> Any:
+    """The results of a call like one that came before, counted; None for one that has to go the long way, on which it
+    is asked for every objection and `_learn` is called."""
+    for run in kind.runs:
+        results = run(*tensors)
+        if results is not None:
+            _took(door)
+            return results
+    return None
+
+
+def _learn(
+    kind: Kind, inputs: tuple[Any, ...], results: tuple[Any, ...], causal: bool, scale: float | None,
+    given: tuple[Any, ...] | None = None,
+) -> None:  # fmt: skip
+    """From a call of `_forward` or `_backward`; the arguments but for `kind`, causal and scale as for `Kind.learn`."""
+    backward = len(inputs) > 3
+    layout = _order(*inputs[1:4]) if backward else _order(inputs[0])
+    if layout:  # results are copies otherwise
+        deterministic = backward and deterministic_algorithms()
+        operation = (_BACKWARDS if backward else _FORWARDS)[layout]
+        kind.learn(operation, inputs, results, (causal, scale, "bhsd", None, deterministic, ()), given)
+
+
+def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
+    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
+    _took(_DOOR)
     layout = _order(q)
     options = (causal, scale, "bhsd", None, False, ())
     out, lse = call(_FORWARDS[layout or "bhsd"], [q, k, v, None, None], None, options)
@@ -171,11 +201,9 @@ def _backward(
     unseen: int = 0, swapped: bool = False,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`."""
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
-    counts.took(_DOOR_BACKWARD)
+    _took(_DOOR_BACKWARD)
     layout = None if unseen else _order(q, k, v)
-    options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
+    options = (causal, scale, "bhsd", None, deterministic_algorithms(), ())
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
     inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
     dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
@@ -226,6 +254,11 @@ def _sdpa_flash(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
+        kind = KINDS["flash", dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
+        known = _known(_DOOR, kind, q, k, v)
+        if known is not None:
+            out, lse, seed, offset, mask = known
+            return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
         why = (
             "a debug mask is not supported"
             if return_debug_mask
@@ -237,6 +270,7 @@ def _sdpa_flash(native: Native) -> Kernel:
             return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
         out, lse = _forward(q, k, v, is_causal, scale)
         seed, offset, mask = _random_state(q)
+        _learn(kind, (q, k, v), (out, lse, seed, offset, mask), is_causal, scale)
         return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
 
     return kernel
@@ -247,13 +281,19 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
         keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
         max_k: int, dropout_p: float, is_causal: bool, seed: Any, offset: Any, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
+        kind = KINDS["flash backward", dropout_p, is_causal, deterministic_algorithms(), scale, q.shape, k.shape]
+        known = _known(_DOOR_BACKWARD, kind, dout, q, k, v, out, lse)
+        if known is not None:
+            return known
         why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
         if why:
             return native(
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale,
             )  # fmt: skip
-        return _backward(dout, q, k, v, out, lse, is_causal, scale)
+        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale)
+        _learn(kind, (dout, q, k, v, out, lse), gradients, is_causal, scale)
+        return gradients
 
     return kernel
 
@@ -263,6 +303,11 @@ def _cudnn(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, attn_bias: Any, compute_log_sumexp: bool, dropout_p: float = 0.0,
         is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
+        kind = KINDS["cudnn", attn_bias is None, dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
+        known = _known(_DOOR, kind, q, k, v)
+        if known is not None:
+            out, lse, seed, offset = known
+            return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
         if return_debug_mask:
             why = "a debug mask is not supported"
@@ -272,14 +317,17 @@ def _cudnn(native: Native) -> Kernel:
                 scale=scale,
             )  # fmt: skip
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-        if is_causal and seqlen_q < seqlen_k:
+        cut = is_causal and seqlen_q < seqlen_k
+        if cut:
             k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
         out, lse = _forward(q, k, v, is_causal, scale)
         if _cudnn_lse_dims() == 4:
             lse = lse.unsqueeze(3)
         seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
-        extras = torch.empty_like(seed), torch.empty_like(offset), None
-        return out, lse, None, None, seqlen_q, seqlen_k, *extras
+        seed, offset = torch.empty_like(seed), torch.empty_like(offset)
+        if not cut:
+            _learn(kind, (q, k, v), (out, lse, seed, offset), is_causal, scale)
+        return out, lse, None, None, seqlen_q, seqlen_k, seed, offset, None
 
     return kernel
 
@@ -290,6 +338,12 @@ def _cudnn_backward(native: Native) -> Kernel:
         cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, *,
         scale: float | None = None,
     ) -> Any:  # fmt: skip
+        options = attn_bias is None, dropout_p, is_causal, deterministic_algorithms(), scale
+        kind = KINDS["cudnn backward", options, q.shape, k.shape]
+        given = dout, q, k, v, out, lse
+        known = _known(_DOOR_BACKWARD, kind, *given)
+        if known is not None:
+            return known
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
         if why:
             return native(
@@ -298,7 +352,10 @@ def _cudnn_backward(native: Native) -> Kernel:
             )  # fmt: skip
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
         unseen = k.shape[2] - q.shape[2] if is_causal else 0
-        return _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
+        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
+        if not unseen:
+            _learn(kind, (dout, q, k, v, out, lse), gradients, is_causal, scale, given)
+        return gradients
 
     return kernel
 
