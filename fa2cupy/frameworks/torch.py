@@ -26,7 +26,7 @@ def fx_tracing() -> Callable[[], bool]:
     """
     module = importlib.import_module("torch.fx._symbolic_trace")
     since_214: Callable[[], bool] | None = getattr(module, "_get_is_fx_tracing", None)
-    return since_214 or (lambda: bool(getattr(module, "_is_fx_tracing_flag", True)))
+    return since_214 or functools.partial(getattr, module, "_is_fx_tracing_flag", True)
 
 
 class _Torch(GpuFramework):
