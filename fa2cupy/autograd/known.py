@@ -11,6 +11,7 @@ difference where there is one, every call goes the long way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,9 @@ class _Tools(NamedTuple):
         return check
 
 
-def _tools() -> _Tools | None:
+@functools.cache
+def torch_tools() -> _Tools | None:
+    """Those of this torch; asked for when the first call is to be learned from, where no mode is at work."""
     names = (
         "_cuda_getDevice",
         "_cuda_getCurrentRawStream",
@@ -72,26 +75,23 @@ def _tools() -> _Tools | None:
 def guards_tell_all(tools: _Tools) -> bool:
     """Whether a check says yes to what is alike and no to everything else that a prepared call depends on."""
     try:
-        x = torch.empty(2, 4, 4, 4, dtype=torch.float16)
-        check = tools.check([x])
-        others = (
-            x[:1],
-            torch.empty(2, 4, 4, 8, dtype=torch.float16)[..., :4],
-            torch.empty(2, 4, 4, 2, dtype=torch.float16),
-            x.transpose(1, 2),
-            x.bfloat16(),
-            torch.empty(2, 4, 4, 4, dtype=torch.float16, device="meta"),
-            torch.nn.Parameter(x, requires_grad=False),
-            x._neg_view(),
-        )
+        with torch.inference_mode(False):
+            x, alike = (torch.empty(2, 4, 4, 4, dtype=torch.float16, device="cpu") for _ in range(2))
+            check = tools.check([x])
+            others = (
+                x[:1],
+                torch.empty(2, 4, 4, 8, dtype=torch.float16, device="cpu")[..., :4],
+                x.transpose(1, 2),
+                x.bfloat16(),
+                torch.empty(2, 4, 4, 4, dtype=torch.float16, device="meta"),
+                torch.nn.Parameter(x, requires_grad=False),
+                x._neg_view(),
+            )
+            told = check(x) and check(alike) and not any(map(check, others))
         with torch.inference_mode():
-            in_a_mode = check(x)
-        return bool(check(x)) and bool(check(torch.ones_like(x))) and not in_a_mode and not any(map(check, others))
+            return bool(told) and not check(x)
     except Exception:  # whatever another torch says to arguments that it does not expect
         return False
-
-
-TOOLS = _tools()
 
 
 class Kind:
@@ -100,18 +100,12 @@ class Kind:
     runs: of those that came before. backwards: the kinds of their gradients, without and with `deterministic`.
     """
 
-    __slots__ = ("_backwards", "_left", "runs")
+    __slots__ = ("_left", "backwards", "runs")
 
-    def __init__(self, attempts: int = 32) -> None:
+    def __init__(self, attempts: int = 32, of_gradients: bool = False) -> None:
         self.runs: tuple[Run, ...] = ()
+        self.backwards = () if of_gradients else (Kind(attempts, True), Kind(attempts, True))
         self._left = attempts
-        self._backwards: tuple[Kind, Kind] | None = None
-
-    @property
-    def backwards(self) -> tuple[Kind, Kind]:
-        if self._backwards is None:
-            self._backwards = Kind(self._left), Kind(self._left)
-        return self._backwards
 
     def learn(
         self,
@@ -126,11 +120,13 @@ class Kind:
         results: new tensors that are like its results; after them others that a run is to allocate. given: what runs
         will be given, where that is not `inputs` but the same memory.
         """
-        if TOOLS is not None and self._left > 0 and len(self.runs) < _MAX_RUNS:
-            self._left -= 1
-            run = _run(TOOLS, operation, inputs, results, options, inputs if given is None else given)
-            if run is not None:
-                self.runs = (*self.runs, run)
+        if self._left <= 0 or len(self.runs) >= _MAX_RUNS:
+            return
+        self._left -= 1
+        tools = torch_tools()
+        run = _run(tools, operation, inputs, results, options, inputs if given is None else given) if tools else None
+        if run is not None:
+            self.runs = (*self.runs, run)
 
 
 class _Kinds(dict[Any, Kind]):

@@ -80,7 +80,8 @@ def world(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(type(TORCH), "device", lambda self, array, argument: Device("cuda", 0))
     monkeypatch.setattr(type(TORCH), "stream", lambda self, index: lambda index: gpu.stream)
     monkeypatch.setattr(driver, "device_guard", gpu.guard)
-    monkeypatch.setattr(known, "TOOLS", world.tools())
+    tools = world.tools()
+    monkeypatch.setattr(known, "torch_tools", lambda: tools)
     KINDS.clear()
     yield world
     KINDS.clear()
@@ -106,7 +107,7 @@ def unknown(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> Any
         patch.setattr(known, "KINDS", known._Kinds())
         patch.setattr("fa2cupy.autograd.function.KINDS", known._Kinds())
         patch.setattr(takeover, "KINDS", known._Kinds())
-        patch.setattr(known, "TOOLS", None)
+        patch.setattr(known, "torch_tools", lambda: None)
         return function()
 
 
@@ -310,7 +311,8 @@ def test_one_tensor_three_times(world: World, monkeypatch: pytest.MonkeyPatch) -
     wanted = unknown(monkeypatch, lambda: gradients([q] * 3, dout))
     made: list[int] = []
     guards = torch._C._dynamo.guards.TensorGuards
-    monkeypatch.setattr(known, "TOOLS", world.tools(guards=lambda *x, **y: (made.append(1), guards(*x, **y))[1]))
+    tools = world.tools(guards=lambda *x, **y: (made.append(1), guards(*x, **y))[1])
+    monkeypatch.setattr(known, "torch_tools", lambda: tools)
     for _ in range(40):
         got = world.went(BOTH, lambda: gradients([q] * 3, dout))
     assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
@@ -394,8 +396,24 @@ def test_guards_that_do_not_tell_all_are_not_used(world: World, ignored: str | N
     assert not known.guards_tell_all(world.tools(guards=None))
 
 
-def test_torchs_guards_tell_all(world: World) -> None:
-    assert known.guards_tell_all(world.tools())
+@pytest.mark.parametrize("inference", [False, True])
+def test_torchs_guards_tell_all(world: World, inference: bool) -> None:
+    with torch.inference_mode(inference), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        assert known.guards_tell_all(world.tools())
+
+
+def test_a_torch_that_lacks_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("_cuda_getDevice", "_cuda_getCurrentRawStream", *(f"_cuda_cudaCachingAllocator_raw_{x}" for x in _MEMORY))
+    for name in names:
+        monkeypatch.setattr(torch._C, name, lambda *arguments: 0, raising=False)
+    assert known.torch_tools.__wrapped__() is not None
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.delattr(torch._C, name)
+            assert known.torch_tools.__wrapped__() is None
+
+
+_MEMORY = ("alloc", "delete")
 
 
 def test_kinds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
