@@ -32,7 +32,7 @@ class _Attention(torch.autograd.Function):
                 out, lse = results
                 break
         else:
-            out, lse = launch_forward(q, k, v, options, kind)
+            out, lse = launch_forward(q, k, v, options, kind=kind)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = options
         ctx.kind = kind
@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         if watched or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
             dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *options[:5], features_text(options[5]))
         else:
-            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, kind)
+            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, kind=kind)
         return dq, dk, dv, None, None
 
 

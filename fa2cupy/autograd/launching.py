@@ -17,7 +17,7 @@ _FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
 _BACKWARD_WITH_DLSE = _BACKWARD.extended(("dlse",))
 
 
-def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...], kind: Kind = NO_KIND) -> tuple[Any, Any]:
+def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...], *, kind: Kind = NO_KIND) -> tuple[Any, Any]:
     """out, lse. options: those of a launch (`RawOptions`). kind: what learns from this call."""
     launched = (*options[:4], False, options[5])
     out, lse = call(_FORWARD, [q, k, v, None, None], None, launched)
@@ -26,8 +26,9 @@ def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...], kind: Kind 
 
 
 def launch_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...], kind: Kind = NO_KIND
-) -> tuple[Any, Any, Any]:
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...], *,
+    kind: Kind = NO_KIND,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it.
 
     kind: what learns from this call, the one of its `deterministic`.

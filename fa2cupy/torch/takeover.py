@@ -163,17 +163,6 @@ def _took(door: str) -> None:
     counts.took(door)
 
 
-def _known(door: str, kind: Kind, *tensors: Any) -> Any:
-    """The results of a call like one that came before, counted; None for one that has to go the long way, on which it
-    is asked for every objection and `_learn` is called."""
-    for run in kind.runs:
-        results = run(*tensors)
-        if results is not None:
-            _took(door)
-            return results
-    return None
-
-
 def _learn(
     kind: Kind, inputs: tuple[Any, ...], results: tuple[Any, ...], causal: bool, scale: float | None,
     given: tuple[Any, ...] | None = None,
@@ -255,8 +244,9 @@ def _sdpa_flash(native: Native) -> Kernel:
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
         kind = KINDS["flash", dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
-        known = _known(_DOOR, kind, q, k, v)
+        known = kind.find(q, k, v)
         if known is not None:
+            _took(_DOOR)
             out, lse, seed, offset, mask = known
             return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
         why = (
@@ -282,8 +272,9 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
         max_k: int, dropout_p: float, is_causal: bool, seed: Any, offset: Any, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
         kind = KINDS["flash backward", dropout_p, is_causal, deterministic_algorithms(), scale, q.shape, k.shape]
-        known = _known(_DOOR_BACKWARD, kind, dout, q, k, v, out, lse)
+        known = kind.find(dout, q, k, v, out, lse)
         if known is not None:
+            _took(_DOOR_BACKWARD)
             return known
         why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
         if why:
@@ -304,8 +295,9 @@ def _cudnn(native: Native) -> Kernel:
         is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
         kind = KINDS["cudnn", attn_bias is None, dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
-        known = _known(_DOOR, kind, q, k, v)
+        known = kind.find(q, k, v)
         if known is not None:
+            _took(_DOOR)
             out, lse, seed, offset = known
             return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
@@ -341,8 +333,9 @@ def _cudnn_backward(native: Native) -> Kernel:
         options = attn_bias is None, dropout_p, is_causal, deterministic_algorithms(), scale
         kind = KINDS["cudnn backward", options, q.shape, k.shape]
         given = dout, q, k, v, out, lse
-        known = _known(_DOOR_BACKWARD, kind, *given)
+        known = kind.find(*given)
         if known is not None:
+            _took(_DOOR_BACKWARD)
             return known
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
         if why:
