@@ -24,7 +24,7 @@ import torch
 import torch.nn.attention
 
 from fa2cupy import counts, dynamo
-from fa2cupy.autograd.known import KINDS, Kind
+from fa2cupy.autograd.known import KINDS, NO_KIND, Kind
 from fa2cupy.autograd.watchers import deterministic_algorithms
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
@@ -163,40 +163,42 @@ def _took(door: str) -> None:
     counts.took(door)
 
 
-def _learn(
-    kind: Kind, inputs: tuple[Any, ...], results: tuple[Any, ...], causal: bool, scale: float | None,
-    given: tuple[Any, ...] | None = None,
-) -> None:  # fmt: skip
-    """From a call of `_forward` or `_backward`; the arguments but for `kind`, causal and scale as for `Kind.learn`."""
-    backward = len(inputs) > 3
-    layout = _order(*inputs[1:4]) if backward else _order(inputs[0])
-    if layout:  # results are copies otherwise
-        deterministic = backward and deterministic_algorithms()
-        operation = (_BACKWARDS if backward else _FORWARDS)[layout]
-        kind.learn(operation, inputs, results, (causal, scale, "bhsd", None, deterministic, ()), given)
+def _forward(
+    q: Any, k: Any, v: Any, causal: bool, scale: float | None, *,
+    swapped: bool = False, lse_dims: int = 3, kind: Kind = NO_KIND, more: tuple[Any, ...] = (),
+) -> tuple[Any, Any]:  # fmt: skip
+    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results.
 
-
-def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
-    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
+    kind: what learns from a call with the operator's tensors, and of new ones like `more` that go with the results.
+    """
     _took(_DOOR)
     layout = _order(q)
-    options = (causal, scale, "bhsd", None, False, ())
-    out, lse = call(_FORWARDS[layout or "bhsd"], [q, k, v, None, None], None, options)
-    return out if layout else _laid_out(out, q, swapped), lse
+    operation, options = _FORWARDS[layout or "bhsd"], (causal, scale, "bhsd", None, False, ())
+    out, lse = call(operation, [q, k, v, None, None], None, options)
+    lse = lse.unsqueeze(3) if lse_dims == 4 else lse
+    if not layout:
+        return _laid_out(out, q, swapped), lse
+    kind.learn(operation, (q, k, v), (out, lse, *more), options)
+    return out, lse
 
 
 def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, *,
-    unseen: int = 0, swapped: bool = False,
+    unseen: int = 0, swapped: bool = False, kind: Kind = NO_KIND, given: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`."""
+    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`.
+
+    kind: what learns from it, the one of `deterministic_algorithms()`. given: as for `Kind.learn`.
+    """
     _took(_DOOR_BACKWARD)
     layout = None if unseen else _order(q, k, v)
     options = (causal, scale, "bhsd", None, deterministic_algorithms(), ())
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
     inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
-    dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
+    operation = _BACKWARDS[layout or "bhsd"]
+    dq, dk, dv = call(operation, inputs, None, options)
     if layout:
+        kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), options, given)
         return dq, dk, dv
     return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
 
@@ -258,9 +260,8 @@ def _sdpa_flash(native: Native) -> Kernel:
             why = "a head_dim of v of its own is not expected here"
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
-        out, lse = _forward(q, k, v, is_causal, scale)
-        seed, offset, mask = _random_state(q)
-        _learn(kind, (q, k, v), (out, lse, seed, offset, mask), is_causal, scale)
+        seed, offset, mask = more = _random_state(q)
+        out, lse = _forward(q, k, v, is_causal, scale, kind=kind, more=more)
         return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
 
     return kernel
@@ -282,9 +283,7 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale,
             )  # fmt: skip
-        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale)
-        _learn(kind, (dout, q, k, v, out, lse), gradients, is_causal, scale)
-        return gradients
+        return _backward(dout, q, k, v, out, lse, is_causal, scale, kind=kind)
 
     return kernel
 
@@ -309,16 +308,11 @@ def _cudnn(native: Native) -> Kernel:
                 scale=scale,
             )  # fmt: skip
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-        cut = is_causal and seqlen_q < seqlen_k
-        if cut:
-            k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
-        out, lse = _forward(q, k, v, is_causal, scale)
-        if _cudnn_lse_dims() == 4:
-            lse = lse.unsqueeze(3)
+        if is_causal and seqlen_q < seqlen_k:
+            k, v, kind = k[:, :, :seqlen_q], v[:, :, :seqlen_q], NO_KIND
         seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
-        seed, offset = torch.empty_like(seed), torch.empty_like(offset)
-        if not cut:
-            _learn(kind, (q, k, v), (out, lse, seed, offset), is_causal, scale)
+        seed, offset = more = torch.empty_like(seed), torch.empty_like(offset)
+        out, lse = _forward(q, k, v, is_causal, scale, lse_dims=_cudnn_lse_dims(), kind=kind, more=more)
         return out, lse, None, None, seqlen_q, seqlen_k, seed, offset, None
 
     return kernel
@@ -345,10 +339,7 @@ def _cudnn_backward(native: Native) -> Kernel:
             )  # fmt: skip
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
         unseen = k.shape[2] - q.shape[2] if is_causal else 0
-        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
-        if not unseen:
-            _learn(kind, (dout, q, k, v, out, lse), gradients, is_causal, scale, given)
-        return gradients
+        return _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen, kind=kind, given=given)
 
     return kernel
 
