@@ -30,6 +30,7 @@ from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 from fa2cupy.torch.dot_product import TOP_LEFT, objection
+from fa2cupy.torch.layouts import laid_out, models, order, random_state
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
 
@@ -134,20 +135,6 @@ def _counted(name: str, kernel: Any) -> Native:
 # Launching: (batch, heads, seqlen, head_dim) tensors in whatever order of memory
 
 
-def _order(*tensors: Any) -> str | None:
-    """The layout in which new C-contiguous tensors have the strides of `empty_like` these; None if there is none."""
-    layout = None
-    for tensor in tensors:
-        batch, heads, seqlen, head_dim = tensor.stride()
-        if head_dim != 1 or heads < 1 or seqlen < 1 or (tensor.shape[0] > 1 and batch < max(heads, seqlen)):
-            return None
-        this = "bhsd" if heads >= seqlen else "bshd"
-        if layout not in (None, this):
-            return None
-        layout = this
-    return layout
-
-
 def _swapped(*tensors: Any) -> tuple[Any, ...]:
     return tuple([tensor.transpose(1, 2) for tensor in tensors])
 
@@ -172,12 +159,12 @@ def _forward(
     kind: what learns from a call with the operator's tensors, and of new ones like `more` that go with the results.
     """
     _took(_DOOR)
-    layout = _order(q)
+    layout = order(q)
     operation, options = _FORWARDS[layout or "bhsd"], (causal, scale, "bhsd", None, False, ())
     out, lse = call(operation, [q, k, v, None, None], None, options)
     lse = lse.unsqueeze(3) if lse_dims == 4 else lse
     if not layout:
-        return _laid_out(out, q, swapped), lse
+        return laid_out(out, q, swapped), lse
     kind.learn(operation, (q, k, v), (out, lse, *more), options)
     return out, lse
 
@@ -191,7 +178,7 @@ def _backward(
     kind: what learns from it, the one of `deterministic_algorithms()`. given: as for `Kind.learn`.
     """
     _took(_DOOR_BACKWARD)
-    layout = None if unseen else _order(q, k, v)
+    layout = None if unseen else order(q, k, v)
     options = (causal, scale, "bhsd", None, deterministic_algorithms(), ())
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
     inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
@@ -200,40 +187,7 @@ def _backward(
     if layout:
         kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), options, given)
         return dq, dk, dv
-    return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
-
-
-def _laid_out(result: Any, like: Any, swapped: bool) -> Any:
-    """A copy of a result with the strides that torch's meta functions give it: those of `empty_like` the operator's
-    tensor, or of its order for another head_dim. Rows that `like` has and the result has not are 0."""
-    if swapped:
-        like = like.transpose(1, 2)
-    if like.shape[3] == result.shape[3]:
-        copy = torch.empty_like(like)
-    else:
-        shape, strides, step = (*like.shape[:3], result.shape[3]), [0] * 4, 1
-        for dim in sorted(range(4), key=lambda dim: (like.stride(dim), -dim)):
-            strides[dim] = step
-            step *= shape[dim]
-        copy = torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
-    copy = copy.transpose(1, 2) if swapped else copy
-    seen = result.shape[2]
-    copy[:, :, :seen].copy_(result)
-    copy[:, :, seen:].zero_()
-    return copy
-
-
-def _random_state(q: Any) -> tuple[Any, Any, Any]:
-    """Seed and offset of a dropout that there is not, and the mask for debugging: what nobody reads."""
-    seed, offset, mask = _models(q.device, torch.uint64, (2,), q.dtype)
-    return torch.empty_like(seed), torch.empty_like(offset), torch.empty_like(mask)
-
-
-@functools.lru_cache(maxsize=64)
-def _models(device: Any, integer: Any, seed: tuple[int, ...], dtype: Any) -> tuple[Any, Any, Any]:
-    """What `empty_like`, which is faster than `empty`, is given for a seed, an offset and an empty mask."""
-    seed_model, offset_model = (torch.empty(shape, dtype=integer, device=device) for shape in (seed, ()))
-    return seed_model, offset_model, torch.empty(0, dtype=dtype, device=device)
+    return laid_out(dq, q, swapped), laid_out(dk, k, swapped), laid_out(dv, v, swapped)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,7 +214,7 @@ def _sdpa_flash(native: Native) -> Kernel:
             why = "a head_dim of v of its own is not expected here"
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
-        seed, offset, mask = more = _random_state(q)
+        seed, offset, mask = more = random_state(q)
         out, lse = _forward(q, k, v, is_causal, scale, kind=kind, more=more)
         return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
 
@@ -310,7 +264,7 @@ def _cudnn(native: Native) -> Kernel:
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
         if is_causal and seqlen_q < seqlen_k:
             k, v, kind = k[:, :, :seqlen_q], v[:, :, :seqlen_q], NO_KIND
-        seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
+        seed, offset, _ = models(q.device, torch.int64, (), q.dtype)
         seed, offset = more = torch.empty_like(seed), torch.empty_like(offset)
         out, lse = _forward(q, k, v, is_causal, scale, lse_dims=_cudnn_lse_dims(), kind=kind, more=more)
         return out, lse, None, None, seqlen_q, seqlen_k, seed, offset, None
@@ -375,7 +329,7 @@ def _flash(native: Native) -> Kernel:
             )  # fmt: skip
         q, k, v = _swapped(q, k, v)
         out, lse = _forward(q, k, v, is_causal, scale, swapped=True)
-        return out.transpose(1, 2), lse, *_random_state(q)
+        return out.transpose(1, 2), lse, *random_state(q)
 
     return kernel
 
