@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fa2cupy import jit
-from fa2cupy.jit import tensor_map
-from fa2cupy.jit.driver import Launcher
+from fa2cupy.jit import driver, tensor_map
+from fa2cupy.jit.driver import STRUCT_OFFSET, Launcher
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.jit.tensor_map import TensorMapSpec
 
@@ -89,81 +88,55 @@ def bind(launches: Sequence[KernelLaunch], device_index: int, context: str) -> L
     CompilationError, LaunchError.
     """
     jit.kernels([(each.source, each.name, each.arch, each.defines) for each in launches], context=context)
-    bound = tuple(
-        (_BoundWithMaps if launch.tensor_maps else _Bound)(launch, device_index, context) for launch in launches
-    )
-    if len(bound) == 1:
-        return bound[0]
+    return _Bound(launches, device_index, context)
 
-    def launch_all(pointers: tuple[int, ...], stream: int) -> None:
-        for launch in bound:
-            launch(pointers, stream)
 
-    return launch_all
+# What the driver is given for the launches of a call, by (launchable, pointers, stream). Allocators hand out the same
+# addresses again and again, so that most calls find theirs here; when it is full it starts over. A few KB per entry.
+_MAX_READY = 1024
+_ready: dict[tuple[_Bound, tuple[int, ...], int], tuple[tuple[Any, ...], ...]] = {}
 
 
 class _Bound:
-    """A KernelLaunch on a device. Each thread packs a copy of the params; the driver copies them at the launch."""
+    """The launches of a plan on a device. Any number of threads may call: structs that were packed are only read.
 
-    def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
-        kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
-        function = kernel.function(device_index, launch.config.shared_mem_bytes)
-        self._launcher = Launcher(function, launch.config)
-        self._params = launch.params
-        self._pointers = tuple((offset // 8, position, add_bytes) for offset, position, add_bytes in launch.pointers)
-        self._local = threading.local()
-        # The call's first pointers, as far as they stand at the front as they come: one copy instead of a loop.
-        count = 0
-        while count < len(self._pointers) and self._pointers[count] == (count, count, 0):
-            count += 1
-        self._front, self._others = slice(0, count), self._pointers[count:]
-
-    def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
-        try:
-            words, address = self._local.packed
-        except AttributeError:
-            words, address = self._pack()
-        words[self._front] = pointers[self._front]
-        for word, position, add_bytes in self._others:
-            words[word] = pointers[position] + add_bytes
-        self._launcher(address, stream)
-
-    def _pack(self) -> tuple[ctypes.Array[ctypes.c_uint64], int]:
-        words = (ctypes.c_uint64 * (len(self._params) // 8)).from_buffer_copy(self._params)
-        self._local.packed = words, ctypes.addressof(words)
-        return self._local.packed  # type: ignore[no-any-return]
-
-
-class _BoundWithMaps(_Bound):
-    """A KernelLaunch whose struct has tensor maps. Those of arrays that the thread's last call had too are still there.
-
-    Most calls have new outputs at most, and the allocator gives them the same workspace again; a map that is needed
-    again is found in the cache of `tensor_map.encode`.
+    Most calls come in a thread where the device's context is current, and whether it is costs more to ask than to see
+    from a launch that is refused: `context_check` is asked then.
     """
 
-    def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
-        super().__init__(launch, device_index, context)
-        self._maps = tuple(
-            (index, slice(offset, offset + tensor_map.SIZE), position, add_bytes, spec)
-            for index, (offset, position, add_bytes, spec) in enumerate(launch.tensor_maps)
-        )
+    def __init__(self, launches: Sequence[KernelLaunch], device_index: int, context: str) -> None:
+        self._launches, self._device_index = tuple(launches), device_index
+        self._launchers = []
+        for launch in launches:
+            kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
+            function = kernel.function(device_index, launch.config.shared_mem_bytes)
+            self._launchers.append(Launcher(function, launch.config))
+        self._launch = driver.launch_kernel_ex()
 
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
-        try:
-            words, content, address, last = self._local.with_maps
-        except AttributeError:
-            words, content, address, last = self._pack_with_maps()
-        for index, place, position, add_bytes, spec in self._maps:
-            pointer = pointers[position]
-            if pointer != last[index]:
-                content[place] = tensor_map.encode(spec, pointer + add_bytes)
-                last[index] = pointer
-        for word, position, add_bytes in self._pointers:
-            words[word] = pointers[position] + add_bytes
-        self._launcher(address, stream)
+        calls = _ready.get((self, pointers, stream))
+        if calls is None:
+            calls = self._pack(pointers, stream)
+        launch = self._launch
+        for arguments in calls:
+            status = launch(*arguments)
+            if status:
+                self._again(calls, arguments, status)
 
-    def _pack_with_maps(self) -> tuple[ctypes.Array[ctypes.c_uint64], memoryview, int, list[int]]:
-        buffer = bytearray(self._params)
-        words = (ctypes.c_uint64 * (len(buffer) // 8)).from_buffer(buffer)
-        self._local.with_maps = words, memoryview(buffer), ctypes.addressof(words), [-1] * len(self._maps)
-        return self._local.with_maps  # type: ignore[no-any-return]
+    def _pack(self, pointers: tuple[int, ...], stream: int) -> tuple[tuple[Any, ...], ...]:
+        calls = []
+        for launch, launcher in zip(self._launches, self._launchers, strict=True):
+            content = bytearray(STRUCT_OFFSET) + launch.pack(pointers, tensor_map.encode)
+            calls.append(launcher.arguments((ctypes.c_char * len(content)).from_buffer(content), stream))
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        _ready[self, pointers, stream] = ready = tuple(calls)
+        return ready
+
+    def _again(self, calls: tuple[tuple[Any, ...], ...], arguments: tuple[Any, ...], status: int) -> None:
+        """After a launch that was refused: once more if the device's context was not current, else LaunchError."""
+        if not driver.context_check(self._device_index)():
+            with driver.device_guard(self._device_index):
+                status = self._launch(*arguments)
+        if status:
+            self._launchers[next(i for i, each in enumerate(calls) if each is arguments)].fail(status)
