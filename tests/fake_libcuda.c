@@ -46,7 +46,7 @@ enum { kMaxLaunches = 4096, kMaxLoads = 64, kMaxDevices = 4, kStackDepth = 8 };
 
 /* Set by the tests. */
 int fake_init_status, fake_version, fake_device_count, fake_launch_status, fake_set_attribute_status, fake_record;
-int fake_encode_status, fake_load_status;
+int fake_encode_status, fake_load_status, fake_needs_context;
 int fake_cc[kMaxDevices][2];
 int fake_params_bytes;
 /* Read by the tests. */
@@ -60,6 +60,7 @@ static __thread void* stack[kStackDepth];
 static __thread int depth;
 
 void fake_reset(void) {
+  fake_needs_context = 0;
   fake_init_status = fake_encode_status = fake_load_status = fake_launch_status = fake_set_attribute_status = 0;
   fake_version = 12040;
   fake_device_count = 2;
@@ -150,6 +151,7 @@ CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
   return 0;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** params, void** extra) {
+  if (fake_needs_context && !depth) return 201;
   if (!fake_record) return fake_launch_status;
   pthread_mutex_lock(&mutex);
   if (fake_launch_count < kMaxLaunches) {

@@ -16,6 +16,7 @@ from fa2cupy.errors import LaunchError
 from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import common, compile_jobs, plan_backward, plan_forward
+from fa2cupy.kernels import launch as launching
 from fa2cupy.kernels.params import FwdTmaParams
 from fa2cupy.kernels.sm80.flash_bwd import BwdTile
 from fa2cupy.kernels.sm90.flash_bwd import BWD_TILES_SM90
@@ -161,18 +162,31 @@ def test_a_refused_map_leaves_nothing_wrong(fake: FakeDriver) -> None:
     assert [each.address for each in maps.values()] == list(good[:4]) and params.lse == good[4]
 
 
-def test_structs_are_bounded(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all launches together; one that was dropped is filled again."""
-    from fa2cupy.kernels import launch
+def test_a_launch_finds_its_context(fake: FakeDriver) -> None:
+    """In a thread where the device's context is not current; and what is wrong with a launch is said of its kernel."""
+    bound = plan_forward(problem(), H200).bind(0)
+    pointers = (0x10000, 0x20000, 0x30000, 0x40000, 0x50000)
+    bound(pointers, 0)
+    fake["needs_context"] = 1
+    thread = threading.Thread(target=bound, args=(pointers, 0))
+    thread.start()
+    thread.join()
+    assert [launch.context for launch in fake.launches] == [0x1000, 0x1000]
+    fake["launch_status"] = 700
+    with pytest.raises(LaunchError, match=r"700: an illegal memory access.*grid="):
+        bound(pointers, 0)
 
-    monkeypatch.setattr(launch, "MAX_STRUCTS", 5)
-    first, second = (plan_forward(problem(seqlen, seqlen), H200).bind(0) for seqlen in (64, 128))
-    for number in (*range(1, 9), 1):
-        for bound in (first, second):
-            bound(tuple((number << 32) + (i << 16) for i in range(5)), 0)
-            maps, params = arrived(fake)
-            assert {address >> 32 for address in (*(each.address for each in maps.values()), params.lse)} == {number}
-            assert len(first._structs) + len(second._structs) <= 5
+
+def test_what_was_launched_is_kept_within_bounds(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_MAX_READY", 8)
+    monkeypatch.setattr(launching, "_ready", {})
+    bound = plan_forward(problem(), H200).bind(0)
+    for number in (*range(20), 19):
+        bound(tuple((number << 32) + (i << 16) for i in range(5)), number)
+        assert launching._ready and len(launching._ready) <= 8
+        maps, params = arrived(fake)
+        assert [each.address for each in maps.values()] == [(number << 32) + (i << 16) for i in range(4)]
+        assert params.lse == (number << 32) + (4 << 16) and fake.launches[-1].stream == number
 
 
 def test_threads_launch_their_own_arrays(fake: FakeDriver) -> None:

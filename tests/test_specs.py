@@ -15,6 +15,7 @@ import pytest
 
 from fa2cupy import jit
 from fa2cupy.errors import InvalidArgument
+from fa2cupy.jit import driver
 from fa2cupy.kernels import KernelLaunch, common, launch, plan_backward, plan_forward
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FillParams, FwdParams, FwdTmaParams, TensorMap, composed
 from fa2cupy.kernels.planner import FORWARD
@@ -195,19 +196,20 @@ def test_pointers_that_are_not_in_front_arrive(device: Any, monkeypatch: pytest.
         def __init__(self, function: int, config: Any) -> None:
             pass
 
-        def packed(self, address: int) -> int:
-            return address
+        def arguments(self, struct: Any, stream: int) -> tuple[Any, ...]:
+            return (bytes(struct)[driver.STRUCT_OFFSET :],)
 
-        def launch(self, address: int, stream: int) -> None:
-            arrived.append(ctypes.string_at(address, size))
+    def launched(params: bytes) -> int:
+        arrived.append(params)
+        return 0
 
     monkeypatch.setattr(launch, "Launcher", Launcher)
+    monkeypatch.setattr(driver, "launch_kernel_ex", lambda: launched)
     monkeypatch.setattr(jit, "kernels", lambda *args, **options: ())
     monkeypatch.setattr(jit, "kernel", lambda *args, **options: SimpleNamespace(function=lambda *args: 0))
     monkeypatch.setattr("fa2cupy.jit.tensor_map.encode", encoded)
     for wanted in (with_specs(CAUSAL, tilt=Tilt(0.5)), with_specs(CAUSAL, tilt=OfOthers())):
         main = main_launch(plan_forward(wanted, device))
-        size = len(main.params)
         bound = launch.bind([main], 0, "")
         for number in range(3):
             pointers = tuple((number + 2) << (20 + place) for place in range(6))

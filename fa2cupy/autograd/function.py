@@ -9,9 +9,10 @@ import torch
 
 from fa2cupy import dynamo
 from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order
+from fa2cupy.autograd.known import KINDS, NO_KIND
 from fa2cupy.autograd.launching import launch_backward, launch_forward
 from fa2cupy.autograd.operators import backward_op
-from fa2cupy.autograd.watchers import are_watched, is_grad_enabled, is_plain
+from fa2cupy.autograd.watchers import are_watched, deterministic_algorithms, is_grad_enabled, is_plain
 
 __all__ = ["eager"]
 
@@ -21,33 +22,59 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Any, k: Any, v: Any, options: tuple[Any, ...], names: tuple[str, ...] = (), *arrays: Any
-    ) -> tuple[Any, Any]:
-        out, lse = launch_forward(q, k, v, options, dict(zip(names, arrays, strict=True)))
+        ctx: Any, q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, names: tuple[str, ...] = (),
+        *arrays: Any,
+    ) -> Any:  # fmt: skip
+        """names: of the further arrays."""
+        try:  # types, since 1 == True
+            kind = KINDS[options, type(options[0]), type(options[1]), q.shape, k.shape] if not names else NO_KIND
+        except TypeError:  # options that are errors
+            kind = NO_KIND
+        for run in kind.runs:
+            results = run(q, k, v)
+            if results is not None:
+                out, lse = results
+                break
+        else:
+            out, lse = launch_forward(q, k, v, options, dict(zip(names, arrays, strict=True)), kind=kind)
         ctx.save_for_backward(q, k, v, out, lse, *arrays)
         ctx.options, ctx.names = options, names
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
-        return out, lse
+        # An output costs autograd 5 us, whether anybody looks at it or not.
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         q, k, v, out, lse, *arrays = ctx.saved_tensors
-        extra = dict(zip(ctx.names, arrays, strict=True))
+        nothing = (None,) * (2 if not ctx.names else 3 + len(arrays))  # for what is no q, k or v
+        options, kind = ctx.options, NO_KIND
+        # With grad mode on (create_graph=True) the operator is taken: it says that there is no second derivative.
+        watched = is_grad_enabled() or are_watched()
         if dout is None:
             dout = torch.zeros_like(out)
-        # With grad mode on (create_graph=True) the operator is taken too: it says that there is no second derivative.
-        if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
-            options = (*ctx.options[:5], features_text(ctx.options[5]))
-            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *options, *in_order(extra))
+        elif dlse is None and not watched and not arrays:
+            kind = ctx.kind.backwards[options[4] or deterministic_algorithms()]
+            for run in kind.runs:
+                gradients = run(dout, q, k, v, out, lse)
+                if gradients is not None:
+                    dq, dk, dv = gradients
+                    return dq, dk, dv, *nothing
+        if watched or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
+            text, extra = features_text(options[5]), dict(zip(ctx.names, arrays, strict=True))
+            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *options[:5], text, *in_order(extra))
         else:
-            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, ctx.options, extra)
-        return dq, dk, dv, *(None,) * (len(ctx.needs_input_grad) - 3)
+            extra = dict(zip(ctx.names, arrays, strict=True))
+            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, extra, kind=kind)
+        return dq, dk, dv, *nothing
 
 
 # Past torch's Python `apply`, which looks for torch.func: whoever comes here has looked.
 _apply = super(torch.autograd.Function, _Attention).apply
+# What autograd's engine calls; torch's own `apply` looks for the function above, once more at every call.
+_Attention._backward_cls.apply = _Attention.backward
 
 
 def eager(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
@@ -55,5 +82,4 @@ def eager(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, ex
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     more = (tuple(extra), *extra.values()) if extra else ()
-    out, lse = _apply(q, k, v, options, *more)
-    return (out, lse) if return_lse else out
+    return _apply(q, k, v, options, return_lse, *more)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fa2cupy.autograd.features import NOTHING, Extra
+from fa2cupy.autograd.known import NO_KIND, Kind
 from fa2cupy.calls import call
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 
@@ -16,24 +17,35 @@ __all__ = ["launch_backward", "launch_forward"]
 _FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
 
 
-def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...], extra: Extra = NOTHING) -> tuple[Any, Any]:
-    """out, lse. options: those of a launch (`RawOptions`)."""
-    operation, arrays = _FORWARD, [q, k, v, None, None]
+def launch_forward(
+    q: Any, k: Any, v: Any, options: tuple[Any, ...], extra: Extra = NOTHING, *, kind: Kind = NO_KIND
+) -> tuple[Any, Any]:
+    """out, lse. options: those of a launch (`RawOptions`). kind: what learns from this call, if it has no `extra`."""
+    operation, arrays, launched = _FORWARD, [q, k, v, None, None], (*options[:4], False, options[5])
     if extra:
         operation, arrays = operation.extended(tuple(extra)), [*arrays, *extra.values()]
-    out, lse = call(operation, arrays, None, (*options[:4], False, options[5]))
+    out, lse = call(operation, arrays, None, launched)
+    if not extra:
+        kind.learn(operation, (q, k, v), (out, lse), launched)
     return out, lse
 
 
 def launch_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...], extra: Extra = NOTHING
-) -> tuple[Any, Any, Any]:
-    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it."""
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...],
+    extra: Extra = NOTHING, *, kind: Kind = NO_KIND,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it.
+
+    kind: what learns from this call, the one of its `deterministic`, if it has no `extra`.
+    """
     deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
     operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
     if extra:
         operation, arrays = operation.extended(tuple(extra)), [*arrays, *extra.values()]
     if dlse is not None:
         operation, arrays = operation.extended(("dlse",)), [*arrays, dlse]
-    dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, options[5]))
+    launched = (*options[:4], deterministic, options[5])
+    dq, dk, dv = call(operation, arrays, None, launched)
+    if operation is _BACKWARD:
+        kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), launched)
     return dq, dk, dv

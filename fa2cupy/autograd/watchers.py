@@ -14,12 +14,24 @@ from torch.autograd import forward_ad
 
 from fa2cupy.frameworks.torch import fx_tracing
 
-__all__ = ["PLAIN", "any_autocast", "are_watched", "in_forward_mode", "is_compiling", "is_grad_enabled", "is_plain"]
+__all__ = [
+    "PLAIN",
+    "any_autocast",
+    "are_watched",
+    "deterministic_algorithms",
+    "in_forward_mode",
+    "is_compiling",
+    "is_grad_enabled",
+    "is_plain",
+]
 
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})  # types that dispatch nowhere but to a kernel
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+deterministic_algorithms: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)

@@ -13,10 +13,10 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks.base import Device, GpuFramework, describe, swap
 
-__all__ = ["TORCH"]
+__all__ = ["LOW", "TORCH"]
 
 # No memory lies below, so that only what has none needs a closer look: its address is its offset.
-_LOW = 1 << 40
+LOW = 1 << 40
 
 
 def fx_tracing() -> Callable[[], bool]:
@@ -26,7 +26,7 @@ def fx_tracing() -> Callable[[], bool]:
     """
     module = importlib.import_module("torch.fx._symbolic_trace")
     since_214: Callable[[], bool] | None = getattr(module, "_get_is_fx_tracing", None)
-    return since_214 or (lambda: bool(getattr(module, "_is_fx_tracing_flag", True)))
+    return since_214 or functools.partial(getattr, module, "_is_fx_tracing_flag", True)
 
 
 class _Torch(GpuFramework):
@@ -112,7 +112,7 @@ class _Torch(GpuFramework):
     def signature(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], list[int]]:
         key: list[Any] = []
         pointers = []
-        low = _LOW
+        low = LOW
         for array in arrays:
             if array is None:
                 key.append(None)

@@ -21,6 +21,7 @@ from fa2cupy.errors import LaunchError, MissingDependency, UnsupportedDevice
 from fa2cupy.locks import Lock
 
 __all__ = [
+    "STRUCT_OFFSET",
     "DeviceInfo",
     "LaunchConfig",
     "Launcher",
@@ -31,6 +32,7 @@ __all__ = [
     "device_info",
     "driver_version",
     "launch",
+    "launch_kernel_ex",
     "load_function",
     "pip_extra",
     "set_max_dynamic_shared_memory",
@@ -343,6 +345,13 @@ _OVERLAP_DRIVER = (12, 3)
 # Both caches of a Launcher hold a few dozen bytes per entry; a caller with ever new streams or addresses starts over.
 _MAX_CACHED = 256
 
+STRUCT_OFFSET = 64  # bytes in front of the parameters in a struct of `Launcher.arguments`; keeps their alignment
+
+
+def launch_kernel_ex() -> Callable[..., int]:
+    """cuLaunchKernelEx, for the arguments of `Launcher.arguments`; returns a CUresult."""
+    return _driver().launch_kernel_ex
+
 
 class Launcher:
     """A kernel with its launch configuration: `launcher(params_address, stream)`.
@@ -364,27 +373,23 @@ class Launcher:
         self._params: dict[int, Any] = {}
 
     def __call__(self, params_address: int, stream: int) -> None:
-        params = self._params.get(params_address)
-        if params is None:
-            params = self.packed(params_address)
-            if len(self._params) >= _MAX_CACHED:
-                self._params = {}
-            self._params[params_address] = params
-        self.launch(params, stream)
-
-    @staticmethod
-    def packed(params_address: int) -> Any:
-        """A struct's address as `launch` takes it, for who keeps that with the struct."""
-        return byref((c_void_p * 1)(params_address))  # kernelParams: an array of pointers, ours has one
-
-    def launch(self, params: Any, stream: int) -> None:
         try:
-            config = self._configs[stream]
+            config, params = self._configs[stream], self._params[params_address]
         except KeyError:
-            config = self._pack_config(stream)
+            config, params = self._pack_config(stream), self._pack_params(params_address)
         status = self._launch(config, self._function, params, None)
         if status:
-            self._fail(status)
+            self.fail(status)
+
+    def arguments(self, struct: ctypes.Array[Any], stream: int) -> tuple[Any, ...]:
+        """What `launch_kernel_ex()` takes for a launch whose parameters do not change, which are kept with it.
+
+        struct: `STRUCT_OFFSET` bytes, which are filled in here, and then the parameters.
+        """
+        address = ctypes.addressof(struct)
+        c_void_p.from_buffer(struct).value = address + STRUCT_OFFSET  # kernelParams: an array of pointers, ours has one
+        config = self._configs.get(stream)
+        return config or self._pack_config(stream), self._function, byref(struct), None
 
     def _pack_config(self, stream: int) -> Any:
         config = self.config
@@ -401,7 +406,15 @@ class Launcher:
         self._configs[stream] = packed
         return packed
 
-    def _fail(self, status: int) -> None:
+    def _pack_params(self, params_address: int) -> Any:
+        packed = byref((c_void_p * 1)(params_address))  # kernelParams: an array of pointers, ours has one
+        if len(self._params) >= _MAX_CACHED:
+            self._params = {}
+        self._params[params_address] = packed
+        return packed
+
+    def fail(self, status: int) -> None:
+        """LaunchError for what a launch returned."""
         raise LaunchError(
             f"cuLaunchKernelEx: {_driver().describe(status)}, launching {self.config}; "
             "the error may come from work queued earlier on this device"

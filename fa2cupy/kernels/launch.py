@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fa2cupy import jit
-from fa2cupy.jit import tensor_map
-from fa2cupy.jit.driver import Launcher
+from fa2cupy.jit import driver, tensor_map
+from fa2cupy.jit.driver import STRUCT_OFFSET, Launcher
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.jit.tensor_map import TensorMapSpec
-from fa2cupy.locks import Lock
 
 __all__ = ["CompileJob", "KernelLaunch", "Launchable", "Pointer", "TensorMapArgument", "bind"]
 
@@ -90,54 +88,55 @@ def bind(launches: Sequence[KernelLaunch], device_index: int, context: str) -> L
     CompilationError, LaunchError.
     """
     jit.kernels([(each.source, each.name, each.arch, each.defines) for each in launches], context=context)
-    bound = tuple(_Bound(launch, device_index, context) for launch in launches)
-    if len(bound) == 1:
-        return bound[0]
-
-    def launch_all(pointers: tuple[int, ...], stream: int) -> None:
-        for launch in bound:
-            launch(pointers, stream)
-
-    return launch_all
+    return _Bound(launches, device_index, context)
 
 
-# Structs that are kept, of all launches together: about 1.5 KB each. The oldest goes first.
-MAX_STRUCTS = 2048
-
-_Structs = dict[tuple[int, ...], tuple[Any, Any]]
-
-_kept: deque[tuple[_Structs, tuple[int, ...]]] = deque()
-_lock = Lock()
+# What the driver is given for the launches of a call, by (launchable, pointers, stream). Allocators hand out the same
+# addresses again and again, so that most calls find theirs here; when it is full it starts over. A few KB per entry.
+_MAX_READY = 1024
+_ready: dict[tuple[_Bound, tuple[int, ...], int], tuple[tuple[Any, ...], ...]] = {}
 
 
 class _Bound:
-    """A KernelLaunch on a device.
+    """The launches of a plan on a device. Any number of threads may call: structs that were packed are only read.
 
-    For each set of pointers a struct is filled once, and then only read, by any thread; the driver copies it at the
-    launch. Calls come back with the same pointers soon: what has freed an output gets it again.
+    Most calls come in a thread where the device's context is current, and whether it is costs more to ask than to see
+    from a launch that is refused: `context_check` is asked then.
     """
 
-    def __init__(self, launch: KernelLaunch, device_index: int, context: str) -> None:
-        kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
-        function = kernel.function(device_index, launch.config.shared_mem_bytes)
-        self._launch, self._launcher = launch, Launcher(function, launch.config)
-        self._structs: _Structs = {}  # pointers -> the struct as the launcher takes it, and its memory
+    def __init__(self, launches: Sequence[KernelLaunch], device_index: int, context: str) -> None:
+        self._launches, self._device_index = tuple(launches), device_index
+        self._launchers = []
+        for launch in launches:
+            kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
+            function = kernel.function(device_index, launch.config.shared_mem_bytes)
+            self._launchers.append(Launcher(function, launch.config))
+        self._launch = driver.launch_kernel_ex()
 
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
-        struct = self._structs.get(pointers)
-        if struct is None:
-            struct = self._fill(pointers)
-        self._launcher.launch(struct[0], stream)
+        calls = _ready.get((self, pointers, stream))
+        if calls is None:
+            calls = self._pack(pointers, stream)
+        launch = self._launch
+        for arguments in calls:
+            status = launch(*arguments)
+            if status:
+                self._again(calls, arguments, status)
 
-    def _fill(self, pointers: tuple[int, ...]) -> tuple[Any, Any]:
-        packed = self._launch.pack(pointers, tensor_map.encode)
-        memory = (ctypes.c_char * len(packed)).from_buffer(packed)
-        struct = self._launcher.packed(ctypes.addressof(memory)), memory
-        with _lock:
-            if pointers not in self._structs:
-                _kept.append((self._structs, pointers))
-            self._structs[pointers] = struct
-            while len(_kept) > MAX_STRUCTS:
-                structs, oldest = _kept.popleft()
-                structs.pop(oldest, None)
-        return struct
+    def _pack(self, pointers: tuple[int, ...], stream: int) -> tuple[tuple[Any, ...], ...]:
+        calls = []
+        for launch, launcher in zip(self._launches, self._launchers, strict=True):
+            content = bytearray(STRUCT_OFFSET) + launch.pack(pointers, tensor_map.encode)
+            calls.append(launcher.arguments((ctypes.c_char * len(content)).from_buffer(content), stream))
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        _ready[self, pointers, stream] = ready = tuple(calls)
+        return ready
+
+    def _again(self, calls: tuple[tuple[Any, ...], ...], arguments: tuple[Any, ...], status: int) -> None:
+        """After a launch that was refused: once more if the device's context was not current, else LaunchError."""
+        if not driver.context_check(self._device_index)():
+            with driver.device_guard(self._device_index):
+                status = self._launch(*arguments)
+        if status:
+            self._launchers[next(i for i, each in enumerate(calls) if each is arguments)].fail(status)

@@ -24,11 +24,14 @@ import torch
 import torch.nn.attention
 
 from fa2cupy import counts, dynamo
+from fa2cupy.autograd.known import KINDS, NO_KIND, Kind
+from fa2cupy.autograd.watchers import deterministic_algorithms
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 from fa2cupy.torch import packed
 from fa2cupy.torch.dot_product import Features, objection, top_left
+from fa2cupy.torch.layouts import laid_out, models, order, random_state
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
 
@@ -134,20 +137,6 @@ def _counted(name: str, kernel: Any) -> Native:
 # Launching: (batch, heads, seqlen, head_dim) tensors in whatever order of memory
 
 
-def _order(*tensors: Any) -> str | None:
-    """The layout in which new C-contiguous tensors have the strides of `empty_like` these; None if there is none."""
-    layout = None
-    for tensor in tensors:
-        batch, heads, seqlen, head_dim = tensor.stride()
-        if head_dim != 1 or heads < 1 or seqlen < 1 or (tensor.shape[0] > 1 and batch < max(heads, seqlen)):
-            return None
-        this = "bhsd" if heads >= seqlen else "bshd"
-        if layout not in (None, this):
-            return None
-        layout = this
-    return layout
-
-
 def _swapped(*tensors: Any) -> tuple[Any, ...]:
     return tuple([tensor.transpose(1, 2) for tensor in tensors])
 
@@ -157,68 +146,51 @@ _FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=Tru
 _BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
-def _forward(
-    q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, features: Features = (), swapped: bool = False
-) -> tuple[Any, Any]:
-    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
+def _took(door: str) -> None:
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    counts.took(_DOOR)
-    layout = _order(q)
-    options = (causal, scale, "bhsd", None, False, features)
-    out, lse = call(_FORWARDS[layout or "bhsd"], [q, k, v, None, None], None, options)
-    return out if layout else _laid_out(out, q, swapped), lse
+    counts.took(door)
+
+
+def _forward(
+    q: Any, k: Any, v: Any, causal: bool, scale: float | None, *,
+    features: Features = (), swapped: bool = False, lse_dims: int = 3, kind: Kind = NO_KIND, more: tuple[Any, ...] = (),
+) -> tuple[Any, Any]:  # fmt: skip
+    """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results.
+
+    kind: what learns from a call with the operator's tensors, and of new ones like `more` that go with the results.
+    """
+    _took(_DOOR)
+    layout = order(q)
+    operation, options = _FORWARDS[layout or "bhsd"], (causal, scale, "bhsd", None, False, features)
+    out, lse = call(operation, [q, k, v, None, None], None, options)
+    lse = lse.unsqueeze(3) if lse_dims == 4 else lse
+    if not layout:
+        return laid_out(out, q, swapped), lse
+    kind.learn(operation, (q, k, v), (out, lse, *more), options)
+    return out, lse
 
 
 def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, *,
-    features: Features = (), unseen: int = 0, swapped: bool = False,
+    features: Features = (), unseen: int = 0, swapped: bool = False, kind: Kind = NO_KIND,
+    given: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`."""
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
-    counts.took(_DOOR_BACKWARD)
-    layout = None if unseen else _order(q, k, v)
-    options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), features)
+    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`.
+
+    kind: what learns from it, the one of `deterministic_algorithms()`. given: as for `Kind.learn`.
+    """
+    _took(_DOOR_BACKWARD)
+    layout = None if unseen else order(q, k, v)
+    options = (causal, scale, "bhsd", None, deterministic_algorithms(), features)
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
     inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
-    dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
+    operation = _BACKWARDS[layout or "bhsd"]
+    dq, dk, dv = call(operation, inputs, None, options)
     if layout:
+        kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), options, given)
         return dq, dk, dv
-    return _laid_out(dq, q, swapped), _laid_out(dk, k, swapped), _laid_out(dv, v, swapped)
-
-
-def _laid_out(result: Any, like: Any, swapped: bool) -> Any:
-    """A copy of a result with the strides that torch's meta functions give it: those of `empty_like` the operator's
-    tensor, or of its order for another head_dim. Rows that `like` has and the result has not are 0."""
-    if swapped:
-        like = like.transpose(1, 2)
-    if like.shape[3] == result.shape[3]:
-        copy = torch.empty_like(like)
-    else:
-        shape, strides, step = (*like.shape[:3], result.shape[3]), [0] * 4, 1
-        for dim in sorted(range(4), key=lambda dim: (like.stride(dim), -dim)):
-            strides[dim] = step
-            step *= shape[dim]
-        copy = torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
-    copy = copy.transpose(1, 2) if swapped else copy
-    seen = result.shape[2]
-    copy[:, :, :seen].copy_(result)
-    copy[:, :, seen:].zero_()
-    return copy
-
-
-def _random_state(q: Any) -> tuple[Any, Any, Any]:
-    """Seed and offset of a dropout that there is not, and the mask for debugging: what nobody reads."""
-    seed, offset, mask = _models(q.device, torch.uint64, (2,), q.dtype)
-    return torch.empty_like(seed), torch.empty_like(offset), torch.empty_like(mask)
-
-
-@functools.lru_cache(maxsize=64)
-def _models(device: Any, integer: Any, seed: tuple[int, ...], dtype: Any) -> tuple[Any, Any, Any]:
-    """What `empty_like`, which is faster than `empty`, is given for a seed, an offset and an empty mask."""
-    seed_model, offset_model = (torch.empty(shape, dtype=integer, device=device) for shape in (seed, ()))
-    return seed_model, offset_model, torch.empty(0, dtype=dtype, device=device)
+    return laid_out(dq, q, swapped), laid_out(dk, k, swapped), laid_out(dv, v, swapped)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,6 +202,12 @@ def _sdpa_flash(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
+        kind = KINDS["flash", dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
+        known = kind.find(q, k, v)
+        if known is not None:
+            _took(_DOOR)
+            out, lse, seed, offset, mask = known
+            return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
         why = (
             "a debug mask is not supported"
             if return_debug_mask
@@ -239,8 +217,8 @@ def _sdpa_flash(native: Native) -> Kernel:
             why = "a head_dim of v of its own is not expected here"
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
-        out, lse = _forward(q, k, v, is_causal, scale)
-        seed, offset, mask = _random_state(q)
+        seed, offset, mask = more = random_state(q)
+        out, lse = _forward(q, k, v, is_causal, scale, kind=kind, more=more)
         return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
 
     return kernel
@@ -251,13 +229,18 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
         keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
         max_k: int, dropout_p: float, is_causal: bool, seed: Any, offset: Any, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
+        kind = KINDS["flash backward", dropout_p, is_causal, deterministic_algorithms(), scale, q.shape, k.shape]
+        known = kind.find(dout, q, k, v, out, lse)
+        if known is not None:
+            _took(_DOOR_BACKWARD)
+            return known
         why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
         if why:
             return native(
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale,
             )  # fmt: skip
-        return _backward(dout, q, k, v, out, lse, is_causal, scale)
+        return _backward(dout, q, k, v, out, lse, is_causal, scale, kind=kind)
 
     return kernel
 
@@ -267,6 +250,12 @@ def _cudnn(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, attn_bias: Any, compute_log_sumexp: bool, dropout_p: float = 0.0,
         is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
+        kind = KINDS["cudnn", attn_bias is None, dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
+        known = kind.find(q, k, v)
+        if known is not None:
+            _took(_DOOR)
+            out, lse, seed, offset = known
+            return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p)
         if return_debug_mask:
             why = "a debug mask is not supported"
@@ -277,14 +266,13 @@ def _cudnn(native: Native) -> Kernel:
             )  # fmt: skip
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
         if is_causal and seqlen_q < seqlen_k:
-            k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
+            k, v, kind = k[:, :, :seqlen_q], v[:, :, :seqlen_q], NO_KIND
+        seed, offset, _ = models(q.device, torch.int64, (), q.dtype)
+        seed, offset = more = torch.empty_like(seed), torch.empty_like(offset)
         causal, features = top_left(is_causal, seqlen_q, seqlen_k)
-        out, lse = _forward(q, k, v, causal, scale, features=features)
-        if _cudnn_lse_dims() == 4:
-            lse = lse.unsqueeze(3)
-        seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
-        extras = torch.empty_like(seed), torch.empty_like(offset), None
-        return out, lse, None, None, seqlen_q, seqlen_k, *extras
+        dims = _cudnn_lse_dims()
+        out, lse = _forward(q, k, v, causal, scale, features=features, lse_dims=dims, kind=kind, more=more)
+        return out, lse, None, None, seqlen_q, seqlen_k, seed, offset, None
 
     return kernel
 
@@ -295,6 +283,13 @@ def _cudnn_backward(native: Native) -> Kernel:
         cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, *,
         scale: float | None = None,
     ) -> Any:  # fmt: skip
+        options = attn_bias is None, dropout_p, is_causal, deterministic_algorithms(), scale
+        kind = KINDS["cudnn backward", options, q.shape, k.shape]
+        given = dout, q, k, v, out, lse
+        known = kind.find(*given)
+        if known is not None:
+            _took(_DOOR_BACKWARD)
+            return known
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p)
         if why:
             return native(
@@ -304,7 +299,9 @@ def _cudnn_backward(native: Native) -> Kernel:
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
         unseen = max(0, k.shape[2] - q.shape[2]) if is_causal else 0
         causal, features = top_left(is_causal, q.shape[2], k.shape[2])
-        return _backward(dout, q, k, v, out, lse, causal, scale, features=features, unseen=unseen)
+        return _backward(
+            dout, q, k, v, out, lse, causal, scale, features=features, unseen=unseen, kind=kind, given=given
+        )  # fmt: skip
 
     return kernel
 
@@ -342,10 +339,10 @@ def _flash(native: Native) -> Kernel:
             counts.took(_DOOR)
             used = more.get("seqused_k")
             out, lse = packed.forward(q, k, v, (cum_q, cum_k), used, causal, scale, features)
-            return out, lse, *_random_state(q)
+            return out, lse, *random_state(q)
         q, k, v = _swapped(q, k, v)
         out, lse = _forward(q, k, v, causal, scale, features=features, swapped=True)
-        return out.transpose(1, 2), lse, *_random_state(q)
+        return out.transpose(1, 2), lse, *random_state(q)
 
     return kernel
 
