@@ -162,6 +162,13 @@ def test_a_refused_map_leaves_nothing_wrong(fake: FakeDriver) -> None:
     assert [each.address for each in maps.values()] == list(good[:4]) and params.lse == good[4]
 
 
+def test_nothing_to_launch(fake: FakeDriver) -> None:
+    plan = plan_forward(problem(0, 128), H200)
+    assert not plan.launches
+    plan.bind(0)((0x10000, 0x20000, 0x30000, 0x40000, 0x50000), 0)
+    assert not fake.launches
+
+
 def test_a_launch_finds_its_context(fake: FakeDriver) -> None:
     """In a thread where the device's context is not current; and what is wrong with a launch is said of its kernel."""
     bound = plan_forward(problem(), H200).bind(0)

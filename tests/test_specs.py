@@ -196,8 +196,9 @@ def test_pointers_that_are_not_in_front_arrive(device: Any, monkeypatch: pytest.
         def __init__(self, function: int, config: Any) -> None:
             pass
 
-        def arguments(self, struct: Any, stream: int) -> tuple[Any, ...]:
-            return (bytes(struct)[driver.STRUCT_OFFSET :],)
+        def arguments(self, block: Any, offset: int, stream: int) -> tuple[Any, ...]:
+            address = int.from_bytes(bytes(block)[offset : offset + 8], "little")
+            return (ctypes.string_at(address, size),)
 
     def launched(params: bytes) -> int:
         arrived.append(params)
@@ -210,6 +211,7 @@ def test_pointers_that_are_not_in_front_arrive(device: Any, monkeypatch: pytest.
     monkeypatch.setattr("fa2cupy.jit.tensor_map.encode", encoded)
     for wanted in (with_specs(CAUSAL, tilt=Tilt(0.5)), with_specs(CAUSAL, tilt=OfOthers())):
         main = main_launch(plan_forward(wanted, device))
+        size = len(main.params)
         bound = launch.bind([main], 0, "")
         for number in range(3):
             pointers = tuple((number + 2) << (20 + place) for place in range(6))

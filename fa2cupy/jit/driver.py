@@ -21,7 +21,6 @@ from fa2cupy.errors import LaunchError, MissingDependency, UnsupportedDevice
 from fa2cupy.locks import Lock
 
 __all__ = [
-    "STRUCT_OFFSET",
     "DeviceInfo",
     "LaunchConfig",
     "Launcher",
@@ -345,8 +344,6 @@ _OVERLAP_DRIVER = (12, 3)
 # Both caches of a Launcher hold a few dozen bytes per entry; a caller with ever new streams or addresses starts over.
 _MAX_CACHED = 256
 
-STRUCT_OFFSET = 64  # bytes in front of the parameters in a struct of `Launcher.arguments`; keeps their alignment
-
 
 def launch_kernel_ex() -> Callable[..., int]:
     """cuLaunchKernelEx, for the arguments of `Launcher.arguments`; returns a CUresult."""
@@ -381,15 +378,13 @@ class Launcher:
         if status:
             self.fail(status)
 
-    def arguments(self, struct: ctypes.Array[Any], stream: int) -> tuple[Any, ...]:
-        """What `launch_kernel_ex()` takes for a launch whose parameters do not change, which are kept with it.
+    def arguments(self, block: ctypes.Array[Any], offset: int, stream: int) -> tuple[Any, ...]:
+        """What `launch_kernel_ex()` takes for a launch whose parameters do not change; they are kept with it.
 
-        struct: `STRUCT_OFFSET` bytes, which are filled in here, and then the parameters.
+        block: the parameters, and at `offset` bytes the address of their struct: the driver's array of pointers.
         """
-        address = ctypes.addressof(struct)
-        c_void_p.from_buffer(struct).value = address + STRUCT_OFFSET  # kernelParams: an array of pointers, ours has one
         config = self._configs.get(stream)
-        return config or self._pack_config(stream), self._function, byref(struct), None
+        return config or self._pack_config(stream), self._function, byref(block, offset), None
 
     def _pack_config(self, stream: int) -> Any:
         config = self.config

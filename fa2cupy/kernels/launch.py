@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fa2cupy import jit
 from fa2cupy.jit import driver, tensor_map
-from fa2cupy.jit.driver import STRUCT_OFFSET, Launcher
+from fa2cupy.jit.driver import Launcher
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.jit.tensor_map import TensorMapSpec
 
@@ -88,12 +88,17 @@ def bind(launches: Sequence[KernelLaunch], device_index: int, context: str) -> L
     CompilationError, LaunchError.
     """
     jit.kernels([(each.source, each.name, each.arch, each.defines) for each in launches], context=context)
-    return _Bound(launches, device_index, context)
+    return _Bound(launches, device_index, context) if launches else _nothing
+
+
+def _nothing(pointers: tuple[int, ...], stream: int) -> None:
+    """The launches of a plan without any: of arrays without elements."""
 
 
 # What the driver is given for the launches of a call, by (launchable, pointers, stream). Allocators hand out the same
 # addresses again and again, so that most calls find theirs here; when it is full it starts over. A few KB per entry.
 _MAX_READY = 1024
+_HEAD = 64  # bytes in front of a struct, of which 8 are its address; the others keep it aligned
 _ready: dict[tuple[_Bound, tuple[int, ...], int], tuple[tuple[Any, ...], ...]] = {}
 
 
@@ -105,13 +110,24 @@ class _Bound:
     """
 
     def __init__(self, launches: Sequence[KernelLaunch], device_index: int, context: str) -> None:
-        self._launches, self._device_index = tuple(launches), device_index
-        self._launchers = []
+        self._device_index = device_index
+        self._launch = driver.launch_kernel_ex()
+        self._launchers: list[tuple[Launcher, int]] = []  # and where in the block the address of its struct is
+        self._pointers: list[tuple[int, int, int]] = []  # word of the block, position, bytes to add
+        self._maps: list[tuple[slice, int, int, TensorMapSpec]] = []
+        template = bytearray()
         for launch in launches:
             kernel = jit.kernel(launch.source, launch.name, launch.arch, launch.defines, context=context)
             function = kernel.function(device_index, launch.config.shared_mem_bytes)
-            self._launchers.append(Launcher(function, launch.config))
-        self._launch = driver.launch_kernel_ex()
+            self._launchers.append((Launcher(function, launch.config), len(template)))
+            start = len(template) + _HEAD
+            for offset, position, add_bytes in launch.pointers:
+                self._pointers.append(((start + offset) // 8, position, add_bytes))
+            for offset, position, add_bytes, spec in launch.tensor_maps:
+                place = slice(start + offset, start + offset + tensor_map.SIZE)
+                self._maps.append((place, position, add_bytes, spec))
+            template += bytes(_HEAD) + launch.params + bytes(-len(launch.params) % _HEAD)
+        self._template, self._block = bytes(template), ctypes.c_char * len(template)
 
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
         calls = _ready.get((self, pointers, stream))
@@ -124,10 +140,18 @@ class _Bound:
                 self._again(calls, arguments, status)
 
     def _pack(self, pointers: tuple[int, ...], stream: int) -> tuple[tuple[Any, ...], ...]:
+        content = bytearray(self._template)
+        for place, position, add_bytes, spec in self._maps:
+            content[place] = tensor_map.encode(spec, pointers[position] + add_bytes)
+        words = memoryview(content).cast("Q")
+        for word, position, add_bytes in self._pointers:
+            words[word] = pointers[position] + add_bytes
+        block = self._block.from_buffer(content)
+        address = ctypes.addressof(block)
         calls = []
-        for launch, launcher in zip(self._launches, self._launchers, strict=True):
-            content = bytearray(STRUCT_OFFSET) + launch.pack(pointers, tensor_map.encode)
-            calls.append(launcher.arguments((ctypes.c_char * len(content)).from_buffer(content), stream))
+        for launcher, head in self._launchers:
+            words[head // 8] = address + head + _HEAD
+            calls.append(launcher.arguments(block, head, stream))
         if len(_ready) >= _MAX_READY:
             _ready.clear()
         _ready[self, pointers, stream] = ready = tuple(calls)
@@ -139,4 +163,5 @@ class _Bound:
             with driver.device_guard(self._device_index):
                 status = self._launch(*arguments)
         if status:
-            self._launchers[next(i for i, each in enumerate(calls) if each is arguments)].fail(status)
+            launcher, _ = self._launchers[next(i for i, each in enumerate(calls) if each is arguments)]
+            launcher.fail(status)

@@ -47,6 +47,7 @@ class FakeApi:
         for offset, function in self._callbacks.items():
             self._table[offset // 8] = ctypes.cast(function, ctypes.c_void_p).value
         self.address = ctypes.addressof(self._table)
+        xla._functions.clear()  # those of a table that is gone, and may have been here
 
     def _answer(self, address: int, value: int) -> int | None:
         arguments = xla._ContextArguments.from_address(address)
