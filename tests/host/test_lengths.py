@@ -146,8 +146,8 @@ VISIT, ORDER, TILE90, FWD90 = "common/visit.cuh", "common/schedule.cuh", "sm90/t
 OF_MUTANTS = {
     "sm80": LengthsCase(LENGTHS["gaps"], heads=(3, 3), arch="sm_80"),
     "sm90": LengthsCase(LENGTHS["gaps"], heads=(4, 2)),
-    "sm80-dense": LengthsCase(LENGTHS["dense"], arch="sm_80"),
-    "sm90-dense": LengthsCase(LENGTHS["dense"]),
+    "sm80-dense": LengthsCase(LENGTHS["keypad"], arch="sm_80"),
+    "sm90-dense": LengthsCase(LENGTHS["keypad"]),
     "sm90-band": LengthsCase(LENGTHS["window"], 128),
 }
 # Case, file, what stands there, what is put there instead.
@@ -157,7 +157,6 @@ MUTANTS = [
     ("sm80-dense", VISIT, "return tile.batch_q;", "return 0;"),
     ("sm80-dense", VISIT, "return tile.batch_k;", "return 0;"),
     ("sm80", ORDER, "count - first), index", "kListedRun), index"),
-    ("sm80", ORDER, "linear - first * heads;", "linear % (kListedRun * heads);"),
     ("sm80", ORDER, "if (linear >= count * shape.num_heads) return false;", ""),
     ("sm90", FWD90, "if (linear >= count * shape.num_heads) return false;", "if (linear >= count) return false;"),
     ("sm90", TILE90, "params.rows_q - tile.seqlen_q + query", "params.rows_q - tile.seqlen_q + query + 1"),
