@@ -34,7 +34,8 @@ BLOCKS = {
 _WINDOW, _LIST = ("", spec.WindowParams), ("", params.ListParams)
 # Struct with parts -> the twin of its first, and each other with the macro that it is there with; with none, always.
 COMPOSED = {
-    "PreprocessParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams),)),
+    "PreprocessPlainParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams),)),
+    "PreprocessListParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LIST)),
     "FwdWindowParams": (params.FwdParams, (_WINDOW,)),
     "FwdListParams": (params.FwdParams, (_LIST,)),
     "FwdWindowListParams": (params.FwdParams, (_WINDOW, _LIST)),
@@ -42,7 +43,11 @@ COMPOSED = {
     "FwdTmaListParams": (params.FwdTmaParams, (_LIST,)),
     "FwdTmaWindowListParams": (params.FwdTmaParams, (_WINDOW, _LIST)),
     "BwdWindowParams": (params.BwdParams, (_WINDOW,)),
+    "BwdListParams": (params.BwdParams, (_LIST,)),
+    "BwdWindowListParams": (params.BwdParams, (_WINDOW, _LIST)),
     "BwdTmaWindowParams": (params.BwdTmaParams, (_WINDOW,)),
+    "BwdTmaListParams": (params.BwdTmaParams, (_LIST,)),
+    "BwdTmaWindowListParams": (params.BwdTmaParams, (_WINDOW, _LIST)),
     "ListTilesFullParams": (params.ListTilesParams, (("", spec.LengthsParams),)),
     "ListTilesWindowParams": (params.ListTilesParams, (_WINDOW, ("", spec.LengthsParams))),
 }

@@ -47,6 +47,19 @@ def test_everything_arrives(fake: FakeDriver) -> None:
     assert tuple(found.strides) == (512, 512, 512)
 
 
+def test_shifted(fake: FakeDriver) -> None:
+    """Row `row` of a sequence of `length` rows that ends at `end` is where it is in the array, and no row is behind."""
+    spec = SPEC.shifted
+    found = FakeMap.from_buffer_copy(encode(spec, POINTER - spec.shift_bytes))
+    assert found.dims == (64, 100, 8, 101, 2)
+    assert found.strides == (1024, 128, 1024, 102400)
+    rows, first, length = 100, 30, 45
+    for row in (0, 44, 45):
+        place, end = rows - length + row, first + length
+        assert found.address + (place + end) * found.strides[0] == POINTER + (first + row) * 1024
+        assert (place < rows) == (row < length) and end < found.dims[3]
+
+
 def test_strides_of_size_1_are_replaced(fake: FakeDriver) -> None:
     for columns, legal in ((64, 128), (40, 80), (4, 16), (59, 128)):
         for strides in ((7, -3, 0), (2**60, 1, 5)):

@@ -103,7 +103,11 @@ struct BwdParams {
 };
 
 struct BwdWindowParams : BwdParams, WindowParams {};
-using BwdBandParams = Either<kBand, BwdWindowParams, BwdParams>::Type;
+struct BwdListParams : BwdParams, ListParams {};
+struct BwdWindowListParams : BwdParams, WindowParams, ListParams {};
+using BwdListedParams = Either<kBand, BwdWindowListParams, BwdListParams>::Type;
+using BwdBandParams = Either<kListed, BwdListedParams, Either<kBand, BwdWindowParams, BwdParams>::Type>::Type;
+using PostprocessParams = Either<kListed, BwdListParams, BwdParams>::Type;
 
 // What a backward adds for a gradient of lse; empty without one.
 template <bool kGiven>
@@ -114,7 +118,9 @@ struct DlseParams<true> {
   Strides dlse_strides;
   int dlse_first_row;
 };
-struct PreprocessParams : BwdParams, DlseParams<kDlse> {};
+struct PreprocessPlainParams : BwdParams, DlseParams<kDlse> {};
+struct PreprocessListParams : BwdParams, DlseParams<kDlse>, ListParams {};
+using PreprocessParams = Either<kListed, PreprocessListParams, PreprocessPlainParams>::Type;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
@@ -133,7 +139,10 @@ struct BwdTmaParams {
 };
 
 struct BwdTmaWindowParams : BwdTmaParams, WindowParams {};
-using BwdTmaBandParams = Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type;
+struct BwdTmaListParams : BwdTmaParams, ListParams {};
+struct BwdTmaWindowListParams : BwdTmaParams, WindowParams, ListParams {};
+using BwdTmaListedParams = Either<kBand, BwdTmaWindowListParams, BwdTmaListParams>::Type;
+using BwdTmaBandParams = Either<kListed, BwdTmaListedParams, Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type>::Type;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0

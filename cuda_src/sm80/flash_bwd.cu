@@ -13,9 +13,9 @@
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
+#include "common/bwd_tiles.cuh"
 #include "common/dq_accum.cuh"
 #include "common/dropout.cuh"
-#include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "sm80/tile.cuh"
 
@@ -116,31 +116,35 @@ FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
-  const int n_blocks = ceil_div(shape.seqlen_k, kBlockN), m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+  const int n_blocks = key_tiles_of_head<kBlockN>(params), m_blocks = query_tiles_of_head(params);
   // tile.head counts the shares of all key heads: splits for each, one after the other.
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
-  const Tile2 tile = tile_of(blockIdx.x, n_blocks, shares, shape);
+  if (kListed && blockIdx.x >= n_blocks * shares) return;  // the host knows only how many tiles there are at most
+  const Tile2 tile = key_tile_of<kDeterministic>(blockIdx.x, n_blocks, shares, shape);
   // The longest first, but see my_turn.
-  const int n_block = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
-  const Sequence& sequence = sequence_of(shape, tile.batch, params);
+  const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
+  const auto entry = key_tile_at(params, place, tile.batch);
+  const int n_block = kListed ? entry.block : place;
+  const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;
   const int heads = shape.num_heads / shares;  // query heads of this share
   // Which part of dK and dV this is (kPartialDkv). Computed at the end, it takes the loop two registers more.
   const int part = (tile.batch * shares + tile.head) * n_blocks + n_block;
 
-  const int key_row = warp_id() / kSplit * kKeyTiles * 16;
+  const int warp_row = warp_id() / kSplit * kKeyTiles * 16;
   const int s_col = warp_id() % kSplit * kSCols, d_col = warp_id() % kSplit * kDCols;
   const int d_col_v = kOwnHeadDimV ? warp_id() % kSplit * kDColsV : d_col;
-  const auto smem_k = operand_a(smem.k, key_row, 0);
-  const auto smem_v = operand_a(smem.v, key_row, 0);
-  const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : key_row, 0);
-  const auto smem_ds = operand_a(smem.ds, key_row, 0);
+  const auto smem_k = operand_a(smem.k, warp_row, 0);
+  const auto smem_v = operand_a(smem.v, warp_row, 0);
+  const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : warp_row, 0);
+  const auto smem_ds = operand_a(smem.ds, warp_row, 0);
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
-  load_tile(smem.k, params.k + tile.batch * ks.batch + head_k * ks.head + first_key * ks.row, ks.row, keys, shape.head_dim);
-  load_tile(smem.v, params.v + tile.batch * vs.batch + head_k * vs.head + first_key * vs.row, vs.row, keys,
-            head_dim_v(params));
+  load_tile(smem.k, params.k + key_batch(entry) * ks.batch + head_k * ks.head + key_row(entry, first_key) * ks.row, ks.row,
+            keys, shape.head_dim);
+  load_tile(smem.v, params.v + key_batch(entry) * vs.batch + head_k * vs.head + key_row(entry, first_key) * vs.row, vs.row,
+            keys, head_dim_v(params));
 
   // A step is a block of queries of one of the query heads of this share.
   struct Step {
@@ -153,19 +157,21 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     return Step{step.head + last, last ? visit.begin : step.m_block + 1, (step.stage + 1) % kStages};
   };
   auto tile_index = [&](const Step& step) {  // among all tiles of queries
-    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + step.m_block;
+    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + entry.tile + step.m_block;
   };
   // What a step needs: its rows of Q and dO, whole or in parts, and their statistics. After the last step, zeros: nobody
   // reads them, and there is no branch in the loop.
   auto load_q = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
-    load_tile(smem.q[step.stage], params.q + tile.batch * qs.batch + step.head * qs.head + first_query * qs.row, qs.row,
+    const Element* rows = params.q + query_batch(entry) * qs.batch + step.head * qs.head;
+    load_tile(smem.q[step.stage], rows + query_row(entry, first_query) * qs.row, qs.row,
               step.head <= last_head ? sequence.seqlen_q - first_query : 0, shape.head_dim, part, parts);
   };
   auto load_dout = [&](const Step& step, int part = 0, int parts = 1) {
     const int first_query = step.m_block * kBlockM;
-    load_tile(smem.dout[step.stage], params.dout + tile.batch * dos.batch + step.head * dos.head + first_query * dos.row,
-              dos.row, step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
+    const Element* rows = params.dout + query_batch(entry) * dos.batch + step.head * dos.head;
+    load_tile(smem.dout[step.stage], rows + query_row(entry, first_query) * dos.row, dos.row,
+              step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
   };
   auto load_statistics = [&](const Step& step) {
     copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
@@ -183,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   acc_dk.clear();
   acc_dv.clear();
   auto compute_p = [&](AccS& acc, int stage, int m_block, auto masked) {
-    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, sequence, first_key + key_row,
+    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, sequence, first_key + warp_row,
                                          m_block * kBlockM, s_col);
   };
 
@@ -228,11 +234,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + key_row + accumulator_row()};
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
     keep(acc_ds, position);
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
     keep(acc_p, position);
-    store_accumulator(smem.ds, key_row, s_col, acc_ds);
+    store_accumulator(smem.ds, warp_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
     if (kDeterministic && threadIdx.x == 0 && block_in_turn == 0) {
@@ -247,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
       gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout, copy_dout);
       __syncthreads();  // dS^T is complete, and it is this block's turn
     } else {
-      store_accumulator(smem.p, key_row, s_col, acc_p);
+      store_accumulator(smem.p, warp_row, s_col, acc_p);
       __syncthreads();  // P^T and dS^T are complete, and it is this block's turn
       gemm<kQuerySteps>(acc_dv, smem_p, smem_dout, copy_dout);
     }
@@ -280,15 +286,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   pass_turn();
   if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
     const int64_t row = static_cast<int64_t>(part) * kBlockN;
-    store_partial<kHeadDim>(params.dk_partial + row * kHeadDim, key_row, d_col, acc_dk);
-    store_partial<kHeadDimV>(params.dv_partial + row * kHeadDimV, key_row, d_col_v, acc_dv);
+    store_partial<kHeadDim>(params.dk_partial + row * kHeadDim, warp_row, d_col, acc_dk);
+    store_partial<kHeadDimV>(params.dv_partial + row * kHeadDimV, warp_row, d_col_v, acc_dv);
   } else {  // through the tiles of K and V
-    store_accumulator(smem.k, key_row, d_col, acc_dk);
-    store_accumulator(smem.v, key_row, d_col_v, acc_dv);
+    store_accumulator(smem.k, warp_row, d_col, acc_dk);
+    store_accumulator(smem.v, warp_row, d_col_v, acc_dv);
     __syncthreads();  // dK and dV are in shared memory
     const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-    store_tile(params.dk + tile.batch * dks.batch + head_k * dks.head + first_key * dks.row, dks.row, keys, shape.head_dim, smem.k);
-    store_tile(params.dv + tile.batch * dvs.batch + head_k * dvs.head + first_key * dvs.row, dvs.row, keys, head_dim_v(params),
-               smem.v);
+    store_tile(params.dk + key_batch(entry) * dks.batch + head_k * dks.head + key_row(entry, first_key) * dks.row, dks.row,
+               keys, shape.head_dim, smem.k);
+    store_tile(params.dv + key_batch(entry) * dvs.batch + head_k * dvs.head + key_row(entry, first_key) * dvs.row, dvs.row,
+               keys, head_dim_v(params), smem.v);
   }
 }

@@ -2,7 +2,7 @@
 // and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
-#include "common/schedule.cuh"
+#include "common/bwd_tiles.cuh"
 #include "sm90/tile.cuh"
 
 // In a band: from which query block on there is a mask again, and how many blocks a head has.
@@ -22,22 +22,51 @@ FA2_DEVICE WorkOfBand<kBand> work_of_band(const Visit& visit, int head_blocks) {
 }
 template <typename Work>
 FA2_DEVICE int head_blocks(const Work& work) {
-  if constexpr (kBand) {
+  if constexpr (kListed) {
+    return work.tiles_of_head;
+  } else if constexpr (kBand) {
     return work.head_blocks;
   } else {
     return work.end;
   }
 }
 
+// Of a list: the sequence's place and lengths, its first tile of queries among those of a head, and how many of these there are.
+template <bool kHasList>
+struct WorkOfList {};
+template <>
+struct WorkOfList<true> {
+  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, first_tile, tiles_of_head;
+};
+template <typename Entry, typename Params>
+FA2_DEVICE WorkOfList<kListed> work_of_list(const Entry& entry, const Params& params) {
+  if constexpr (kListed) {
+    return {entry.first_q, entry.seqlen_q, entry.first_k, entry.seqlen_k,
+            entry.batch_q, entry.batch_k,  entry.tile,    params.tiles_of_head_q};
+  } else {
+    return {};
+  }
+}
+
 // A tile: key block n_block, and the steps that it takes: all query blocks that meet it, of one query head after the other, or a
 // part of these.
-struct Work : WorkOfBand<kBand> {
+struct Work : WorkOfBand<kBand>, WorkOfList<kListed> {
   int n_block, head_k, batch;
   int begin, end, mask_to;     // a head's query blocks, for all of the cluster, up to the last one; before mask_to with a mask
   int steps, head, m_block;    // how many, and the first of them
   int head_begin;              // the query block that a head begins with; the last one is followed by the first
   int part;                    // which part of dK and dV this is (kPartialDkv)
 };
+
+// The number of a head's first tile of queries that is the work's.
+template <typename Work>
+FA2_DEVICE int64_t first_tile_of(const Shape& shape, const Work& work, int head) {
+  if constexpr (kListed) {
+    return static_cast<int64_t>(head) * work.tiles_of_head + work.first_tile;
+  } else {
+    return static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM);
+  }
+}
 
 // A step: one block of queries of one query head.
 struct Step {
@@ -48,7 +77,7 @@ struct Step {
       : left(work.steps),
         head(work.head),
         m_block(work.m_block),
-        tile(static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM) + m_block) {}
+        tile(first_tile_of(shape, work, head) + m_block) {}
   FA2_DEVICE void advance(const Work& work) {
     --left, ++m_block, ++tile;
     if (m_block == work.end) m_block = work.begin, tile -= work.end - work.begin;
@@ -83,29 +112,33 @@ struct Tiles {
   FA2_DEVICE bool more(const BwdTmaBandParams& params) const {
     const Shape& shape = params.shape;
     const int parts = shape.num_heads_k * (kPartialDkv ? params.splits : 1);
-    return place() < ceil_div(shape.seqlen_k, kCluster * kBlockN) * parts * shape.batch;
+    return place() < key_tiles_of_head<kCluster * kBlockN>(params) * parts * shape.batch;
   }
   FA2_DEVICE bool next(const BwdTmaBandParams& params, Work& work) {
     if (!more(params)) return false;
     const Shape& shape = params.shape;
     const int splits = kPartialDkv ? params.splits : 1, parts = shape.num_heads_k * splits;
-    const int n_blocks = ceil_div(shape.seqlen_k, kCluster * kBlockN), rows = parts * shape.batch;
+    const int n_blocks = key_tiles_of_head<kCluster * kBlockN>(params), rows = parts * shape.batch;
     const int linear = place();
     round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
-    const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
+    const Tile2 tile = key_tile_of<kDeterministic>(linear, n_blocks, parts, shape);
     const int sections_left = sections_after(linear, n_blocks, rows, shape);
-    const bool backwards = kDeterministic ? kBand : kCausal && sections_left % 2 == 1;
-    const int first_block = kCluster * (backwards ? n_blocks - 1 - tile.block : tile.block);
+    const bool backwards = kDeterministic ? kBand : kCausal && !kListed && sections_left % 2 == 1;
+    const int place = backwards ? n_blocks - 1 - tile.block : tile.block;
+    const auto entry = key_tile_at(params, place, tile.batch);
+    const int first_block = kCluster * (kListed ? entry.block : place);
     const int n_block = first_block + cluster_rank();
-    const Sequence& sequence = sequence_of(shape, tile.batch, params);
+    const Sequence& sequence = sequence_of_tile(shape, entry, params);
     // Of all of the cluster: without a band its first key block has most.
     const QueryVisit visit = query_blocks<kBand ? kCluster : 1>(sequence, first_block);
     const int heads = shape.num_heads / shape.num_heads_k, head_k = tile.head / splits;
     const int head_steps = visit.end - visit.begin, steps = heads * head_steps;
     const int split = tile.head % splits;
     const int first = steps * split / splits, end = steps * (split + 1) / splits;
-    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(visit.end, n_blocks) % visit.end : 0;
+    const int key_blocks = kListed ? ceil_div(sequence.seqlen_k, kCluster * kBlockN) : n_blocks;
+    const int stagger = kStagger ? n_block / 2 * 2 * ceil_div(visit.end, key_blocks) % visit.end : 0;
     work = {work_of_band(query_blocks(sequence, n_block), ceil_div(shape.seqlen_q, kBlockM)),
+            work_of_list(entry, params),
             n_block,
             head_k,
             tile.batch,
@@ -121,7 +154,7 @@ struct Tiles {
   }
 };
 using Schedule = Visited<Tiles>;
-static_assert(!kUnseenRows, "more() does not look ahead, and a thread block takes its first tile for granted");
+static_assert(!kUnseenRows || kListed, "more() does not look ahead, and a thread block takes its first tile for granted");
 
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.
@@ -133,7 +166,7 @@ constexpr int kWritten = 1 << 30;
 FA2_DEVICE int turn_of(const BwdTmaBandParams& params, const Work& work, const Step& step) {
   const int block = work.n_block / kCluster;
   if constexpr (kBand) {
-    const Sequence& sequence = sequence_of(params.shape, work.batch, params);
+    const Sequence& sequence = sequence_of_tile(params.shape, work, params);
     const int last_query = min((step.m_block + 1) * kBlockM, sequence.seqlen_q) - 1;
     return (key_end(sequence, last_query) - 1) / (kCluster * kBlockN) - block;
   } else {

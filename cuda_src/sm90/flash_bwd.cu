@@ -74,20 +74,20 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
       const int i = ring.stage;
       mbarrier_wait(smem.q_dout_empty[i], ring.parity ^ 1);  // released by the key warpgroups after dV and dK
       mbarrier_arrive_expect_tx(smem.q_full[i], smem.q[0].kBytes + kStatisticsBytes);
-      load_tile(smem.q[i], params.q, smem.q_full[i], first_query, step.head, work.batch);
+      load_tile(smem.q[i], params.q, smem.q_full[i], query_place(work, first_query, step.head, params));
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
-        load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], first_key, work.head_k, work.batch);
+        load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], key_place(work, first_key, work.head_k, params));
         griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
       }
       load_statistics(smem.lse_log2[i], params.lse_log2, smem.q_full[i], step);
       mbarrier_arrive_expect_tx(smem.dout_full[i], smem.dout[0].kBytes + kStatisticsBytes);
-      load_tile(smem.dout[i], params.dout, smem.dout_full[i], first_query, step.head, work.batch);
+      load_tile(smem.dout[i], params.dout, smem.dout_full[i], query_place(work, first_query, step.head, params));
       if (first) {
         mbarrier_wait(smem.v_empty, v_parity ^ 1);  // released by the key warpgroups after a tile's last dP
         mbarrier_arrive_expect_tx(smem.v_full, smem.v.kBytes);
-        load_tile(smem.v, params.v, smem.v_full, first_key, work.head_k, work.batch);
+        load_tile(smem.v, params.v, smem.v_full, key_place(work, first_key, work.head_k, params));
       }
       load_statistics(smem.softmax_d[i], params.softmax_d, smem.dout_full[i], step);
       ring.advance();
@@ -96,6 +96,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
     k.advance();
     v_parity ^= 1;
   }
+  if (kListed) griddepcontrol_wait();  // with no tile to take, too: the kernel after this one takes the one before it for ended
 }
 
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
@@ -236,7 +237,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
 
   Schedule schedule;
   Work work;
-  schedule.next(params, work);
+  const bool any = schedule.next(params, work);
+  if (kListed && !any) return;  // the host knows only how many tiles there are at most
   Step step(shape, work);
   bool first = true;  // step of its tile
   auto next_step = [&] {
@@ -266,10 +268,12 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
       store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
     } else {
       const Strides &dks = params.dk_strides, &dvs = params.dv_strides;
-      const int row = work.n_block * kBlockN + warp_row, rows = sequence_of(shape, work.batch, params).seqlen_k - row;
-      store_gradient(params.dk + work.batch * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows, shape.head_dim,
-                     acc_dk, params.softmax_scale);
-      store_gradient(params.dv + work.batch * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
+      int row = work.n_block * kBlockN + warp_row;
+      const int rows = sequence_of_tile(shape, work, params).seqlen_k - row;
+      if constexpr (kListed) row = key_row(work, row);  // called without a list, too, it makes some plain kernels others
+      store_gradient(params.dk + key_batch(work) * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows,
+                     shape.head_dim, acc_dk, params.softmax_scale);
+      store_gradient(params.dv + key_batch(work) * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
                      params.head_dim_v, acc_dv, 1.f);
     }
   };
@@ -278,7 +282,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   auto compute_step = [&](auto due, auto more) {
     constexpr bool kDue = decltype(due)::value, kMore = decltype(more)::value;
     const bool last = step.left == 1;  // of its tile
-    const Sequence& sequence = sequence_of(shape, work.batch, params);
+    const Sequence& sequence = sequence_of_tile(shape, work, params);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
     if (step.m_block < mask_to_of(work, step.m_block)) {

@@ -94,12 +94,12 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
   while (schedule.next(params, work)) {
     mbarrier_wait(loads.keys_empty, keys_parity(schedule) ^ 1);  // released by compute_scores, and K by both sum_gradient
     mbarrier_arrive_expect_tx(loads.keys_full, keys.kBytes + (k_peer ? k_peer->kBytes : 0));
-    load_tile(keys, keys_map, loads.keys_full, work.n_block * kBlockN, work.head_k, work.batch);
+    load_tile(keys, keys_map, loads.keys_full, key_place(work, work.n_block * kBlockN, work.head_k, params));
     if (k_peer) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / kDqCols * kDqCols,
-                                     (work.n_block ^ 1) * kBlockN, work.head_k, work.batch);
+        load_box(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / kDqCols * kDqCols,
+                 key_place(work, (work.n_block ^ 1) * kBlockN, work.head_k, params));
     }
     griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
     for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
@@ -107,12 +107,13 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
       for (int col = 0; col < kCols; col += kPartCols, ring.advance()) {
         mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by compute_scores and sum_gradient
         mbarrier_arrive_expect_tx(loads.full[ring.stage], queries[0].kBytes + (col == 0 ? kStatisticsBytes : 0));
-        load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head, work.batch,
-                  col);
+        load_tile(queries[ring.stage], queries_map, loads.full[ring.stage],
+                  query_place(work, step.m_block * kBlockM, step.head, params), col);
         if (col == 0) load_statistics(loads.statistics[ring.stage], statistics_map, loads.full[ring.stage], step);
       }
     }
   }
+  if (kListed) griddepcontrol_wait();  // with no tile to take, too: the kernel after this one takes the one before it for ended
 }
 
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
@@ -163,7 +164,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const int query = step.m_block * kBlockM + row;
     auto half_of_p = [&](int h) {
       recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of(shape, work.batch, params), {query, key});
+      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of_tile(shape, work, params), {query, key});
       pin(acc_s);
     };
     issue_dp(False{});
@@ -317,9 +318,10 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
       store_partial(partial + row * kCols + col, kCols, part);
     } else {
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
+      const Sequence& sequence = sequence_of_tile(params.shape, work, params);
       const int row = work.n_block * kBlockN + warp_row;
-      Element* target = (kSecond ? params.dk : params.dv) + work.batch * strides.batch + work.head_k * strides.head;
-      store_gradient(target + row * strides.row + col, strides.row, sequence_of(params.shape, work.batch, params).seqlen_k - row,
+      Element* target = (kSecond ? params.dk : params.dv) + key_batch(work) * strides.batch + work.head_k * strides.head;
+      store_gradient(target + key_row(work, row) * strides.row + col, strides.row, sequence.seqlen_k - row,
                      (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };

@@ -3,11 +3,11 @@
 //
 // The first thread blocks take a tile of kBlockM query rows each, with the warps that share it, heads from the last to the first:
 // those that flash_bwd ended with are still in L2. The others take 8 columns of a row of dK, later of dV, with each thread.
+#include "common/bwd_tiles.cuh"
 #include "common/dq_accum.cuh"
-#include "common/params.cuh"
 #include "sm80/tile.cuh"
 
-static_assert(sizeof(BwdParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
+static_assert(sizeof(PostprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 struct SharedMemory {
   Tile<kBlockM, kHeadDim> dq;
@@ -15,12 +15,16 @@ struct SharedMemory {
 
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
 
-// dQ of tile `tile`, of all.
-FA2_DEVICE void convert_dq(SharedMemory& smem, const BwdParams& params, int64_t tile) {
+// dQ of tile `linear`, of all that there are at most.
+FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, int64_t linear) {
   const Shape& shape = params.shape;
-  const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-  const int m_block = tile % m_blocks, row_of_tiles = tile / m_blocks;
+  const int m_blocks = query_tiles_of_head(params);
+  const int place = linear % m_blocks, row_of_tiles = linear / m_blocks;
   const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
+  if (kListed && !has_query_tile(params, place)) return;
+  const auto entry = query_tile_at(params, place, batch);
+  const Sequence& sequence = sequence_of_tile(shape, entry, params);
+  const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
   const float* dq_tile = params.dq_accum + tile * kDqTileFloats;
 
   const int warp = warp_id(), lane = lane_id();
@@ -45,9 +49,9 @@ FA2_DEVICE void convert_dq(SharedMemory& smem, const BwdParams& params, int64_t 
   }
   __syncthreads();  // dQ is in shared memory
   const Strides& dqs = params.dq_strides;
-  const int first_query = m_block * kBlockM;
-  store_tile(params.dq + batch * dqs.batch + head * dqs.head + first_query * dqs.row, dqs.row,
-             shape.seqlen_q - first_query, shape.head_dim, smem.dq);
+  const int first_query = (kListed ? entry.block : place) * kBlockM;
+  store_tile(params.dq + query_batch(entry) * dqs.batch + head * dqs.head + query_row(entry, first_query) * dqs.row, dqs.row,
+             sequence.seqlen_q - first_query, shape.head_dim, smem.dq);
 }
 
 // Elements [col, col + 8) of a row of `cols` = x, rounded; nothing past its end.
@@ -67,7 +71,7 @@ FA2_DEVICE void store_chunk(Element* row, int col, int cols, const float (&x)[8]
 // dK or dV: chunk `index` of 8 columns, counted along rows, keys, key heads and batches. Its parts are added in the order of the
 // queries, so that the bits do not depend on anything.
 template <bool kIsDk>
-FA2_DEVICE void sum_parts(const BwdParams& params, int64_t index) {
+FA2_DEVICE void sum_parts(const PostprocessParams& params, int64_t index) {
   constexpr int kPartCols = kIsDk ? kHeadDim : kHeadDimV;
   const Shape& shape = params.shape;
   const int cols = kIsDk ? shape.head_dim : head_dim_v(params);
@@ -94,11 +98,12 @@ FA2_DEVICE void sum_parts(const BwdParams& params, int64_t index) {
   store_chunk(rows + key * strides.row, col, cols, sum);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 4) flash_bwd_postprocess(const __grid_constant__ BwdParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 4)
+    flash_bwd_postprocess(const __grid_constant__ PostprocessParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   griddepcontrol_wait();  // flash_bwd has ended
   const Shape& shape = params.shape;
-  const int query_tiles = ceil_div(shape.seqlen_q, kBlockM) * shape.num_heads * shape.batch;
+  const int query_tiles = query_tiles_of_head(params) * shape.num_heads * shape.batch;  // of a list at most
   const int block = static_cast<int>(blockIdx.x) - query_tiles;
   if (block < 0) return convert_dq(smem, params, -1 - block);
   if constexpr (kPartialDkv) {

@@ -1,9 +1,10 @@
 // Before kernels whose tiles come from lists (listed.cuh): the lists, and the rows that no tile comes to.
 //
 // Thread block 0 lists. Sequences are read kNumThreads at a time, a thread each; the tiles of these are then dealt out to all threads,
-// whoever's they are: a sequence of a thousand tiles takes no longer than a thousand sequences of one. Only tiles that meet a block
-// are listed, so nobody who takes one ever skips it; those of queries with the most key blocks first, and the other way round (a
-// counting sort: once to count how many meet how many, once to place), or all in the order of the sequences (kInOrder).
+// whoever's they are: a sequence of a thousand tiles takes no longer than a thousand sequences of one. Rows that see nothing are no part
+// of a sequence here, so that every tile meets a block and nobody who takes one ever skips it. First come the tiles of queries with
+// the most key blocks, and the other way round (a counting sort: once to count how many meet how many, once to place), or all in the
+// order of the sequences (kInOrder).
 //
 // The other thread blocks look after the rows that belong to no sequence or see nothing, a warp for a few neighbouring rows. They take
 // nothing from block 0, and do not wait for it.
@@ -54,6 +55,25 @@ FA2_DEVICE Side keys_of(const ListTilesBandParams& params) {
   return {params.cu_seqlens_k, params.seqused_k, params.leftpad_k, params.rows_k};
 }
 
+// How far a query sees, in both directions.
+struct Reach {
+  int before, behind;
+};
+template <typename Params>
+FA2_DEVICE Reach reach_of(const Params& params) {
+  constexpr int kAll = 1 << 30;
+  if constexpr (kBand) {
+    return {params.left, params.right};
+  } else {
+    return {kAll, kCausal ? 0 : kAll};
+  }
+}
+
+// How many rows in front of a run of queries see no key; or of a run of keys are seen by no query. reach: how far the band goes.
+FA2_DEVICE int unseen_rows(const Run& own, const Run& other, int reach) {
+  return other.seqlen == 0 ? own.seqlen : min(max(own.seqlen - other.seqlen - reach, 0), own.seqlen);
+}
+
 // ---- lists --------------------------------------------------------------------------------------------------------------
 
 // x and y summed over the threads up to this one, each on its own. The caller has a barrier between two of these.
@@ -89,7 +109,13 @@ FA2_DEVICE int bin_of(int blocks) {
 FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& params, int first) {
   const int sequence = first + threadIdx.x, thread = threadIdx.x;
   Run queries{0, 0}, keys{0, 0};
-  if (sequence < params.sequences) queries = queries_of(params).run(sequence), keys = keys_of(params).run(sequence);
+  if (sequence < params.sequences) {
+    queries = queries_of(params).run(sequence), keys = keys_of(params).run(sequence);
+    // What the host drops of a shape: all that is left sees something, and what does not, NaN or not, meets nobody.
+    const Reach reach = reach_of(params);
+    const int unseen_q = unseen_rows(queries, keys, reach.behind), unseen_k = unseen_rows(keys, queries, reach.before);
+    queries = {queries.first + unseen_q, queries.seqlen - unseen_q}, keys = {keys.first + unseen_k, keys.seqlen - unseen_k};
+  }
   int tiles_q = ceil_div(queries.seqlen, kBlockM), tiles_k = params.tiles_k ? ceil_div(keys.seqlen, kBlockN) : 0;
   sum_up(smem, tiles_q, tiles_k);
   smem.first_q[thread] = queries.first, smem.seqlen_q[thread] = queries.seqlen;
@@ -103,7 +129,7 @@ struct Before {
   int tiles_q, tiles_k, listed_q, listed_k;
 };
 
-// A tile of a list, and its bin; or a bin of -1: it meets no block, or there is no place for it (wrong lengths only).
+// A tile of a list, and its bin; or a bin of -1: there is no such tile, or no place for it (wrong lengths only).
 template <bool kOfKeys>
 FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& params, const Before& before, int first_sequence,
                        int index, ListedTile& tile) {
@@ -127,7 +153,7 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
     const auto visit = key_blocks(sequence_of_tile(tile, params), block);
     blocks = visit.end - visit.begin;
   }
-  return blocks > 0 ? bin_of(blocks) : -1;
+  return bin_of(max(0, blocks));
 }
 
 // Tiles of the sequences that are here into their bins.
@@ -210,11 +236,6 @@ FA2_DEVICE void list_all(SharedMemory& smem, const ListTilesBandParams& params) 
 
 // ---- rows that no tile comes to -------------------------------------------------------------------------------------------
 
-// How many rows in front of a run of queries see no key; or of a run of keys are seen by no query. reach: how far the band goes.
-FA2_DEVICE int unseen_rows(const Run& own, const Run& other, int reach) {
-  return other.seqlen == 0 ? own.seqlen : min(max(own.seqlen - other.seqlen - reach, 0), own.seqlen);
-}
-
 // Row `row` of a row of the batch, all heads: zeros. A warp.
 FA2_DEVICE void clear_row(Element* array, const Strides& strides, int64_t batch, int64_t row, int heads, int cols) {
   Element* elements = array + batch * strides.batch + row * strides.row;
@@ -270,20 +291,6 @@ FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, 
         if (row < seen_from || row >= seen_to) clear(own.cu_seqlens ? 0 : sequence, row);
       }
     }
-  }
-}
-
-// How far a query sees, in both directions.
-struct Reach {
-  int before, behind;
-};
-template <typename Params>
-FA2_DEVICE Reach reach_of(const Params& params) {
-  constexpr int kAll = 1 << 30;
-  if constexpr (kBand) {
-    return {params.left, params.right};
-  } else {
-    return {kAll, kCausal ? 0 : kAll};
   }
 }
 

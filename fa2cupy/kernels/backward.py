@@ -18,6 +18,7 @@ from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import common
 from fa2cupy.kernels.common import Where
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import BwdParams, pack_strides
 from fa2cupy.kernels.tiles import tile_bytes
 from fa2cupy.problem import AttentionProblem
@@ -79,7 +80,10 @@ class BwdRow(Row, Protocol):
 @dataclass(frozen=True, slots=True)
 class Work:
     """What there is to do, counted in tiles of a row. empty: leading queries that see no key, and are left out, as
-    leading keys are that no query sees."""
+    leading keys are that no query sees.
+
+    Where tiles come from lists, their numbers are the most that there can be, of all sequences together.
+    """
 
     problem: AttentionProblem
     device: DeviceInfo
@@ -101,13 +105,40 @@ class Work:
         return self.problem.num_heads // self.problem.num_heads_k
 
     @property
+    def wide(self) -> int:
+        """Keys of a block, of all of a cluster."""
+        return self.tile.cluster * self.tile.block_n
+
+    @property
+    def lists(self) -> Lists | None:
+        """Where tiles come from, if not from the shape."""
+        if self.problem.lengths is None:
+            return None
+        return Lists.of(self.problem, self.tile.block_m, self.wide, has_keys=True)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch, each with tiles of its own."""
+        return 1 if self.lists else self.problem.batch
+
+    @property
     def m_blocks(self) -> int:
-        return -(-self.rows // self.tile.block_m)
+        return self.lists.tiles_of_head_q if self.lists else -(-self.rows // self.tile.block_m)
 
     @property
     def n_blocks(self) -> int:
         """Of a cluster each."""
-        return -(-self.keys // (self.tile.cluster * self.tile.block_n))
+        return self.lists.tiles_of_head_k if self.lists else -(-self.keys // self.wide)
+
+    @property
+    def blocks_of_a_sequence(self) -> tuple[int, int]:
+        """m_blocks and n_blocks of one; where only the device knows its lengths, of one of average length."""
+        lengths = self.problem.lengths
+        if lengths is None:
+            return self.m_blocks, self.n_blocks
+        rows = -(-self.rows // max(1, lengths.sequences)) if lengths.packed_q else self.rows
+        keys = -(-self.keys // max(1, lengths.sequences)) if lengths.packed_k else self.keys
+        return -(-rows // self.tile.block_m), -(-keys // self.wide)
 
     @property
     def band(self) -> WindowSpec | None:
@@ -118,15 +149,22 @@ class Work:
     @property
     def adding_blocks(self) -> int:
         """Of a cluster each, the most of them that meet a tile of queries."""
+        _, n_blocks = self.blocks_of_a_sequence
         if self.band is None:
-            return self.n_blocks
-        wide = self.tile.block_m + self.band.left + self.band.right
-        return min(self.n_blocks, 1 + -(-wide // (self.tile.cluster * self.tile.block_n)))
+            return n_blocks
+        return min(n_blocks, 1 + -(-(self.tile.block_m + self.band.left + self.band.right) // self.wide))
 
     @property
     def steps(self) -> tuple[int, int]:
-        """The fewest and the most tiles of a head's queries that a key block (of a cluster) meets."""
-        wide, block_m, band = self.tile.cluster * self.tile.block_n, self.tile.block_m, self.band
+        """The fewest and the most tiles of a head's queries that a key block (of a cluster) meets.
+
+        1 and about the most, where only the device knows.
+        """
+        wide, block_m, band = self.wide, self.tile.block_m, self.band
+        if self.lists:
+            m_blocks, _ = self.blocks_of_a_sequence
+            most = 1 + -(-(wide + band.left + band.right) // block_m) if band else m_blocks
+            return 1, max(1, min(m_blocks, most))
         beside = self.keys - self.rows  # the key that query 0 stands beside
         last_key = (self.n_blocks - 1) * wide  # of the last block, the first
         if band is not None:  # the first block's queries and the last one's are cut off
@@ -139,11 +177,11 @@ class Work:
 
     @property
     def query_tiles(self) -> int:
-        return self.m_blocks * self.problem.num_heads * self.problem.batch
+        return self.m_blocks * self.problem.num_heads * self.batch
 
     @property
     def key_heads(self) -> int:
-        return self.problem.num_heads_k * self.problem.batch
+        return self.problem.num_heads_k * self.batch
 
     @property
     def key_tiles(self) -> int:
@@ -200,6 +238,7 @@ class Backward:
         for name in ARRAYS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
         params.shape = common.shape_params(problem, work.rows, order.section)
+        params.shape.batch = work.batch
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
         params.softmax_scale = problem.softmax_scale
         params.splits = order.splits
@@ -221,7 +260,15 @@ class Backward:
     def launch(self, kernel: tuple[str, str], arch: str, defines: Defines, config: LaunchConfig) -> KernelLaunch:
         """Of a kernel that gets the whole struct."""
         return common.kernel_launch(
-            self.work.problem, kernel, arch, defines, config, self.params, self.pointers, self.names
+            self.work.problem,
+            kernel,
+            arch,
+            defines,
+            config,
+            self.params,
+            self.pointers,
+            self.names,
+            lists=self.work.lists,
         )
 
 
@@ -234,19 +281,21 @@ def splits_of_heads(work: Work) -> int:
 
     sm_80, and deterministic ones: parts of a head would wait for each other's turns.
     """
+    if work.lists:  # no kernel sums parts of keys that have a place of their own
+        return 1
     divisors = (n for n in range(1, work.group + 1) if work.group % n == 0)
     return next((n for n in divisors if work.key_tiles * n >= _ENOUGH_WAVES * work.clusters), work.group)
 
 
 def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[dict[str, int], int]:
-    """Byte offsets of `WORKSPACES`, and the size of all."""
+    """Byte offsets of `WORKSPACES`, behind the lists, and the size of all."""
     tile, (head_dim, head_dim_v) = work.tile, head_dims
     statistics = work.query_tiles * tile.block_m * 4
     dq = work.query_tiles * tile.dq_tile_floats(head_dim) * 4
     turns = work.query_tiles * tile.dq_parts * 4
     partial_rows = work.key_tiles * order.splits * tile.cluster * tile.block_n if order.partial else 0
     dk, dv = (partial_rows * width * 4 for width in (head_dim, head_dim_v or head_dim))
-    offsets, end = {}, 0
+    offsets, end = {}, work.lists.end if work.lists else 0
     for name, size in zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True):
         offsets[name] = end
         end += -(-size // _ALIGNMENT) * _ALIGNMENT

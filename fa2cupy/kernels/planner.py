@@ -115,14 +115,24 @@ def plan_backward(
     compiler: Compiler = any_compiler,
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
-    _no_lengths_yet(problem)
+    if problem.lengths is not None and problem.lengths.segments:
+        _no_lengths_yet(problem)
     empty = problem.empty_rows
-    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0  # then there are keys
+    heads = problem.num_heads * problem.batch
+    busy = (problem.seqlen_q - empty) * heads > 0  # then there are keys, unless lengths are data
     kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
+    work = Work(problem, device, deterministic, row, empty)
+    names = common.pointer_names(problem, backward.ARRAYS)
     launches: tuple[KernelLaunch, ...] = ()
     workspace_bytes, splits = 0, 1
+    if work.lists is not None:
+        busy = busy and problem.seqlen_k > 0
+        if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # some rows may be nobody's
+            workspace_bytes = work.lists.end
+            launches += (
+                list_tiles.launch(problem, device, work.lists, ("dq", "dk", "dv"), names, in_order=deterministic),
+            )
     if busy:
-        work = Work(problem, device, deterministic, row, empty)
         whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
         workspace_bytes, splits = whole.workspace_bytes, whole.order.splits
         launches += (
@@ -130,9 +140,8 @@ def plan_backward(
             kernel.launch(whole, row),
             flash_bwd_postprocess.launch(whole),
         )
-    names = common.pointer_names(problem, backward.ARRAYS)
     launches += fill_unseen.launches(problem, device, "dq", empty, names)
-    unseen = problem.seqlen_k if problem.seqlen_q == empty else problem.empty_keys
+    unseen = problem.seqlen_k if problem.seqlen_q == empty and work.lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)

@@ -401,7 +401,14 @@ def test_every_synchronisation_is_reported() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pointer": 8}, {"dims": (64, 0, 1, 1)}, {"strides_bytes": (8, 16, 16)}, {"box": (32, 8)}, {"box": (64, 257)}],
+    [
+        {"pointer": 8},
+        {"dims": (64, 0, 1, 1)},
+        {"strides_bytes": (8, 16, 16)},
+        {"box": (32, 8)},
+        {"box": (64, 257)},
+        {"dims": (64, 8, 1, 9, 1)},
+    ],
 )
 def test_a_map_is_checked(changes: dict[str, object]) -> None:
     good: dict[str, object] = {"pointer": 4096, "dims": (64, 8, 1, 1), "strides_bytes": (128, 128, 128), "box": (64, 8)}

@@ -105,6 +105,8 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
     if deterministic:
         steps = work.steps[1] * work.group // splits
         section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal or banded else _full_turns)
+    elif work.lists:  # which have an order of their own
+        section = shares
     else:
         section = heads_per_even_section(work.clusters, causal, shares, work.n_blocks)
     # With many tiles, starting beside the kernel before gains nothing, and full ones lose: thread blocks that take
@@ -131,6 +133,8 @@ def _splits_of_steps(work: Work) -> int:
 
     It takes as long as the longest part, or as all steps evenly shared out; full ones in whole waves. No part is empty.
     """
+    if work.lists:  # as `backward.splits_of_heads`
+        return 1
     problem, group, clusters, key_tiles = work.problem, work.group, work.clusters, work.key_tiles
     fewest, most = (group * steps for steps in work.steps)
     mean = (fewest + most) / 2
@@ -171,6 +175,7 @@ def launch(kernel: tuple[str, str], whole: Backward, tile: BwdTileSm90) -> Kerne
         {name: whole.pointers[name] for name in _PLAIN},
         whole.names,
         maps + _statistics_maps(whole),
+        work.lists,
     )
 
 
