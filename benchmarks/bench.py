@@ -3,6 +3,8 @@
     python benchmarks/bench.py                                  all 72 cells, every peer, results/<gpu>.jsonl and .png
     python benchmarks/bench.py --modes bwd --head-dims 128      a part of the grid
     python benchmarks/bench.py --cases gqa,thin,head_dims,wide  extra cells
+    python benchmarks/bench.py --cases long --bursts 3          16,384 and 65,536 tokens: time and memory
+    python benchmarks/bench.py --cases features [--check]       packed sequences, windows, padded keys: features.py
     python benchmarks/bench.py --part 1/2                       half of the cells; prints the command for the rest
     python benchmarks/bench.py --against REV [--json PATH]      this tree and another as the only two: against.py
 
@@ -17,14 +19,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import against, peers, plot, results, timing
+from benchmarks import against, features, peers, plot, results, timing
 from benchmarks import cases as case_module
 from benchmarks.cases import Case
 from benchmarks.timing import Clock, TorchClock, take_turns
@@ -58,7 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--cases",
         type=words,
         default=["grid"],
-        help=f"{', '.join(case_module.CASE_SETS)}, or fwd:d128:b2:s8192:h32/8:causal",
+        help=f"{', '.join(case_module.CASE_SETS)}, or fwd:d128:b2:s8192:h32/8:causal; or features alone, which has "
+        "options of its own: --cases features --help",
     )
     parser.add_argument("--part", type=fraction, default=(1, 1), metavar="i/n", help="measure every n-th cell only")
     parser.add_argument("--run", help="the run that this command continues (default: a new one)")
@@ -130,15 +133,41 @@ def check_agreement(
                 raise RuntimeError(f"{case.label}: {name} of {ours} and {other} differ by {error:.2e}")
 
 
-def measure(
-    case: Case, names: Sequence[str], clock: Clock, bursts: int, burst_ms: float
-) -> tuple[dict[str, float], dict[str, int], dict[str, str], str]:
-    """name -> milliseconds, name -> bytes of workspace, name -> why not, and a remark (bursts thrown away)."""
+def wrong_ones(case: Case, calls: Mapping[str, Any]) -> set[str]:
+    """The peers that compute something else than ours, which `check_agreement` has compared with one of them."""
+    if results.OURS not in calls:
+        return set()
+    expected = calls[results.OURS]()
+    expected = [x.float() for x in ([expected] if case.mode == "fwd" else expected)]
+    wrong = set()
+    for name, call in calls.items():
+        got = call()
+        pairs = zip([got] if case.mode == "fwd" else got, expected, strict=True)
+        if any(not float((x.float() - y).norm() / y.norm()) < AGREEMENT for x, y in pairs):
+            wrong.add(name)
+    return wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of each library: milliseconds, bytes of workspace (ours) and at the peak; why not. remark: bursts thrown away."""
+
+    times: Mapping[str, float]
+    workspaces: Mapping[str, int]
+    peaks: Mapping[str, int]
+    wrong: set[str]
+    refused: Mapping[str, str]
+    remark: str
+
+
+def measure(case: Case, names: Sequence[str], clock: Clock, bursts: int, burst_ms: float) -> Measured:
     import torch
 
     tensors = peers.make_tensors(case)
     calls, refused = peers.calls(case, tensors, names)
     check_agreement(case, calls, names)
+    wrong = wrong_ones(case, calls)
+    peaks = {name: peers.peak_bytes(case, tensors, name) for name in calls if case.mode == "bwd"}
     timings = take_turns(calls, clock, bursts=bursts, burst_ms=burst_ms)
     workspaces = {
         name: peers.workspace_bytes(case, tensors, name == results.DETERMINISTIC)
@@ -149,7 +178,7 @@ def measure(
     remark = "thrown away " + " ".join(f"{name} {n}" for name, n in late.items()) if late else ""
     del tensors, calls
     torch.cuda.empty_cache()
-    return {name: t.ms for name, t in timings.items()}, workspaces, refused, remark
+    return Measured({name: t.ms for name, t in timings.items()}, workspaces, peaks, wrong, refused, remark)
 
 
 def measure_against(
@@ -208,6 +237,11 @@ def measure_gemm(clock: Clock, bursts: int, burst_ms: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--cases")
+    chosen, rest = first.parse_known_args(arguments)
+    if chosen.cases == "features":
+        return features.main(rest)
     args = parse(arguments)
     try:
         import torch
@@ -259,21 +293,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"GEMM {GEMM_SIZE}^3: {GEMM_FLOPS / ms / 1e9:.0f} TFLOP/s", flush=True)
     # On a terminal a bar; in a log the lines that are written above it are enough.
     for case in tqdm(args.selected, desc="cells", ascii=" -", disable=None):
-        times, workspaces, refused, remark = measure(case, names, clock, args.bursts, args.burst_ms)
-        for name, ms in times.items():
-            ours = (peers.kernel_family(case), workspaces.get(name), nvrtc) if name.startswith("fa2cupy") else ()
-            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, *ours))
+        found = measure(case, names, clock, args.bursts, args.burst_ms)
+        for name, ms in found.times.items():
+            ours = (peers.kernel_family(case), found.workspaces.get(name), nvrtc) if name.startswith("fa2cupy") else ()
+            more = {"peak_bytes": found.peaks.get(name), "wrong": name in found.wrong}
+            file.append(results.make_record(run, name, case, ms, case.flops, gpu, commit, *ours, **more))
         speeds = "  ".join(
             f"{name} {case.flops / ms / 1e9:.0f}"
-            + (f" (workspace {workspaces[name]} bytes)" if name in workspaces else "")
-            for name, ms in times.items()
+            + ("!" if name in found.wrong else "")
+            + (f" (workspace {found.workspaces[name]} bytes)" if name in found.workspaces else "")
+            for name, ms in found.times.items()
         )
-        tqdm.write(f"{case.label}: {speeds}" + (f"  ({remark})" if remark else ""))
-        for name, reason in refused.items():
+        tqdm.write(f"{case.label}: {speeds}" + (f"  ({found.remark})" if found.remark else ""))
+        for name, reason in found.refused.items():
             tqdm.write(f"  does not run: {name} ({reason})")
 
     records = [r for r in results.load(path) if r["run"] == run]
     print("\n" + results.summary(records))
+    if "long" in args.cases:
+        print("\n" + results.memory_table([r for r in records if r["seqlen"] in (16384, 65536)]))
     try:
         print(f"\npicture: {plot.draw(records, path.with_suffix('.png'))}")
     except ImportError:

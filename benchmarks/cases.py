@@ -105,6 +105,11 @@ def _wide() -> list[Case]:
     ]
 
 
+def _long() -> list[Case]:
+    """Sequences of the length of Path-X and of Path-256, 16 heads of 64."""
+    return [c for s in (16384, 65536) for causal in (False, True) for c in _both(Case("fwd", 64, s, causal, 1, 16, 16))]
+
+
 def _tiny() -> list[Case]:
     """One small cell of each mode: a quick look at whether everything runs."""
     return _both(Case("fwd", 64, 512, True, 2, 4, 4))
@@ -117,6 +122,7 @@ CASE_SETS = {
     "thin": _thin,
     "head_dims": _head_dims,
     "wide": _wide,
+    "long": _long,
     "tiny": _tiny,
 }
 

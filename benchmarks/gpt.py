@@ -124,7 +124,7 @@ class Driver:
             "run": results.new_run_id(),
             **machine(args.rehearse),
             "commit": args.commit or results.commit(),
-            "command": " ".join(["python", "benchmarks/gpt.py", *sys.argv[1:]]),
+            "command": results.command("gpt.py", sys.argv[1:]),
         }
         out = args.out or results.RESULTS / "gpt"
         self.path = None if args.rehearse else out / results.file_name(str(self.common["gpu"]))

@@ -193,9 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu": first["gpu"],
         "jax": first["jax"],
         "commit": results.commit(),
-        "command": " ".join(
-            ["python", "benchmarks/host_cost_jax.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": results.command("host_cost_jax.py", sys.argv[1:] if arguments is None else arguments),
         "us": us,
         "launches": {mode: each["launches"] for mode, each in found.items()},
     }

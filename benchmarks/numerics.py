@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> list[Record]:
         "torch": torch.__version__,
         "date": results.new_run_id()[:10],
         "commit": args.commit or results.commit(),
-        "command": " ".join(["python", "benchmarks/numerics.py", *sys.argv[1:]]),
+        "command": results.command("numerics.py", sys.argv[1:]),
     }
     who = [name for name in WHO if not (args.rehearse and name == "cudnn")]
     records = []

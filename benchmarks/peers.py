@@ -29,7 +29,9 @@ __all__ = [
     "kernel_family",
     "make_tensors",
     "ours",
+    "peak_bytes",
     "probe",
+    "torch_call",
     "warm_fa4_cache",
     "workspace_bytes",
 ]
@@ -111,7 +113,7 @@ def _sdpa(backend: str) -> Callable[[Case, Tensors], Call]:
                 out = scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=gqa)
             return out.transpose(1, 2)
 
-        return _torch_call(case, t, forward)
+        return torch_call(case.mode, t, forward)
 
     return make
 
@@ -131,14 +133,14 @@ def _fa3(case: Case, t: Tensors) -> Call:
 def _fa4(case: Case, t: Tensors) -> Call:
     from flash_attn.cute import flash_attn_func
 
-    return _torch_call(case, t, lambda: flash_attn_func(t.q, t.k, t.v, causal=case.causal)[0])
+    return torch_call(case.mode, t, lambda: flash_attn_func(t.q, t.k, t.v, causal=case.causal)[0])
 
 
-def _torch_call(case: Case, t: Tensors, forward: Call) -> Call:
-    """`forward` without a graph, or the gradient through a graph made once."""
+def torch_call(mode: str, t: Any, forward: Call) -> Call:
+    """`forward` without a graph, or the gradient for t.q, t.k and t.v through a graph made once."""
     import torch
 
-    if case.mode == "fwd":
+    if mode == "fwd":
         call: Call = torch.no_grad()(forward)
         return call
     out = forward()
@@ -201,6 +203,18 @@ def workspace_bytes(case: Case, tensors: Tensors, deterministic: bool = False) -
 
     q, k, v = tensors.q.detach(), tensors.k.detach(), tensors.v.detach()
     return fa2cupy.backward_workspace_bytes(q, k, v, causal=case.causal, deterministic=deterministic)
+
+
+def peak_bytes(case: Case, tensors: Tensors, name: str) -> int:
+    """The most that the forward and the backward of a library allocate beside q, k, v and dout. case: a backward."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _MAKERS[name](case, tensors)()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
 
 
 def warm_fa4_cache(cases: Iterable[Case], processes: int) -> Callable[[], None]:

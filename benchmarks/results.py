@@ -14,17 +14,21 @@ from benchmarks.cases import Case
 
 __all__ = [
     "DETERMINISTIC",
+    "FEATURE_KEYS",
     "KEYS",
     "OURS",
     "PEERS",
     "DuplicateCellError",
     "Results",
+    "command",
     "commit",
     "file_name",
     "gemm_tflops",
     "geometric_mean",
     "load",
+    "make_feature_record",
     "make_record",
+    "memory_table",
     "new_run_id",
     "ratios",
     "summary",
@@ -36,7 +40,11 @@ OURS = "fa2cupy"
 DETERMINISTIC = "fa2cupy-deterministic"  # ours with deterministic=True, measured on request
 PEERS = ("fa2", "cudnn", "fa3", "fa4")
 CELL_KEYS = ("mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch", "num_heads", "num_heads_k")
-KEYS = ("run", "peer", "kernel", "nvrtc", *CELL_KEYS, "ms", "tflops", "workspace_bytes", "gpu", "date", "commit")
+KEYS = (
+    "run", "cell", "peer", "kernel", "nvrtc", *CELL_KEYS, "ms", "tflops", "wrong", "workspace_bytes", "peak_bytes",
+    "gpu", "date", "commit",
+)  # fmt: skip
+FEATURE_KEYS = ("run", "cell", "peer", "mode", "ms", "tflops", "wrong", "gpu", "date", "commit")
 
 Record = dict[str, object]
 
@@ -48,6 +56,16 @@ class DuplicateCellError(ValueError):
 def new_run_id() -> str:
     """UTC start time, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """The command of a record, without where its file went (--out, --json): that is of one machine."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "--json"):
+            kept.append(argument)
+        skip = argument in ("--out", "--json")
+    return " ".join(["python", f"benchmarks/{script}", *kept])
 
 
 def commit() -> str:
@@ -83,27 +101,43 @@ def make_record(
     kernel: str | None = None,
     workspace_bytes: int | None = None,
     nvrtc: str | None = None,
+    *,
+    peak_bytes: int | None = None,
+    wrong: bool = False,
 ) -> Record:
     """A line of the results. case is None for the GEMM. Milliseconds and TFLOP/s.
 
     Of ours alone: kernel (sm80, sm90), nvrtc (the build that compiled it), workspace_bytes (of the backward).
+    peak_bytes: what forward and backward together allocate beside the inputs, in the record of the backward. wrong:
+    the result is not the others'. cell is a name where features are measured, and null here.
     """
     cell = {key: getattr(case, key) if case is not None else None for key in CELL_KEYS}
     if case is None:
         cell["dtype"] = "bfloat16"
     return {
         "run": run,
+        "cell": None,
         "peer": peer,
         "kernel": kernel,
         "nvrtc": nvrtc,
         **cell,
         "ms": round(ms, 5),
         "tflops": round(flops / ms / 1e9, 1),
+        "wrong": wrong,
         "workspace_bytes": workspace_bytes,
+        "peak_bytes": peak_bytes,
         "gpu": gpu,
         "date": run[:10],
         "commit": commit,
     }
+
+
+def make_feature_record(
+    run: str, cell: str, peer: str, mode: str, ms: float, flops: float, gpu: str, commit: str, *, wrong: bool
+) -> Record:
+    """A line of results/features: a named cell, the work of its live pairs."""
+    values = (run, cell, peer, mode, round(ms, 5), round(flops / ms / 1e9, 1), wrong, gpu, run[:10], commit)
+    return dict(zip(FEATURE_KEYS, values, strict=True))
 
 
 def load(path: Path) -> list[Record]:
@@ -124,16 +158,19 @@ def load(path: Path) -> list[Record]:
     return records
 
 
-def _cell(record: Mapping[str, object]) -> tuple[object, ...]:
-    return tuple(record[key] for key in CELL_KEYS)
+def _cell(record: Mapping[str, object], keys: Sequence[str] = CELL_KEYS) -> tuple[object, ...]:
+    return tuple(record[key] for key in keys)
 
 
 class Results:
-    """An append-only file of records that refuses a cell it already has in the same run."""
+    """An append-only file of records that refuses a cell it already has in the same run.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._seen = {(r["run"], r["peer"], _cell(r)) for r in load(path)}
+    keys: what a record has; cell_keys: what tells cells apart.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str] = KEYS, cell_keys: Sequence[str] = CELL_KEYS) -> None:
+        self.path, self.keys, self.cell_keys = path, keys, cell_keys
+        self._seen = {(r["run"], r["peer"], _cell(r, cell_keys)) for r in load(path)}
 
     def has(self, run: str, peer: str, case: Case | None) -> bool:
         """Whether this was measured already; case is None for the GEMM."""
@@ -145,11 +182,12 @@ class Results:
             raise DuplicateCellError(f"{peer} {case.label} is already in run {run} of {self.path}")
 
     def append(self, record: Record) -> None:
-        if set(record) != set(KEYS):
-            raise ValueError(f"a record has the keys {KEYS}, not {tuple(record)}")
-        key = (record["run"], record["peer"], _cell(record))
+        if set(record) != set(self.keys):
+            raise ValueError(f"a record has the keys {self.keys}, not {tuple(record)}")
+        cell = _cell(record, self.cell_keys)
+        key = (record["run"], record["peer"], cell)
         if key in self._seen:
-            raise DuplicateCellError(f"measured twice in run {record['run']}: {record['peer']} {_cell(record)}")
+            raise DuplicateCellError(f"measured twice in run {record['run']}: {record['peer']} {cell}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -163,10 +201,10 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def by_cell(records: Iterable[Mapping[str, object]]) -> dict[tuple[object, ...], dict[str, float]]:
-    """cell -> peer -> milliseconds, the GEMM left out. DuplicateCellError if a peer has a cell twice."""
+    """cell -> peer -> milliseconds, without GEMM and what is wrong. DuplicateCellError if a peer has a cell twice."""
     table: dict[tuple[object, ...], dict[str, float]] = {}
     for record in records:
-        if record["mode"] is None:
+        if record["mode"] is None or record.get("wrong"):
             continue
         row = table.setdefault(_cell(record), {})
         if str(record["peer"]) in row:
@@ -227,10 +265,12 @@ def _line(title: str, values: Mapping[tuple[object, ...], float], with_mode: boo
 def summary(records: Sequence[Mapping[str, object]]) -> str:
     """TFLOP/s of every cell, and the ratios: geometric mean, lowest cell, how many. Of the records of one run.
 
-    GEMM is that of the run. Beside a backward cell the bytes of our workspace, which records of before 2026-11-22 do
-    not have.
+    What is wrong is left out. GEMM is that of the run. Beside a backward cell the bytes of our workspace, which records
+    of before 2026-11-22 do not have.
     """
-    flops = {(_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None}
+    flops = {
+        (_cell(r), r["peer"]): float(str(r["tflops"])) for r in records if r["mode"] is not None and not r.get("wrong")
+    }
     workspaces = {_cell(r): r["workspace_bytes"] for r in records if r["peer"] == OURS and "workspace_bytes" in r}
     gemm = gemm_tflops(records)
     present = dict.fromkeys(str(r["peer"]) for r in records)
@@ -271,4 +311,25 @@ def summary(records: Sequence[Mapping[str, object]]) -> str:
         lines.append(_line("fwd + bwd ours/best library", together, with_mode=False))
     if gemm:
         lines.append(f"GEMM 8192^3 bf16: {gemm:.0f} TFLOP/s")
+    return "\n".join(lines)
+
+
+def memory_table(records: Sequence[Mapping[str, object]]) -> str:
+    """Time and memory of cells of which both directions were measured, as a table in Markdown; of one run."""
+    times = {(_cell(r)[1:], r["peer"], r["mode"]): r for r in records if r["mode"] is not None and not r.get("wrong")}
+    lines = [
+        "| tokens | mask | library | forward ms | backward ms | both TFLOP/s | peak MiB beside q, k, v, dout |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (cell, peer, mode), back in times.items():
+        forward = times.get((cell, peer, "fwd"))
+        if mode != "bwd" or forward is None or back.get("peak_bytes") is None:
+            continue
+        ms = [float(str(r["ms"])) for r in (forward, back)]
+        work = sum(float(str(r["tflops"])) * t for r, t in zip((forward, back), ms, strict=True))
+        mask = "causal" if back["causal"] else "full"
+        lines.append(
+            f"| {back['seqlen']:,} | {mask} | {peer} | {ms[0]:.2f} | {ms[1]:.2f} | {work / sum(ms):.0f} | "
+            f"{int(str(back['peak_bytes'])) / 2**20:,.0f} |"
+        )
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from fa2cupy.checks import check_flag
 from fa2cupy.keywords import not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given
+from fa2cupy.spec import LENGTHS
 
 __all__ = [
     "attention",
@@ -63,6 +64,19 @@ def attention(
             query's own among them. With causal=True right is 0: a positive one is an error.
         softmax_scale: a finite number, of either sign or 0; None is head_dim ** -0.5. An array is a TypeError, because
             reading it from a GPU would wait for it.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: packed sequences. q is then (total_q, num_heads, head_dim), and
+            k and v are (total_k, num_heads_k, ...). Sequence b has the rows from cu_seqlens[b] on that come before
+            cu_seqlens[b + 1]. With one of the two the other side is dense, a row of the batch for each sequence.
+            Causal and windows are aligned in each sequence by its own lengths. Rows of no sequence, in front, in gaps
+            (by seqused) and behind, are not read; they get out 0, lse -inf and gradients 0. layout is "bshd".
+        seqused_q, seqused_k: (batch,) int32: rows in use of each sequence, packed or dense, counted from its first.
+            Further ones are rows of no sequence, and seqlen_q and seqlen_k of causal and windows are these.
+        leftpad_k: (batch,) int32: the keys in use of each sequence begin there, counted from its first row: keys
+            [leftpad_k, seqused_k) are seen. It changes nobody's place, only whom queries see.
+        segment_ids: (batch, seqlen) int32, or a pair, (batch, seqlen_q) and (batch, seqlen_k): queries see the keys of
+            their own id, whose rows are a sequence each. Equal ids are neighbours, negative ones are rows of no
+            sequence. Not beside cu_seqlens.
+        max_seqlen_q, max_seqlen_k: hints, numbers or arrays: never read, and free to be wrong.
         layout: "bshd", or "bhsd" for (batch, num_heads, seqlen, head_dim). Any strides will do, 0 and negative ones
             too. One copy is made of an input whose last dimension is not contiguous (or whose strides are not
             multiples of its item size).
@@ -80,12 +94,14 @@ def attention(
     Returns:
         out, (batch, seqlen_q, num_heads, head_dim_v) in the layout and dtype of q; with return_lse=True (out, lse).
         lse is the natural logarithm of sum(exp(scores)): (batch, num_heads, seqlen_q) in either layout, float32
-        (float64 for float64 inputs). The kind of array that went in comes back (CuPy or NumPy for other `__dlpack__`
+        (float64 for float64 inputs). Of a packed q they are (total_q, num_heads, head_dim_v) and (num_heads, total_q).
+        The kind of array that went in comes back (CuPy or NumPy for other `__dlpack__`
         producers), new ones C-contiguous. A row that sees no key has out = 0 and lse = -inf. Same inputs, same bits.
 
     torch:
         Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
-        and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA.
+        and DTensor (batch and heads may be sharded) too. Autocast casts as it does for torch's SDPA. Nested tensors of
+        layout torch.jagged are packed sequences: out is one too, with q's offsets, and lse is (num_heads, total_q).
 
     JAX:
         Differentiable, in q, k and v, through out and lse, once and in reverse mode; under jit, vmap, scan, remat,
@@ -97,6 +113,12 @@ def attention(
         computed on the CPU before the call returns, by the same algorithm; no GPU, CuPy or CUDA is needed.
         The first call of a kind plans and, if need be, compiles: before a CUDA graph capture call once with the same
         shapes. With CuPy arrays give out= and lse_out= inside a capture, where CuPy's memory pool cannot be used.
+
+    Lengths:
+        The arrays that say where sequences lie are on the inputs' device and stay there: nothing waits for them, and a
+        captured graph serves other lengths. int64 will do, at the cost of a copy. They are clamped: wrong ones give
+        wrong numbers, never an access beyond the arrays. With FA2CUPY_CHECK=1 a call waits for them, and wrong ones
+        are a ValueError that names the argument and the sequence.
 
     Raises:
         ValueError or TypeError (from `fa2cupy.errors`), before anything is launched, for arguments that are not as
@@ -117,9 +139,13 @@ def attention(
         if way is STRAIGHT:
             operation = ASKED.get(operation, operation)
         elif way is not None:
-            if operation.extra:
-                raise not_through_torch(operation.extra)
-            return way(q, k, v, (*options[:4], deterministic, options[5]), return_lse)
+            options = (*options[:4], deterministic, options[5])
+            if not operation.extra:
+                return way(q, k, v, options, return_lse)
+            for name in operation.extra:
+                if name not in LENGTHS:
+                    raise not_through_torch(operation.extra)
+            return way(q, k, v, options, return_lse, dict(zip(operation.extra, arrays[5:], strict=True)))
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     out, lse = call(operation, arrays, workspace, options)
@@ -154,8 +180,10 @@ def attention_backward(
         dout: gradient of the loss with respect to out; out's shape and dtype, any strides (one copy is made if its
             last dimension is not contiguous).
         q, k, v: what `attention` was called with.
-        out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs).
+        out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs); of a
+            packed q (num_heads, total_q).
         causal, window_size, softmax_scale, layout, dtype: as they were given to `attention`.
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, segment_ids, max_seqlen_q, max_seqlen_k: likewise.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
         dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.
         dq, dk, dv: where to put the results, of the shapes of q, k and v; the rules are those of `attention`'s out.
@@ -164,7 +192,7 @@ def attention_backward(
 
     Returns:
         dq, dk, dv with the shapes and dtype of q, k and v. With GQA dk and dv have num_heads_k heads: the sum over
-        the query heads is taken inside. Rows that see no key have gradient 0.
+        the query heads is taken inside. Rows that see no key have gradient 0, and so have those of no sequence.
 
     Where and when, Raises: as `attention`.
     """
@@ -206,8 +234,8 @@ def attention_vjp(
 
     Returns:
         What `attention` returns, (batch, seqlen_q, num_heads, head_dim_v) or with lse, and a function pullback(dout,
-        dlse=None) that returns what `attention_backward` does; dlse, float32 (batch, num_heads, seqlen_q), is the
-        gradient of lse. The pullback holds q, k, v, out and lse, reads them when it is called, and may be called again.
+        dlse=None) that returns what `attention_backward` does; dlse, of lse's shape and dtype, is the gradient of lse.
+        The pullback holds q, k, v, out and lse, reads them when it is called, and may be called again.
     """
     return_lse = check_flag("return_lse", return_lse)
     deterministic = check_flag("deterministic", deterministic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,18 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
 
-__all__ = ["LAYOUTS", "WINDOWS", "check_dtype", "check_flag", "check_layout", "check_scale", "check_window", "shown"]
+__all__ = [
+    "LAYOUTS",
+    "WINDOWS",
+    "check_dtype",
+    "check_flag",
+    "check_hint",
+    "check_layout",
+    "check_pair",
+    "check_scale",
+    "check_window",
+    "shown",
+]
 
 LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
 
@@ -77,6 +89,21 @@ def check_scale(name: str, value: Any) -> float | None:
     return scale
 
 
+def check_hint(name: str, value: Any) -> None:
+    """A number, or an array that may hold one: nobody reads it."""
+    if isinstance(value, (bool, np.bool_, str, bytes, tuple, list, dict)):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: a number, or an array of one, is needed")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """(for the queries, for the keys) of an array for both, or of two."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2 or any(item is None for item in value):
+        raise InvalidType(f"{name} is a {describe(value)} of {len(value)}: an array, or a pair of them, is needed")
+    return value[0], value[1]
+
+
 def check_window(name: str, value: Any) -> tuple[int, int]:
     """(left, right), -1 where it is unlimited."""
     if isinstance(value, (int, np.integer)) and value is not True and value is not False:
@@ -92,5 +119,6 @@ def check_window(name: str, value: Any) -> tuple[int, int]:
             )
         if end is not None and end < -1:
             raise InvalidArgument(f"{shown(name, value)} is not supported: -1 is unlimited, and nothing is below it")
-    left, right = (-1 if end is None else int(end) for end in value)
+    # Of a length that torch.compile does not know yet, int() would make no number: options are part of a graph.
+    left, right = (-1 if end is None else operator.index(end) for end in value)
     return left, right

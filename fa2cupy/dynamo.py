@@ -27,6 +27,7 @@ _TRACED = frozenset(
             "doors",
             "flash_attn",
             "keywords",
+            "operations",
             "options",
             "autograd.dispatch",
             "torch.dot_product",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fa2cupy.errors import InvalidArgument
 
-__all__ = ["STRICT", "VARIABLES", "Variable", "cache_dir", "current", "debug", "kernel", "strict"]
+__all__ = ["CHECK", "STRICT", "VARIABLES", "Variable", "cache_dir", "check", "current", "debug", "kernel", "strict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,11 @@ CACHE_DIR = Variable(
     "FA2CUPY_CACHE_DIR",
     "directory of compiled kernels; one that others can write is not trusted",
     "$XDG_CACHE_HOME/fa2cupy, else ~/.cache/fa2cupy",
+)
+CHECK = Variable(
+    "FA2CUPY_CHECK",
+    "1 waits for the arrays that say where sequences lie, and makes wrong ones an error; 0 clamps them",
+    "0",
 )
 DEBUG = Variable(
     "FA2CUPY_DEBUG", "1 logs each new plan (to stderr without a handler) and compiles with -lineinfo; 0 does not", "0"
@@ -45,7 +50,7 @@ STRICT = Variable(
     "0",
 )
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, DEBUG, FLASH_ATTN, KERNEL, STRICT)
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, CHECK, DEBUG, FLASH_ATTN, KERNEL, STRICT)
 
 FAMILIES = ("sm80", "sm90")
 
@@ -65,6 +70,11 @@ def cache_dir() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification: a relative path in these variables is invalid and to be ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "fa2cupy"
+
+
+def check() -> bool:
+    """Whether lengths are looked at, which waits for the device. InvalidArgument as `debug`."""
+    return _flag(CHECK)
 
 
 def debug() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fa2cupy import env
@@ -62,7 +62,7 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
     if framework is JAX:  # XLA allocates and calls back for the computation
         from fa2cupy.xla import door
 
-        return door.first_call(operation, arrays, options, raw_options)
+        return door.first_call(operation, arrays, sizes, options, raw_options)
     if not operation.asked:
         framework.check_call(_ordered(operation, arrays), operation.name, operation.names)
     _check_memory(framework, arrays, refs, given)
@@ -177,13 +177,15 @@ def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, Tenso
 
 
 def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Arrays, device: Device) -> Arrays:
-    """Copies of the inputs whose last dimension is not contiguous, int32 of lengths that are int64; the other arrays as
-    they are.
+    """Copies of the inputs whose last dimension is not contiguous; of lengths, int32 without any gap; the other arrays
+    as they are.
     """
     copies: Arrays = {}
     for name in (*operation.inputs, *operation.extra):
         is_wide = name in LENGTHS and framework.dtype(arrays[name]) != "int32"
         contiguous = framework.has_contiguous_rows(arrays[name]) and framework.is_strided_by_element(arrays[name])
+        if name in LENGTHS and not _without_gaps(framework, arrays[name]):
+            contiguous = False
         if is_wide or not contiguous:
             if not framework.allocates_in_capture and framework.is_capturing(
                 framework.stream(device.index)(device.index), device.index
@@ -191,12 +193,22 @@ def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Ar
                 why, wanted = "it is not int32", "an int32"
                 if not is_wide:
                     why, wanted = "its last dimension is not contiguous", "a contiguous"
+                    if name in LENGTHS:
+                        why = "it is not contiguous"
                 raise InvalidArgument(
                     f"{name} must be copied because {why}, which {framework.name} cannot do inside a CUDA graph "
                     f"capture: pass {wanted} array"
                 )
             copies[name] = framework.as_int32(arrays[name]) if is_wide else framework.contiguous(arrays[name])
     return {**arrays, **copies}
+
+
+def _without_gaps(framework: Framework, array: Any) -> bool:
+    """Whether an array is C-contiguous."""
+    shape, itemsize = framework.shape(array), framework.itemsize(array)
+    wanted = contiguous_strides(shape)
+    strides = zip(shape, framework.byte_strides(array), wanted, strict=True)
+    return 0 in shape or all(n < 2 or step == itemsize * elements for n, step, elements in strides)
 
 
 def _prepare(
@@ -261,7 +273,33 @@ def _prepare(
         stream=stream,
         is_current=driver.context_check(device.index),
         guard=driver.device_guard,
+        check=_check_of_lengths(operation, framework, sizes, device),
     )
+
+
+def _check_of_lengths(
+    operation: Operation, framework: GpuFramework, sizes: Sizes, device: Device
+) -> Callable[[list[Any]], None] | None:
+    """What FA2CUPY_CHECK=1 asks for, of the arrays in `operation.names()`; None without lengths."""
+    places = {name: position for position, name in enumerate(operation.names()) if name in LENGTHS}
+    if not places:
+        return None
+
+    def check(arrays: list[Any]) -> None:
+        if not env.check():
+            return
+        from fa2cupy import sequences
+        from fa2cupy.jit import driver
+
+        if framework.is_capturing(framework.stream(device.index)(device.index), device.index):
+            raise InvalidArgument(
+                f"{env.CHECK.name}=1 waits for {next(iter(places))}, which a CUDA graph capture cannot do: unset it"
+            )
+        with driver.device_guard(device.index):
+            held = {name: framework.to_host(arrays[position]) for name, position in places.items()}
+        sequences.check(held, sizes.batch, sizes.seqlen_q, sizes.seqlen_k)
+
+    return check
 
 
 def _problem(

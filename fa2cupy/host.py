@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from fa2cupy import cpu
+from fa2cupy import cpu, env, sequences
 from fa2cupy.frameworks.base import Framework, swap
 from fa2cupy.options import Options
 from fa2cupy.problem import Sizes, softmax_scale
+from fa2cupy.spec import LENGTHS
 
 __all__ = ["backward", "forward"]
 
@@ -43,18 +44,26 @@ class _Host:
             array = self._framework.to_numpy(self._arrays[name]).view(bits)
         else:
             shape = self._sizes.shape(name, self._options.layout)
-            if self._swapped and name != "lse_out":
+            if self._swapped and len(shape) == 4 and name != "lse_out":
                 array = np.empty(swap(shape), bits).transpose(0, 2, 1, 3)
             else:
                 array = np.empty(shape, bits)
             self._new[name] = array
-        in_order = self._options.layout == "bshd" or name in ("lse", "lse_out")
+        in_order = self._options.layout == "bshd" or array.ndim == 3
         return array if in_order else array.transpose(0, 2, 1, 3)
 
     def features(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """What a call has beyond dense attention, by keyword: options, and the arrays called `names` as they are."""
-        arrays = {name: self._framework.to_numpy(self._arrays[name]) for name in names}
-        return {**dict(self._options.features), **arrays}
+        """Options by keyword, and those of the arrays `names` that are of one sequence like any other."""
+        arrays = {name: self._framework.to_numpy(self._arrays[name]) for name in names if name not in LENGTHS}
+        scale = softmax_scale(self._sizes, self._options)
+        return {"causal": self._options.causal, "softmax_scale": scale, **dict(self._options.features), **arrays}
+
+    def lengths(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Those arrays of `names` that say where sequences lie."""
+        found = {name: self._framework.to_numpy(self._arrays[name]) for name in names if name in LENGTHS}
+        if found and env.check():
+            sequences.check(found, self._sizes.batch, self._sizes.seqlen_q, self._sizes.seqlen_k)
+        return found
 
     def result(self, name: str) -> Any:
         """What the caller gets for the output `name`."""
@@ -80,8 +89,11 @@ def forward(
     """out, lse of q, k, v and the `extra` arrays."""
     host = _Host(framework, arrays, sizes, dtype, options, swapped)
     q, k, v, out, lse = (host.tensor(name) for name in ("q", "k", "v", "out", "lse_out"))
-    scale = softmax_scale(sizes, options)
-    cpu.forward(q, k, v, causal=options.causal, softmax_scale=scale, out=out, lse=lse, **host.features(extra))
+    lengths, features = host.lengths(extra), host.features(extra)
+    if lengths:
+        sequences.forward(q, k, v, lengths=lengths, out=out, lse=lse, **features)
+    else:
+        cpu.forward(q, k, v, out=out, lse=lse, **features)
     return [host.result("out"), host.result("lse_out")]
 
 
@@ -98,7 +110,9 @@ def backward(
     host = _Host(framework, arrays, sizes, dtype, options, swapped)
     inputs = [host.tensor(name) for name in ("dout", "q", "k", "v", "out", "lse")]
     dq, dk, dv = (host.tensor(name) for name in ("dq", "dk", "dv"))
-    scale = softmax_scale(sizes, options)
-    features = host.features(extra)
-    cpu.backward(*inputs, causal=options.causal, softmax_scale=scale, dq=dq, dk=dk, dv=dv, **features)
+    lengths, features = host.lengths(extra), host.features(extra)
+    if lengths:
+        sequences.backward(*inputs, lengths=lengths, dq=dq, dk=dk, dv=dv, **features)
+    else:
+        cpu.backward(*inputs, dq=dq, dk=dk, dv=dv, **features)
     return [host.result(name) for name in ("dq", "dk", "dv")]

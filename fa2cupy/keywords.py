@@ -14,7 +14,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fa2cupy.checks import WINDOWS, check_dtype, check_flag, check_layout, check_scale, check_window, shown
+from fa2cupy.checks import (
+    WINDOWS,
+    check_dtype,
+    check_flag,
+    check_hint,
+    check_layout,
+    check_scale,
+    check_window,
+    shown,
+)
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
 
 __all__ = [
@@ -22,6 +31,7 @@ __all__ = [
     "KEYWORDS",
     "OTHER_NAMES",
     "Keyword",
+    "arrays_in_order",
     "is_neutral",
     "not_supported",
     "not_through_torch",
@@ -56,6 +66,8 @@ class Keyword:
     type: its annotation. functions: those that take it. meaning: one line, for the table in docs/usage.md.
     since: the version that has it, None for one to come. neutral: values that mean the same as leaving it out.
     check: makes of (name, value) what the call goes on with, or raises; None for an array, which is checked as one.
+    arrays: names of the two arrays that it is for, where one given alone is both. hint: checked, and then forgotten:
+    nothing depends on it.
     """
 
     name: str
@@ -66,6 +78,8 @@ class Keyword:
     since: str | None = None
     neutral: tuple[object, ...] = (None,)
     check: Callable[[str, Any], Any] | None = None
+    arrays: tuple[str, ...] = ()
+    hint: bool = False
 
 
 _NO_WINDOW = (None, -1, (-1, -1), (None, None), (-1, None), (None, -1))
@@ -104,16 +118,35 @@ _TABLE = (
     Keyword("sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)"),
     Keyword("dropout_p", "float", 0.0, _ALL, "probability of dropping a P", neutral=(None, 0.0)),
     Keyword("dropout_seed", "A | tuple[int, int] | None", None, _ALL, "what is dropped: (seed, offset)"),
-    Keyword("cu_seqlens_q", "A | None", None, (*_ALL, *_PROBABILITIES, *_ATTEND), "starts of packed query sequences"),
-    Keyword("cu_seqlens_k", "A | None", None, (*_ALL, *_PROBABILITIES), "starts of packed key sequences"),
-    Keyword("seqused_q", "A | None", None, (*_ALL, *_PROBABILITIES), "queries in use of a sequence; (batch,)"),
-    Keyword("seqused_k", "A | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES), "keys in use of a sequence; (batch,)"),
     Keyword(
-        "leftpad_k", "A | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES), "first key in use of a sequence; (batch,)"
+        "cu_seqlens_q", "Array | None", None, (*_ALL, *_PROBABILITIES, *_ATTEND),
+        "q is packed, (total, num_heads, head_dim): where its sequences start, and the last ends; (batch + 1,)", "0.2",
     ),
-    Keyword("segment_ids", "A | tuple[A, A] | None", None, _ALL, "a query sees the keys of its own id"),
-    Keyword("max_seqlen_q", "int | None", None, _ALL, "a hint: the longest packed query sequence"),
-    Keyword("max_seqlen_k", "int | None", None, _ALL, "a hint: the longest packed key sequence"),
+    Keyword("cu_seqlens_k", "Array | None", None, (*_ALL, *_PROBABILITIES), "likewise of k and v", "0.2"),
+    Keyword(
+        "seqused_q", "Array | None", None, (*_ALL, *_PROBABILITIES), "queries in use of a sequence; (batch,)", "0.2"
+    ),
+    Keyword(
+        "seqused_k", "Array | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "keys in use of a sequence; (batch,)", "0.2",
+    ),
+    Keyword(
+        "leftpad_k", "Array | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
+        "first key in use of a sequence; (batch,)", "0.2",
+    ),
+    Keyword(
+        "segment_ids", "Array | tuple[Array, Array] | None", None, _ALL,
+        "(batch, seqlen), or one for queries and one for keys: a query sees the keys of its own id, negative ones are "
+        "padding", "0.2", arrays=("segment_ids_q", "segment_ids_k"),
+    ),
+    Keyword(
+        "max_seqlen_q", "int | Array | None", None, _ALL, "a hint, which is never read: the longest query sequence",
+        "0.2", check=check_hint, hint=True,
+    ),
+    Keyword(
+        "max_seqlen_k", "int | Array | None", None, _ALL, "a hint, which is never read: the longest key sequence",
+        "0.2", check=check_hint, hint=True,
+    ),
     Keyword(
         "layout", "str", "bshd", (*_ALL, *_CACHE, *_PROBABILITIES),
         '"bshd" or "bhsd": the order of batch, seqlen, num_heads, head_dim', "0.1", (), check_layout,
@@ -170,6 +203,12 @@ _TABLE = (
 )  # fmt: skip
 
 KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
+
+
+def arrays_in_order() -> list[str]:
+    """Names of keywords, or of the arrays that one is for, in the table's order: that of a call's pointers."""
+    return [name for keyword in KEYWORDS.values() for name in keyword.arrays or (keyword.name,)]
+
 
 # What keywords are called elsewhere: (ours, a remark). Hints, not aliases.
 _EITHER = "mask is for booleans, bias for numbers that are added"

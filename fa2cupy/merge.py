@@ -19,7 +19,8 @@ __all__ = ["merge_attention"]
 
 def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
     """(out, lse) over all keys from the (out, lse) of pieces of them. Layout "bshd": each out is (batch, seqlen_q,
-    num_heads, head_dim_v), each lse (batch, num_heads, seqlen_q).
+    num_heads, head_dim_v), each lse (batch, num_heads, seqlen_q); packed (total, num_heads, head_dim_v) and (num_heads,
+    total).
 
     Args:
         outs: what `attention(..., return_lse=True)` gave for each piece, one or more, of one shape and dtype.
@@ -39,10 +40,10 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     if framework is None or any(framework_of(array) is not framework for array in (*outs, *lses)):
         raise InvalidType("outs and lses must be arrays of one framework: CuPy, PyTorch, JAX or NumPy")
     out_shape, lse_shape = tuple(outs[0].shape), tuple(lses[0].shape)
-    if len(out_shape) != 4 or lse_shape != (out_shape[0], out_shape[2], out_shape[1]):
+    if len(out_shape) not in (3, 4) or lse_shape != (*out_shape[:-3], out_shape[-2], out_shape[-3]):
         raise InvalidArgument(
             f"outs[0] has shape {out_shape} and lses[0] {lse_shape}: (batch, seqlen_q, num_heads, head_dim_v) and "
-            "(batch, num_heads, seqlen_q) are needed"
+            "(batch, num_heads, seqlen_q) are needed, or without batch"
         )
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if tuple(out.shape) != out_shape or tuple(lse.shape) != lse_shape:
@@ -89,7 +90,7 @@ def _merge(xp: Any, outs: list[Any], lses: list[Any], constant: Any, astype: Any
     lse = xp.where(unseen, xp.full_like(total, -float("inf")), xp.log(divisor) + shift)
     out = None
     for piece, weight in zip(outs, weights, strict=True):
-        factor = xp.swapaxes(weight / divisor, 1, 2)[..., None]
+        factor = xp.swapaxes(weight / divisor, -1, -2)[..., None]
         piece = astype(piece, weight.dtype)
         # A piece without keys may hold anything, NaN too: its weight is 0, and so is the derivative.
         term = factor * xp.where(constant(factor) == 0, xp.zeros_like(piece), piece)

@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fa2cupy import dynamo
+
 __all__ = ["ASKED", "BACKWARD", "FORWARD", "FORWARD_OUT", "STRAIGHT", "Operation"]
 
 
@@ -41,8 +43,13 @@ class Operation:
         return _extended(self, extra) if extra else self
 
 
-@functools.cache
+@dynamo.constant
 def _extended(operation: Operation, extra: tuple[str, ...]) -> Operation:
+    return _known(operation, extra)
+
+
+@functools.cache
+def _known(operation: Operation, extra: tuple[str, ...]) -> Operation:
     return replace(operation, extra=operation.extra + extra)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fa2cupy.checks import check_hint, check_pair
 from fa2cupy.declared import RIGHT_OF_CAUSAL
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
@@ -84,23 +85,26 @@ def given(
         raise too_many_by_position(function, positional)
     features: list[tuple[str, Any]] = []
     extra: list[tuple[str, Any]] = []
-    for name, value in keywords.items():
-        keyword = KEYWORDS.get(name)
-        if keyword is None or function not in keyword.functions:
+    for name in keywords:
+        if name not in KEYWORDS or function not in KEYWORDS[name].functions:
             raise unknown(function, name)
+    order = list(KEYWORDS)
+    for name in sorted(keywords, key=order.index):
+        keyword, value = KEYWORDS[name], keywords[name]
         if is_neutral(keyword, value):
             continue
         if not keyword.since:
             raise not_supported(function, keyword, value)
-        if keyword.check is None:
+        if keyword.hint:
+            check_hint(name, value)
+        elif keyword.arrays:
+            extra.extend(zip(keyword.arrays, check_pair(name, value), strict=True))
+        elif keyword.check is None:
             extra.append((name, value))
         else:
             features.append((name, keyword.check(name, value)))
     if not extra and not features:
         return operation, arrays, options
-    order = list(KEYWORDS)
-    features.sort(key=lambda item: order.index(item[0]))
-    extra.sort(key=lambda item: order.index(item[0]))
     if extra:
         operation = operation.extended(tuple(name for name, _ in extra))
     return operation, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))

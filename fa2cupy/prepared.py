@@ -46,6 +46,7 @@ class PreparedCall:
     (position, address) of outputs that nobody reads, in memory that all calls share.
     results: where the outputs are among all arrays. extents: of all arrays, in pointer order; for new outputs None.
     workspace_bytes: 0 if the kernels need none; takes_workspace: whether there is a pointer to one all the same.
+    check: of what arrays hold, at every call; None where there is nothing to check.
     no_capture: it allocates what cannot be allocated inside a CUDA graph capture.
     is_current: whether `guard` has nothing to do.
     """
@@ -69,6 +70,7 @@ class PreparedCall:
     stream: Callable[[int], int]
     is_current: Callable[[], bool]
     guard: Callable[[int], AbstractContextManager[None]]
+    check: Callable[[list[Any]], None] | None = None
 
     def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
         """`arrays`: inputs and outputs, None for an output to allocate; `pointers`: theirs. Both are filled in."""
@@ -77,6 +79,8 @@ class PreparedCall:
             self.framework.check_call(arrays, operation.name, operation.names)
         if self.given or workspace is not None:
             self._check_given(pointers, workspace)
+        if self.check is not None:
+            self.check(arrays)
         if self.is_current():
             self._launch(arrays, pointers, workspace)
         else:

@@ -63,13 +63,13 @@ class Sizes:
 
         Raises InvalidArgument where the shapes do not fit together.
         """
-        batches = {name: _sequences(name, refs[name].shape) for name in _STARTS if name in refs}
-        if batches and layout != "bshd":
+        starts = {name: _sequences(name, refs[name].shape) for name in _STARTS if name in refs}
+        if starts and layout != "bshd":
             raise BHSD_OF_PACKED.error()
-        packed = {name: start in batches for name, start in zip("qkv", (*_STARTS, _STARTS[1]), strict=True)}
+        packed = {name: start in starts for name, start in zip("qkv", (*_STARTS, _STARTS[1]), strict=True)}
         forms = {name: _PACKED if packed[name] else LAYOUTS[layout] for name in "qkv"}
         shapes = {name: _bshd(name, refs[name].shape, layout, packed[name]) for name in "qkv"}
-        batches |= {name: shapes[name][0] for name in "qkv" if not packed[name]}
+        batches = starts | {name: shapes[name][0] for name in "qkv" if not packed[name]}
         first, batch = next((name, batches[name]) for name in ("q", *_STARTS, "k") if name in batches)
         _, seqlen_q, num_heads, head_dim = shapes["q"]
         _, seqlen_k, num_heads_k, _ = shapes["k"]
@@ -79,9 +79,10 @@ class Sizes:
                 raise InvalidArgument(f"{name} has {what} {width}, which is not supported: 1 to {MAX_HEAD_DIM}")
         for name, length in batches.items():
             if length != batch:
-                raise InvalidArgument(
-                    f"{_batch_in_words(name, length)} but {_batch_in_words(first, batch)}: they must be equal"
-                )
+                if starts:
+                    wrong, right = _batch_in_words(name, length), _batch_in_words(first, batch)
+                    raise InvalidArgument(f"{wrong} but {right}: they must be equal")
+                raise InvalidArgument(f"{name} has batch {length} but q has {batch}: they must be equal")
         if shapes["k"][3] != head_dim:
             raise InvalidArgument(
                 f"k has head_dim {shapes['k'][3]} but q has {head_dim}: they must be equal "
@@ -146,7 +147,7 @@ def _sequences(name: str, shape: tuple[int, ...]) -> int:
 
 
 def _batch_in_words(name: str, length: int) -> str:
-    return f"{name} is of {length} sequences" if name in _STARTS else f"{name} has batch {length}"
+    return f"{name} is for a batch of {length}" if name in _STARTS else f"{name} has batch {length}"
 
 
 def _meaning(layout: str, form: str) -> str:
@@ -279,7 +280,7 @@ def check_array(name: str, ref: TensorRef, sizes: Sizes, dtype: str) -> None:
         raise SEGMENTS_OF_PACKED.error()
     if ref.shape not in rule.shapes(sizes):
         here = " or ".join(str(tuple(shape)) for shape in rule.shapes(sizes))
-        raise InvalidArgument(f"{name} has shape {ref.shape}: {rule.expected}, here {here}, is needed")
+        raise InvalidArgument(f"{name} has shape {ref.shape}: {rule.expected} is needed, here {here}")
     if ref.dtype not in rule.dtypes(dtype):
         raise InvalidType(f"{name} has dtype {ref.dtype}: {' or '.join(rule.dtypes(dtype))} is needed")
 

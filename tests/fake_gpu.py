@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fa2cupy import cpu, prepared
+from fa2cupy import cpu, prepared, sequences
 from fa2cupy.frameworks import CUPY, TORCH
 from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
@@ -79,13 +79,15 @@ def view(ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any,
 def tensor(problem: AttentionProblem, name: str, ptr: int) -> np.ndarray:
     """The tensor `name` of a problem in bshd order (lse: bhs); bfloat16 as uint16."""
     p, strides = problem, dict(problem.strides)[name]
+    starts = "cu_seqlens_k" if name in ("k", "v", "dk", "dv") else "cu_seqlens_q"
+    batch = 1 if p.lengths is not None and starts in p.lengths.arrays() else p.batch
     if name == "lse":
-        shape: tuple[int, ...] = (p.batch, p.num_heads, p.seqlen_q)
+        shape: tuple[int, ...] = (batch, p.num_heads, p.seqlen_q)
         return view(ptr, shape, tuple(4 * s for s in strides), np.float32)
     length, heads = (p.seqlen_k, p.num_heads_k) if name in ("k", "v", "dk", "dv") else (p.seqlen_q, p.num_heads)
     width = p.head_dim_v if name in ("v", "dv", "out", "dout") else p.head_dim
     dtype = np.uint16 if p.dtype == "bfloat16" else p.dtype
-    return view(ptr, (p.batch, length, heads, width), (*(2 * s for s in strides), 2), dtype)
+    return view(ptr, (batch, length, heads, width), (*(2 * s for s in strides), 2), dtype)
 
 
 @dataclass
@@ -101,15 +103,29 @@ class Launch:
 
     def run(self) -> None:
         p = self.problem
-        extra = ("workspace", "dlse")
+        extra = ("workspace", *p.extra_arrays)
         arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name not in extra}
         if p.softmax is not None:
-            shape, steps = (p.batch, p.num_heads, p.seqlen_q), tuple(4 * step for step in p.softmax.dlse)
+            shape = arrays["lse"].shape
+            steps = tuple(4 * step for step in p.softmax.dlse)
             arrays["dlse"] = view(self.pointers["dlse"], shape, steps, np.float32)
-        if "dout" not in arrays:
-            cpu.forward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
-        else:
-            cpu.backward(**arrays, causal=p.causal, softmax_scale=p.softmax_scale)
+        window = None if p.window is None else (p.window.left, p.window.right)
+        options = {"causal": p.causal, "softmax_scale": p.softmax_scale, "window_size": window}
+        compute = cpu.backward if "dout" in arrays else cpu.forward
+        if p.lengths is not None:
+            compute = sequences.backward if "dout" in arrays else sequences.forward
+            lengths = {name: self.lengths(name) for name in p.lengths.arrays()}
+            for name, x in arrays.items():  # without the batch of one that they have here
+                starts = "cu_seqlens_k" if name in ("k", "v", "dk", "dv") else "cu_seqlens_q"
+                arrays[name] = x[0] if starts in lengths else x
+            options["lengths"] = lengths
+        compute(**arrays, **options)
+
+    def lengths(self, name: str) -> np.ndarray:
+        p = self.problem
+        shapes = {"segment_ids_q": (p.batch, p.seqlen_q), "segment_ids_k": (p.batch, p.seqlen_k)}
+        shape = shapes.get(name, (p.batch + name.startswith("cu"),))
+        return view(self.pointers[name], shape, np.empty(shape, np.int32).strides, np.int32)
 
 
 @dataclass

@@ -24,8 +24,8 @@ from fa2cupy.jit import driver
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = [
-    "run", "peer", "kernel", "nvrtc", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch",
-    "num_heads", "num_heads_k", "ms", "tflops", "workspace_bytes", "gpu", "date", "commit",
+    "run", "cell", "peer", "kernel", "nvrtc", "mode", "head_dim", "head_dim_v", "seqlen", "causal", "dtype", "batch",
+    "num_heads", "num_heads_k", "ms", "tflops", "wrong", "workspace_bytes", "peak_bytes", "gpu", "date", "commit",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_filters_and_parts() -> None:
     parts = [cases.select(["grid"], [], [], [], (i, 3)) for i in (1, 2, 3)]
     assert sorted(c.label for part in parts for c in part) == sorted(c.label for c in cases.grid())
     assert all(c.dtype == "float16" for c in cases.select(["fp16"], [], [], [], (1, 1)))
-    extra = {"gqa": 4, "thin": 4, "head_dims": 20, "fp16": 4, "wide": 24}
+    extra = {"gqa": 4, "thin": 4, "head_dims": 20, "fp16": 4, "wide": 24, "long": 8}
     assert all(len(cases.select([name], [], [], [], (1, 1))) == count for name, count in extra.items())
     # head_dims has some of the same cells.
     assert len(cases.select(list(extra), [], [], [], (1, 1))) == sum(extra.values()) - 8
@@ -207,6 +207,7 @@ def test_a_record_has_the_keys_and_no_others() -> None:
     assert list(record) == KEYS
     assert record["date"] == "2026-01-02" and record["kernel"] == "sm80" and record["workspace_bytes"] is None
     assert record["nvrtc"] == "13.0.88"
+    assert record["cell"] is None and record["wrong"] is False and record["peak_bytes"] is None
     assert record["tflops"] == round(case.flops / 0.5 / 1e9, 1)
     assert list(GEMM) == KEYS and GEMM["mode"] is None and GEMM["tflops"] == pytest.approx(785, abs=1)
     json.dumps([record, GEMM])
@@ -249,8 +250,9 @@ def test_committed_results_have_no_cell_twice_in_a_run() -> None:
         records = results.load(path)
         for run in {r["run"] for r in records}:
             results.by_cell([r for r in records if r["run"] == run])
-        newer = ("nvrtc", "workspace_bytes")
-        allowed = [[key for key in KEYS if key not in newer[:n]] for n in range(len(newer) + 1)]
+        later = (("cell", "wrong", "peak_bytes"), ("nvrtc",), ("workspace_bytes",))
+        lacking = [[key for keys in later[:n] for key in keys] for n in range(len(later) + 1)]
+        allowed = [[key for key in KEYS if key not in some] for some in lacking]
         assert all(list(r) in allowed for r in records), path
     assert sum(p.stat().st_size for p in results.RESULTS.glob("*")) < 5 << 20
 
@@ -296,6 +298,47 @@ def test_summary_has_the_share_of_the_gemm() -> None:
         cells = [line.split() for table in tables for line in table.splitlines()[1:]]
         assert all(title[6] == "ours/GEMM" for title in titles)  # after "fwd, TFLOP/s fa2cupy fa2 ours/fa2 ours/best"
         assert len(cells) == 72 and all(cell[7] == column for cell in cells)
+
+
+def test_what_is_wrong_is_no_bar() -> None:
+    """Neither in ratios nor in tables."""
+    records = _records({"fa2cupy": 330.0, "fa2": 300.0, "cudnn": 440.0})
+    for record in records:
+        record["wrong"] = record["peer"] == "cudnn"
+    assert all(r == pytest.approx(1.1, rel=1e-2) for r in results.ratios(records, "fwd", results.PEERS).values())
+    assert "  440 " not in results.summary(records)
+
+
+def test_wrong_ones_are_not_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Array(float):
+        def float(self) -> Array:
+            return self
+
+        def norm(self) -> float:
+            return abs(self)
+
+        def __sub__(self, other: float) -> Array:
+            return Array(float(self) - other)
+
+    def returns(*values: float) -> Callable[[], object]:
+        return lambda: Array(values[0]) if len(values) == 1 else tuple(map(Array, values))
+
+    forward, backward = Case("fwd", 64, 512, True, 1, 1, 1), Case("bwd", 64, 512, True, 1, 1, 1)
+    calls = {"fa2cupy": returns(1.0), "fa2": returns(1.01), "cudnn": returns(1.05), "fa4": returns(float("nan"))}
+    assert bench.wrong_ones(forward, calls) == {"cudnn", "fa4"}
+    calls = {"fa2cupy": returns(1.0, 2.0, 3.0), "fa2": returns(1.0, 2.0, 3.01), "fa4": returns(1.0, 2.2, 3.0)}
+    assert bench.wrong_ones(backward, calls) == {"fa4"}
+    assert bench.wrong_ones(backward, {"fa2": calls["fa2"]}) == set()
+
+
+def test_table_of_memory() -> None:
+    chosen = [c for c in cases.CASE_SETS["long"]() if c.causal and c.seqlen == 65536]
+    forward, backward = _records({"fa2cupy": 500.0}, chosen)
+    backward["peak_bytes"] = 3 << 30
+    lines = results.memory_table([forward, backward]).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("| 65,536 | causal | fa2cupy | ")
+    assert lines[2].endswith(" | 500 | 3,072 |")
+    assert len(results.memory_table([backward]).splitlines()) == 2  # nothing is said of half a cell
 
 
 def test_descriptions_show_what_is_not_the_grids() -> None:

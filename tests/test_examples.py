@@ -15,12 +15,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-FRAMEWORKS = {"torch_tensors": "torch", "jax_arrays": "jax", "ring_jax": "jax", "gpt_jax": "jax", "gpt_torch": "torch"}
-ARGUMENTS = {"ring_jax": ["--seqlen", "256"], "gpt_jax": ["--tiny"], "gpt_torch": ["--tiny"]}
-PROOFS = {"gpt_jax", "gpt_torch"}  # whole trainings, which may be longer
+FRAMEWORKS = {
+    "torch_tensors": "torch",
+    "jax_arrays": "jax",
+    "ring_jax": "jax",
+    "gpt_jax": "jax",
+    "gpt_torch": "torch",
+    "long_context": "torch",
+}
+PROOFS = {"gpt_jax", "gpt_torch", "long_context"}  # whole trainings, which may be longer
+ARGUMENTS = {"ring_jax": ["--seqlen", "256"], **{name: ["--tiny"] for name in PROOFS}}
 SNIPPETS = {
     f"{page}-{number}": code
-    for page in ("README.md", "docs/torch.md")
+    for page in ("README.md", "docs/torch.md", "docs/usage.md")
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S))
 }
 # What a snippet leaves behind, if it leaves these names, must be so.
@@ -64,8 +71,12 @@ def output_of(arguments: Sequence[str | Path], folder: Path) -> str:
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 9
-    for page, imports in (("README.md", {"torch", "jax", "cupy"}), ("docs/torch.md", {"torch"})):
+    assert len(SNIPPETS) == 10
+    for page, imports in (
+        ("README.md", {"torch", "jax", "cupy"}),
+        ("docs/torch.md", {"torch"}),
+        ("docs/usage.md", {"fa2cupy"}),
+    ):
         found = {name for key, code in SNIPPETS.items() if key.startswith(page) for name in modules(code)}
         assert imports <= found
 

@@ -16,19 +16,20 @@ from typing import Any
 import torch
 
 from fa2cupy.autograd import sharding
-from fa2cupy.autograd.features import features_text
+from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order
 from fa2cupy.autograd.function import eager
 from fa2cupy.autograd.operators import forward_op
 from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
 from fa2cupy.calls import call
-from fa2cupy.errors import InvalidType
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.operations import FORWARD, FORWARD_OUT, STRAIGHT
 from fa2cupy.options import Options
 
 __all__ = ["cast", "way"]
 
-# (q, k, v, options, return_lse) -> out or (out, lse); options: those of a launch, with the deterministic of gradients
-Way = Callable[[Any, Any, Any, tuple[Any, ...], bool], Any]
+# (q, k, v, options, return_lse, extra) -> out or (out, lse); options: those of a launch, with the deterministic of
+# gradients; extra: the arrays of other keywords, by name
+Way = Callable[..., Any]
 
 
 def way(q: Any, k: Any, v: Any) -> Way | None:
@@ -47,44 +48,84 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
     return straight
 
 
-def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     """Inside torch.compile or export. What is wrong with the options is said by the operator's fake kernel."""
+    if q.is_nested:
+        return _jagged(q, k, v, options, return_lse, extra)
     causal, softmax_scale, layout, dtype, deterministic, features = options
     sharding.register()
     q, k, v = cast(q, k, v)
     scale = None if softmax_scale is None else float(softmax_scale)
-    out, lse = forward_op(q, k, v, causal, scale, layout, dtype, deterministic, features_text(features))
+    out, lse = forward_op(
+        q, k, v, causal, scale, layout, dtype, deterministic, features_text(features), *in_order(extra)
+    )
     return (out, lse) if return_lse else out
 
 
-def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     """Somebody is watching: through the operator."""
-    for name, tensor in zip("qkv", (q, k, v), strict=True):
+    for tensor in (q, k, v, *extra.values()):
         if not isinstance(tensor, torch.Tensor):
-            return _straight(q, k, v, options, return_lse)  # which says what is wrong with it
+            return _straight(q, k, v, options, return_lse, extra)  # which says what is wrong with it
         if tensor.is_nested:
-            raise InvalidType(f"{name} is a nested tensor: pass a torch.Tensor with one length")
+            return _jagged(q, k, v, options, return_lse, extra)
     checked = Options.checked(*options)
     sharding.register()
     q, k, v = cast(q, k, v)
     scale = checked.softmax_scale
     out, lse = forward_op(
         q, k, v, checked.causal, None if scale is None else float(scale), checked.layout, checked.dtype,
-        checked.deterministic, features_text(checked.features),
+        checked.deterministic, features_text(checked.features), *in_order(extra),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
+def _jagged(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra) -> Any:
+    """Nested tensors with torch.jagged's layout, (batch, *, heads, head_dim) or as layout says: packed sequences."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not tensor.is_nested or tensor.layout != torch.jagged:
+            what = "a nested tensor" if tensor.is_nested else "no nested tensor"
+            raise InvalidType(
+                f"{name} is {what} of layout {tensor.layout}: q, k and v of layout torch.jagged are needed"
+            )
+    for name in extra:
+        raise InvalidArgument(f"{name} is given beside nested tensors, which have lengths of their own: leave it out")
+    swapped = options[2] == "bhsd"
+    q, k, v = [tensor.transpose(1, 2) if swapped else tensor for tensor in (q, k, v)]
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4 or tensor._ragged_idx != 1:
+            raise InvalidArgument(
+                f"{name} has {tensor.dim()} dimensions, of which dimension {tensor._ragged_idx} is ragged (layout="
+                "'bshd'): (batch, *, num_heads, head_dim) is needed"
+            )
+    if k.shape[1] != v.shape[1]:
+        raise InvalidArgument("k and v are nested tensors with other offsets: they must share them")
+    arrays = {
+        "cu_seqlens_q": q.offsets(),
+        "cu_seqlens_k": k.offsets(),
+        "seqused_q": q.lengths(),
+        "seqused_k": k.lengths(),
+    }
+    given = {name: array for name, array in arrays.items() if array is not None}
+    values = q.values(), k.values(), v.values()
+    how = way(*values)
+    run = _straight if how is STRAIGHT or how is None else how
+    result = run(*values, (*options[:2], "bshd", *options[3:]), return_lse, given)
+    out = torch.nested.nested_tensor_from_jagged(result[0] if return_lse else result, q.offsets(), q.lengths())
+    out = out.transpose(1, 2) if swapped else out
+    return (out, result[1]) if return_lse else out
+
+
+def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     q, k, v = cast(q, k, v)
     if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return eager(q, k, v, options, return_lse)
-    return _straight(q, k, v, options, return_lse)
+        return eager(q, k, v, options, return_lse, extra)
+    return _straight(q, k, v, options, return_lse, extra)
 
 
-def _straight(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool) -> Any:
-    operation = FORWARD if return_lse else FORWARD_OUT
-    out, lse = call(operation, [q, k, v, None, None], None, (*options[:4], False, options[5]))
+def _straight(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra) -> Any:
+    operation = (FORWARD if return_lse else FORWARD_OUT).extended(tuple(extra))
+    out, lse = call(operation, [q, k, v, None, None, *extra.values()], None, (*options[:4], False, options[5]))
     return (out, lse) if return_lse else out
 
 

@@ -1,15 +1,23 @@
-"""Options beyond dense attention as a string, which an operator can have: names and numbers, in the table's order."""
+"""What goes beyond dense attention as an operator can have it: options as a string, names and numbers in the table's
+order, and arrays as arguments of their own.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fa2cupy import dynamo
 from fa2cupy.errors import InvalidArgument
+from fa2cupy.spec import LENGTHS
 
-__all__ = ["features_of", "features_text"]
+__all__ = ["NOTHING", "Extra", "by_name", "features_of", "features_text", "in_order"]
+
+# The arrays of keywords beyond q, k and v, by name, in the table's order.
+Extra = Mapping[str, Any]
+NOTHING: Extra = {}
 
 
 @dynamo.constant
@@ -32,3 +40,13 @@ def features_of(text: str) -> tuple[tuple[str, Any], ...]:
     """The inverse."""
     features: tuple[tuple[str, Any], ...] = ast.literal_eval(text) if text else ()
     return features
+
+
+def in_order(extra: Extra) -> tuple[Any, ...]:
+    """Arrays as the last arguments of an operator, None for those that are not there."""
+    return tuple([extra.get(name) for name in LENGTHS]) if extra else ()
+
+
+def by_name(arrays: Sequence[Any]) -> dict[str, Any]:
+    """The inverse; the dispatcher leaves out those at the end that are None."""
+    return {name: array for name, array in zip(LENGTHS, arrays, strict=False) if array is not None}

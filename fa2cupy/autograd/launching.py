@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fa2cupy.autograd.features import NOTHING, Extra
 from fa2cupy.calls import call
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 
@@ -13,22 +14,26 @@ __all__ = ["launch_backward", "launch_forward"]
 
 # Autograd is above whoever launches here, and has asked or was asked for what `check_call` asks.
 _FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
-_BACKWARD_WITH_DLSE = _BACKWARD.extended(("dlse",))
 
 
-def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+def launch_forward(q: Any, k: Any, v: Any, options: tuple[Any, ...], extra: Extra = NOTHING) -> tuple[Any, Any]:
     """out, lse. options: those of a launch (`RawOptions`)."""
-    out, lse = call(_FORWARD, [q, k, v, None, None], None, (*options[:4], False, options[5]))
+    operation, arrays = _FORWARD, [q, k, v, None, None]
+    if extra:
+        operation, arrays = operation.extended(tuple(extra)), [*arrays, *extra.values()]
+    out, lse = call(operation, arrays, None, (*options[:4], False, options[5]))
     return out, lse
 
 
 def launch_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...]
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...], extra: Extra = NOTHING
 ) -> tuple[Any, Any, Any]:
     """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it."""
     deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
     operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
+    if extra:
+        operation, arrays = operation.extended(tuple(extra)), [*arrays, *extra.values()]
     if dlse is not None:
-        operation, arrays = _BACKWARD_WITH_DLSE, [*arrays, dlse]
+        operation, arrays = operation.extended(("dlse",)), [*arrays, dlse]
     dq, dk, dv = call(operation, arrays, None, (*options[:4], deterministic, options[5]))
     return dq, dk, dv

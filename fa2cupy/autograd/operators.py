@@ -14,28 +14,31 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction  # Function without what it does for torch.func
 from torch.utils.flop_counter import register_flop_formula
 
-from fa2cupy.autograd.features import features_of
+from fa2cupy.autograd.features import by_name, features_of
 from fa2cupy.autograd.launching import launch_backward, launch_forward
 from fa2cupy.autograd.watchers import in_forward_mode
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
+from fa2cupy.spec import LENGTHS
 
 __all__ = ["backward_op", "forward_op"]
 
-# features: the options beyond dense attention, as `features_text` writes them
+# features: the options beyond dense attention, as `features_text` writes them. Behind them the arrays beyond it.
 _OPTIONS = 'bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic, str features=""'
+_COUNT = 6  # of these
+_EXTRA = ", ".join(f"Tensor? {name}=None" for name in LENGTHS)
 _BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dlse")
 
 _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_fixed_stride_order") if hasattr(torch.Tag, name)
 )
 _library = torch.library.Library("fa2cupy", "DEF")
-_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, {_EXTRA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_OPTIONS}, {_EXTRA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=_TAGS,
 )
 forward_op = torch.ops.fa2cupy.forward.default
@@ -46,14 +49,16 @@ backward_op = torch.ops.fa2cupy.backward.default
 # Kernels
 
 
-def _forward(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
+def _forward(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
     with torch.no_grad():
-        return launch_forward(q, k, v, _launched(*options))
+        return launch_forward(q, k, v, _launched(*rest[:_COUNT]), by_name(rest[_COUNT:]))
 
 
-def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *options: Any) -> tuple[Any, Any, Any]:
+def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *rest: Any) -> tuple[Any, Any, Any]:
     with torch.no_grad():
-        return launch_backward(dout, q, k, v, out, lse, dlse, _launched(*options))
+        return launch_backward(
+            dout, q, k, v, out, lse, dlse, _launched(*rest[:_COUNT]), by_name(rest[_COUNT:])
+        )  # fmt: skip
 
 
 def _launched(
@@ -96,11 +101,13 @@ def _checked(
     dtype: str | None,
     deterministic: bool,
     features: str = "",
+    *arrays: Any,
 ) -> tuple[Sizes, str]:
     """The errors of a real call that need no data. The scale, which may be a symbol here, is left to the kernels."""
     options = Options.checked(causal, None, layout, dtype, deterministic)
     refs = {}
-    for name, tensor in tensors.items():
+    extra = by_name(arrays)
+    for name, tensor in {**tensors, **extra}.items():
         device = Device("cuda" if tensor.device.type == "cuda" else "cpu", tensor.device.index or 0)
         refs[name] = TensorRef(0, tuple(tensor.shape), (), str(tensor.dtype).removeprefix("torch."), device, None)
         if refs[name].device != next(iter(refs.values())).device:
@@ -108,13 +115,14 @@ def _checked(
         for length in tensor.shape:
             if isinstance(length, torch.SymInt):
                 torch._check(length <= MAX_LENGTH)  # said of a length that nobody knows yet, it can be relied on below
-    extra = {name: refs.pop(name) for name in ("dlse",) if name in refs}
-    problem_dtype = check_dtypes(refs, options)
+    further = [name for name in refs if name == "dlse" or name in extra]
+    dense = {name: ref for name, ref in refs.items() if name not in further}
+    problem_dtype = check_dtypes(dense, options)
     sizes = Sizes.of(refs, layout)
-    for name, ref in refs.items():
+    for name, ref in dense.items():
         sizes.check_shape(name, ref.shape, layout)
-    for name, ref in extra.items():
-        check_array(name, ref, sizes, problem_dtype)
+    for name in further:
+        check_array(name, refs[name], sizes, problem_dtype)
     return sizes, layout
 
 
@@ -154,20 +162,21 @@ class _Forward(_Function):
     @staticmethod
     def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
         outputs = _below_autograd(forward_op, arguments, grad_mode)
-        ctx.save_for_backward(*arguments[:3], *outputs)
-        ctx.options = arguments[3:]
+        end = 3 + _COUNT
+        ctx.save_for_backward(*arguments[:3], *outputs, *arguments[end:])
+        ctx.options = arguments[3:end]
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
-        rest = (None,) * len(ctx.options)
+        rest = (None,) * (len(ctx.needs_input_grad) - 4)
         if dout is None and dlse is None:
             return None, None, None, None, *rest
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *extra = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        return None, *backward_op(dout, q, k, v, out, lse, dlse, *ctx.options), *rest
+        return None, *backward_op(dout, q, k, v, out, lse, dlse, *ctx.options, *extra), *rest
 
 
 class _Backward(_Function):
@@ -209,6 +218,13 @@ def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
         size = info.batch_size
+        end = count + _COUNT
+        extra = by_name(arguments[end:])
+        for name in extra:
+            if name.startswith("cu_seqlens"):
+                raise InvalidArgument(
+                    f"{name} is not supported under vmap: pack the sequences of all problems, or pass seqused"
+                )
 
         def leading(x: Any, dim: int | None) -> Any:
             return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -217,7 +233,12 @@ def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
             x if x is None else leading(x, dim) for x, dim in zip(arguments[:count], in_dims, strict=False)
         ]
         batch = tensors[0].shape[1]
-        results = operator(*(x if x is None else x.flatten(0, 1) for x in tensors), *arguments[count:])
+        folded = (x if x is None else x.flatten(0, 1) for x in tensors)
+        more = (
+            x if x is None else leading(x, dim).flatten(0, 1)
+            for x, dim in zip(arguments[end:], in_dims[end:], strict=False)
+        )  # fmt: skip
+        results = operator(*folded, *arguments[count:end], *more)
         return tuple(x.unflatten(0, (size, batch)) for x in results), (0,) * outputs
 
     return rule
@@ -227,27 +248,32 @@ torch.library.register_vmap("fa2cupy::forward", _vmap(forward_op, 3, 2), lib=_li
 torch.library.register_vmap("fa2cupy::backward", _vmap(backward_op, len(_BACKWARD_TENSORS), 3), lib=_library)
 
 
-def _sizes_of_shapes(q: Any, k: Any, v: Any, layout: str) -> Sizes:
-    shapes = zip("qkv", (q, k, v), strict=True)
-    return Sizes.of({n: TensorRef(0, tuple(shape), (), "", Device("cpu", 0), None) for n, shape in shapes}, layout)
+def _sizes_of_shapes(q: Any, k: Any, v: Any, layout: str, extra: Mapping[str, Any]) -> Sizes:
+    shapes = {"q": q, "k": k, "v": v, **{name: shape for name, shape in extra.items() if shape is not None}}
+    return Sizes.of(
+        {n: TensorRef(0, tuple(shape), (), "", Device("cpu", 0), None) for n, shape in shapes.items()}, layout
+    )
 
 
 def _matmul_flops(sizes: Sizes, head_dims: int) -> int:
     """Of matrix products between all queries and all keys, `head_dims` wide in all. As for torch's own attention,
-    what a mask spares is not taken off."""
-    return 2 * sizes.batch * sizes.num_heads * sizes.seqlen_q * sizes.seqlen_k * head_dims
+    what a mask spares is not taken off. Nobody reads lengths: packed sequences count as equally long."""
+    batch = max(1, sizes.batch)
+    packed = batch if sizes.packed_q else 1
+    packed *= batch if sizes.packed_k else 1
+    return 2 * sizes.batch * sizes.num_heads * sizes.seqlen_q * sizes.seqlen_k * head_dims // packed
 
 
 @register_flop_formula(torch.ops.fa2cupy.forward)
-def _forward_flops(q: Any, k: Any, v: Any, causal: bool, softmax_scale: Any, layout: str, *_: Any, **__: Any) -> int:
-    sizes = _sizes_of_shapes(q, k, v, layout)
+def _forward_flops(q: Any, k: Any, v: Any, causal: bool, softmax_scale: Any, layout: str, *rest: Any, **__: Any) -> int:
+    sizes = _sizes_of_shapes(q, k, v, layout, by_name(rest[_COUNT - 3 :]))
     return _matmul_flops(sizes, sizes.head_dim + sizes.head_dim_v)
 
 
 @register_flop_formula(torch.ops.fa2cupy.backward)
 def _backward_flops(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, causal: bool, softmax_scale: Any, layout: str,
-    *_: Any, **__: Any,
+    *rest: Any, **__: Any,
 ) -> int:  # fmt: skip
-    sizes = _sizes_of_shapes(q, k, v, layout)
+    sizes = _sizes_of_shapes(q, k, v, layout, by_name(rest[_COUNT - 3 :]))
     return _matmul_flops(sizes, 3 * sizes.head_dim + 2 * sizes.head_dim_v)

@@ -34,40 +34,61 @@ Placements = list[tuple[list[Any], list[Any]]]  # (of the outputs, of the inputs
 
 
 def _forward(q: Any, k: Any, v: Any, causal: bool, softmax_scale: Any, layout: str, *rest: Any) -> Placements:
-    options = [None] * (3 + len(rest))
-    return [([tensor, statistic], [tensor] * 3 + options) for tensor, statistic in _choices((q, k, v), layout)]
+    return [
+        ([queries, statistic], [queries, keys, keys] + [None] * 3 + _of_rest(rest, lengths))
+        for queries, keys, statistic, lengths in _choices((q, k, v), layout, rest)
+    ]
 
 
 def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, causal: bool, softmax_scale: Any, layout: str,
     *rest: Any,
 ) -> Placements:  # fmt: skip
-    options = [None] * (3 + len(rest))
     return [
-        ([tensor] * 3, [tensor] * 5 + [statistic, statistic if dlse is not None else None] + options)
-        for tensor, statistic in _choices((q, k, v), layout)
+        (
+            [queries, keys, keys],
+            [queries, queries, keys, keys, queries, statistic, statistic if dlse is not None else None]
+            + [None] * 3
+            + _of_rest(rest, lengths),
+        )
+        for queries, keys, statistic, lengths in _choices((q, k, v), layout, rest)
     ]
 
 
-def _choices(specs: tuple[Any, ...], layout: str) -> list[tuple[Any, Any]]:
-    """(placement of q, k, v, out and their gradients; of lse and dlse) along one dimension of the mesh."""
+_OPTIONS = 3  # of those behind layout: dtype, deterministic, features; then come arrays, cu_seqlens_q and _k first
+
+
+def _of_rest(rest: tuple[Any, ...], lengths: Any) -> list[Any]:
+    """Placements of what stands behind layout."""
+    return [None if n < _OPTIONS or x is None else lengths for n, x in enumerate(rest)]
+
+
+def _choices(specs: tuple[Any, ...], layout: str, rest: tuple[Any, ...]) -> list[tuple[Any, Any, Any, Any]]:
+    """(placement of q, out and their gradients; of k, v and theirs; of lse and dlse; of lengths) along one dimension of
+    the mesh. A packed side has no batch to be split.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
+    packed_q, packed_k = (len(rest) > n and rest[n] is not None for n in (_OPTIONS, _OPTIONS + 1))
     heads = 2 if layout == "bshd" else 1
-    choices = [(Replicate(), Replicate()), (Shard(0), Shard(0))]
-    if _heads_can_be_split(specs, heads):
-        choices.append((Shard(heads), Shard(1)))
+    heads_q, heads_k = (1 if packed else heads for packed in (packed_q, packed_k))
+    choices: list[tuple[Any, Any, Any, Any]] = [(Replicate(),) * 4]
+    if not packed_q and not packed_k:
+        choices.append((Shard(0),) * 4)
+    if _heads_can_be_split(specs, heads_k, packed_q or packed_k):
+        choices.append((Shard(heads_q), Shard(heads_k), Shard(0 if packed_q else 1), Replicate()))
     return choices
 
 
-def _heads_can_be_split(specs: tuple[Any, ...], heads: int) -> bool:
+def _heads_can_be_split(specs: tuple[Any, ...], heads: int, packed: bool) -> bool:
     """Whether every rank would get whole groups: its query heads, and the key heads that these use.
 
     Along which dimensions of the mesh heads end up split is for DTensor to say; never along one that splits the batch
-    of q, k and v already, so all the others must divide the key heads.
+    of q, k and v already, so all the others must divide the key heads. heads: that dimension of k. packed: one that
+    splits tokens will not stay so.
     """
     mesh, ways = specs[0].mesh, 1
     for dim in range(mesh.ndim):
-        if not all(spec.placements[dim].is_shard(0) for spec in specs):
+        if packed or not all(spec.placements[dim].is_shard(0) for spec in specs):
             ways *= mesh.size(dim)
     return bool(specs[1].shape[heads] % ways == 0)

@@ -10,12 +10,15 @@ from torch import Tensor
 
 import fa2cupy
 from fa2cupy.autograd.dispatch import cast
+from fa2cupy.autograd.features import features_text, in_order
 from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled, is_plain
 from fa2cupy.flash_attn.translate import check_tensors, packed_parts, took
+from fa2cupy.spec import LENGTHS
 from fa2cupy.torch import backward_op
 
 __all__ = ["attend"]
 
+_HINTS = ("max_seqlen_q", "max_seqlen_k")
 _NAMES = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}
 
 
@@ -26,7 +29,10 @@ def attend(
     check_tensors(**dict(zip(_NAMES[len(inputs)], inputs, strict=True)))
     if len(inputs) < 3 and _is_eager(inputs):
         inputs = cast(*inputs) if any_autocast() else inputs
-        result = _Packed.apply({**options, "deterministic": deterministic}, *inputs)
+        arrays = {name: options[name] for name in LENGTHS if name in options}
+        rest = {name: value for name, value in options.items() if name not in arrays and name not in _HINTS}
+        rest["deterministic"] = deterministic
+        result = _Packed.apply(rest, tuple(arrays), *inputs, *arrays.values())
     else:
         q, k, v = _separate(inputs)
         result = fa2cupy.attention(q, k, v, return_lse=return_lse, deterministic=deterministic, **options)
@@ -49,19 +55,25 @@ class _Packed(torch.autograd.Function):
     """Where unpacking would be torch's, its gradient would be stacked from dq, dk and dv: one more copy of each."""
 
     @staticmethod
-    def forward(ctx: Any, options: dict[str, Any], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = _separate(inputs)
-        out, lse = fa2cupy.attention(q, k, v, return_lse=True, **options)
-        ctx.save_for_backward(*inputs, out, lse)
-        ctx.options = options
+    def forward(ctx: Any, options: dict[str, Any], names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """tensors: the inputs, and the arrays of lengths by `names`."""
+        count = len(tensors) - len(names)
+        q, k, v = _separate(tensors[:count])
+        lengths = dict(zip(names, tensors[count:], strict=True))
+        out, lse = fa2cupy.attention(q, k, v, return_lse=True, **options, **lengths)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.options, ctx.names = options, names
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
+        nothing = (None,) * len(ctx.names)
+        inputs = tensors[: len(tensors) - len(nothing)]
+        lengths = dict(zip(ctx.names, tensors[len(inputs) :], strict=True))
         if dout is None and dlse is None:
-            return None, *(None for _ in inputs)
+            return None, None, *(None for _ in tensors)
         if dout is None:
             dout = torch.zeros_like(out)
         q, k, v = _separate(inputs)
@@ -69,17 +81,18 @@ class _Packed(torch.autograd.Function):
         if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
             # Of pieces, by the operator: with grad mode on it says that there is no second derivative.
             deterministic, causal, scale = (options.pop(name) for name in ("deterministic", "causal", "softmax_scale"))
+            features = features_text(tuple(options.items()))
             dq, dk, dv = backward_op(
-                dout, q, k, v, out, lse, dlse, causal, scale, "bshd", None, deterministic, **options
+                dout, q, k, v, out, lse, dlse, causal, scale, "bshd", None, deterministic, features, *in_order(lengths)
             )
             if len(inputs) == 1:
-                return None, torch.stack((dq, dk, dv), -3)
-            return None, dq, torch.stack((dk, dv), -3)
+                return None, None, torch.stack((dq, dk, dv), -3), *nothing
+            return None, None, dq, torch.stack((dk, dv), -3), *nothing
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         dq, dk, dv = _separate(gradients)
         options["deterministic"] |= torch.are_deterministic_algorithms_enabled()
-        fa2cupy.attention_backward(dout, q, k, v, out, lse, dlse=dlse, dq=dq, dk=dk, dv=dv, **options)
-        return None, *gradients
+        fa2cupy.attention_backward(dout, q, k, v, out, lse, dlse=dlse, dq=dq, dk=dk, dv=dv, **options, **lengths)
+        return None, None, *gradients, *nothing
 
 
 def _separate(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -174,6 +174,10 @@ class GpuFramework(Framework):
         """A C-contiguous copy of integers, queued on the current stream; those beyond int32 become its ends."""
 
     @abstractmethod
+    def to_host(self, array: Any) -> np.ndarray:
+        """A copy in NumPy, after everything on the current stream."""
+
+    @abstractmethod
     def is_capturing(self, stream: int, device_index: int) -> bool:
         """Whether `stream`, the current one of the device, is being captured into a CUDA graph."""
 

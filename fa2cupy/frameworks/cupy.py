@@ -6,7 +6,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -60,6 +60,9 @@ class _Cupy(Numpy, GpuFramework):
                 key.append((type(array), array.shape, array.strides, array.dtype, memory.device_id, pointer & 15))
                 pointers.append(pointer)
         return tuple(key), pointers
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return cast("np.ndarray", array.get())
 
     @property
     def address(self) -> Callable[[Any], int]:

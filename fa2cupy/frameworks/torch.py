@@ -127,6 +127,9 @@ class _Torch(GpuFramework):
                 pointers.append(pointer)
         return tuple(key), pointers
 
+    def to_host(self, array: Any) -> np.ndarray:
+        return cast("np.ndarray", array.detach().cpu().numpy())
+
     @functools.cached_property
     def _watchers(self) -> tuple[Callable[[], bool], Callable[[], bool], Callable[[], bool], Any]:
         """Whether torch.jit.trace is at work; whether torch.fx is; whether grad mode is on; forward-mode autograd."""

@@ -36,7 +36,8 @@ def dot_product_attention(
         bias, mask, query_seq_lengths, key_value_seq_lengths: as there, as far as `fa2cupy.attention`
             has bias=, mask=, seqused_q= and seqused_k=; what it has not yet is an error that names it.
         scale: None is head_dim ** -0.5.
-        is_causal, local_window_size: with seqlen_q != seqlen_k, or lengths, an error until masks can express it.
+        is_causal, local_window_size: with query_seq_lengths or key_value_seq_lengths an error until masks can express
+            where these align.
         implementation: accepted and ignored: it is always fa2cupy.
         return_residual: also return the log-sum-exp, (batch, seqlen_q, num_heads) float32 (float64 of float64).
 
@@ -51,36 +52,43 @@ def dot_product_attention(
     if is_single:
         query, key, value = query[None], key[None], value[None]
     aligned = "is_causal=True" if is_causal else f"local_window_size={local_window_size!r}"
-    if (is_causal or local_window_size is not None) and query.ndim == key.ndim == 4:
-        if query.shape[1] != key.shape[1]:
-            raise _misaligned(aligned, "jax.nn", query.shape[1], key.shape[1])
+    window, rows = None, query.shape[1]
+    if (is_causal or local_window_size is not None) and query.ndim == key.ndim == value.ndim == 4:
         if query_seq_lengths is not None or key_value_seq_lengths is not None:
             raise InvalidArgument(
                 f"{aligned} with query_seq_lengths or key_value_seq_lengths: jax.nn aligns queries and keys at the "
                 "first key, fa2cupy.attention at the last used one; not supported until masks can say the former"
             )
+        query, key, value, window = _top_left(query, key, value, *_window(local_window_size, is_causal))
     options: dict[str, Any] = {"bias": bias, "mask": mask, "seqused_q": query_seq_lengths}
-    options |= {"seqused_k": key_value_seq_lengths, "window_size": _window(local_window_size, is_causal)}
+    options |= {"seqused_k": key_value_seq_lengths, "window_size": window}
     given = {name: value for name, value in options.items() if value is not None}
-    out, lse = attention(query, key, value, causal=is_causal, softmax_scale=scale, return_lse=True, **given)
+    out, lse = attention(query, key, value, softmax_scale=scale, return_lse=True, **given)
+    unseen = rows - query.shape[1]
+    if unseen:
+        out = jnp.pad(out, ((0, 0), (0, unseen), (0, 0), (0, 0)))
+        lse = jnp.pad(lse, ((0, 0), (0, 0), (0, unseen)), constant_values=-jnp.inf)
     residual = jnp.swapaxes(lse, 1, 2)
     if is_single:
         out, residual = out[0], residual[0]
     return (out, residual) if return_residual else out
 
 
-def _misaligned(option: str, whose: str, queries: int, keys: int) -> InvalidArgument:
-    return InvalidArgument(
-        f"{option} with {queries} queries and {keys} keys: {whose} aligns them at the first key, fa2cupy.attention at "
-        "the last, and no mask can say the former yet; use equal lengths or fa2cupy.attention(causal=True), which is "
-        "bottom-right aligned"
-    )
+def _top_left(query: Any, key: Any, value: Any, left: int, right: int) -> tuple[Any, Any, Any, tuple[int, int]]:
+    """The queries that see a key and the keys that a query sees, where query i stands beside key i, and the window that
+    says the same with the last of them beside each other. Those left out are the last ones. -1 is unlimited.
+    """
+    keys = key.shape[1] if right < 0 else min(key.shape[1], query.shape[1] + right)
+    queries = query.shape[1] if left < 0 else min(query.shape[1], key.shape[1] + left)
+    shift = queries - keys
+    window = left if left < 0 else left - shift, right if right < 0 else right + shift
+    return query[:, :queries], key[:, :keys], value[:, :keys], window
 
 
-def _window(local_window_size: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int] | None:
+def _window(local_window_size: int | tuple[int, int] | None, is_causal: bool) -> tuple[int, int]:
     """(left, right), each without the query's own key, as jax.nn counts too."""
     if local_window_size is None:
-        return None
+        return -1, 0
     left, right = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
     return int(left), 0 if is_causal else int(right)
 
@@ -110,7 +118,7 @@ def flax_attention(
         bias, mask: as `fa2cupy.attention` has them; an error that names them until then.
         dropout_rate: has to be 0 unless deterministic is True.
         dtype: computed in, None for query's. precision, broadcast_dropout, dropout_rng, module: not used.
-        is_causal: nnx's, top-left aligned: with other lengths of queries than of keys an error.
+        is_causal: nnx's, top-left aligned: query i sees keys j <= i.
         options: further keywords of `fa2cupy.attention`: causal, softmax_scale, ...
 
     Returns: out of query's shape, with value's last dimension.
@@ -120,9 +128,11 @@ def flax_attention(
             f"dropout_rate={dropout_rate!r} is not supported yet: 0.0, or deterministic=True, is needed"
         )
     if is_causal:
-        if query.shape[-3] != key.shape[-3]:
-            raise _misaligned("is_causal=True", "flax", query.shape[-3], key.shape[-3])
-        options["causal"] = True
+        if "causal" in options or "window_size" in options:
+            raise InvalidArgument("is_causal=True beside causal= or window_size=: one of them is needed")
+        seqlen_q = query.shape[-3]
+        key, value = key[..., :seqlen_q, :, :], value[..., :seqlen_q, :, :]
+        options["window_size"] = (-1, seqlen_q - key.shape[-3])
     if dtype is not None:
         query, key, value = (array.astype(dtype) for array in (query, key, value))
     batch = query.shape[:-3]

@@ -14,9 +14,9 @@ from fa2cupy.attention import attention
 from fa2cupy.errors import MissingDependency, UnsupportedDevice
 from fa2cupy.problem import MAX_HEAD_DIM
 
-__all__ = ["TOP_LEFT", "objection", "scaled_dot_product_attention"]
+__all__ = ["Features", "objection", "scaled_dot_product_attention", "top_left"]
 
-TOP_LEFT = "causal with more queries than keys, aligned top-left, is not supported yet"
+Features = tuple[tuple[str, Any], ...]  # options beyond dense attention, as a launch has them
 
 _DOOR = "fa2cupy.torch.scaled_dot_product_attention"
 _DTYPES = {
@@ -38,13 +38,13 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention by our kernels: (batch, num_heads, seqlen, head_dim).
 
     is_causal is aligned top-left, as torch's: query i sees keys j <= i. What our kernels do not compute (masks,
-    dropout, float32 on a GPU, shapes that broadcast, causal with more queries than keys) goes to torch's function,
-    counted by `fa2cupy.report()` and logged the first time; FA2CUPY_STRICT=1 makes it an error. float16 and bfloat16 on
-    a GPU, on the CPU also float32 and float64. Differentiable as `fa2cupy.attention` is.
+    dropout, float32 on a GPU, shapes that broadcast) goes to torch's function, counted by `fa2cupy.report()` and logged
+    the first time; FA2CUPY_STRICT=1 makes it an error. float16 and bfloat16 on a GPU, on the CPU also float32 and
+    float64. Differentiable as `fa2cupy.attention` is.
 
     Returns (batch, num_heads, seqlen_q, head_dim_v) in the dtype of query, or of autocast. Raises as torch's function.
     """
-    why = _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    why = _why_not(query, key, value, attn_mask, dropout_p, enable_gqa)
     if why:
         _fell_back(why)
         return torch.nn.functional.scaled_dot_product_attention(
@@ -53,10 +53,20 @@ def scaled_dot_product_attention(
     _took()
     if is_causal and query.shape[2] < key.shape[2]:  # nobody sees the keys behind, and a square is aligned both ways
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    return attention(query, key, value, causal=is_causal, softmax_scale=scale, layout="bhsd")
+    causal, features = top_left(is_causal, query.shape[2], key.shape[2])
+    return attention(query, key, value, causal=causal, softmax_scale=scale, layout="bhsd", **dict(features))
 
 
-def _why_not(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool) -> str:
+def top_left(is_causal: bool, seqlen_q: int, seqlen_k: int) -> tuple[bool, Features]:
+    """causal, and the options beside it, of a causal mask with the first query beside the first key; keys behind the
+    last query are left out before. With more queries than keys it is a window to the right, aligned bottom-right.
+    """
+    if is_causal and seqlen_q > seqlen_k:
+        return False, (("window_size", (-1, seqlen_q - seqlen_k)),)
+    return is_causal, ()
+
+
+def _why_not(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, enable_gqa: bool) -> str:
     if attn_mask is not None:
         return "attn_mask is not supported yet"
     why = objection(q, k, v, dropout_p, (_dtype(q), _dtype(k), _dtype(v)))
@@ -64,8 +74,6 @@ def _why_not(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal
         return why
     if q.shape[1] != k.shape[1] and not enable_gqa:
         return "fewer key heads than query heads without enable_gqa are not supported"
-    if is_causal and q.shape[2] > k.shape[2]:
-        return TOP_LEFT
     return ""
 
 

@@ -27,7 +27,8 @@ from fa2cupy import counts, dynamo
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
-from fa2cupy.torch.dot_product import TOP_LEFT, objection
+from fa2cupy.torch import packed
+from fa2cupy.torch.dot_product import Features, objection, top_left
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
 
@@ -41,10 +42,11 @@ def enable_sdpa(*, device: str = "cuda") -> None:
     """Compute torch.nn.functional.scaled_dot_product_attention with our kernels, in this process from now on.
 
     Where torch chooses flash or cuDNN attention, that is: float16 and bfloat16 without a mask. Other choices of
-    torch's (float32, masks) stay its own and are not seen; of what comes, dropout, and causal attention of more
-    queries than keys that is aligned top-left, go on to torch's kernels, which `fa2cupy.report()` counts and the
-    logger "fa2cupy" tells the first time. With FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Compiled functions need
-    no compiling again. Enabling twice is once.
+    torch's (float32, masks) stay its own and are not seen; of what comes, dropout and cuDNN's packed sequences go on to
+    torch's kernels, which `fa2cupy.report()` counts and the logger "fa2cupy" tells the first time. With
+    FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Flash attention's packed sequences and windows are computed here:
+    those of `torch.nn.attention.varlen.varlen_attn` and of jagged nested tensors. Compiled functions need no compiling
+    again. Enabling twice is once.
 
     device: "cuda"; "cpu" replaces the CPU's flash attention by NumPy, which is slow: for tests.
 
@@ -155,27 +157,29 @@ _FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=Tru
 _BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
-def _forward(q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, swapped: bool = False) -> tuple[Any, Any]:
+def _forward(
+    q: Any, k: Any, v: Any, causal: bool, scale: float | None, *, features: Features = (), swapped: bool = False
+) -> tuple[Any, Any]:
     """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     counts.took(_DOOR)
     layout = _order(q)
-    options = (causal, scale, "bhsd", None, False, ())
+    options = (causal, scale, "bhsd", None, False, features)
     out, lse = call(_FORWARDS[layout or "bhsd"], [q, k, v, None, None], None, options)
     return out if layout else _laid_out(out, q, swapped), lse
 
 
 def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, *,
-    unseen: int = 0, swapped: bool = False,
+    features: Features = (), unseen: int = 0, swapped: bool = False,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     counts.took(_DOOR_BACKWARD)
     layout = None if unseen else _order(q, k, v)
-    options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), ())
+    options = (causal, scale, "bhsd", None, torch.are_deterministic_algorithms_enabled(), features)
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
     inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
     dq, dk, dv = call(_BACKWARDS[layout or "bhsd"], inputs, None, options)
@@ -263,7 +267,7 @@ def _cudnn(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, attn_bias: Any, compute_log_sumexp: bool, dropout_p: float = 0.0,
         is_causal: bool = False, return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
+        why = _cudnn_objection(q, k, v, attn_bias, dropout_p)
         if return_debug_mask:
             why = "a debug mask is not supported"
         if why:
@@ -274,7 +278,8 @@ def _cudnn(native: Native) -> Kernel:
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
         if is_causal and seqlen_q < seqlen_k:
             k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
-        out, lse = _forward(q, k, v, is_causal, scale)
+        causal, features = top_left(is_causal, seqlen_q, seqlen_k)
+        out, lse = _forward(q, k, v, causal, scale, features=features)
         if _cudnn_lse_dims() == 4:
             lse = lse.unsqueeze(3)
         seed, offset, _ = _models(q.device, torch.int64, (), q.dtype)
@@ -290,15 +295,16 @@ def _cudnn_backward(native: Native) -> Kernel:
         cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, *,
         scale: float | None = None,
     ) -> Any:  # fmt: skip
-        why = _cudnn_objection(q, k, v, attn_bias, dropout_p, is_causal)
+        why = _cudnn_objection(q, k, v, attn_bias, dropout_p)
         if why:
             return native(
                 why, keyset, dout, q, k, v, out, lse, seed, offset, attn_bias, cum_q, cum_k, max_q, max_k, dropout_p,
                 is_causal, scale=scale,
             )  # fmt: skip
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
-        unseen = k.shape[2] - q.shape[2] if is_causal else 0
-        return _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
+        unseen = max(0, k.shape[2] - q.shape[2]) if is_causal else 0
+        causal, features = top_left(is_causal, q.shape[2], k.shape[2])
+        return _backward(dout, q, k, v, out, lse, causal, scale, features=features, unseen=unseen)
 
     return kernel
 
@@ -310,11 +316,10 @@ def _cudnn_lse_dims() -> int:
     return int(torch.ops.aten._scaled_dot_product_cudnn_attention(q, q, q, None, True)[1].dim())
 
 
-def _cudnn_objection(q: Any, k: Any, v: Any, attn_bias: Any, dropout_p: float, is_causal: bool) -> str:
+def _cudnn_objection(q: Any, k: Any, v: Any, attn_bias: Any, dropout_p: float) -> str:
     if attn_bias is not None:
         return "a bias is not supported yet"
-    why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
-    return why or (TOP_LEFT if is_causal and q.shape[2] > k.shape[2] else "")
+    return objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
 
 
 def _flash(native: Native) -> Kernel:
@@ -332,8 +337,14 @@ def _flash(native: Native) -> Kernel:
                 why, keyset, q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, scale=scale,
                 **more,
             )  # fmt: skip
+        causal, features = _windowed(is_causal, more)
+        if cum_q is not None:
+            counts.took(_DOOR)
+            used = more.get("seqused_k")
+            out, lse = packed.forward(q, k, v, (cum_q, cum_k), used, causal, scale, features)
+            return out, lse, *_random_state(q)
         q, k, v = _swapped(q, k, v)
-        out, lse = _forward(q, k, v, is_causal, scale, swapped=True)
+        out, lse = _forward(q, k, v, causal, scale, features=features, swapped=True)
         return out.transpose(1, 2), lse, *_random_state(q)
 
     return kernel
@@ -351,21 +362,35 @@ def _flash_backward(native: Native) -> Kernel:
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale, **more,
             )  # fmt: skip
+        causal, features = _windowed(is_causal, more)
+        if cum_q is not None:
+            counts.took(_DOOR_BACKWARD)
+            return packed.backward(dout, q, k, v, out, lse, (cum_q, cum_k), causal, scale, features)
         dout, q, k, v, out = _swapped(dout, q, k, v, out)
-        return _swapped(*_backward(dout, q, k, v, out, lse, is_causal, scale, swapped=True))
+        return _swapped(*_backward(dout, q, k, v, out, lse, causal, scale, features=features, swapped=True))
 
     return kernel
 
 
 def _flash_objection(q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, dropout_p: float, more: dict[str, Any]) -> str:
-    """more: window_size_left, window_size_right, seqused_k, alibi_slopes, ..., of which -1 is no window."""
-    if cum_q is not None or cum_k is not None:
-        return "packed sequences are not supported yet"
+    """more: window_size_left, window_size_right, seqused_k, alibi_slopes, ..."""
+    if (cum_q is None) != (cum_k is None):
+        return "one packed side alone is not expected here"
     for name, value in more.items():
-        if value is not None and not (name.startswith("window_size") and value == -1):
+        if value is not None and not name.startswith("window_size") and (name != "seqused_k" or cum_q is None):
             return f"{name} is not supported yet"
+    if cum_q is not None:
+        q, k, v = (x[None] for x in (q, k, v))
     q, k, v = _swapped(q, k, v)
     return objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
+
+
+def _windowed(is_causal: bool, more: dict[str, Any]) -> tuple[bool, Features]:
+    """causal and the options of the operators' windows, of which None and negative ends are unlimited."""
+    left, right = (more.get(f"window_size_{side}") for side in ("left", "right"))
+    left, right = (-1 if end is None else max(int(end), -1) for end in (left, right))
+    right = -1 if is_causal else right
+    return is_causal, (("window_size", (left, right)),) if max(left, right) >= 0 else ()
 
 
 def _cpu(native: Native) -> Kernel:
@@ -373,12 +398,13 @@ def _cpu(native: Native) -> Kernel:
         keyset: Any, q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, *,
         attn_mask: Any = None, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        why = _cpu_objection(q, k, v, attn_mask, dropout_p, is_causal)
+        why = _cpu_objection(q, k, v, attn_mask, dropout_p)
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
         if is_causal and q.shape[2] < k.shape[2]:
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
-        out, lse = _forward(q, k, v, is_causal, scale)
+        causal, features = top_left(is_causal, q.shape[2], k.shape[2])
+        out, lse = _forward(q, k, v, causal, scale, features=features)
         return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
     return kernel
@@ -389,20 +415,21 @@ def _cpu_backward(native: Native) -> Kernel:
         keyset: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dropout_p: float, is_causal: bool, *,
         attn_mask: Any = None, scale: float | None = None,
     ) -> Any:  # fmt: skip
-        why = _cpu_objection(q, k, v, attn_mask, dropout_p, is_causal)
+        why = _cpu_objection(q, k, v, attn_mask, dropout_p)
         if why:
             return native(why, keyset, dout, q, k, v, out, lse, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        unseen = k.shape[2] - q.shape[2] if is_causal else 0
-        gradients = _backward(dout, q, k, v, out, lse, is_causal, scale, unseen=unseen)
+        unseen = max(0, k.shape[2] - q.shape[2]) if is_causal else 0
+        causal, features = top_left(is_causal, q.shape[2], k.shape[2])
+        gradients = _backward(dout, q, k, v, out, lse, causal, scale, features=features, unseen=unseen)
         return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
 
     return kernel
 
 
-def _cpu_objection(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float, is_causal: bool) -> str:
+def _cpu_objection(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float) -> str:
     if attn_mask is not None:
         return "attn_mask is not supported yet"
-    return _cudnn_objection(q, k, v, None, dropout_p, is_causal)
+    return _cudnn_objection(q, k, v, None, dropout_p)
 
 
 _OPERATORS: dict[str, dict[str, Callable[[Native], Kernel]]] = {

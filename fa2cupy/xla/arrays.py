@@ -14,26 +14,31 @@ import jax.numpy as jnp
 __all__ = ["ROLES", "UnfoldableError", "fold", "roles"]
 
 # By keyword: the dimensions of an array, for each rank that it may have. In the order of layout "bshd" if `_TENSORS`.
-# b batch, h query heads, g key heads, s queries, t keys, d and e head dims of k and v; of these b, h and g may be
-# sharded. A dimension of length 1 where the problem has more is broadcast.
+# b batch, h query heads, g key heads, s queries, t keys, d and e head dims of k and v, n starts of packed sequences; of
+# these b, h and g may be sharded. A dimension of length 1 where the problem has more is broadcast.
 ROLES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("q", "dq"), ("bshd",)),
-    **dict.fromkeys(("out", "dout"), ("bshe",)),
-    **dict.fromkeys(("k", "dk"), ("btgd",)),
-    **dict.fromkeys(("v", "dv"), ("btge",)),
-    **dict.fromkeys(("lse", "lse_out", "dlse"), ("bhs",)),
+    **dict.fromkeys(("q", "dq"), ("bshd", "shd")),
+    **dict.fromkeys(("out", "dout"), ("bshe", "she")),
+    **dict.fromkeys(("k", "dk"), ("btgd", "tgd")),
+    **dict.fromkeys(("v", "dv"), ("btge", "tge")),
+    **dict.fromkeys(("lse", "lse_out", "dlse"), ("bhs", "hs")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), ("n",)),
+    **dict.fromkeys(("seqused_q", "seqused_k", "leftpad_k"), ("b",)),
+    "segment_ids_q": ("bs",),
+    "segment_ids_k": ("bt",),
 }
 _TENSORS = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
 
 
 class UnfoldableError(Exception):
-    """An array has no form with a batch dimension of its own."""
+    """An array has no form with a batch dimension of its own, or a problem none."""
 
 
 def roles(name: str, rank: int, layout: str) -> str:
     """The meaning of each dimension of the array `name`."""
     found = next(form for form in ROLES[name] if len(form) == rank)
-    return found[0] + found[2] + found[1] + found[3] if name in _TENSORS and layout == "bhsd" else found
+    is_swapped = name in _TENSORS and layout == "bhsd" and rank == 4
+    return found[0] + found[2] + found[1] + found[3] if is_swapped else found
 
 
 def fold(name: str, array: Any, is_mapped: bool, size: int, batch: int) -> Any:
@@ -51,7 +56,7 @@ def fold(name: str, array: Any, is_mapped: bool, size: int, batch: int) -> Any:
         shape = (1, *shape)
         array = array[:, None]
     elif not is_mapped:
-        if shape[0] == 1:
+        if shape[0] == 1 != batch:
             return array
         array = array[None]
     full: Sequence[int] = (size, batch, *shape[1:])

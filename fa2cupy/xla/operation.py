@@ -12,9 +12,14 @@ import jax.numpy as jnp
 from fa2cupy.options import Options
 from fa2cupy.xla import ffi
 
-__all__ = ["Arrays", "Operation"]
+__all__ = ["Arrays", "Operation", "heads_at"]
 
 Arrays = tuple[Any, ...]
+
+
+def heads_at(array: Any, layout: str) -> int:
+    """The dimension of heads in q, k, v, packed or not."""
+    return 2 if layout == "bshd" and array.ndim == 4 else 1
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,21 @@ class Operation:
         return self.function == "attention_backward"
 
     @property
-    def heads_at(self) -> int:
-        """The dimension of heads in q, k, v."""
-        return 2 if self.options.layout == "bshd" else 1
+    def has_batch(self) -> bool:
+        """Whether all arrays have a dimension for it: those of packed sequences have not."""
+        return not any(name.startswith("cu_seqlens") for name in self.extra)
 
     def result_types(self, arrays: Arrays) -> tuple[jax.ShapeDtypeStruct, ...]:
         by_name = dict(zip(self.inputs, arrays, strict=True))
         q, v = by_name["q"], by_name["v"]
         if self.is_backward:
             return tuple(jax.ShapeDtypeStruct(by_name[n].shape, by_name[n].dtype) for n in ("q", "k", "v"))
-        batch, heads, rows = q.shape[0], q.shape[self.heads_at], q.shape[3 - self.heads_at]
+        at = heads_at(q, self.options.layout)
+        rows = q.shape[0] if q.ndim == 3 else q.shape[3 - at]
         lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
         return (
-            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, rows), lse_dtype),
+            jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[: q.ndim - 3], q.shape[at], rows), lse_dtype),
         )
 
     def run(self, *arrays: Any) -> Arrays:

@@ -1,4 +1,4 @@
-"""An attention call on a mesh: batch and heads may be sharded, lengths and head dims may not.
+"""An attention call on a mesh: batch and heads may be sharded, lengths and head dims may not, nor packed sequences.
 
 Auto axes: a rule for Shardy and a partition for XLA (`custom_partitioning`). Explicit axes: `jax.shard_map` by the
 types of the arrays. Inside a shard_map of the user's: this device's block, as it is.
@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.xla.arrays import roles
-from fa2cupy.xla.operation import Arrays, Operation
+from fa2cupy.xla.operation import Arrays, Operation, heads_at
 
 __all__ = ["explicitly", "like", "partitioned", "placed", "uniformly_varying"]
 
@@ -72,10 +72,10 @@ class Split:
 def _split(operation: Operation, sizes: Mapping[str, int], spec: Any, arrays: Sequence[Any]) -> Split:
     """How a call is split whose q has the partition spec `spec` on a mesh with axes of these sizes."""
     by_name = dict(zip(operation.inputs, arrays, strict=True))
-    heads_at = operation.heads_at
-    heads, key_heads = by_name["q"].shape[heads_at], by_name["k"].shape[heads_at]
-    batch = _fitting(_axes(spec, 0), sizes, by_name["q"].shape[0])
-    wanted = _axes(spec, heads_at)
+    at_q, at_k = (heads_at(by_name[name], operation.options.layout) for name in "qk")
+    heads, key_heads = by_name["q"].shape[at_q], by_name["k"].shape[at_k]
+    batch = _fitting(_axes(spec, 0), sizes, by_name["q"].shape[0]) if operation.has_batch else ()
+    wanted = _axes(spec, at_q)
     shared = _fitting(wanted, sizes, key_heads)
     if math.prod(sizes[axis] for axis in shared) == key_heads:
         return Split(batch, _fitting(wanted, sizes, heads), shared)
@@ -111,6 +111,7 @@ def _rule(operation: Operation, ranks: Sequence[Sequence[int]]) -> tuple[str, tu
     PartitionSpec can say. `ranks`: the shapes of inputs and outputs, 1 where a dimension may be broadcast.
     """
     grouped = operation.group > 1
+    split = ("b", "h", "g") if operation.has_batch else ("h", "g")
     named = {"b", "h", "g", "s", "t", "d", "e"}
     whole: list[str] = []
 
@@ -121,7 +122,7 @@ def _rule(operation: Operation, ranks: Sequence[Sequence[int]]) -> tuple[str, tu
             factor = "h" if role == "g" and not grouped else role
             if role not in named or (name in operation.extra and shape[i] == 1):
                 factor = f"x{position}y{i}"
-            if factor not in ("b", "h", "g") and factor not in whole:
+            if factor not in split and factor not in whole:
                 whole.append(factor)
             found.append(factor)
         return " ".join(found)

@@ -18,11 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from fa2cupy.errors import InvalidType
+from fa2cupy.keywords import arrays_in_order
 from fa2cupy.operations import BACKWARD, FORWARD
 from fa2cupy.options import Options
+from fa2cupy.spec import LENGTHS
 from fa2cupy.xla import arrays as by_array
 from fa2cupy.xla import shardings
-from fa2cupy.xla.operation import Arrays, Operation
+from fa2cupy.xla.operation import Arrays, Operation, heads_at
 
 __all__ = ["NO_TANGENTS", "attention", "attention_backward", "clear_caches"]
 
@@ -42,6 +44,8 @@ def _mapped(operation: Operation) -> Callable[..., Arrays]:
         batch = arrays[q_at].shape[1 if is_mapped[q_at] else 0]
         each = zip(operation.inputs, arrays, is_mapped, strict=True)
         try:
+            if not operation.has_batch:
+                raise by_array.UnfoldableError
             folded = [by_array.fold(name, array, mapped, size, batch) for name, array, mapped in each]
         except by_array.UnfoldableError:
             results = _one_after_the_other(run, is_mapped, arrays)
@@ -86,8 +90,7 @@ def _first_order(operation: Operation) -> Callable[..., Arrays]:
 
 
 def _group(q: Any, k: Any, layout: str) -> int:
-    at = 2 if layout == "bshd" else 1
-    return int(q.shape[at] // max(1, k.shape[at])) or 1
+    return int(q.shape[heads_at(q, layout)] // max(1, k.shape[heads_at(k, layout)])) or 1
 
 
 def _forward_operation(options: Options, extra: Names, group: int) -> Operation:
@@ -140,9 +143,19 @@ def _no_gradient(array: Any) -> Any:
 
 def in_order(names: Any) -> Names:
     """As the table of keywords has them, in which order the kernels take their pointers."""
-    from fa2cupy.keywords import KEYWORDS
+    return tuple(sorted(names, key=arrays_in_order().index))
 
-    return tuple(sorted(names, key=list(KEYWORDS).index))
+
+def _as_int32(names: Names, arrays: Arrays) -> Arrays:
+    """With lengths as the kernels take them; those beyond int32 become its ends."""
+    first = len(arrays) - len(names)
+    limits = np.iinfo(np.int32)
+    return tuple(
+        jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
+        if n >= first and names[n - first] in LENGTHS and array.dtype != jnp.int32
+        else array
+        for n, array in enumerate(arrays)
+    )
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
@@ -157,6 +170,7 @@ def attention(options: Options, extra: Names, with_lse: bool) -> Callable[..., A
     """The jitted forward: q, k, v and the arrays called `extra` -> out and, if asked for, lse; differentiable."""
 
     def attention(*arrays: Any) -> Arrays:
+        arrays = _as_int32(extra, arrays)
         results: Arrays = _attention(options, extra, *shardings.uniformly_varying(*arrays))
         return results if with_lse else results[:1]
 
@@ -168,6 +182,7 @@ def attention_backward(options: Options, extra: Names) -> Callable[..., Arrays]:
     """The jitted backward: dout, q, k, v, out, lse and the arrays called `extra` -> dq, dk, dv."""
 
     def attention_backward(*arrays: Any) -> Arrays:
+        arrays = _as_int32(extra, arrays)
         _, q, k = arrays[:3]
         run = _first_order(_backward_operation(options, extra, _group(q, k, options.layout)))
         return run(*shardings.uniformly_varying(*arrays))

@@ -14,6 +14,7 @@ from torch import Tensor
 import fa2cupy
 from fa2cupy.errors import Fa2Error, InvalidArgument
 from fa2cupy.flash_attn import (
+    bert_padding,
     extension,
     fa3,
     flash_attn_func,
@@ -24,7 +25,13 @@ from fa2cupy.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from fa2cupy.flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward, _get_block_size_n
+from fa2cupy.flash_attn.flash_attn_interface import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _get_block_size_n,
+)
 from fa2cupy.flash_attn.translate import keywords
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -55,7 +62,9 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     actual, expected = actual.detach().double(), expected.detach().double()
     assert torch.equal(actual.isinf(), expected.isinf())
     finite = ~expected.isinf()
-    error = (actual[finite] - expected[finite]).abs().max() if finite.any() else 0.0
+    if not finite.any():
+        return
+    error = (actual[finite] - expected[finite]).abs().max()
     assert error <= tolerance * expected[finite].abs().max().clamp(min=1), error
 
 
@@ -317,6 +326,133 @@ def test_windows(causal: bool, window: tuple[int, int]) -> None:
         close(found, gradient, 5e-5)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed sequences
+
+STARTS_Q, STARTS_K = ([0, 5, 5, 9, 20], [0, 3, 7, 7, 19])
+
+
+def starts(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype)
+
+
+def by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: list[int], cu_k: list[int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`formula` of each, end to end: out (total, heads, head_dim), lse (heads, total)."""
+    pieces = [
+        formula(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], causal)
+        for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+    ]
+    return torch.cat([out[0] for out, _ in pieces]), torch.cat([lse[0] for _, lse in pieces], 1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences(causal: bool, dtype: torch.dtype) -> None:
+    cu = starts(STARTS_Q), starts(STARTS_K)
+
+    def separate(*arguments: Any, **keywords: Any) -> Any:
+        return flash_attn_varlen_func(*arguments[:3], *cu, 11, torch.tensor(12), *arguments[3:], **keywords)
+
+    def kvpacked(*arguments: Any, **keywords: Any) -> Any:
+        return flash_attn_varlen_kvpacked_func(*arguments[:2], *cu, 11, 12, *arguments[2:], **keywords)
+
+    def qkvpacked(*arguments: Any, **keywords: Any) -> Any:
+        return flash_attn_varlen_qkvpacked_func(arguments[0], cu[0], torch.tensor(0), *arguments[1:], **keywords)
+
+    for function, shapes, parts, cu_k in (
+        (separate, [(20, HEADS, DIM), *[(19, HEADS_K, DIM)] * 2], lambda *x: x, STARTS_K),
+        (kvpacked, [(20, HEADS, DIM), (19, 2, HEADS_K, DIM)], lambda q, kv: (q, *kv.unbind(1)), STARTS_K),
+        (qkvpacked, [(20, 3, HEADS, DIM)], lambda qkv: qkv.unbind(1), STARTS_Q),
+    ):
+        inputs = make(*shapes, dtype=dtype)
+        out, lse, dmask = function(*inputs, 0.0, None, causal, return_attn_probs=True)
+        expected_out, expected_lse = by_sequence(*parts(*inputs), STARTS_Q, cu_k, causal)
+        assert (out.dtype, lse.dtype, dmask.numel()) == (dtype, torch.float32, 0)
+        close(out, expected_out, TOLERANCE[dtype])
+        close(lse, expected_lse, 2e-5)
+        assert torch.equal(function(*inputs, causal=causal), out)
+        (dout,) = make(tuple(out.shape), dtype=dtype, seed=1)
+        wanted = torch.autograd.grad(expected_out, inputs, dout.double())
+        for gradient, value in zip(torch.autograd.grad(out, inputs, dout, retain_graph=True), wanted, strict=True):
+            assert gradient.is_contiguous()
+            close(gradient, value, TOLERANCE[dtype])
+        with pytest.raises(InvalidArgument, match="no double backward"):
+            first = torch.autograd.grad(out, inputs, dout, create_graph=True)[0]
+            torch.autograd.grad(first.sum(), inputs)
+
+
+def test_windows_over_packed_sequences_with_one_gradient() -> None:
+    """Of (total, 3, heads, head_dim) with a window, also where an operator takes the backward."""
+    (qkv,) = make((20, 3, HEADS, DIM))
+    cu = starts(STARTS_Q)
+    out = flash_attn_varlen_qkvpacked_func(qkv, cu, 11, window_size=(2, 1))
+    pieces = [qkv[a:b].unbind(1) for a, b in itertools.pairwise(STARTS_Q)]
+    expected = torch.cat([flash_attn_func(*(x[None] for x in piece), window_size=(2, 1))[0] for piece in pieces])
+    close(out, expected, 1e-6)
+    (dout,) = make(tuple(out.shape), seed=1)
+    (wanted,) = torch.autograd.grad(expected, qkv, dout)
+    close(torch.autograd.grad(out, qkv, dout, retain_graph=True)[0], wanted, 1e-5)
+    close(torch.autograd.grad(out, qkv, dout, create_graph=True)[0], wanted, 1e-5)
+
+
+def test_unpadded_attention_is_padded_attention() -> None:
+    """bert_padding's way: pack, attend, pad; beside fa2cupy's own with used lengths."""
+    mask = torch.tensor([[1] * 7 + [0] * 3, [1] * 10, [0] * 10, [1] + [0] * 9], dtype=torch.bool)
+    q, k, v = make((4, 10, HEADS, DIM), *[(4, 10, HEADS_K, DIM)] * 2)
+    packed = [bert_padding.unpad_input(x, mask) for x in (q, k, v)]
+    _, indices, cu, longest, used = packed[0]
+    out = flash_attn_varlen_func(*(tokens for tokens, *_ in packed), cu, cu, longest, longest, causal=True)
+    padded = bert_padding.pad_input(out, indices, 4, 10)
+    direct = fa2cupy.attention(q, k, v, causal=True, seqused_q=used.int(), seqused_k=used.int())
+    close(padded, direct, 1e-6)
+    (dout,) = make(tuple(direct.shape), seed=1)
+    for found, wanted in zip(*(torch.autograd.grad(x, (q, k, v), dout) for x in (padded, direct)), strict=True):
+        close(found, wanted, 1e-6)
+
+
+def test_packed_sequences_below_autograd() -> None:
+    """What ring attention calls, with lse as flash_attn has it, and the compiled module's functions."""
+    q, k, v = make((20, HEADS, DIM), *[(19, HEADS_K, DIM)] * 2)
+    cu = starts(STARTS_Q), starts(STARTS_K)
+    below = (0.0, DIM**-0.5, True)
+    out, lse, _, _ = _flash_attn_varlen_forward(q, k, v, *cu, 11, 12, *below)
+    expected, expected_lse = by_sequence(q, k, v, STARTS_Q, STARTS_K, True)
+    close(out, expected, 2e-5)
+    close(lse, expected_lse, 2e-5)
+    (dout,) = make(tuple(out.shape), seed=1)
+    gradients = [torch.full_like(x, math.nan) for x in (q, k, v)]
+    softmax_d = _flash_attn_varlen_backward(
+        dout, q, k, v, out, lse, *gradients, *cu, 11, 12, *below, -1, -1, 0.0, None, False
+    )
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, (q, k, v), dout.double()), strict=True):
+        close(found, wanted, 2e-5)
+    d = (dout * out).sum(-1).T
+    assert softmax_d.shape == (HEADS, 20 + 4 * 128)
+    close(softmax_d[:, 9 + 2 * 128 + 128 :][:, :11], d[:, 9:], 2e-5)
+    used, pad = starts([2, 3, 0, 9]), starts([1, 0, 0, 4])
+    out, lse, _, _ = extension.varlen_fwd(
+        q, k, v, None, *cu, used, pad, None, None, 11, 12, *below[:2], False, False, -1, -1, 0.0, False
+    )
+    pieces = [(5, 1, 2), (0, 3, 6), (4, 7, 7), (11, 11, 16)]  # queries, first key and the one behind the last
+    keys = [(k[a:b], v[a:b]) for _, a, b in pieces]
+    wanted_out = by_sequence(q, *(torch.cat(x) for x in zip(*keys, strict=True)), STARTS_Q, [0, 1, 4, 4, 9], False)[0]
+    close(out, wanted_out, 2e-5)
+
+
+def test_compiled_packed_sequences() -> None:
+    q, k, v = make((20, HEADS, DIM), *[(19, HEADS_K, DIM)] * 2)
+    cu = starts(STARTS_Q), starts(STARTS_K, torch.int64)
+    torch.compiler.reset()
+    compiled = torch.compile(flash_attn_varlen_func, backend="aot_eager", fullgraph=True)
+    out = compiled(q, k, v, *cu, torch.tensor(11), 12, causal=True, window_size=(3, 0))
+    assert torch.equal(out, flash_attn_varlen_func(q, k, v, *cu, 11, 12, causal=True, window_size=(3, 0)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is not there
+
 Q = torch.zeros(1, 4, 2, 8)
 CU = torch.tensor([0, 4], dtype=torch.int32)
 ASKED = {
@@ -331,20 +467,11 @@ ASKED = {
 def test_features_that_are_not_there_are_named(feature: str) -> None:
     with pytest.raises(Fa2Error, match=feature):
         flash_attn_func(Q, Q, Q, **ASKED[feature])
-    with pytest.raises(Fa2Error, match=f"cu_seqlens_q|{feature}"):
+    with pytest.raises(Fa2Error, match=feature):
         flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4, **ASKED[feature])
 
 
-def test_packed_sequences_and_caches_are_named() -> None:
-    packed = Q[0, :, None].expand(4, 3, 2, 8)
-    for call in (
-        lambda: flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4),
-        lambda: flash_attn_varlen_kvpacked_func(Q[0], packed[:, :2], CU, CU, 4, 4),
-        lambda: flash_attn_varlen_qkvpacked_func(packed, CU, torch.tensor(4)),
-        lambda: fa3.flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4),
-    ):
-        with pytest.raises(Fa2Error, match="cu_seqlens_q"):
-            call()
+def test_caches_are_named() -> None:
     with pytest.raises(Fa2Error, match="flash_attn_varlen_func: block_table is given, which is not supported yet"):
         flash_attn_varlen_func(Q[0], Q, Q, CU, CU, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
     for name in ("block_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "k", "rotary_cos"):
@@ -409,3 +536,19 @@ def test_flash_attention_3_packed_with_fewer_key_heads() -> None:
     close(gradient, torch.autograd.grad(expected, [qkv], dout.double())[0], 2e-5)
     with pytest.raises(InvalidArgument, match="num_heads_q is None"):
         fa3.flash_attn_qkvpacked_func(qkv)
+
+
+def test_flash_attention_3_packed_sequences() -> None:
+    """With used lengths, which its function for packed sequences has."""
+    q, k, v = make((20, HEADS, DIM), *[(19, HEADS_K, DIM)] * 2)
+    cu, used_q, used_k = (starts(STARTS_Q), starts(STARTS_K)), starts([4, 0, 4, 3]), starts([3, 4, 0, 10])
+    out, lse = fa3.flash_attn_varlen_func(q, k, v, *cu, 11, 12, used_q, used_k, causal=True, return_attn_probs=True)
+    for n, (q0, k0) in enumerate(zip(STARTS_Q, STARTS_K[:-1], strict=False)):
+        i, j = int(used_q[n]), int(used_k[n])
+        rest = slice(q0 + i, STARTS_Q[n + 1])
+        assert not out[rest].any() and lse[:, rest].isneginf().all()
+        if i == 0:
+            continue
+        expected, expected_lse = formula(q[None, q0 : q0 + i], k[None, k0 : k0 + j], v[None, k0 : k0 + j], True)
+        close(out[q0 : q0 + i], expected[0], 2e-5)
+        close(lse[:, q0 : q0 + i], expected_lse[0].where(~expected_lse[0].isinf(), -expected_lse[0]), 2e-5)

@@ -41,14 +41,37 @@ def test_windows(is_causal: bool, window: int | tuple[int, int]) -> None:
         assert_close(found, wanted)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(16, 5), (5, 16)])
+@pytest.mark.parametrize("window", [None, 3, (0, 2), (12, 0)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_first_query_stands_beside_the_first_key(
+    queries: int, keys: int, window: int | tuple[int, int] | None, is_causal: bool
+) -> None:
+    q, k, v = X[0][:, :queries], X[1][:, :keys], X[2][:, :keys]
+    options = {"is_causal": is_causal, "local_window_size": window}
+    expected = jax.nn.dot_product_attention(q, k, v, **options)
+    if window is not None:  # rows that see no key are 0 here, and something there
+        left = window if isinstance(window, int) else window[0]
+        expected = expected.at[:, keys + left :].set(0.0)
+    ours, residual = fa2cupy.jax.dot_product_attention(q, k, v, **options, return_residual=True)
+    assert_close(ours, expected)
+    assert bool((jnp.isneginf(residual) == (ours == 0).all(-1)).all())
+
+
+def test_lengths_by_sequence() -> None:
+    q, k, v, _ = X
+    lengths = {"query_seq_lengths": jnp.asarray([16, 9]), "key_value_seq_lengths": jnp.asarray([4, 16])}
+    ours = fa2cupy.jax.dot_product_attention(q, k, v, **lengths)
+    expected = jax.nn.dot_product_attention(q, k, v, **lengths)
+    assert_close(ours[0], expected[0])
+    assert_close(ours[1, :9], expected[1, :9])
+    assert not ours[1, 9:].any()
+
+
 def test_dot_product_attention_never_misaligns() -> None:
     q, k, v, _ = X
-    with pytest.raises(InvalidArgument, match=r"16 queries and 8 keys: jax\.nn aligns them at the first key"):
-        fa2cupy.jax.dot_product_attention(q, k[:, :8], v[:, :8], is_causal=True)
     with pytest.raises(InvalidArgument, match="is_causal=True with query_seq_lengths or key_value_seq_lengths"):
         fa2cupy.jax.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=jnp.asarray([3, 4]))
-    with pytest.raises(InvalidArgument, match=r"local_window_size=3 with 16 queries and 8 keys: jax\.nn aligns"):
-        fa2cupy.jax.dot_product_attention(q, k[:, :8], v[:, :8], local_window_size=3)
     with pytest.raises(ValueError, match=r"bias.*not supported yet"):
         fa2cupy.jax.dot_product_attention(q, k, v, bias=jnp.zeros((1, 1, S, S)))
 
@@ -62,8 +85,11 @@ def test_flax_attention() -> None:
         fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1)
     fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1, deterministic=True)
     assert_close(fa2cupy.jax.flax_attention(q, k, v, is_causal=True), theirs(q, k, v))
-    with pytest.raises(InvalidArgument, match=r"is_causal=True with 16 queries and 8 keys: flax aligns"):
-        fa2cupy.jax.flax_attention(q, k[:, :8], v[:, :8], is_causal=True)
+    for queries, keys in ((16, 8), (5, 16)):
+        arrays = q[:, :queries], k[:, :keys], v[:, :keys]
+        assert_close(fa2cupy.jax.flax_attention(*arrays, is_causal=True), theirs(*arrays))
+    with pytest.raises(InvalidArgument, match="is_causal=True beside causal= or window_size="):
+        fa2cupy.jax.flax_attention(q, k, v, is_causal=True, causal=True)
 
 
 def test_dot_product_attention_takes_numpy_arrays() -> None:
@@ -73,8 +99,11 @@ def test_dot_product_attention_takes_numpy_arrays() -> None:
     assert_close(out, theirs(q, k, v))
 
 
-def test_packed_sequences_wait_for_segment_ids() -> None:
-    """A packed batch must equal the unpacked one; until it can, it is an error."""
+def test_packed_sequences_by_segments() -> None:
+    """A packed batch equals the unpacked one."""
     q, k, v, _ = X
-    with pytest.raises(ValueError, match=r"segment_ids.*not supported yet"):
-        fa2cupy.jax.flax_attention(q, k, v, causal=True, segment_ids=jnp.zeros((B, S), "int32"))
+    ids = jnp.asarray([[0] * 5 + [1] * 11, [7] * 16], "int32")
+    out = fa2cupy.jax.flax_attention(q, k, v, causal=True, segment_ids=ids)
+    assert_close(out[1], theirs(q, k, v)[1])
+    for first, end in ((0, 5), (5, 16)):
+        assert_close(out[:1, first:end], theirs(*(x[:1, first:end] for x in (q, k, v))))

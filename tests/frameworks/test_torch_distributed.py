@@ -96,3 +96,26 @@ def test_heads_are_split_only_into_whole_groups(
     k, v = (distributed(mesh, (4, 6, key_heads, 16), *placements) for _ in range(2))
     out = fa2cupy.attention(q, k, v)
     assert (Shard(2) in out.placements) == kept
+
+
+@pytest.mark.parametrize("form", ["packed", "k packed", "seqused", "segments"])
+def test_lengths(mesh: Any, form: str) -> None:
+    """Used lengths and segments are split with the batch; of packed arrays heads alone are split."""
+    packed_q, packed_k = form == "packed", form in ("packed", "k packed")
+    shapes = [(20, 4, 16) if packed else (4, 6, 4, 16) for packed in (packed_q, packed_k, packed_k)]
+    dims = [1 if packed else 2 for packed in (packed_q, packed_k, packed_k)]
+    batch = Replicate() if packed_k else Shard(0)
+    q, k, v = (distributed(mesh, shape, batch, Shard(dim)) for shape, dim in zip(shapes, dims, strict=True))
+
+    def integers(*shape: int) -> Any:
+        local = [shape[0] if packed_k else shape[0] // 2, *shape[1:]]
+        return DTensor.from_local(torch.zeros(local, dtype=torch.int32), mesh, (batch, Replicate()))
+
+    lengths = {"seqused": {"seqused_k": integers(4)}, "segments": {"segment_ids": integers(4, 6)}}.get(form, {})
+    lengths |= {
+        f"cu_seqlens_{side}": integers(5) for side, packed in zip("qk", (packed_q, packed_k), strict=True) if packed
+    }
+    out, lse = fa2cupy.attention(q, k, v, return_lse=True, **lengths)
+    assert out.placements == (batch, Shard(dims[0])) and lse.placements == (batch, Shard(0 if packed_q else 1))
+    for x, gradient in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert (gradient.placements, gradient.shape) == (x.placements, x.shape)

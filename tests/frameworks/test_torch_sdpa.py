@@ -158,15 +158,10 @@ def test_flash(layout: str, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cudnn(layout: str, causal: bool, lengths: tuple[int, int]) -> None:
-    """Top-left aligned; head_dim_v of its own; more queries than keys under causal are cuDNN's."""
+    """Top-left aligned; head_dim_v of its own."""
     q, k, v, dout = (LAYOUTS[layout](x) for x in tensors(*lengths, head_dim_v=16))
-    handed_on: list[Any] = []
     arguments = (q, k, v, None, True, 0.0, causal)
-    results = kernel("_scaled_dot_product_cudnn_attention", handed_on)(*arguments)
-    if causal and lengths[0] > lengths[1]:
-        assert handed_on == [("causal with more queries than keys, aligned top-left, is not supported yet",
-                              (*arguments, False), {"scale": None})]  # fmt: skip
-        return
+    results = kernel("_scaled_dot_product_cudnn_attention")(*arguments)
     like_meta(results, aten._scaled_dot_product_cudnn_attention, *arguments)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     out, lse = reference(*leaves, "top-left" if causal else "")
@@ -196,6 +191,61 @@ def test_flash_of_its_own(layout: str, causal: bool) -> None:
     check(gradients, torch.autograd.grad(out.transpose(1, 2), leaves, dout.double()))
 
 
+@pytest.mark.parametrize("window", [(None, None), (2, 1), (-1, 0), (3, -1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_with_a_window(causal: bool, window: tuple[int | None, int | None]) -> None:
+    """Dense and packed alike: one sequence of each row."""
+    q, k, v, dout = (transposed(x).transpose(1, 2) for x in tensors(5, 9))
+    ends = {"scale": None, "window_size_left": window[0], "window_size_right": window[1]}
+    results = kernel("_flash_attention_forward")(q, k, v, None, None, 5, 9, 0.0, causal, False, **ends)
+    backward = kernel("_flash_attention_backward")
+    gradients = backward(dout, q, k, v, *results[:2], None, None, 5, 9, 0.0, causal, *results[2:4], **ends)
+    left, right = (-1 if end is None else end for end in window)
+    expected, _ = fa2cupy.attention(
+        q, k, v, causal=causal, window_size=(left, -1 if causal else right), return_lse=True
+    )
+    assert torch.equal(results[0], expected)
+    flat = [x.flatten(0, 1) for x in (q, k, v, dout)]
+    starts = torch.tensor([0, 5, 10], dtype=torch.int32), torch.tensor([0, 9, 18], dtype=torch.int32)
+    arguments = (*flat[:3], *starts, 5, 9, 0.0, causal, False)
+    packed = kernel("_flash_attention_forward")(*arguments, **ends)
+    like_meta(packed, aten._flash_attention_forward, *arguments, **ends)
+    assert torch.equal(packed[0], results[0].flatten(0, 1))
+    assert torch.equal(packed[1], results[1].transpose(0, 1).flatten(1))
+    again = backward(flat[3], *flat[:3], *packed[:2], *starts, 5, 9, 0.0, causal, *packed[2:4], **ends)
+    for got, wanted in zip(again, gradients, strict=True):
+        assert torch.equal(got, wanted.flatten(0, 1))
+    assert counted() == {OURS: 2, BACKWARD: 2}
+
+
+def test_packed_flash() -> None:
+    """Any strides, int64 starts, keys in use; results lie in memory as torch's meta functions say."""
+    q, k, v, dout = (
+        torch.randn(h, n, 8, dtype=torch.bfloat16).transpose(0, 1) for h, n in ((4, 7), (2, 9), (2, 9), (4, 7))
+    )
+    starts = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 4, 6, 9])
+    used = torch.tensor([2, 2, 0], dtype=torch.int32)
+    arguments = (q, k, v, *starts, 4, 4, 0.0, True, False)
+    results = kernel("_flash_attention_forward")(*arguments, seqused_k=used)
+    like_meta(results, aten._flash_attention_forward, *arguments)
+    expected = fa2cupy.attention(
+        q, k, v, causal=True, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], seqused_k=used, return_lse=True
+    )
+    assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
+    (
+        out,
+        lse,
+        *_,
+    ) = kernel("_flash_attention_forward")(*arguments)
+    gradients = kernel("_flash_attention_backward")(dout, q, k, v, out, lse, *starts, 4, 4, 0.0, True, None, None)
+    for got, x in zip(gradients, (q, k, v), strict=True):
+        assert got.stride() == torch.empty_like(x).stride()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    again = fa2cupy.attention(*leaves, causal=True, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    for got, wanted in zip(gradients, torch.autograd.grad(again, leaves, dout), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_what_goes_on_to_torch() -> None:
     """With all arguments as they came, and why."""
     q, k, v, _ = tensors()
@@ -212,13 +262,14 @@ def test_what_goes_on_to_torch() -> None:
          (q, q, k, v, q, q, q, q, None, None, None, 7, 7, 0.5, True), {"scale": None}),
         ("_scaled_dot_product_flash_attention_backward", "dropout",
          (q, q, k, v, q, q, None, None, 7, 7, 0.5, True, q, q), {"scale": None}),
-        ("_flash_attention_forward", "packed", (q, k, v, lengths, lengths, 4, 4, 0.0, True, False), {"scale": None}),
-        ("_flash_attention_forward", "window_size_left",
-         (q, k, v, None, None, 4, 4, 0.0, True, False), {"scale": None, "window_size_left": 3}),
+        ("_flash_attention_forward", "one packed side",
+         (q[0], k, v, lengths, None, 4, 4, 0.0, True, False), {"scale": None}),
+        ("_flash_attention_forward", "seqused_k",
+         (q, k, v, None, None, 4, 4, 0.0, True, False), {"scale": None, "seqused_k": lengths}),
         ("_flash_attention_forward", "alibi_slopes",
          (q, k, v, None, None, 4, 4, 0.0, True, False), {"scale": None, "alibi_slopes": q}),
-        ("_flash_attention_backward", "packed",
-         (q, q, k, v, q, q, lengths, lengths, 4, 4, 0.0, True, q, q), {"scale": None, "window_size_left": None}),
+        ("_flash_attention_backward", "dropout",
+         (q, q, k, v, q, q, lengths, lengths, 4, 4, 0.5, True, q, q), {"scale": None, "window_size_left": None}),
     ):  # fmt: skip
         handed_on: list[Any] = []
         kernel(name, handed_on)(*arguments, **keywords)
@@ -270,12 +321,12 @@ def test_taken_over(dtype: torch.dtype, layout: str) -> None:
 
 
 def test_lengths_that_differ() -> None:
-    for lengths, ours in (((5, 9), 1), ((9, 5), 0)):
+    for lengths in ((5, 9), (9, 5)):
         q, k, v, _ = tensors(*lengths, dtype=torch.float32, heads=(2, 2))
         with sdpa(device="cpu"), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
         assert_close(out.double(), reference(q, k, v, "top-left")[0], rtol=1e-5, atol=1e-5)
-        assert counted().get(OURS, 0) == ours
+        assert counted() == {OURS: 1}
         fa2cupy.report(reset=True)
 
 
@@ -395,8 +446,17 @@ def test_function(lengths: tuple[int, int], causal: bool) -> None:
         results.append((out, *torch.autograd.grad(out, leaves, dout)))
     for got, wanted in zip(results[1], results[0], strict=True):
         assert_close(got, wanted)
-    fell_back = causal and lengths[0] > lengths[1]
-    assert [row.kernel for row in fa2cupy.report()] == ["torch's SDPA" if fell_back else "fa2cupy"]
+    assert [row.kernel for row in fa2cupy.report()] == ["fa2cupy"]
+
+
+def test_function_compiled_for_any_lengths() -> None:
+    """Top-left alignment of more queries than keys is a window, whose size is then a number of the graph."""
+    compiled = torch.compile(scaled_dot_product_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in ((9, 5), (12, 5), (5, 9), (7, 7)):
+        q, k, v, _ = tensors(*lengths, dtype=torch.float32, heads=(2, 2))
+        assert_close(
+            compiled(q, k, v, is_causal=True), functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        )
 
 
 def test_what_the_function_leaves_to_torch() -> None:
