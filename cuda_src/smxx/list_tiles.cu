@@ -141,8 +141,9 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
     if (ends[s + step - 1] <= index) s += step;
   const int block = index - (s > 0 ? ends[s - 1] : 0), sequence = first_sequence + s;
   const int first_tile_q = before.tiles_q + (s > 0 ? smem.end_q[s - 1] : 0);
+  // All of a sequence's tiles or none, of both sides: nobody may wait for the turn of one that is left out.
   if (first_tile_q + ceil_div(smem.seqlen_q[s], kBlockM) > params.tiles_of_head_q) return -1;
-  if (kOfKeys && before.tiles_k + index >= params.tiles_of_head_k) return -1;
+  if (params.tiles_k && before.tiles_k + smem.end_k[s] > params.tiles_of_head_k) return -1;
   tile = {smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], sequence, sequence, block,
           kOfKeys ? first_tile_q : first_tile_q + block};
   int blocks;
@@ -214,7 +215,9 @@ FA2_DEVICE void list_all(SharedMemory& smem, const ListTilesBandParams& params) 
         count_tiles<false>(smem, params, before, first);
         if (params.tiles_k) count_tiles<true>(smem, params, before, first);
       }
-      before.tiles_q += smem.end_q[kNumThreads - 1], before.tiles_k += smem.end_k[kNumThreads - 1];
+      // One more than there is room for is enough: no number of wrong lengths comes round to small numbers.
+      before.tiles_q = min(before.tiles_q + smem.end_q[kNumThreads - 1], params.tiles_of_head_q + 1);
+      before.tiles_k = min(before.tiles_k + smem.end_k[kNumThreads - 1], params.tiles_of_head_k + 1);
       __syncthreads();  // everybody is done with these sequences
     }
     return before;

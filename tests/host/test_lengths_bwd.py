@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.host.build import Mutation
-from tests.host.lengths import LengthsCase, check, lengths_of, prepare
+from tests.host.lengths import LengthsCase, check, execute, judge_memory, lengths_of, prepare
 from tests.host.run import HostRunError, Schedule
 
 # As lengths_of has them.
@@ -77,6 +78,21 @@ def test_who_adds_to_dq() -> None:
         plan = prepare(case(sequences, 64, "sm_90"), True).plan
         (defines,) = (launch.defines for launch in plan.launches if launch.name == "flash_bwd")
         assert defines["FA2_CLEAR_DQ"] == cleared
+
+
+# Starts that overlap and go back, so that there are more tiles than there is room for.
+WRONG = ((0, 530, 0, 530, 0, 530), (-5, 1 << 30, -9, 3, -(1 << 31), 99), (530,) * 6)
+
+
+@pytest.mark.parametrize("arch, causal", [("sm_80", True), ("sm_90", False)])
+def test_wrong_lengths_end_and_stay_inside(arch: str, causal: bool) -> None:
+    """In turn: a sequence has all of its tiles or none, so nobody waits for one that is not there."""
+    window, sequences = None if causal else (100, 50), ((64, 64), (0, 0), (129, 129), (0, 0), (337, 337))
+    prepared = prepare(case(sequences, 64, arch, causal=causal, window=window, deterministic=True), True)
+    for wrong in WRONG:
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            execute(prepared, arrays=prepared.arrays | {name: np.array(wrong, np.int32)})
+            judge_memory(prepared)
 
 
 @pytest.mark.slow
