@@ -117,6 +117,13 @@ def band_jobs(arch: str) -> list[CompileJob]:
 
 # Of kernels that take tiles from lists, by architecture, source, head_dim, and whether there is a band: likewise.
 _LIST_SPILLS = {
+    ("sm_80", "sm80/flash_fwd.cu", 64, True): 148,
+    ("sm_80", "sm80/flash_fwd.cu", 96, True): 68,
+    ("sm_80", "sm80/flash_fwd.cu", 256, True): 48,
+    ("sm_90", "sm80/flash_fwd.cu", 96, True): 52,
+    ("sm_90", "sm80/flash_fwd.cu", 128, True): 48,
+    ("sm_90", "sm80/flash_fwd.cu", 192, True): 12,
+    ("sm_90a", "sm90/flash_fwd.cu", 256, True): 4,
     ("sm_90a", "sm90/flash_bwd.cu", 128, False): 24,
     ("sm_90a", "sm90/flash_bwd.cu", 128, True): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 28,
@@ -125,7 +132,7 @@ _LIST_SPILLS = {
 
 
 def list_jobs(arch: str, band: bool) -> list[CompileJob]:
-    """Every row of the main kernels as it is compiled for lists of tiles (of the backward: whose key blocks are whole)."""
+    """Every row of the main kernels as it is compiled for lists of tiles (of the backward with key blocks unshared)."""
     jobs = []
     for job in compile_jobs(arch, True):
         struct = _STRUCTS.get(job.source)
