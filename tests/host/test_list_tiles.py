@@ -216,16 +216,17 @@ def test_an_entry_is_two_reads() -> None:
     assert ctypes.sizeof(ListedTile) == 32
 
 
-# Case, what stands there, what is put there instead.
+SEQUENCES = "common/sequences.cuh"
+# Case, what stands there, what is put there instead; in the kernel, or in the header.
 MUTANTS = [
     ("packed-sorted", "ends[s + step - 1] <= index", "ends[s + step - 1] < index"),
     ("packed-sorted", "kBins - 1 - min(bin, kBins - 1)", "min(bin, kBins - 1)"),
     ("causal", "queries.first + unseen_q", "queries.first"),
     ("packed-backward", "place = listed + up_to_here - 1;", "place = listed + up_to_here;"),
     ("many-True", "listed += smem.bin_q[0];", "listed += 0;"),
-    ("gaps", "run.first += padding, run.seqlen -= padding;", "run.first += padding;"),
+    ("gaps", "run.first += in_front, run.seqlen -= in_front;", "run.first += in_front;"),
     ("gaps", "row < seen_from || row >= seen_to", "row < seen_from"),
-    ("queries-packed", "own.cu_seqlens[count + half - 1] <= at", "own.cu_seqlens[count + half - 1] < at"),
+    ("queries-packed", "own.starts[count + half - 1] <= at", "own.starts[count + half - 1] < at"),
     ("causal", "own.seqlen - other.seqlen - reach, 0)", "own.seqlen - other.seqlen - reach - 1, 0)"),
     ("causal", "own.seqlen - other.seqlen - reach, 0)", "own.seqlen - other.seqlen - reach + 1, 0)"),
     ("window-backward", "return {params.left, params.right};", "return {params.right, params.left};"),
@@ -236,7 +237,8 @@ MUTANTS = [
 @pytest.mark.parametrize(("name", "old", "new"), MUTANTS, ids=[f"{m[0]}-{n}" for n, m in enumerate(MUTANTS)])
 def test_mutants(name: str, old: str, new: str) -> None:
     with pytest.raises((AssertionError, run.HostRunError)):
-        check(CASES[name], mutation=Mutation(SOURCE, old, new))
+        in_header = old in (build.source_module.root() / SEQUENCES).read_text()
+        check(CASES[name], mutation=Mutation(SEQUENCES if in_header else SOURCE, old, new))
 
 
 def test_every_barrier_is_needed() -> None:
