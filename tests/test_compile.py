@@ -19,7 +19,7 @@ import pytest
 
 from fa2cupy.jit import DeviceInfo, compile_many
 from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward
-from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, composed
+from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import WindowParams
 from tests import digests, nvrtc
@@ -116,7 +116,43 @@ def band_jobs(arch: str) -> list[CompileJob]:
     return jobs
 
 
-def check_bands(jobs: list[CompileJob]) -> None:
+# Of kernels that take tiles from lists, by architecture, source, head_dim, and whether there is a band: likewise.
+_LIST_SPILLS = {
+    ("sm_80", "sm80/flash_fwd.cu", 64, True): 148,
+    ("sm_80", "sm80/flash_fwd.cu", 96, True): 68,
+    ("sm_80", "sm80/flash_fwd.cu", 256, True): 48,
+    ("sm_90", "sm80/flash_fwd.cu", 96, True): 52,
+    ("sm_90", "sm80/flash_fwd.cu", 128, True): 48,
+    ("sm_90", "sm80/flash_fwd.cu", 192, True): 12,
+    ("sm_90a", "sm90/flash_fwd.cu", 256, True): 4,
+    ("sm_90a", "sm90/flash_bwd.cu", 128, False): 24,
+    ("sm_90a", "sm90/flash_bwd.cu", 128, True): 28,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 28,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 12,
+}
+
+
+def list_jobs(arch: str, band: bool) -> list[CompileJob]:
+    """Every row of the main kernels as it is compiled for lists of tiles (of the backward with key blocks unshared)."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        if struct is None or not job.defines["FA2_BF16"] or job.defines.get("FA2_PARTIAL_DKV"):
+            continue
+        masked = job.source == "sm90/flash_fwd.cu"  # as of windows alone
+        if band and job.defines["FA2_CAUSAL"] != masked:
+            continue
+        size = ctypes.sizeof(composed(struct, (*((WindowParams,) if band else ()), ListParams)))
+        lists = {"FA2_LISTED": 1, "FA2_UNSEEN_ROWS": 1, "FA2_PARAMS_BYTES": size}
+        defines = {**job.defines, **lists, **({"FA2_CAUSAL": 0, "FA2_BAND": 1} if band else {})}
+        more = _LIST_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), band), 0)
+        allowed = job.allowed_spill_bytes + more
+        label = f"{job.label} of a list" + " band" * band
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
+def check_spills(jobs: list[CompileJob]) -> None:
     """Compiled with the NVRTC that is installed."""
     found = []
     for result in compile_many(jobs):
@@ -133,13 +169,27 @@ def test_some_rows_with_a_band() -> None:
     """The first row at head_dim 128, or above, of each main kernel."""
     first = {job.source: job for job in reversed(band_jobs("sm_90a")) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
     assert len(first) == len(_STRUCTS)
-    check_bands(list(first.values()))
+    check_spills(list(first.values()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_all_rows_with_a_band(arch: str) -> None:
-    check_bands(band_jobs(arch))
+    check_spills(band_jobs(arch))
+
+
+def test_some_rows_of_lists() -> None:
+    """The first row at head_dim 128, or above, of each main kernel."""
+    first = {job.source: job for job in reversed(list_jobs("sm_90a", False)) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
+    assert len(first) == len(_STRUCTS)
+    check_spills(list(first.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("band", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_of_lists(arch: str, band: bool) -> None:
+    check_spills(list_jobs(arch, band))
 
 
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2, 3))])

@@ -58,8 +58,8 @@ struct QueryTileOf<true> {
 using QueryTile = QueryTileOf<kListed>;
 
 // Tile `linear` of a list of `count`.
-template <typename Params>
-FA2_DEVICE QueryTile listed_query_tile(const Params& params, int linear, int count, int heads) {
+template <typename Params, typename Tile = QueryTile>
+FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int count, int heads) {
   const ListPlace place = place_in_list(linear, count, heads);
   const ListedTile tile = read_listed(params.tiles_q + place.entry);
   return {tile.block, place.head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};

@@ -96,7 +96,6 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
     k.advance();
     v_parity ^= 1;
   }
-  if (kListed) griddepcontrol_wait();  // with no tile to take, too: the kernel after this one takes the one before it for ended
 }
 
 // Which of dQ's warps (dq_accum.cuh) a warp of a warpgroup is.
@@ -389,6 +388,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised
+  if constexpr (kListed) griddepcontrol_wait();  // everybody, who finds no tile too: the lists and all else that was written is there
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -113,7 +113,6 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
       }
     }
   }
-  if (kListed) griddepcontrol_wait();  // with no tile to take, too: the kernel after this one takes the one before it for ended
 }
 
 using AccS = Accumulator<1, kBlockN / 8>;  // 64 queries x 64 keys
@@ -434,6 +433,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kN
     mbarrier_arrive_expect_tx(smem.ds_peer_full, smem.ds_peer.kBytes);
   }
   cluster_sync();  // the barriers are initialised
+  if constexpr (kListed) griddepcontrol_wait();  // everybody, who finds no tile too: the lists and all else that was written is there
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -9,7 +9,7 @@
 // The other thread blocks look after the rows that belong to no sequence or see nothing, a warp for a few neighbouring rows. They take
 // nothing from block 0, and do not wait for it.
 #include "common/ptx.cuh"
-#include "common/visit.cuh"
+#include "common/sequences.cuh"
 
 static_assert(sizeof(ListTilesBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
@@ -24,55 +24,6 @@ struct SharedMemory {
   int warp_q[kNumWarps], warp_k[kNumWarps];
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/smxx/list_tiles.py and this struct differ");
-
-// One side of a sequence.
-struct Run {
-  int first, seqlen;
-};
-
-// One side of all of them. Whatever the arrays hold, a run lies within the rows that there are.
-struct Side {
-  const int *cu_seqlens, *seqused, *leftpad;
-  int rows;
-  FA2_DEVICE Run run(int sequence) const {
-    Run run{0, rows};
-    if (cu_seqlens) {
-      run.first = min(max(cu_seqlens[sequence], 0), rows);
-      run.seqlen = min(max(cu_seqlens[sequence + 1], run.first), rows) - run.first;
-    }
-    if (seqused) run.seqlen = min(max(seqused[sequence], 0), run.seqlen);
-    if (leftpad) {
-      const int padding = min(max(leftpad[sequence], 0), run.seqlen);
-      run.first += padding, run.seqlen -= padding;
-    }
-    return run;
-  }
-};
-FA2_DEVICE Side queries_of(const ListTilesBandParams& params) {
-  return {params.cu_seqlens_q, params.seqused_q, nullptr, params.rows_q};
-}
-FA2_DEVICE Side keys_of(const ListTilesBandParams& params) {
-  return {params.cu_seqlens_k, params.seqused_k, params.leftpad_k, params.rows_k};
-}
-
-// How far a query sees, in both directions.
-struct Reach {
-  int before, behind;
-};
-template <typename Params>
-FA2_DEVICE Reach reach_of(const Params& params) {
-  constexpr int kAll = 1 << 30;
-  if constexpr (kBand) {
-    return {params.left, params.right};
-  } else {
-    return {kAll, kCausal ? 0 : kAll};
-  }
-}
-
-// How many rows in front of a run of queries see no key; or of a run of keys are seen by no query. reach: how far the band goes.
-FA2_DEVICE int unseen_rows(const Run& own, const Run& other, int reach) {
-  return other.seqlen == 0 ? own.seqlen : min(max(own.seqlen - other.seqlen - reach, 0), own.seqlen);
-}
 
 // ---- lists --------------------------------------------------------------------------------------------------------------
 
@@ -141,8 +92,9 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
     if (ends[s + step - 1] <= index) s += step;
   const int block = index - (s > 0 ? ends[s - 1] : 0), sequence = first_sequence + s;
   const int first_tile_q = before.tiles_q + (s > 0 ? smem.end_q[s - 1] : 0);
+  // All of a sequence's tiles or none, of both sides: nobody may wait for the turn of one that is left out.
   if (first_tile_q + ceil_div(smem.seqlen_q[s], kBlockM) > params.tiles_of_head_q) return -1;
-  if (kOfKeys && before.tiles_k + index >= params.tiles_of_head_k) return -1;
+  if (params.tiles_k && before.tiles_k + smem.end_k[s] > params.tiles_of_head_k) return -1;
   tile = {smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], sequence, sequence, block,
           kOfKeys ? first_tile_q : first_tile_q + block};
   int blocks;
@@ -214,7 +166,9 @@ FA2_DEVICE void list_all(SharedMemory& smem, const ListTilesBandParams& params) 
         count_tiles<false>(smem, params, before, first);
         if (params.tiles_k) count_tiles<true>(smem, params, before, first);
       }
-      before.tiles_q += smem.end_q[kNumThreads - 1], before.tiles_k += smem.end_k[kNumThreads - 1];
+      // One more than there is room for is enough: no number of wrong lengths comes round to small numbers.
+      before.tiles_q = min(before.tiles_q + smem.end_q[kNumThreads - 1], params.tiles_of_head_q + 1);
+      before.tiles_k = min(before.tiles_k + smem.end_k[kNumThreads - 1], params.tiles_of_head_k + 1);
       __syncthreads();  // everybody is done with these sequences
     }
     return before;
@@ -254,7 +208,7 @@ FA2_DEVICE void clear_row(Element* array, const Strides& strides, int64_t batch,
 // Calls clear(batch, row) for the rows of a side that belong to no run, or stand in front of one and see nothing.
 template <typename Clear>
 FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, int reach, const Clear& clear) {
-  const int64_t rows = own.cu_seqlens ? own.rows : static_cast<int64_t>(own.rows) * sequences;
+  const int64_t rows = own.starts ? own.rows : static_cast<int64_t>(own.rows) * sequences;
   const int64_t warp = static_cast<int64_t>(blockIdx.x - 1) * kNumWarps + threadIdx.x / 32;
   const int64_t step = static_cast<int64_t>(gridDim.x - 1) * kNumWarps * kRowsPerWarp;
   for (int64_t first = warp * kRowsPerWarp; first < rows; first += step) {
@@ -263,18 +217,18 @@ FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, 
       // The sequence whose rows these are, used or not; -1 or `sequences` where they are in front of all, or behind.
       int sequence;
       int64_t origin = 0, until;
-      if (own.cu_seqlens) {
+      if (own.starts) {
         int count = 0;  // of starts that are not behind
         for (int left = sequences + 1; left > 0;) {
           const int half = (left + 1) / 2;
-          if (own.cu_seqlens[count + half - 1] <= at) {
+          if (own.starts[count + half - 1] <= at) {
             count += half, left -= half;
           } else {
             left = half - 1;
           }
         }
         sequence = count - 1;
-        until = sequence < sequences ? own.cu_seqlens[sequence + 1] : rows;
+        until = sequence < sequences ? own.starts[sequence + 1] : rows;
       } else {
         sequence = static_cast<int>(at / own.rows);
         origin = static_cast<int64_t>(sequence) * own.rows;
@@ -288,7 +242,7 @@ FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, 
       }
       for (; at < until; ++at) {
         const int64_t row = at - origin;
-        if (row < seen_from || row >= seen_to) clear(own.cu_seqlens ? 0 : sequence, row);
+        if (row < seen_from || row >= seen_to) clear(own.starts ? 0 : sequence, row);
       }
     }
   }

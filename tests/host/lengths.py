@@ -92,9 +92,36 @@ class Lengths:
         return found
 
 
+def lengths_of(
+    *sequences: tuple[int, ...],
+    packed_q: bool = True,
+    packed_k: bool = True,
+    behind: int = 0,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Lengths:
+    """Of sequences (seqlen_q, seqlen_k, rows behind its queries, in front of its keys, behind its keys), the last three
+    unused, 0 where they are left out. A side that is not packed has a row of the batch for each. behind: rows behind
+    all of them, of a packed side.
+    """
+    full = [(*sequence, *(0,) * (5 - len(sequence))) for sequence in sequences]
+    rows = {"q": [sq + gap for sq, _, gap, _, _ in full], "k": [left + sk + gap for _, sk, _, left, gap in full]}
+    used = {"q": tuple(sq for sq, *_ in full), "k": tuple(left + sk for _, sk, _, left, _ in full)}
+    pads = tuple(left for _, _, _, left, _ in full)
+    given: dict[str, tuple[int, ...] | None] = {"leftpad_k": pads if any(pads) else None}
+    lengths = {}
+    for side, packed in (("q", packed_q), ("k", packed_k)):
+        lengths[side] = sum(rows[side]) + behind if packed else max(rows[side])
+        given[f"cu_seqlens_{side}"] = starts(*rows[side]) if packed else None
+        given[f"seqused_{side}"] = None if packed and used[side] == tuple(rows[side]) else used[side]
+    return Lengths(lengths["q"], lengths["k"], len(full), causal=causal, window=window, **given)
+
+
 @dataclass(frozen=True)
 class LengthsCase:
-    """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows."""
+    """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows.
+    dlse: a backward is given a gradient of lse.
+    """
 
     lengths: Lengths
     head_dim: int = 64
@@ -107,13 +134,14 @@ class LengthsCase:
     deterministic: bool = False
     family: str | None = None
     seed: int = 1
+    dlse: bool = False
 
     def __str__(self) -> str:
         texts = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
         return f"LengthsCase({', '.join(texts)})"
 
 
-_OF_QUERIES = ("q", "out", "lse", "dout", "dq")
+_OF_QUERIES = ("q", "out", "lse", "dlse", "dout", "dq")
 
 
 @dataclass
@@ -138,7 +166,7 @@ def _tensor(case: LengthsCase, name: str) -> Tensor:
     side = "q" if name in _OF_QUERIES else "k"
     batch, rows = lengths.batch(side), getattr(lengths, f"rows_{side}")
     heads = case.heads[0] if side == "q" else case.heads[1]
-    if name == "lse":
+    if name in ("lse", "dlse"):
         return Tensor((batch, heads, rows), (heads * rows, rows, 1), "float32")
     width = (case.head_dim_v or case.head_dim) if name in ("v", "out", "dout", "dv") else case.head_dim
     pitch = width + case.pad
@@ -153,17 +181,20 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
         lengths.sequences, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
         case.head_dim_v or case.head_dim, lengths.is_packed("q"), lengths.is_packed("k"),
     )  # fmt: skip
-    refs = {name: tensor.ref() for name, tensor in tensors.items()}  # of a batch of one the stride is 0
+    refs = {name: tensor.ref() for name, tensor in tensors.items() if name != "dlse"}  # of one row the stride is 0
     options = Options.checked(lengths.causal, None, "bshd", None, case.deterministic)
     problem = AttentionProblem.from_refs(refs, sizes, case.dtype, options)
     problem = dataclasses.replace(problem, lengths=lengths.spec)
-    return problem if lengths.window is None else SPECS["window_size"](problem, lengths.window)
+    if lengths.window is not None:
+        problem = SPECS["window_size"](problem, lengths.window)
+    return SPECS["dlse"](problem, tensors["dlse"].ref()) if "dlse" in tensors else problem
 
 
 def prepare(case: LengthsCase, backward: bool) -> Prepared:
-    """Rows that belong to no sequence hold NaN."""
+    """Rows that belong to no sequence hold NaN, and so do queries that see no key, and keys that no query sees."""
     lengths = case.lengths
-    tensors = {name: _tensor(case, name) for name in (BACKWARD if backward else FORWARD)}
+    names = (BACKWARD if backward else FORWARD) + ("dlse",) * (backward and case.dlse)
+    tensors = {name: _tensor(case, name) for name in names}
     numbers = reference.make_inputs(
         case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.sequences),
         heads=case.heads, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
@@ -175,6 +206,11 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
             for b, (first, length) in enumerate(lengths.runs(side)):
                 rows = slice(first, first + length)
                 values[lengths.row(side, b), rows] = numbers[name].view(np.uint16)[lengths.row(side, b), rows]
+            values[~lengths.seen(side)] = 0xFFFF
+    if "dlse" in tensors:
+        dlse = tensors["dlse"].values.swapaxes(1, 2)
+        seen = lengths.seen("q")
+        dlse[seen] = np.random.default_rng(case.seed).standard_normal(dlse[seen].shape)
     expected: list[reference.Expected | None] = []
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
         if not sq or not sk:
@@ -185,8 +221,8 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
             for name, tensor in tensors.items()
         }
         want = reference.expect(
-            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window
-        )  # fmt: skip
+            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window, dlse=of.get("dlse")
+        )
         expected.append(want)
         if backward:
             model = want.bounds["out"].model
@@ -209,7 +245,7 @@ def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tup
     """A sequence's part of an array, with a batch of one."""
     row = case.lengths.row("q" if name in _OF_QUERIES else "k", sequence)
     there = slice(rows[0], rows[0] + rows[1])
-    if name == "lse":
+    if name in ("lse", "dlse"):
         return tensor.values[row : row + 1, :, there]
     part = tensor.values[row : row + 1, there]
     return part if case.dtype == "bfloat16" else part.view(np.float16)
@@ -230,6 +266,8 @@ def execute(
     names = BACKWARD if prepared.backward else FORWARD
     pointers = tuple(prepared.tensors[name].pointer for name in names)
     pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
+    if "dlse" in prepared.tensors:
+        pointers += (prepared.tensors["dlse"].pointer,)
     sites = run_plan(prepared.plan, pointers, prepared.workspace, schedule, plant=plant, mutation=mutation, seed=seed)
     return {name: prepared.tensors[name].bits() for name in prepared.results}, sites
 

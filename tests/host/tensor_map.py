@@ -34,7 +34,9 @@ def pack(pointer: int, dims: Sequence[int], strides_bytes: Sequence[int], box: S
     if rank not in (4, 5) or not all(1 <= n <= 1 << 32 for n in dims):
         raise ValueError(f"four or five dimensions of 1 to 2^32 are needed, not {dims}")
     if len(strides_bytes) != rank - 1 or not all(s % 16 == 0 and 0 <= s < 1 << 40 for s in strides_bytes):
-        raise ValueError(f"a stride for each dimension but one is needed, multiples of 16 below 2^40, not {strides_bytes}")
+        raise ValueError(
+            f"a stride for each dimension but one is needed, multiples of 16 below 2^40, not {strides_bytes}"
+        )
     if pointer % 16:
         raise ValueError(f"{pointer:#x} is not 16-byte aligned")
     if not 1 <= box[1] <= 256 or any(n != 1 for n in box[2:]):

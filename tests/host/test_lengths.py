@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
-from tests.host.lengths import Lengths, LengthsCase, check, starts
+from fa2cupy.kernels import plan_forward
+from tests.host.build import Mutation
+from tests.host.kernel_run import Tensor, device, run_plan
+from tests.host.lengths import (
+    Lengths,
+    LengthsCase,
+    check,
+    execute,
+    judge,
+    judge_memory,
+    prepare,
+    prepared_of,
+    problem_of,
+    starts,
+)
+from tests.host.run import HostRunError, Schedule
 
 # Zero lengths on either side, one row, blocks' edges and beside them; more queries than keys.
 _PACKED = Lengths(520, 700, 8, starts(1, 0, 130, 64, 65, 129, 0, 100), starts(5, 7, 203, 0, 33, 128, 0, 261))
@@ -51,12 +67,119 @@ def cases(arch: str, head_dim: int, head_dim_v: int | None = None, **changes: ob
     return found
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_86", 128), ("sm_90", 64), ("sm_90", 128)])
-def test_forward(arch: str, head_dim: int) -> None:
-    for case in cases(arch, head_dim):
+# On sm_90 the other family too; lengths take turns.
+@pytest.mark.parametrize(
+    ("arch", "family", "head_dim", "head_dim_v"),
+    [
+        ("sm_80", None, 64, None),
+        ("sm_86", None, 128, None),
+        ("sm_100", None, 40, 72),
+        ("sm_90", "sm90", 64, None),
+        ("sm_90", "sm90", 128, None),
+        ("sm_90", "sm90", 192, 128),
+        ("sm_90", "sm90", 256, None),
+        ("sm_90", "sm80", 96, None),
+    ],
+)
+def test_forward(arch: str, family: str | None, head_dim: int, head_dim_v: int | None) -> None:
+    every = 1 if (arch, head_dim) in (("sm_80", 64), ("sm_90", 64)) else 3
+    for case in cases(arch, head_dim, head_dim_v, family=family)[head_dim // 64 % every :: every]:
+        assert family in (None, prepared_of(case, False).plan.family)
         check(case, False)
 
 
 def test_unaligned() -> None:
-    for case in cases("sm_80", 59, pad=1)[::3]:
+    for case in cases("sm_80", 59, pad=1)[::4]:
         check(case, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim, head_dim_v", [(40, None), (59, None), (96, None), (192, 128), (256, None)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
+def test_every_kernel(arch: str, head_dim: int, head_dim_v: int | None) -> None:
+    for case in cases(arch, head_dim, head_dim_v):
+        check(case, False)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_90", 64), ("sm_90", 128)])
+def test_equal_lengths_have_the_bits_of_dense_ones(arch: str, head_dim: int, causal: bool) -> None:
+    batch, seqlen = 3, 150
+    packed = starts(*[seqlen] * batch)
+    case = LengthsCase(Lengths(450, 450, batch, packed, packed, causal=causal), head_dim, heads=(2, 1), arch=arch)
+    prepared = prepare(case, False)
+    execute(prepared)
+    tensors = prepared.tensors
+    sparse = problem_of(case, tensors)
+    strides = {name: (seqlen * row, row, head) for name, (_, row, head) in sparse.strides if name != "lse"}
+    strides["lse"] = (2 * seqlen, seqlen, 1)
+    dense = dataclasses.replace(
+        sparse, seqlen_q=seqlen, seqlen_k=seqlen, strides=tuple(strides.items()), lengths=None
+    )  # fmt: skip
+    out = Tensor(tensors["out"].shape, tensors["out"].strides, case.dtype)
+    lse = Tensor((batch, 2, seqlen), strides["lse"], "float32")
+    pointers = (*(tensors[name].pointer for name in "qkv"), out.pointer, lse.pointer)
+    plan = plan_forward(dense, device(arch))
+    assert plan.tile == prepared.plan.tile
+    run_plan(plan, pointers, Tensor((0,), (1,), "float32"), Schedule.RANDOM)
+    assert np.array_equal(out.values, tensors["out"].values)
+    assert np.array_equal(lse.values, tensors["lse"].values.reshape(2, batch, seqlen).swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_one_plan_serves_all_lengths_and_wrong_ones_stay_inside(arch: str) -> None:
+    one = LengthsCase(LENGTHS["causal"], arch=arch)
+    lengths = dataclasses.replace(one.lengths, cu_seqlens_q=starts(*[65] * 8), cu_seqlens_k=starts(*[1, 174] * 4))
+    prepared, other = prepare(one, False), prepare(dataclasses.replace(one, lengths=lengths), False)
+    assert prepared.plan == other.plan
+    for each in (prepared, other):
+        execute(each)
+        judge(each)
+    for wrong in ((0, 700, 0, 700, 3, 700, 1, 1, 700), (-5, 1 << 30, -9, 3, 2, 1, -1, -(1 << 31), 99), (700,) * 9):
+        array = np.array(wrong, np.int32)
+        for arrays in ({"cu_seqlens_q": array}, {"cu_seqlens_k": array}, {"cu_seqlens_q": array[::-1].copy()}):
+            execute(prepared, arrays=prepared.arrays | arrays)
+            judge_memory(prepared)
+
+
+VISIT, ORDER, TILE90, FWD90 = "common/visit.cuh", "common/schedule.cuh", "sm90/tile.cuh", "sm90/flash_fwd.cu"
+OF_MUTANTS = {
+    "sm80": LengthsCase(LENGTHS["gaps"], heads=(3, 3), arch="sm_80"),
+    "sm90": LengthsCase(LENGTHS["gaps"], heads=(4, 2)),
+    "sm80-dense": LengthsCase(LENGTHS["keypad"], arch="sm_80"),
+    "sm90-dense": LengthsCase(LENGTHS["keypad"]),
+    "sm90-band": LengthsCase(LENGTHS["window"], 128),
+}
+# Case, file, what stands there, what is put there instead.
+MUTANTS = [
+    ("sm80", VISIT, "return tile.first_q + query;", "return query;"),
+    ("sm80", VISIT, "return tile.first_k + key;", "return key;"),
+    ("sm80-dense", VISIT, "return tile.batch_q;", "return 0;"),
+    ("sm80-dense", VISIT, "return tile.batch_k;", "return 0;"),
+    ("sm80", ORDER, "count - first), index", "kListedRun), index"),
+    ("sm80", ORDER, "if (linear >= count * shape.num_heads) return false;", ""),
+    ("sm90", FWD90, "if (linear >= count * shape.num_heads) return false;", "if (linear >= count) return false;"),
+    ("sm90", TILE90, "params.rows_q - tile.seqlen_q + query", "params.rows_q - tile.seqlen_q + query + 1"),
+    ("sm90", TILE90, "params.rows_k - tile.seqlen_k + key", "params.rows_k - tile.seqlen_k + key - 1"),
+    ("sm90", TILE90, "tile.first_k + tile.seqlen_k, tile.batch_k", "tile.first_k + tile.seqlen_k + 1, tile.batch_k"),
+    ("sm90-dense", TILE90, "tile.first_q + tile.seqlen_q, tile.batch_q", "tile.first_q + tile.seqlen_q, 0"),
+    ("sm90-dense", TILE90, "tile.first_k + tile.seqlen_k, tile.batch_k", "tile.first_k + tile.seqlen_k, 0"),
+    ("sm90", FWD90, "if (kListed) lse += query_row(work, 0) * params.lse_strides.row;", ""),
+    (
+        "sm90-band",
+        VISIT,
+        "params.left, params.right};\n  } else {\n    return {tile.first_q",
+        "0, 0};\n  } else {\n    return {tile.first_q",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", OF_MUTANTS)
+def test_the_cases_of_the_mutants_are_right(name: str) -> None:
+    check(OF_MUTANTS[name], False)
+
+
+@pytest.mark.parametrize(("name", "path", "old", "new"), MUTANTS, ids=[f"{m[0]}-{n}" for n, m in enumerate(MUTANTS)])
+def test_mutants(name: str, path: str, old: str, new: str) -> None:
+    with pytest.raises((AssertionError, HostRunError)):
+        check(OF_MUTANTS[name], False, mutation=Mutation(path, old, new))

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.host.build import Mutation
-from tests.host.packed_run import PackedCase, Sequence, check, lengths, prepare
-from tests.host.run import HostRunError
+from tests.host.lengths import LengthsCase, check, execute, judge_memory, lengths_of, prepare
+from tests.host.run import HostRunError, Schedule
 
-# Queries and keys, and rows that are not used: behind the queries, in front of and behind the keys.
-MIXED = lengths((70, 70), (0, 0), (130, 40), (3, 200, 0, 5, 7), (0, 33), (65, 0, 4), (1, 1), (200, 260, 9, 0, 1))
-PLAIN = lengths((64, 64), (129, 129), (0, 0), (257, 257))
-SHORT = tuple(Sequence(n % 3, n % 4) for n in range(40))
-NOTHING = lengths((0, 5), (7, 0), (0, 0))
-LONG = lengths((20, 2300), (3, 2100))  # more key blocks than the first of which is to write dQ
+# As lengths_of has them.
+MIXED = ((70, 70), (0, 0), (130, 40), (3, 200, 0, 5, 7), (0, 33), (65, 0, 4), (1, 1), (200, 260, 9, 0, 1))
+PLAIN = ((64, 64), (129, 129), (0, 0), (257, 257))
+SHORT = tuple((n % 3, n % 4) for n in range(40))
+NOTHING = ((0, 5), (7, 0), (0, 0))
+LONG = ((20, 2300), (3, 2100))  # more key blocks than the first of which is to write dQ
+
+Sequences = tuple[tuple[int, ...], ...]
 
 
-def case(sequences: tuple[Sequence, ...], head_dim: int, arch: str, **more: object) -> PackedCase:
-    """With other inputs and rows behind in each."""
-    return PackedCase(sequences, head_dim, arch, behind=len(sequences) % 7, seed=head_dim, **more)  # type: ignore[arg-type]
+def case(
+    sequences: Sequences,
+    head_dim: int,
+    arch: str,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    packed_q: bool = True,
+    packed_k: bool = True,
+    **more: object,
+) -> LengthsCase:
+    """With other inputs, and some rows behind."""
+    lengths = lengths_of(
+        *sequences, causal=causal, window=window, packed_q=packed_q, packed_k=packed_k, behind=len(sequences) % 7
+    )
+    return LengthsCase(lengths, head_dim, arch=arch, seed=head_dim, **more)  # type: ignore[arg-type]
 
 
 CASES = (
     case(MIXED, 64, "sm_80"),
-    case(MIXED, 64, "sm_80", causal=True, dtype="float16", heads=(4, 2), pad=8),
+    case(MIXED, 64, "sm_80", causal=True, dtype="float16", heads=(4, 2), heads_first=True, pad=8),
     case(MIXED, 59, "sm_86", causal=True, deterministic=True),
     case(MIXED, 128, "sm_86", window=(70, 3), deterministic=True, packed_q=False),
     case(PLAIN, 128, "sm_100", head_dim_v=64, deterministic=True, dlse=True),
     case(MIXED, 64, "sm_90"),
     case(MIXED, 64, "sm_90", causal=True, dtype="float16", packed_q=False, packed_k=False),
-    case(MIXED, 96, "sm_90", window=(40, 20), heads=(4, 2), pad=8),
+    case(MIXED, 96, "sm_90", window=(40, 20), heads=(4, 2), heads_first=True, pad=8),
     case(MIXED, 128, "sm_90", causal=True, packed_k=False),
     case(MIXED, 128, "sm_90", deterministic=True, dlse=True),
     case(PLAIN, 128, "sm_90", causal=True, deterministic=True, heads=(3, 3)),
@@ -43,14 +59,15 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("packed", CASES, ids=str)
-def test_backward(packed: PackedCase) -> None:
-    check(packed, True)
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_backward(number: int) -> None:
+    """Each fourth under all schedules."""
+    check(CASES[number], True, schedules=tuple(Schedule) if number % 4 == 0 else (Schedule(number % 3),))
 
 
 @pytest.mark.parametrize("arch, head_dim", [("sm_80", 64), ("sm_90", 128), ("sm_90", 192)])
 @pytest.mark.parametrize("sequences", [SHORT, NOTHING], ids=["short", "nothing"])
-def test_few_rows(sequences: tuple[Sequence, ...], arch: str, head_dim: int) -> None:
+def test_few_rows(sequences: Sequences, arch: str, head_dim: int) -> None:
     """More sequences than rows; and no tile at all, where every thread block ends at once."""
     check(case(sequences, head_dim, arch, causal=head_dim == 64), True)
 
@@ -61,6 +78,21 @@ def test_who_adds_to_dq() -> None:
         plan = prepare(case(sequences, 64, "sm_90"), True).plan
         (defines,) = (launch.defines for launch in plan.launches if launch.name == "flash_bwd")
         assert defines["FA2_CLEAR_DQ"] == cleared
+
+
+# Starts that overlap and go back, so that there are more tiles than there is room for.
+WRONG = ((0, 530, 0, 530, 0, 530), (-5, 1 << 30, -9, 3, -(1 << 31), 99), (530,) * 6)
+
+
+@pytest.mark.parametrize("arch, causal", [("sm_80", True), ("sm_90", False)])
+def test_wrong_lengths_end_and_stay_inside(arch: str, causal: bool) -> None:
+    """In turn: a sequence has all of its tiles or none, so nobody waits for one that is not there."""
+    window, sequences = None if causal else (100, 50), ((64, 64), (0, 0), (129, 129), (0, 0), (337, 337))
+    prepared = prepare(case(sequences, 64, arch, causal=causal, window=window, deterministic=True), True)
+    for wrong in WRONG:
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            execute(prepared, arrays=prepared.arrays | {name: np.array(wrong, np.int32)})
+            judge_memory(prepared)
 
 
 @pytest.mark.slow
@@ -74,8 +106,9 @@ def test_every_kernel(
     arch: str, head_dim: int, head_dim_v: int | None, causal: bool, window: tuple[int, int] | None, deterministic: bool
 ) -> None:
     for packed_q, packed_k in ((True, True), (False, True), (True, False), (False, False)):
-        options = {"causal": causal, "window": window, "deterministic": deterministic, "head_dim_v": head_dim_v}
-        check(case(MIXED, head_dim, arch, packed_q=packed_q, packed_k=packed_k, **options), True)
+        options = {"deterministic": deterministic, "head_dim_v": head_dim_v}
+        packed = {"packed_q": packed_q, "packed_k": packed_k}
+        check(case(MIXED, head_dim, arch, causal=causal, window=window, **packed, **options), True)
 
 
 TILES, BOTH90 = "common/bwd_tiles.cuh", "sm90/backward.cuh"
@@ -105,9 +138,9 @@ MUTANTS = [
     ("sm90", BWD90, "row = key_row(work, row);", "row += 0;"),
     ("sm90-wide", BOTH90, "kCluster * (kListed ? entry.block : place)", "(kListed ? entry.block : place)"),
     ("sm90-wide", WIDE90, "key_row(work, row) * strides.row", "row * strides.row"),
-    ("nothing", BWD90, "if (kListed) griddepcontrol_wait();", ""),
+    ("nothing", BWD90, "if constexpr (kListed) griddepcontrol_wait();", ""),
     ("nothing", BWD90, "if (kListed && !any) return;", ""),
-    ("nothing-wide", WIDE90, "if (kListed) griddepcontrol_wait();", ""),
+    ("nothing-wide", WIDE90, "if constexpr (kListed) griddepcontrol_wait();", ""),
 ]
 
 

@@ -9,18 +9,24 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fa2cupy.jit import source as source_module
 from tests.covering import chosen
 from tests.gpu.cases import Case
-from tests.host import run
+from tests.host import kernel_run, lengths, run
 from tests.host.build import Mutation
-from tests.host.kernel_run import HostCase, Schedule, check
+from tests.host.kernel_run import HostCase, Schedule
+from tests.host.lengths import Lengths, LengthsCase, starts
+
+AnyCase = HostCase | LengthsCase
+_LENGTHS = Lengths(300, 500, 4, starts(1, 130, 0, 150), starts(203, 40, 7, 200), causal=True)
+_NOTHING = Lengths(7, 5, 2, starts(0, 7), starts(5, 0))  # that is to be computed
 
 # Cases that reach every synchronisation and every bound: each variant of a kernel, several blocks, ragged ends.
-FORWARD = {
+FORWARD: dict[str, AnyCase] = {
     "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 1, (2, 1), seed=1), "sm_80"),
     "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2), "sm_80"),
     "narrow": HostCase(Case(150, 203, 40, "float16", True, 1, (2, 1), seed=3), "sm_80"),
@@ -37,8 +43,11 @@ FORWARD = {
     "hopper-one-block": HostCase(Case(140, 60, 256, "float16", False, 1, (6, 3), seed=15)),
     "hopper-own-v": HostCase(Case(300, 150, 192, "bfloat16", True, 1, (4, 1), seed=14, head_dim_v=128)),
     "hopper-sections": HostCase(Case(300, 303, 32, "bfloat16", True, 13, (1, 1), seed=12)),
+    # tiles of lists
+    "listed": LengthsCase(_LENGTHS, 64, arch="sm_100"),
+    "hopper-listed": LengthsCase(_LENGTHS, 64),
 }
-BACKWARD = {
+BACKWARD: dict[str, AnyCase] = {
     "causal": HostCase(Case(150, 203, 64, "bfloat16", True, 3, (2, 1), seed=1), "sm_100"),
     "full": HostCase(Case(77, 150, 64, "bfloat16", False, 1, (2, 2), seed=2), "sm_100"),
     "deterministic": HostCase(Case(150, 400, 64, "bfloat16", False, 1, (2, 1), deterministic=True, seed=3), "sm_86"),
@@ -87,6 +96,10 @@ BACKWARD = {
     "hopper-wide-own-full": HostCase(Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72)),
     "hopper-wide-splits": HostCase(Case(120, 128, 192, "bfloat16", True, 1, (11, 1), seed=34, head_dim_v=72)),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
+    # tiles of lists
+    "hopper-listed": LengthsCase(_LENGTHS, 64),
+    "hopper-listed-nothing": LengthsCase(_NOTHING, 64),
+    "hopper-wide-listed-nothing": LengthsCase(_NOTHING, 192),
 }
 # What only an unlucky order of blocks shows gets a few more of them: where no case has shown it in three.
 MORE_SCHEDULES = 10 * (Schedule.RANDOM,)
@@ -99,6 +112,7 @@ _SYNCHRONISATION = re.compile(
     r"|fence_proxy_async\(|cp_async_bulk_wait_group(_read)?<|wgmma_fence\(|wgmma_wait_group<)"
 )
 _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
+_OWN_TESTS = ("smxx/list_tiles.cu",)  # test_list_tiles.py leaves out each of its barriers
 
 
 def synchronisations_in_source() -> set[tuple[str, int]]:
@@ -106,7 +120,7 @@ def synchronisations_in_source() -> set[tuple[str, int]]:
     root = source_module.root()
     found = set()
     for path in (*root.rglob("*.cu"), *root.rglob("*.cuh")):
-        if path.name in _WRAPPERS:
+        if path.name in _WRAPPERS or path.relative_to(root).as_posix() in _OWN_TESTS:
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if _SYNCHRONISATION.search(line.split("//")[0]):
@@ -114,8 +128,15 @@ def synchronisations_in_source() -> set[tuple[str, int]]:
     return found
 
 
+def check(case: AnyCase, backward: bool, **options: Any) -> set[run.Site]:
+    """By the module that knows such cases."""
+    if isinstance(case, LengthsCase):
+        return lengths.check(case, backward, **options)
+    return kernel_run.check(case, backward, **options)
+
+
 def is_caught(
-    case: HostCase,
+    case: AnyCase,
     backward: bool,
     *,
     schedules: tuple[Schedule, ...] = SCHEDULES,
@@ -135,15 +156,18 @@ def relative(site: run.Site) -> tuple[str, int]:
 
 
 @functools.cache
-def reached_by(case: HostCase, backward: bool) -> set[run.Site]:
+def reached_by(case: AnyCase, backward: bool) -> set[run.Site]:
     """The synchronisations that a case comes by."""
-    return check(case, backward, schedules=(Schedule.LOWEST_FIRST,))
+    sites = check(case, backward, schedules=(Schedule.LOWEST_FIRST,))
+    return {site for site in sites if relative(site)[0] not in _OWN_TESTS}
 
 
-def size(host_case: HostCase) -> int:
+def size(case: AnyCase) -> int:
     """How long a case takes, about."""
-    case = host_case.case
-    return case.batch * case.heads[0] * case.seqlen_q * case.seqlen_k * case.head_dim
+    if isinstance(case, LengthsCase):
+        return case.heads[0] * case.lengths.rows_q * case.lengths.rows_k * case.head_dim
+    dense = case.case
+    return dense.batch * dense.heads[0] * dense.seqlen_q * dense.seqlen_k * dense.head_dim
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -1,0 +1,53 @@
+// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Only smxx/list_tiles.cu reads them.
+#pragma once
+
+#include "common/visit.cuh"
+
+// One side of a sequence.
+struct Run {
+  int first, seqlen;
+};
+
+// One side of all of them. Whatever the arrays hold, a run lies within the rows that there are.
+struct Side {
+  const int *starts, *used, *padding;  // each null where there is none
+  int rows;
+  FA2_DEVICE Run run(int sequence) const {
+    Run run{0, rows};
+    if (starts) {
+      run.first = min(max(starts[sequence], 0), rows);
+      run.seqlen = min(max(starts[sequence + 1], run.first), rows) - run.first;
+    }
+    if (used) run.seqlen = min(max(used[sequence], 0), run.seqlen);
+    if (padding) {
+      const int in_front = min(max(padding[sequence], 0), run.seqlen);
+      run.first += in_front, run.seqlen -= in_front;
+    }
+    return run;
+  }
+};
+FA2_DEVICE Side queries_of(const ListTilesBandParams& params) {
+  return {params.cu_seqlens_q, params.seqused_q, nullptr, params.rows_q};
+}
+FA2_DEVICE Side keys_of(const ListTilesBandParams& params) {
+  return {params.cu_seqlens_k, params.seqused_k, params.leftpad_k, params.rows_k};
+}
+
+// How far a query sees, in both directions.
+struct Reach {
+  int before, behind;
+};
+template <typename Params>
+FA2_DEVICE Reach reach_of(const Params& params) {
+  constexpr int kAll = 1 << 30;
+  if constexpr (kBand) {
+    return {params.left, params.right};
+  } else {
+    return {kAll, kCausal ? 0 : kAll};
+  }
+}
+
+// How many rows in front of a run of queries see no key; or of a run of keys are seen by no query. reach: how far the band goes.
+FA2_DEVICE int unseen_rows(const Run& own, const Run& other, int reach) {
+  return other.seqlen == 0 ? own.seqlen : min(max(own.seqlen - other.seqlen - reach, 0), own.seqlen);
+}
