@@ -1,7 +1,8 @@
 """Tests that need a GPU, torch and CuPy (JAX for its own). `make gpu-test` runs them and writes the record.
 
 Without a GPU nothing here is collected. Kernels are compiled before the first test, all at once: those of the `cases`
-that a test is parametrised with, and those of its module's list NEEDS. What is not foreseen is compiled when called.
+that a test is parametrised with, those of its module's list NEEDS, and its `needed_plans`. What is not foreseen is
+compiled when called.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def compiled_ahead(request: pytest.FixtureRequest) -> None:
                 (case, "bwd" in item.path.name or "backward" in item.name) for case in parameters.params["cases"]
             ]
     start = time.monotonic()
-    count = compile_ahead(wanted, [case for module in modules for case in getattr(module, "NEEDS_SM80", ())])
+    sm80 = [case for module in modules for case in getattr(module, "NEEDS_SM80", ())]
+    count = compile_ahead(wanted, sm80, [module.needed_plans for module in modules if hasattr(module, "needed_plans")])
     LEDGER.note("compiled", {"kernels": count, "seconds": round(time.monotonic() - start, 1)})
 
 

@@ -8,12 +8,12 @@ import torch
 
 import fa2cupy
 from tests.gpu import oracle
-from tests.gpu.cases import DTYPES
 from tests.gpu.ledger import LEDGER
 from tests.gpu.test_lengths_backward import (
     EQUAL,
     MIXED,
     SKEWED,
+    SM80_WIDTHS,
     WIDTHS,
     Call,
     call_of,
@@ -78,16 +78,15 @@ def check_all(cases: list[LengthsCase], device: torch.device) -> None:
     assert not problems, f"{len(problems)} problems in {len(cases)} cases:\n" + "\n".join(problems[:40])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), WIDTHS)
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype"), WIDTHS)
 def test_lengths(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
     check_all(list(cases_of(head_dim, head_dim_v, dtype)), device)
 
 
-@pytest.mark.parametrize("head_dim", [59, 64, 128, 256])
+@pytest.mark.parametrize(("head_dim", "dtype"), SM80_WIDTHS)
 @pytest.mark.usefixtures("sm80_kernels")
-def test_lengths_of_sm80(head_dim: int, device: torch.device) -> None:
-    check_all(list(cases_of(head_dim, None, DTYPES[head_dim % 128 == 0]))[::2], device)
+def test_lengths_of_sm80(head_dim: int, dtype: str, device: torch.device) -> None:
+    check_all(list(cases_of(head_dim, None, dtype))[::2], device)
 
 
 def equal_lengths(seqlen: int, head_dim: int, batch: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
