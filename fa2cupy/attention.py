@@ -135,6 +135,12 @@ def attention(
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     if positional or keywords:
         operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
+    # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one.
+    if type(q) is prepared.plain_type is type(k) is type(v) and out is None and lse_out is None and workspace is None:
+        try:
+            return prepared.PLAIN[q.dtype, operation, options, type(options[0]), type(options[1])](q, k, v)
+        except Exception:  # not known yet, or something is wrong: `call` says what
+            pass
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way = doors.torch_way(q, k, v)
         if way is STRAIGHT:
@@ -147,10 +153,6 @@ def attention(
                 if name not in LENGTHS:
                     raise not_through_torch(operation.extra)
             return way(q, k, v, options, return_lse, dict(zip(operation.extra, arrays[5:], strict=True)))
-    if type(q) is prepared.plain_type is type(k) is type(v) and out is None and lse_out is None and workspace is None:
-        run = prepared.plain(operation, q, options)
-        if run is not None:
-            return run(q, k, v)
     if deterministic and any(map(is_traced, (q, k, v))):  # who takes the gradients gets no other word
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:

@@ -21,15 +21,15 @@ from fa2cupy.operations import Operation
 from fa2cupy.options import RawOptions
 
 __all__ = [
+    "PLAIN",
     "PREPARED",
     "Launchable",
     "PreparedCall",
     "check_overlap",
     "framework_by_type",
-    "plain",
-    "plain_key",
     "plain_type",
     "remember",
+    "remember_plain",
     "shared_scratch",
     "signature_key",
     "workspace_block",
@@ -182,24 +182,20 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: Raw
     return operation, options, type(options[0]), type(options[1]), type(options[4]), signature
 
 
-# The type of q, k and v of which `plain` may know something: JAX's.
+# Forwards of q, k and v and no other array, all of `plain_type`, which is JAX's: functions of the three that return
+# what `attention` does, by q's dtype and what else `signature_key` has but for the signature. `jax.jit` knows the rest
+# of it: what it has not seen yet is checked while it is traced.
 plain_type: type | None = None
+PLAIN: dict[tuple[Any, ...], Callable[[Any, Any, Any], Any]] = {}
 
 
-def plain_key(operation: Operation, q: Any, options: RawOptions) -> tuple[Any, ...]:
-    """The key of a forward of q, k and v of `plain_type` and no other array. `jax.jit` knows the rest of the signature:
-    what it has not seen yet is checked while it is traced.
-    """
-    return q.dtype, operation, options, type(options[0]), type(options[1])
-
-
-def plain(operation: Operation, q: Any, options: RawOptions) -> Callable[[Any, Any, Any], Any] | None:
-    """What takes q, k and v and returns what `attention` does; None if no such call has passed all checks."""
-    try:
-        prepared: Any = PREPARED.get(plain_key(operation, q, options))
-    except TypeError:  # unhashable options: the first call says what is wrong
-        return None
-    return None if prepared is None else prepared.straight
+def remember_plain(operation: Operation, q: Any, options: RawOptions, function: Callable[[Any, Any, Any], Any]) -> None:
+    """Let the next forwards with these options be computed by a function, without a look at PREPARED."""
+    global plain_type
+    if len(PLAIN) >= MAX_PREPARED:
+        PLAIN.clear()
+    plain_type = type(q)
+    PLAIN[q.dtype, operation, options, type(options[0]), type(options[1])] = function
 
 
 def remember(key: tuple[Any, ...], array_type: type, framework: Signed, prepared: Runnable) -> None:

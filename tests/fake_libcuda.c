@@ -177,6 +177,7 @@ CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* a
                                 const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int oob_fill) {
   if (fake_encode_status) return fake_encode_status;
+  if (fake_needs_context && !depth) return 201;  // as the driver was seen to do
   if ((uintptr_t)map % 64 || (uintptr_t)address % 16 || rank < 4 || rank > 5) return 1;
   if (data_type != 6 && data_type != 7 && data_type != 9) return 1;
   const uint32_t item = data_type == 7 ? 4 : 2;

@@ -175,10 +175,11 @@ def test_a_launch_finds_its_context(fake: FakeDriver) -> None:
     pointers = (0x10000, 0x20000, 0x30000, 0x40000, 0x50000)
     bound(pointers, 0)
     fake["needs_context"] = 1
-    thread = threading.Thread(target=bound, args=(pointers, 0))
-    thread.start()
-    thread.join()
-    assert [launch.context for launch in fake.launches] == [0x1000, 0x1000]
+    for there in (pointers, tuple(pointer << 8 for pointer in pointers)):  # the struct of before, and a new one
+        thread = threading.Thread(target=bound, args=(there, 0))
+        thread.start()
+        thread.join()
+    assert [launch.context for launch in fake.launches] == [0x1000] * 3
     fake["launch_status"] = 700
     with pytest.raises(LaunchError, match=r"700: an illegal memory access.*grid="):
         bound(pointers, 0)

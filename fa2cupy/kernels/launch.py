@@ -132,7 +132,8 @@ class _Bound:
     def __call__(self, pointers: tuple[int, ...], stream: int) -> None:
         calls = _ready.get((self, pointers, stream))
         if calls is None:
-            calls = self._pack(pointers, stream)
+            with driver.device_guard(self._device_index):  # maps are encoded in a context
+                calls = self._pack(pointers, stream)
         launch = self._launch
         for arguments in calls:
             status = launch(*arguments)

@@ -12,13 +12,12 @@ import jax
 import numpy as np
 
 from fa2cupy import env, sequences
-from fa2cupy import prepared as known
 from fa2cupy.errors import InvalidType
 from fa2cupy.frameworks import JAX
 from fa2cupy.frameworks.jax import immutable, in_host_memory, is_traced
 from fa2cupy.operations import FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import Options, RawOptions
-from fa2cupy.prepared import PREPARED, remember, signature_key
+from fa2cupy.prepared import remember, remember_plain, signature_key
 from fa2cupy.problem import Sizes
 from fa2cupy.spec import LENGTHS
 from fa2cupy.xla import ffi, transforms
@@ -59,8 +58,7 @@ def first_call(
         ordered = [arrays.get(name) for name in operation.names()]
         remember(signature_key(operation, JAX.signature(ordered)[0], raw_options), kind, JAX, prepared)
         if operation in (FORWARD, FORWARD_OUT) and all(type(array) is kind for array in inputs):
-            known.plain_type = kind
-            PREPARED.put(known.plain_key(operation, arrays["q"], raw_options), prepared)
+            remember_plain(operation, arrays["q"], raw_options, prepared.function)
     return results
 
 
@@ -88,15 +86,6 @@ class _Prepared:
         with contextlib.suppress(Exception):
             return self.results(inputs)
         return self._again(arrays)
-
-    def straight(self, q: Any, k: Any, v: Any) -> Any:
-        """A forward of nothing else: out, or out and lse."""
-        try:
-            return self.function(q, k, v)
-        except Exception:
-            pass
-        out, lse = self._again([q, k, v, None, None])
-        return out if lse is None else (out, lse)
 
     def _again(self, arrays: list[Any]) -> list[Any]:
         """What was wrong, in our words: every check, of the arrays themselves in place of traced ones."""

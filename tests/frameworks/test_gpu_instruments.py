@@ -170,6 +170,7 @@ def bench_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(peers, "make_tensors", make_tensors)
     monkeypatch.setattr(peers, "kernel_family", lambda case: "sm80")
+    monkeypatch.setattr(peers, "peak_bytes", lambda *_: 4096)
     monkeypatch.setattr(compiler, "nvrtc_build", lambda: "13.0.88 CL-1")
     monkeypatch.setattr(bench, "TorchClock", _Clock)
     monkeypatch.setattr(bench, "measure_gemm", lambda *_: 1.4)
