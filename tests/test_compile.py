@@ -128,6 +128,14 @@ _LIST_SPILLS = {
     ("sm_90a", "sm90/flash_bwd.cu", 128, True): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 12,
+    ("sm_80", "sm80/flash_bwd.cu", 64, False): 84,
+    ("sm_80", "sm80/flash_bwd.cu", 64, True): 64,
+    ("sm_80", "sm80/flash_bwd.cu", 128, False): 20,
+    ("sm_120", "sm80/flash_bwd.cu", 64, True): 12,
+    ("sm_120", "sm80/flash_bwd.cu", 128, False): 8,
+    ("sm_120", "sm80/flash_bwd.cu", 128, True): 16,
+    ("sm_120", "sm80/flash_bwd.cu", 256, False): 12,
+    ("sm_120", "sm80/flash_bwd.cu", 256, True): 24,
 }
 
 
