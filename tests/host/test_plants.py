@@ -21,6 +21,7 @@ from tests.host.lengths import Lengths, LengthsCase, starts
 
 AnyCase = HostCase | LengthsCase
 _LENGTHS = Lengths(300, 500, 4, starts(1, 130, 0, 150), starts(203, 40, 7, 200), causal=True)
+_NOTHING = Lengths(7, 5, 2, starts(0, 7), starts(5, 0))  # that is to be computed
 
 # Cases that reach every synchronisation and every bound: each variant of a kernel, several blocks, ragged ends.
 FORWARD: dict[str, AnyCase] = {
@@ -93,6 +94,10 @@ BACKWARD: dict[str, AnyCase] = {
     "hopper-wide-own-full": HostCase(Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72)),
     "hopper-wide-splits": HostCase(Case(120, 128, 192, "bfloat16", True, 1, (11, 1), seed=34, head_dim_v=72)),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
+    # tiles of lists
+    "hopper-listed": LengthsCase(_LENGTHS, 64),
+    "hopper-listed-nothing": LengthsCase(_NOTHING, 64),
+    "hopper-wide-listed-nothing": LengthsCase(_NOTHING, 192),
 }
 # What only an unlucky order of blocks shows gets a few more of them: where no case has shown it in three.
 MORE_SCHEDULES = 10 * (Schedule.RANDOM,)
