@@ -156,7 +156,7 @@ MUTANTS = [
     ("sm80-dense", VISIT, "return tile.batch_q;", "return 0;"),
     ("sm80-dense", VISIT, "return tile.batch_k;", "return 0;"),
     ("sm80", ORDER, "count - first), index", "kListedRun), index"),
-    ("sm80", ORDER, "if (linear >= count * shape.num_heads) return false;", ""),
+    ("sm80", ORDER, "if (linear >= count * shape.num_heads) return {0, -1};", ""),
     ("sm90", FWD90, "if (linear >= count * shape.num_heads) return false;", "if (linear >= count) return false;"),
     ("sm90", TILE90, "params.rows_q - tile.seqlen_q + query", "params.rows_q - tile.seqlen_q + query + 1"),
     ("sm90", TILE90, "params.rows_k - tile.seqlen_k + key", "params.rows_k - tile.seqlen_k + key - 1"),
