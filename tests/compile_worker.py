@@ -1,12 +1,13 @@
 """Compile kernels with one exact NVRTC, in a process of its own, which `compile_rows` starts.
 
-    python -m tests.compile_worker <folder of libnvrtc> <release> <arch> sample|all <threads>
+    python -m tests.compile_worker <folder of libnvrtc> <release> <arch> few|sample|all <threads>
 
 prints NVRTC's build and one line of JSON per kernel.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,20 +19,51 @@ from typing import Any
 from fa2cupy.jit import compile_many, source
 from fa2cupy.jit.kernel import build
 from fa2cupy.kernels import compile_jobs
-from tests import nvrtc
+from tests import covering, nvrtc
 from tools import binaries
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")  # sm_90a has what sm_90 has
 # Of these every bfloat16 row is in the sample of one release; of the others, and of float16, a fixed quarter is.
 EVERY_ROW = ("sm_80", "sm_86", "sm_90", "sm_90a")
+_CHOICES = ("BF16", "CAUSAL", "DETERMINISTIC", "PARTIAL_DKV", "DLSE", "CLEAR_DQ")
 
 
 def in_sample(job: Any, release: str) -> bool:
-    """Whether `make test` compiles this job with this release. Depends on nothing but its label and architecture."""
+    """Whether tests/binaries has this job's digest. Depends on nothing but its label and architecture."""
     fixed = hashlib.sha256(f"{job.arch} {job.label}".encode()).digest()[0]
     if fixed % len(nvrtc.DISTRIBUTIONS) != list(nvrtc.DISTRIBUTIONS).index(release):
         return False
     return bool(job.defines["FA2_BF16"] and job.arch in EVERY_ROW) or fixed // 2 % 4 == 0
+
+
+def jobs_of(release: str, arch: str, which: str) -> list[Any]:
+    """The jobs of "all" rows, of the "sample" in tests/binaries, or of the "few" of it that `make test` compiles."""
+    if which == "few":
+        return _few()[release, arch]
+    return [job for job in compile_jobs(arch, True) if which == "all" or in_sample(job, release)]
+
+
+@functools.cache
+def _few() -> dict[tuple[str, str], list[Any]]:
+    """Of the samples of all architectures, a covering array: each kernel on each architecture meets every tile, head
+    dim, dtype, mask and way to add that it has a row for, and those meet each other."""
+    pairs = [(release, arch) for release in nvrtc.DISTRIBUTIONS for arch in ARCHS]
+    samples = [(pair, job) for pair in pairs for job in jobs_of(*pair, "sample")]
+    places = covering.chosen([{"release": pair[0], **_factors(job)} for pair, job in samples])
+    few: dict[tuple[str, str], list[Any]] = {pair: [] for pair in pairs}
+    for pair, job in (samples[place] for place in places):
+        few[pair].append(job)
+    return few
+
+
+def _factors(job: Any) -> dict[str, Any]:
+    defines = job.defines
+    return {
+        "kernel": (job.source, job.arch),
+        "tile": tuple(defines[f"FA2_{name}"] for name in ("BLOCK_M", "BLOCK_N", "NUM_WARPS")),
+        "width": (defines["FA2_HEAD_DIM"], defines.get("FA2_HEAD_DIM_V")),
+        **{name: defines.get(f"FA2_{name}") for name in _CHOICES},
+    }
 
 
 def compile_rows(release: str, arch: str, which: str) -> tuple[str, list[dict[str, Any]]]:
@@ -63,8 +95,7 @@ def _digest(job: Any) -> str:
 def main() -> None:
     folder, release, arch, which, threads = sys.argv[1:]
     print(json.dumps(nvrtc.use(Path(folder), release)))
-    jobs = [job for job in compile_jobs(arch, True) if which == "all" or in_sample(job, release)]
-    for result in compile_many(jobs, max_workers=int(threads)):
+    for result in compile_many(jobs_of(release, arch, which), max_workers=int(threads)):
         job, resources = result.job, result.resources
         record = {
             "source": job.source,

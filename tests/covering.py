@@ -49,6 +49,22 @@ def covering(
     return cases
 
 
+def chosen(rows: Sequence[Partial], *, seed: int = SEED, strength: int = 2) -> list[int]:
+    """Places of few of the rows, in order, that have all values of every `strength` factors that any row has.
+
+    A row has a value for every factor. For what exists and is not made: one after the other, the row that adds most.
+    """
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    has = [set(_covered(row, list(itertools.combinations(sorted(row), strength)))) for row in rows]
+    missing = set().union(*has)
+    found = []
+    while missing:
+        best = max(order, key=lambda place: len(missing & has[place]))
+        missing -= has[best]
+        found.append(best)
+    return sorted(found)
+
+
 def _attempt(
     first: tuple[tuple[str, ...], tuple[Any, ...]],
     factors: Mapping[str, Sequence[Any]],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ def key_of(row: dict[str, Any]) -> str:
     return f"{row['arch']} {row['source']} {row['label']}"
 
 
-def objections(build: str, arch: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Which of the compiled rows for `arch` are not the binaries that they were, in words."""
+def objections(build: str, arch: str, rows: list[dict[str, Any]], left_out: Collection[str] = ()) -> list[str]:
+    """Which of the compiled rows for `arch` are not the binaries that they were, in words.
+
+    left_out: the keys of rows that there are, and that were not compiled."""
     path = path_of(build)
     record = json.loads(path.read_text()) if path.exists() else {}
     if record.get("build") != build:
@@ -42,7 +45,7 @@ def objections(build: str, arch: str, rows: list[dict[str, Any]]) -> list[str]:
         if digest != expected.get(key)
     ]
     failed = {key_of(row) for row in rows if row["error"]}
-    gone = expected.keys() - compiled.keys() - failed
+    gone = expected.keys() - compiled.keys() - failed - set(left_out)
     return found + [f"{key}: in {path.name}, and no row any more; {_RENEW}" for key in sorted(gone)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.covering import covering
+from tests.covering import chosen, covering
 from tests.gpu.cases import DTYPES
 from tests.host import cases
 
@@ -34,6 +34,17 @@ def test_what_is_impossible_is_left_out() -> None:
     assert pairs == set(itertools.product(FACTORS["a"], FACTORS["d"]))
     with pytest.raises(ValueError, match=r"no case has {'a': 1"):
         covering(FACTORS, impossible=lambda case: len(case) == 3)
+
+
+@pytest.mark.parametrize("strength", [1, 2])
+def test_few_of_what_exists_have_every_choice_that_any_has(strength: int) -> None:
+    rows = [dict(zip(FACTORS, each, strict=True)) for each in itertools.product(*FACTORS.values())][::3]
+    places = chosen(rows, strength=strength)
+    assert places == sorted(set(places)) == chosen(rows, strength=strength) and len(places) < len(rows)
+    for group in itertools.combinations(FACTORS, strength):
+        every = [tuple(row[name] for name in group) for row in rows]
+        assert {every[place] for place in places} == set(every)
+    assert chosen([]) == []
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -10,7 +10,7 @@ import pytest
 
 from fa2cupy.kernels import compile_jobs
 from tests import digests, nvrtc
-from tests.compile_worker import ARCHS, EVERY_ROW, in_sample
+from tests.compile_worker import ARCHS, EVERY_ROW, in_sample, jobs_of
 
 BUILD = "12.9.86 CL-1"
 
@@ -42,6 +42,7 @@ def test_a_binary_that_differs_is_named(folder: Path, monkeypatch: pytest.Monkey
     assert found.startswith("sm_80 k.cu two: another binary than in 12.9.86.json") and "new-binaries REASON" in found
     (found,) = digests.objections(BUILD, "sm_80", [row("one")])
     assert found.startswith("sm_80 k.cu two: in 12.9.86.json, and no row any more")
+    assert digests.objections(BUILD, "sm_80", [row("one")], {"sm_80 k.cu two"}) == []
     (found,) = digests.objections(BUILD, "sm_80", [row("one"), row("two", "bb"), row("three")])
     assert found.startswith("sm_80 k.cu three: is not in 12.9.86.json")
     # what does not compile is said elsewhere, and what `make compile-all` has beside the sample is not in the file
@@ -93,3 +94,21 @@ def test_the_samples_have_every_row_of_the_usual_architectures() -> None:
             assert both >= usual
         assert all({job.name for job in sample} >= {"flash_fwd", "flash_bwd"} for sample in taken.values()), arch
         assert 0.15 < sum(map(len, taken.values())) / len(jobs) < 0.8, arch
+
+
+def test_the_few_are_of_the_samples_and_have_every_kernel() -> None:
+    few, sample = (
+        {(release, arch): jobs_of(release, arch, which) for release in nvrtc.DISTRIBUTIONS for arch in ARCHS}
+        for which in ("few", "sample")
+    )
+    kernels, tiles = set(), set()
+    for pair, jobs in sample.items():
+        assert jobs and {job.label for job in few[pair]} <= {job.label for job in jobs}
+        kernels |= {(job.source, job.arch, job.defines["FA2_CAUSAL"], job.defines["FA2_BF16"]) for job in jobs}
+        tiles |= {(job.source, job.arch, job.defines["FA2_BLOCK_M"], job.defines["FA2_BLOCK_N"]) for job in jobs}
+    every = [job for jobs in few.values() for job in jobs]
+    assert len(every) < 0.4 * sum(map(len, sample.values()))
+    assert {(j.source, j.arch, j.defines["FA2_BLOCK_M"], j.defines["FA2_BLOCK_N"]) for j in every} == tiles
+    both = {(job.source, job.arch, job.defines["FA2_CAUSAL"]) for job in every}
+    assert both == {kernel[:3] for kernel in kernels}
+    assert {(job.source, job.arch, job.defines["FA2_BF16"]) for job in every} == {(*k[:2], k[3]) for k in kernels}

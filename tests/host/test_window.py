@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 
+from tests.covering import chosen
 from tests.gpu.cases import DTYPES, Case
 from tests.host.build import Mutation
 from tests.host.kernel_run import HostCase, check
@@ -158,6 +159,16 @@ def test_the_cases_of_the_mutants_are_right(name: str) -> None:
     check(BAND[name], name.startswith("bwd"))
 
 
-@pytest.mark.parametrize(("name", "path", "old", "new"), MUTANTS, ids=[f"{m[0]}-{n}" for n, m in enumerate(MUTANTS)])
+# Of which `make test` has as many as test_plants.py has of its own.
+FEW = chosen([{"case": mutant[0], "file": mutant[1]} for mutant in MUTANTS])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "old", "new"),
+    [
+        pytest.param(*mutant, id=f"{mutant[0]}-{number}", marks=[] if number in FEW else pytest.mark.slow)
+        for number, mutant in enumerate(MUTANTS)
+    ],
+)
 def test_mutants(name: str, path: str, old: str, new: str) -> None:
     assert is_caught(BAND[name], name.startswith("bwd"), mutation=Mutation(path, old, new))

@@ -20,7 +20,7 @@ _KERNEL = (LISTING, "list_tiles")
 _WARPS = 32
 _THREADS = 32 * _WARPS  # sequences that are looked at together
 _ROWS = 16 * _WARPS  # that a thread block looks after at a time
-_SHARED_BYTES = 4 * (8 * _THREADS + 2 * _WARPS)  # of `SharedMemory` there
+_SHARED_BYTES = 4 * (8 * _THREADS + 2 * _WARPS + 2)  # of `SharedMemory` there
 
 
 def launch(

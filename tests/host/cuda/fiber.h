@@ -76,24 +76,49 @@ inline void forget_frames([[maybe_unused]] char* stack, [[maybe_unused]] size_t 
 #endif
 }
 
-// Stacks for one block's threads, each above a page that cannot be touched.
+// Stacks for one block's threads, each above a page that cannot be touched. The next block gets the same ones: making
+// them takes longer than many a block runs.
 class Stacks {
  public:
-  explicit Stacks(int count) : page_(sysconf(_SC_PAGESIZE)), bytes_(count * (kStackBytes + page_)) {
-    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  explicit Stacks(int count) : page_(sysconf(_SC_PAGESIZE)), count_(count) {
+    for (Spare& spare : spares()) {
+      if (!spare.base || spare.count != count) continue;
+      base_ = spare.base;
+      spare.base = nullptr;
+      return;
+    }
+    void* memory = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) abort();
     base_ = static_cast<char*>(memory);
     for (int i = 0; i < count; i++) mprotect(base_ + i * (kStackBytes + page_), page_, PROT_NONE);
   }
   ~Stacks() {
-    forget_frames(base_, bytes_);  // the next thing that is mapped here is no stack
-    munmap(base_, bytes_);
+    forget_frames(base_, bytes());  // the next thing that is mapped here is no stack
+    for (Spare& spare : spares()) {
+      if (spare.base) continue;
+      spare = {base_, count_};
+      return;
+    }
+    munmap(base_, bytes());
   }
   Stacks(const Stacks&) = delete;
   char* operator[](int i) const { return base_ + i * (kStackBytes + page_) + page_; }
 
  private:
-  size_t page_, bytes_;
+  struct Spare {
+    char* base;
+    int count;
+  };
+  using Spares = Spare[16];
+  // With g++ one for all libraries of the process (STB_GNU_UNIQUE).
+  __attribute__((visibility("default"))) static Spares& spares() {
+    static Spares all;
+    return all;
+  }
+  size_t bytes() const { return count_ * (kStackBytes + page_); }
+
+  size_t page_;
+  int count_;
   char* base_;
 };
 

@@ -21,34 +21,8 @@ struct Mma {
   uint32_t b[2];      // column g; k = 2t, 2t+1 and 2t+8, 2t+9
 };
 
-using Row = float __attribute__((vector_size(32)));  // the 8 columns of D
-
 template <class T>
-void mma_complete(void* const* lanes) {
-  uint32_t a_bits[16][8], b_bits[8][8];  // rows of A, columns of B; two k each
-  Row b[16], d[16];
-  for (int l = 0; l < 32; l++) {
-    const Mma& lane = *static_cast<const Mma*>(lanes[l]);
-    const int g = l / 4, t = l % 4;
-    for (int i = 0; i < 4; i++) a_bits[g + 8 * (i % 2)][t + 4 * (i / 2)] = lane.a[i];
-    for (int i = 0; i < 2; i++) b_bits[g][t + 4 * i] = lane.b[i];
-    for (int i = 0; i < 4; i++) d[g + 8 * (i / 2)][2 * t + i % 2] = lane.d[i];
-  }
-  for (int n = 0; n < 8; n++) {
-    for (int k = 0; k < 16; k++) b[k][n] = to_float(T{static_cast<uint16_t>(b_bits[n][k / 2] >> 16 * (k % 2))});
-  }
-  for (int m = 0; m < 16; m++) {
-    float a[16];
-    for (int k = 0; k < 16; k++) a[k] = to_float(T{static_cast<uint16_t>(a_bits[m][k / 2] >> 16 * (k % 2))});
-    Row sum{};
-    for (int k = 0; k < 16; k++) sum += a[k] * b[k];
-    d[m] += sum;
-  }
-  for (int l = 0; l < 32; l++) {
-    const Mma& lane = *static_cast<const Mma*>(lanes[l]);
-    for (int i = 0; i < 4; i++) lane.d[i] = d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
-  }
-}
+void mma_complete(void* const* lanes);  // mma.cpp
 
 }  // namespace fa2_host
 
