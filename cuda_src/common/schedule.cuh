@@ -65,20 +65,19 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int count, i
   return {tile.block, place.head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
 }
 
-// The tile of a thread block that takes one, tile `linear` of the launch order; false if there is none. The longest come first.
+// The tile of a thread block that takes one, tile `linear` of the launch order; of head -1 if there is none. The longest come first.
 template <typename Params>
-FA2_DEVICE bool take_query_tile(const Shape& shape, int linear, QueryTile& tile, const Params& params) {
+FA2_DEVICE QueryTile query_tile(const Shape& shape, int linear, const Params& params) {
   if constexpr (kListed) {
     griddepcontrol_wait();  // the list is there
     const int count = params.counts[0];
-    if (linear >= count * shape.num_heads) return false;
-    tile = listed_query_tile(params, linear, count, shape.num_heads);
+    if (linear >= count * shape.num_heads) return {0, -1};
+    return listed_query_tile(params, linear, count, shape.num_heads);
   } else {
     const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
-    const Tile2 place = tile_of(linear, m_blocks, shape.num_heads, shape);
-    tile = {kCausal ? m_blocks - 1 - place.block : place.block, place.head, place.batch};
+    const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
+    return {kCausal ? m_blocks - 1 - tile.block : tile.block, tile.head, tile.batch};
   }
-  return true;
 }
 
 // The tiles of Tiles::next, less those that meet no block (kUnseenRows): nobody takes them, in no role, and fill_unseen fills what

@@ -70,8 +70,8 @@ FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t s
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const Shape& shape = params.shape;
-  QueryTile tile;
-  if (!take_query_tile(shape, blockIdx.x, tile, params)) return;
+  const QueryTile tile = query_tile(shape, blockIdx.x, params);
+  if (kListed && tile.head < 0) return;
   const int m_block = tile.m_block;
   const Sequence& sequence = sequence_of_tile(shape, tile, params);
   const int head_k = tile.head / (shape.num_heads / shape.num_heads_k);

@@ -8,7 +8,7 @@
 //
 // The other thread blocks look after the rows that belong to no sequence or see nothing, a warp for a few neighbouring rows. They take
 // nothing from block 0, and do not wait for it.
-#include "common/ptx.cuh"
+#include "common/schedule.cuh"
 #include "common/sequences.cuh"
 
 static_assert(sizeof(ListTilesBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -22,6 +22,7 @@ struct SharedMemory {
   int end_q[kNumThreads], end_k[kNumThreads];  // tiles of the sequences here up to this one
   int bin_q[kBins], bin_k[kBins];  // how many tiles meet so many blocks, the most first; then where the next of them goes
   int warp_q[kNumWarps], warp_k[kNumWarps];
+  int mixed_q, mixed_k;  // whether sequences that have tiles have other numbers of them
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/smxx/list_tiles.py and this struct differ");
 
@@ -56,6 +57,21 @@ FA2_DEVICE int bin_of(int blocks) {
   return kBins - 1 - min(bin, kBins - 1);
 }
 
+// Whose tile it is, of those here: the first whose end lies behind.
+FA2_DEVICE int owner_of(const int (&ends)[kNumThreads], int index) {
+  int s = 0;
+#pragma unroll
+  for (int step = kNumThreads / 2; step > 0; step /= 2)
+    if (ends[s + step - 1] <= index) s += step;
+  return s;
+}
+
+// Whether a sequence has tiles, but not as many as the first that has some.
+FA2_DEVICE bool is_another(const int (&ends)[kNumThreads]) {
+  const int own = ends[threadIdx.x] - (threadIdx.x > 0 ? ends[threadIdx.x - 1] : 0);
+  return own != 0 && own != ends[owner_of(ends, 0)];
+}
+
 // Sequences [first, first + kNumThreads), as far as there are any, and the ends of their tiles.
 FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& params, int first) {
   const int sequence = first + threadIdx.x, thread = threadIdx.x;
@@ -73,6 +89,17 @@ FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& pa
   smem.first_k[thread] = keys.first, smem.seqlen_k[thread] = keys.seqlen;
   smem.end_q[thread] = tiles_q, smem.end_k[thread] = tiles_k;
   __syncthreads();  // the sequences are there
+  const int lane = thread % 32;
+  const int others_q = __any_sync(0xffffffffu, is_another(smem.end_q));
+  const int others_k = __any_sync(0xffffffffu, is_another(smem.end_k));
+  if (lane == 0) smem.warp_q[thread / 32] = others_q, smem.warp_k[thread / 32] = others_k;
+  __syncthreads();  // every warp has said whether it has seen others
+  if (thread < 32) {
+    const int mixed_q = __any_sync(0xffffffffu, lane < kNumWarps && smem.warp_q[lane]);
+    const int mixed_k = __any_sync(0xffffffffu, lane < kNumWarps && smem.warp_k[lane]);
+    if (thread == 0) smem.mixed_q = mixed_q, smem.mixed_k = mixed_k;
+  }
+  __syncthreads();  // whether they are mixed is known
 }
 
 // Tiles in front of the sequences that are here, and how many are listed already (kInOrder).
@@ -84,12 +111,9 @@ struct Before {
 template <bool kOfKeys>
 FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& params, const Before& before, int first_sequence,
                        int index, ListedTile& tile) {
-  const int* ends = kOfKeys ? smem.end_k : smem.end_q;
+  const int(&ends)[kNumThreads] = kOfKeys ? smem.end_k : smem.end_q;
   if (index >= ends[kNumThreads - 1]) return -1;
-  int s = 0;  // whose tile it is: the first whose end lies behind
-#pragma unroll
-  for (int step = kNumThreads / 2; step > 0; step /= 2)
-    if (ends[s + step - 1] <= index) s += step;
+  const int s = owner_of(ends, index);
   const int block = index - (s > 0 ? ends[s - 1] : 0), sequence = first_sequence + s;
   const int first_tile_q = before.tiles_q + (s > 0 ? smem.end_q[s - 1] : 0);
   // All of a sequence's tiles or none, of both sides: nobody may wait for the turn of one that is left out.
@@ -97,12 +121,18 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
   if (params.tiles_k && before.tiles_k + smem.end_k[s] > params.tiles_of_head_k) return -1;
   tile = {smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], sequence, sequence, block,
           kOfKeys ? first_tile_q : first_tile_q + block};
+  // Neighbours read the same rows, best at the same time, but a diagonal would part them. So the blocks of a run all count as the one
+  // that meets most: of equal sequences those that place_in_list takes together; of others two, or the launch order would not be
+  // that of the lengths any more, and some multiprocessors would have more to do than others.
+  const int run = (kOfKeys ? smem.mixed_k : smem.mixed_q) ? 2 : kListedRun;
+  const int first_of_run = block / run * run;
   int blocks;
   if constexpr (kOfKeys) {
-    const auto visit = query_blocks(sequence_of_tile(tile, params), block);
+    const auto visit = query_blocks(sequence_of_tile(tile, params), first_of_run);
     blocks = visit.end - visit.begin;
   } else {
-    const auto visit = key_blocks(sequence_of_tile(tile, params), block);
+    const int last_of_run = min(first_of_run + run, ceil_div(tile.seqlen_q, kBlockM)) - 1;
+    const auto visit = key_blocks(sequence_of_tile(tile, params), last_of_run);
     blocks = visit.end - visit.begin;
   }
   return bin_of(max(0, blocks));

@@ -67,7 +67,7 @@ def cases(arch: str, head_dim: int, head_dim_v: int | None = None, **changes: ob
     return found
 
 
-# On sm_90 the other family too; lengths take turns.
+# Of each family a third of the lengths at a time.
 @pytest.mark.parametrize(
     ("arch", "family", "head_dim", "head_dim_v"),
     [
@@ -82,14 +82,13 @@ def cases(arch: str, head_dim: int, head_dim_v: int | None = None, **changes: ob
     ],
 )
 def test_forward(arch: str, family: str | None, head_dim: int, head_dim_v: int | None) -> None:
-    every = 1 if (arch, head_dim) in (("sm_80", 64), ("sm_90", 64)) else 3
-    for case in cases(arch, head_dim, head_dim_v, family=family)[head_dim // 64 % every :: every]:
+    for case in cases(arch, head_dim, head_dim_v, family=family)[head_dim // 64 % 3 :: 3]:
         assert family in (None, prepared_of(case, False).plan.family)
         check(case, False)
 
 
 def test_unaligned() -> None:
-    for case in cases("sm_80", 59, pad=1)[::4]:
+    for case in cases("sm_80", 59, pad=1)[1::5]:
         check(case, False)
 
 
@@ -157,7 +156,7 @@ MUTANTS = [
     ("sm80-dense", VISIT, "return tile.batch_q;", "return 0;"),
     ("sm80-dense", VISIT, "return tile.batch_k;", "return 0;"),
     ("sm80", ORDER, "count - first), index", "kListedRun), index"),
-    ("sm80", ORDER, "if (linear >= count * shape.num_heads) return false;", ""),
+    ("sm80", ORDER, "if (linear >= count * shape.num_heads) return {0, -1};", ""),
     ("sm90", FWD90, "if (linear >= count * shape.num_heads) return false;", "if (linear >= count) return false;"),
     ("sm90", TILE90, "params.rows_q - tile.seqlen_q + query", "params.rows_q - tile.seqlen_q + query + 1"),
     ("sm90", TILE90, "params.rows_k - tile.seqlen_k + key", "params.rows_k - tile.seqlen_k + key - 1"),

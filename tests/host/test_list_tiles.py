@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ SOURCE = "smxx/list_tiles.cu"
 FIELDS = tuple(name for name, *_ in ListedTile._fields_)
 HEADS, HEADS_K = 3, 1
 BLOCK_M, BLOCK_N = 64, 32
+RUNS = (8, 2)  # of equal sequences, of others: smxx/list_tiles.cu
+THREADS = 1024  # sequences that are looked at together
 
 
 @dataclass(frozen=True)
@@ -49,29 +52,35 @@ class Made:
 
 
 def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
-    """Of queries and of keys: how many blocks each tile meets, in order, by loops over all that is visible."""
+    """Of queries and of keys, in order: how many blocks are met by the one of a tile's run that meets most under a
+    diagonal. By loops over all that is visible.
+    """
     lengths, (block_m, block_n) = listing.lengths, listing.blocks
-    queries: dict[tuple[int, ...], int] = {}
-    keys: dict[tuple[int, ...], int] = {}
-    first_tile = 0
+    seen = []
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
         visible = lengths.visible(sq, sk)
         # Queries that see no key, and keys that no query sees, are dropped; all of them lead.
         first_q, first_k = first_q + sq - int(visible.any(1).sum()), first_k + sk - int(visible.any(0).sum())
         visible = visible[visible.any(1)][:, visible.any(0)]
-        sq, sk = visible.shape
-        sequence = (first_q, sq, first_k, sk, b, b)
-        blocks_q, blocks_k = -(-sq // block_m), -(-sk // block_n)
+        seen.append(((first_q, visible.shape[0], first_k, visible.shape[1], b, b), visible))
+    queries: dict[tuple[int, ...], int] = {}
+    keys: dict[tuple[int, ...], int] = {}
+    first_tile = 0
+    for b, (sequence, visible) in enumerate(seen):
+        together = seen[b // THREADS * THREADS :][:THREADS]
+        blocks_q, blocks_k = -(-visible.shape[0] // block_m), -(-visible.shape[1] // block_n)
+        run_q = RUNS[len({-(-x.shape[0] // block_m) for _, x in together} - {0}) > 1]
+        run_k = RUNS[len({-(-x.shape[1] // block_n) for _, x in together} - {0}) > 1]
         for block in range(blocks_q):
-            met = np.nonzero(visible[block * block_m : (block + 1) * block_m].any(0))[0] // block_n
-            if len(met):
-                first = met[0] if lengths.window else 0
-                queries[(*sequence, block, first_tile + block)] = met[-1] - first + 1
+            most = min(block // run_q * run_q + run_q, blocks_q) - 1
+            met = np.nonzero(visible[most * block_m : (most + 1) * block_m].any(0))[0] // block_n
+            first = met[0] if lengths.window else 0
+            queries[(*sequence, block, first_tile + block)] = met[-1] - first + 1
         for block in range(blocks_k):
-            met = np.nonzero(visible[:, block * block_n : (block + 1) * block_n].any(1))[0] // block_m
-            if len(met):
-                last = met[-1] if lengths.window else blocks_q - 1
-                keys[(*sequence, block, first_tile)] = last - met[0] + 1
+            most = block // run_k * run_k
+            met = np.nonzero(visible[:, most * block_n : (most + 1) * block_n].any(1))[0] // block_m
+            last = met[-1] if lengths.window else blocks_q - 1
+            keys[(*sequence, block, first_tile)] = last - met[0] + 1
         first_tile += blocks_q
     return queries, keys
 
@@ -147,6 +156,10 @@ def check(
         else:  # above 512 blocks a bin is for several numbers
             counts = [wanted[each] if wanted[each] < 512 else 512 + wanted[each] // 8 for each in got]
             assert counts == sorted(counts, reverse=True)
+            if len(set(counts)) == 1:  # then those of a warp stay together
+                natural = {each: number for number, each in enumerate(wanted)}
+                numbers = [natural[each] for each in got]
+                assert all(b == a + 1 or b % 32 == 0 for a, b in itertools.pairwise(numbers))
     for name, values in made.results.items():
         assert np.array_equal(values, filled(listing.lengths, name, values.shape), equal_nan=True), name
 
@@ -165,10 +178,15 @@ _LENGTHS = {
     "keys-packed": Lengths(90, 200, 2, None, starts(150, 50), seqused_q=(13, 90), causal=True),
     "no-keys": Lengths(100, 50, 2, starts(60, 40), starts(0, 0)),
 }
+_LENGTHS["equal"] = Lengths(5070, 5070, 40, *[starts(*[130] * 39, 0)] * 2, causal=True)  # of two warps
 CASES = {name: Listing(lengths) for name, lengths in _LENGTHS.items()}
 CASES |= {f"{name}-backward": Listing(each, True, n % 2 == 0) for n, (name, each) in enumerate(_LENGTHS.items())}
-CASES |= {f"{name}-sorted": Listing(_LENGTHS[name], True) for name in ("packed", "gaps")}
+CASES |= {f"{name}-sorted": Listing(_LENGTHS[name], True) for name in ("packed", "gaps", "causal", "equal")}
 CASES |= {f"unaligned-{backward}": Listing(_LENGTHS["causal"], backward, head_dim=13) for backward in (False, True)}
+# Equal ones first, then others, with tiles for all warps.
+CASES["turning-sorted"] = Listing(
+    Lengths(18044, 18044, 1124, *[starts(*[1] * 1024, *[170] * 99, 190)] * 2, causal=True), True, blocks=(16, 16)
+)
 # Twice and a bit as many sequences as threads.
 CASES |= {
     f"many-{in_order}": Listing(
@@ -248,7 +266,14 @@ def test_every_barrier_is_needed() -> None:
     assert len(barriers) >= 5
 
     def is_caught(number: int) -> bool:
-        for name in ("packed-sorted", "packed-backward", "many-False", "many-True"):
+        for name in (
+            "packed-sorted",
+            "packed-backward",
+            "equal-sorted",
+            "turning-sorted",
+            "many-False",
+            "many-True",
+        ):
             for schedule in (*Schedule, *3 * (Schedule.RANDOM,)):
                 try:
                     check(CASES[name], schedule, plant=f"list_tiles.cu:{number}")
