@@ -118,13 +118,16 @@ def band_jobs(arch: str) -> list[CompileJob]:
 
 # Of kernels that take tiles from lists, by architecture, source, head_dim, and whether there is a band: likewise.
 _LIST_SPILLS = {
-    ("sm_80", "sm80/flash_fwd.cu", 64, True): 28,
-    ("sm_80", "sm80/flash_fwd.cu", 96, True): 48,
-    ("sm_80", "sm80/flash_fwd.cu", 128, False): 4,
-    ("sm_80", "sm80/flash_fwd.cu", 256, True): 32,
-    ("sm_90", "sm80/flash_fwd.cu", 64, False): 24,
-    ("sm_90", "sm80/flash_fwd.cu", 96, True): 32,
-    ("sm_90", "sm80/flash_fwd.cu", 128, False): 12,
+    ("sm_80", "sm80/flash_fwd.cu", 64, True): 144,
+    ("sm_80", "sm80/flash_fwd.cu", 96, False): 4,
+    ("sm_80", "sm80/flash_fwd.cu", 96, True): 56,
+    ("sm_80", "sm80/flash_fwd.cu", 128, False): 24,
+    ("sm_80", "sm80/flash_fwd.cu", 256, False): 52,
+    ("sm_80", "sm80/flash_fwd.cu", 256, True): 52,
+    ("sm_90", "sm80/flash_fwd.cu", 64, False): 76,
+    ("sm_90", "sm80/flash_fwd.cu", 96, False): 16,
+    ("sm_90", "sm80/flash_fwd.cu", 96, True): 36,
+    ("sm_90", "sm80/flash_fwd.cu", 128, False): 28,
     ("sm_90", "sm80/flash_fwd.cu", 128, True): 72,
     ("sm_90", "sm80/flash_fwd.cu", 192, True): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, True): 4,
