@@ -57,12 +57,22 @@ struct QueryTileOf<true> {
 };
 using QueryTile = QueryTileOf<kListed>;
 
-// Tile `linear` of a list of `count`.
+// Tile `linear` of the list of queries; of head -1 if there is none. The entry is read beside the count, not after it: as if there were
+// a whole run of neighbours, which only the last one may not be. (There is room for that one, whatever it holds.)
 template <typename Params, typename Tile = QueryTile>
-FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int count, int heads) {
-  const ListPlace place = place_in_list(linear, count, heads);
-  const ListedTile tile = read_listed(params.tiles_q + place.entry);
-  return {tile.block, place.head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
+  const int first = linear / (kListedRun * heads) * kListedRun, index = linear - first * heads;
+  if (first >= params.tiles_of_head_q) return {0, -1};
+  const int count = params.counts[0];
+  ListedTile tile = read_listed(params.tiles_q + first + index % kListedRun);
+  int head = index / kListedRun;
+  if (first + kListedRun > count) {
+    if (linear >= count * heads) return {0, -1};
+    const ListPlace place = place_in_list(linear, count, heads);
+    tile = read_listed(params.tiles_q + place.entry);
+    head = place.head;
+  }
+  return {tile.block, head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
 }
 
 // The tile of a thread block that takes one, tile `linear` of the launch order; of head -1 if there is none. The longest come first.
@@ -70,9 +80,7 @@ template <typename Params>
 FA2_DEVICE QueryTile query_tile(const Shape& shape, int linear, const Params& params) {
   if constexpr (kListed) {
     griddepcontrol_wait();  // the list is there
-    const int count = params.counts[0];
-    if (linear >= count * shape.num_heads) return {0, -1};
-    return listed_query_tile(params, linear, count, shape.num_heads);
+    return listed_query_tile(params, linear, shape.num_heads);
   } else {
     const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
     const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);

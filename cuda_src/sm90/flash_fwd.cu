@@ -77,9 +77,8 @@ struct Tiles {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int linear = round++ * gridDim.x + place;
     if constexpr (kListed) {
-      const int count = params.counts[0];
-      if (linear >= count * shape.num_heads) return false;
-      const QueryTile tile = listed_query_tile(params, linear, count, shape.num_heads);
+      const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
+      if (tile.head < 0) return false;
       work = {tile, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
     } else {
       const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;

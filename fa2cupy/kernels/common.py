@@ -25,6 +25,7 @@ __all__ = [
     "mean_seqlen_q",
     "padded_head_dims",
     "pointer_names",
+    "query_rows",
     "shape_params",
     "skipped_bytes",
 ]
@@ -86,6 +87,12 @@ def shape_params(problem: AttentionProblem, seqlen_q: int, section: int) -> Shap
         problem.head_dim,
         section,
     )
+
+
+def query_rows(problem: AttentionProblem) -> int:
+    """Rows of q, of all sequences or of the whole batch."""
+    is_packed = problem.lengths is not None and problem.lengths.packed_q
+    return problem.seqlen_q * (1 if is_packed else problem.batch)
 
 
 def mean_seqlen_q(problem: AttentionProblem) -> int:

@@ -77,4 +77,5 @@ def _most_tiles(rows: int, block: int, batch: int, lengths: LengthsSpec, is_pack
 
 
 def _list_bytes(tiles: int) -> int:
+    """With room for whole runs of eight neighbours: the kernels read what is there in place of the missing ones."""
     return -(-tiles * ctypes.sizeof(ListedTile) // _ALIGNMENT) * _ALIGNMENT

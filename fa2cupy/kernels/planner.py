@@ -90,13 +90,14 @@ def plan_forward(
     if problem.lengths is not None and problem.lengths.segments:
         _no_lengths_yet(problem)
     empty = problem.empty_rows
-    there = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
-    busy = there and problem.seqlen_k > 0
+    busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
+    if problem.lengths is not None:  # then there need not be a key
+        busy = busy and problem.seqlen_k > 0
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
     names = common.pointer_names(problem, common.FORWARD_ARRAYS)
     launches: tuple[KernelLaunch, ...] = ()
     lists = None
-    if problem.lengths is not None and there:
+    if problem.lengths is not None and common.query_rows(problem) * problem.num_heads > 0:  # some may be nobody's
         lists = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False)
         launches += (list_tiles.launch(problem, device, lists, ("out", "lse"), names),)
     if busy:

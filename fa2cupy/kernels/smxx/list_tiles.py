@@ -54,10 +54,10 @@ def launch(
         field = "out" if name == of_queries else name
         setattr(params, f"{field}_strides", pack_strides(name, strides[name]))
         pointers[field] = names.index(name), 0
-    rows = max(
-        problem.seqlen_q * (1 if _packed(problem, "q") else problem.batch),
-        problem.seqlen_k * (1 if _packed(problem, "k") else problem.batch) if "dk" in results else 0,
-    )
+    assert problem.lengths is not None
+    rows = common.query_rows(problem)
+    if "dk" in results:
+        rows = max(rows, problem.seqlen_k * (1 if problem.lengths.packed_k else problem.batch))
     clearing = min(-(-rows // _ROWS), max(1, device.sm_count - 1))  # all run at once
     return common.kernel_launch(
         problem,
@@ -69,11 +69,6 @@ def launch(
         pointers,
         names,
     )
-
-
-def _packed(problem: AttentionProblem, side: str) -> bool:
-    assert problem.lengths is not None
-    return problem.lengths.packed_q if side == "q" else problem.lengths.packed_k
 
 
 def _defines(dtype: str, aligned: bool, lists: Lists, causal: bool, in_order: bool) -> dict[str, int | str]:
