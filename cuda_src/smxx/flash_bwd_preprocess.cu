@@ -38,7 +38,7 @@ FA2_DEVICE float dlse_of(const Params& params, const Tile& tile, int head, int r
   if constexpr (kDlse) {
     const Strides& strides = params.dlse_strides;
     return params.dlse[query_batch(tile) * strides.batch + head * strides.head +
-                       (params.dlse_first_row + query_row(tile, row)) * strides.row];
+                       (params.dlse_first_row + row) * strides.row];
   } else {
     return 0.f;
   }
@@ -55,12 +55,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const auto entry = query_tile_at(params, place, batch);
   const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
-  const int first_row = (kListed ? entry.block : place) * kBlockM, rows = min(kBlockM, sequence.seqlen_q - first_row);
+  int first_row = (kListed ? entry.block : place) * kBlockM;
+  const int rows = min(kBlockM, sequence.seqlen_q - first_row);
+  if constexpr (kListed) first_row = query_row(entry, first_row);
 
   const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
-  const Element* gmem_out = params.out + query_batch(entry) * os.batch + head * os.head + query_row(entry, first_row) * os.row;
-  const Element* gmem_dout = params.dout + query_batch(entry) * dos.batch + head * dos.head + query_row(entry, first_row) * dos.row;
-  const float* gmem_lse = params.lse + query_batch(entry) * ls.batch + head * ls.head + query_row(entry, first_row) * ls.row;
+  const Element* gmem_out = params.out + query_batch(entry) * os.batch + head * os.head + first_row * os.row;
+  const Element* gmem_dout = params.dout + query_batch(entry) * dos.batch + head * dos.head + first_row * dos.row;
+  const float* gmem_lse = params.lse + query_batch(entry) * ls.batch + head * ls.head + first_row * ls.row;
   const int own_row = threadIdx.x;
   const float lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
   const int pass_row = threadIdx.x / kLanesPerRow, col = threadIdx.x % kLanesPerRow * 8;
