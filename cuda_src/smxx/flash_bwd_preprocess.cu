@@ -50,14 +50,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const int m_blocks = query_tiles_of_head(params);
   const int64_t linear = gridDim.x - 1 - blockIdx.x;
   const int place = linear % m_blocks, row_of_tiles = linear / m_blocks;
-  const int head = row_of_tiles % shape.num_heads;
-  int batch = row_of_tiles / shape.num_heads;
+  int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
   if (kListed && !has_query_tile(params, place)) return;
   const auto entry = query_tile_at(params, place, batch);
   const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
   int first_row = (kListed ? entry.block : place) * kBlockM;
-  const int rows = min(kBlockM, sequence.seqlen_q - first_row);
+  const int rows = min(kBlockM, (kListed ? sequence.seqlen_q : shape.seqlen_q) - first_row);
   if constexpr (kListed) first_row = query_row(entry, first_row), batch = query_batch(entry);
 
   const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
