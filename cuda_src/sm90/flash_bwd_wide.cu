@@ -94,12 +94,21 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
   while (schedule.next(params, work)) {
     mbarrier_wait(loads.keys_empty, keys_parity(schedule) ^ 1);  // released by compute_scores, and K by both sum_gradient
     mbarrier_arrive_expect_tx(loads.keys_full, keys.kBytes + (k_peer ? k_peer->kBytes : 0));
-    load_tile(keys, keys_map, loads.keys_full, key_place(work, work.n_block * kBlockN, work.head_k, params));
+    if constexpr (kListed) {
+      load_tile(keys, keys_map, loads.keys_full, key_place(work, work.n_block * kBlockN, work.head_k, params));
+    } else {
+      load_tile(keys, keys_map, loads.keys_full, work.n_block * kBlockN, work.head_k, work.batch);
+    }
     if (k_peer) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        load_box(k_peer->data[i], keys_map, loads.keys_full, first_col_of_dq(i > 0) / kDqCols * kDqCols,
-                 key_place(work, (work.n_block ^ 1) * kBlockN, work.head_k, params));
+      for (int i = 0; i < 2; ++i) {
+        const int col = first_col_of_dq(i > 0) / kDqCols * kDqCols, key = (work.n_block ^ 1) * kBlockN;
+        if constexpr (kListed) {
+          load_box(k_peer->data[i], keys_map, loads.keys_full, col, key_place(work, key, work.head_k, params));
+        } else {
+          cp_async_bulk_tensor_4d_load(k_peer->data[i], keys_map, loads.keys_full, col, key, work.head_k, work.batch);
+        }
+      }
     }
     griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
     for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
@@ -107,8 +116,13 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
       for (int col = 0; col < kCols; col += kPartCols, ring.advance()) {
         mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by compute_scores and sum_gradient
         mbarrier_arrive_expect_tx(loads.full[ring.stage], queries[0].kBytes + (col == 0 ? kStatisticsBytes : 0));
-        load_tile(queries[ring.stage], queries_map, loads.full[ring.stage],
-                  query_place(work, step.m_block * kBlockM, step.head, params), col);
+        if constexpr (kListed) {
+          load_tile(queries[ring.stage], queries_map, loads.full[ring.stage],
+                    query_place(work, step.m_block * kBlockM, step.head, params), col);
+        } else {
+          load_tile(queries[ring.stage], queries_map, loads.full[ring.stage], step.m_block * kBlockM, step.head, work.batch,
+                    col);
+        }
         if (col == 0) load_statistics(loads.statistics[ring.stage], statistics_map, loads.full[ring.stage], step);
       }
     }
@@ -317,10 +331,11 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
       store_partial(partial + row * kCols + col, kCols, part);
     } else {
       const Strides& strides = kSecond ? params.dk_strides : params.dv_strides;
-      const Sequence& sequence = sequence_of_tile(params.shape, work, params);
       const int row = work.n_block * kBlockN + warp_row;
       Element* target = (kSecond ? params.dk : params.dv) + key_batch(work) * strides.batch + work.head_k * strides.head;
-      store_gradient(target + key_row(work, row) * strides.row + col, strides.row, sequence.seqlen_k - row,
+      if constexpr (kListed) target += key_row(work, 0) * strides.row;
+      store_gradient(target + row * strides.row + col, strides.row,
+                     sequence_of_tile(params.shape, work, params).seqlen_k - row,
                      (kSecond ? params.shape.head_dim : params.head_dim_v) - col, part, factor);
     }
   };

@@ -80,7 +80,10 @@ template <int kRows, int kCols>
 FA2_DEVICE void load_tile(Panels<kRows, kCols>& tile, const TensorMap& map, uint64_t& barrier, int row, int head, int batch,
                           int col = 0) {
   static_assert(!kListed || kRows == 0, "a tile of a list has a place of its own");
-  load_rows<kRows>(tile, 0, map, barrier, MapPlace{row, head, batch}, col);
+#pragma unroll
+  for (int p = 0; p < tile.kPanels; ++p) {  // not load_rows: it makes a plain kernel of the wide backward another
+    cp_async_bulk_tensor_4d_load(tile.data[p][0], map, barrier, col + 64 * p, row, head, batch);
+  }
 }
 
 // The other way round, for the first kCols columns. One thread; the caller commits.

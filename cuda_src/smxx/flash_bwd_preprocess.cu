@@ -33,12 +33,12 @@ FA2_DEVICE Chunk load_chunk(const Element* row, int col, int cols) {
 }
 
 // The gradient of lse of query `row` of those that are here; 0 where nobody gave one. A template, so that it is compiled only then.
-template <typename Params, typename Tile>
-FA2_DEVICE float dlse_of(const Params& params, const Tile& tile, int head, int row) {
+template <typename Params>
+FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
   if constexpr (kDlse) {
     const Strides& strides = params.dlse_strides;
-    return params.dlse[query_batch(tile) * strides.batch + head * strides.head +
-                       (params.dlse_first_row + query_row(tile, row)) * strides.row];
+    return params.dlse[batch * strides.batch + head * strides.head +
+                       (params.dlse_first_row + row) * strides.row];
   } else {
     return 0.f;
   }
@@ -50,17 +50,19 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const int m_blocks = query_tiles_of_head(params);
   const int64_t linear = gridDim.x - 1 - blockIdx.x;
   const int place = linear % m_blocks, row_of_tiles = linear / m_blocks;
-  const int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
+  int head = row_of_tiles % shape.num_heads, batch = row_of_tiles / shape.num_heads;
   if (kListed && !has_query_tile(params, place)) return;
   const auto entry = query_tile_at(params, place, batch);
   const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
-  const int first_row = (kListed ? entry.block : place) * kBlockM, rows = min(kBlockM, sequence.seqlen_q - first_row);
+  int first_row = (kListed ? entry.block : place) * kBlockM;
+  const int rows = min(kBlockM, (kListed ? sequence.seqlen_q : shape.seqlen_q) - first_row);
+  if constexpr (kListed) first_row = query_row(entry, first_row), batch = query_batch(entry);
 
   const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
-  const Element* gmem_out = params.out + query_batch(entry) * os.batch + head * os.head + query_row(entry, first_row) * os.row;
-  const Element* gmem_dout = params.dout + query_batch(entry) * dos.batch + head * dos.head + query_row(entry, first_row) * dos.row;
-  const float* gmem_lse = params.lse + query_batch(entry) * ls.batch + head * ls.head + query_row(entry, first_row) * ls.row;
+  const Element* gmem_out = params.out + batch * os.batch + head * os.head + first_row * os.row;
+  const Element* gmem_dout = params.dout + batch * dos.batch + head * dos.head + first_row * dos.row;
+  const float* gmem_lse = params.lse + batch * ls.batch + head * ls.head + first_row * ls.row;
   const int own_row = threadIdx.x;
   const float lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
   const int pass_row = threadIdx.x / kLanesPerRow, col = threadIdx.x % kLanesPerRow * 8;
@@ -81,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
 #pragma unroll
       for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
       const int row = (first + pass) * kRowsPerPass + pass_row;
-      if (kDlse && row < rows && col == 0) d -= dlse_of(params, entry, head, first_row + row);
+      if (kDlse && row < rows && col == 0) d -= dlse_of(params, batch, head, first_row + row);
       if (row < kBlockM && col == 0) params.softmax_d[tile * kBlockM + row] = d;
     }
   }

@@ -137,7 +137,7 @@ MUTANTS = [
     ("sm90", BOTH90, "kCluster * (kListed ? entry.block : place)", "kCluster * place"),
     ("sm90", BWD90, "row = key_row(work, row);", "row += 0;"),
     ("sm90-wide", BOTH90, "kCluster * (kListed ? entry.block : place)", "(kListed ? entry.block : place)"),
-    ("sm90-wide", WIDE90, "key_row(work, row) * strides.row", "row * strides.row"),
+    ("sm90-wide", WIDE90, "target += key_row(work, 0) * strides.row;", "target += 0;"),
     ("nothing", BWD90, "if constexpr (kListed) griddepcontrol_wait();", ""),
     ("nothing", BWD90, "if (kListed && !any) return;", ""),
     ("nothing-wide", WIDE90, "if constexpr (kListed) griddepcontrol_wait();", ""),
