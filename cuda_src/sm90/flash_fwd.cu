@@ -134,8 +134,10 @@ FA2_DEVICE void copy_rows(SharedMemory& smem, const FwdTmaBandParams& params, in
       load_next(ring.stage);
     }
     mbarrier_wait(smem.o_full[group][ring.stage], ring.parity);  // O is there: compute
-    store_rows<64, kHeadDimV>(params.out, smem.o(ring.stage), smem.o_row(group),
-                              query_place(work, work.m_block * kBlockM + group_row, work.head, params));
+    if (is_there(work, work.m_block * kBlockM + group_row)) {
+      store_rows<64, kHeadDimV>(params.out, smem.o(ring.stage), smem.o_row(group),
+                                query_place(work, work.m_block * kBlockM + group_row, work.head, params));
+    }
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers
     if constexpr (kOwnO) {

@@ -29,11 +29,13 @@ struct MapPlaceOf<true> {
 };
 using MapPlace = MapPlaceOf<kListed>;
 
-// Of query `query`, or key `key`, of a tile (or of whoever has its fields).
+// Of query `query`, or key `key`, of a tile (or of whoever has its fields). One behind the sequence's end becomes its last: the copy
+// engine clips a box that reaches beyond the end, but of one that lies beyond it wholly it was seen to touch memory in front of the
+// array (an illegal access where there is none). Nobody looks at the rows that come instead, and `is_there` says what may be stored.
 template <typename Tile, typename Params>
 FA2_DEVICE MapPlace query_place(const Tile& tile, int query, int head, const Params& params) {
   if constexpr (kListed) {
-    return {params.rows_q - tile.seqlen_q + query, head, tile.first_q + tile.seqlen_q, tile.batch_q};
+    return {params.rows_q - tile.seqlen_q + min(query, tile.seqlen_q - 1), head, tile.first_q + tile.seqlen_q, tile.batch_q};
   } else {
     return {query, head, tile.batch};
   }
@@ -41,9 +43,18 @@ FA2_DEVICE MapPlace query_place(const Tile& tile, int query, int head, const Par
 template <typename Tile, typename Params>
 FA2_DEVICE MapPlace key_place(const Tile& tile, int key, int head, const Params& params) {
   if constexpr (kListed) {
-    return {params.rows_k - tile.seqlen_k + key, head, tile.first_k + tile.seqlen_k, tile.batch_k};
+    return {params.rows_k - tile.seqlen_k + min(key, tile.seqlen_k - 1), head, tile.first_k + tile.seqlen_k, tile.batch_k};
   } else {
     return {key, head, tile.batch};
+  }
+}
+
+template <typename Tile>
+FA2_DEVICE bool is_there(const Tile& tile, int query) {
+  if constexpr (kListed) {
+    return query < tile.seqlen_q;
+  } else {
+    return true;  // clipped
   }
 }
 

@@ -78,12 +78,16 @@ def arch(device: DeviceInfo) -> str:
 
 def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
     """What speaks against it, or the empty string."""
-    return sm90.objection(problem, device)
+    return sm90.objection(problem, device) or tma.rows_objection(problem, _serving(problem))
+
+
+def _serving(problem: AttentionProblem) -> list[BwdTileNarrow]:
+    return [tile for tile in BWD_TILES_SM90 if tile.serves(problem)]
 
 
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[BwdTileNarrow]:
     """The narrowest first, which is the best; none for wider heads, which are flash_bwd_wide's."""
-    return [tile for tile in BWD_TILES_SM90 if tile.serves(problem)]
+    return tma.without_empty_panels(problem, _serving(problem))
 
 
 def cleared(causal: bool, n_blocks: int, deterministic: bool, partial: bool) -> bool:

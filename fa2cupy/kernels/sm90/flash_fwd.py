@@ -105,14 +105,15 @@ def arch(device: DeviceInfo) -> str:
 
 def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
     """What speaks against it, or the empty string."""
-    return tma.objection(problem, device, _MAPS)
+    why = tma.objection(problem, device, _MAPS)
+    return why or tma.rows_objection(problem, rows_for(problem.head_dim, problem.head_dim_v, problem.causal, 1))
 
 
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTileSm90]:
     """The best first."""
     seqlen_q = common.mean_seqlen_q(problem)
     masked = problem.causal or not (problem.window is None or problem.window.only_drops)
-    return rows_for(problem.head_dim, problem.head_dim_v, masked, seqlen_q)
+    return tma.without_empty_panels(problem, rows_for(problem.head_dim, problem.head_dim_v, masked, seqlen_q))
 
 
 def rows_for(head_dim: int, head_dim_v: int, masked: bool, seqlen_q: int) -> list[FwdTileSm90]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from fa2cupy.jit import tensor_map
 from fa2cupy.jit.driver import DeviceInfo
@@ -13,10 +14,31 @@ from fa2cupy.kernels.launch import TensorMapArgument
 from fa2cupy.kernels.params import TensorMap
 from fa2cupy.problem import AttentionProblem
 
-__all__ = ["ARCH", "COLUMNS", "map_dims", "mapped", "objection", "tensor_maps"]
+__all__ = [
+    "ARCH",
+    "COLUMNS",
+    "map_dims",
+    "mapped",
+    "objection",
+    "rows_objection",
+    "tensor_maps",
+    "without_empty_panels",
+]
 
 ARCH = "sm_90a"  # the kernels have wgmma and bulk copies
 COLUMNS = 64  # of a box: a panel, 128 bytes
+
+
+class HeadDims(Protocol):
+    """Rows of the tables. head_dim_v: 0 where it is head_dim."""
+
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def head_dim_v(self) -> int: ...
+
+
+_Tile = TypeVar("_Tile", bound=HeadDims)
 
 
 def mapped(struct: type[ctypes.Structure]) -> tuple[str, ...]:
@@ -41,6 +63,27 @@ def objection(problem: AttentionProblem, device: DeviceInfo, names: Sequence[str
     if not problem.aligned:  # head dims and strides are
         return f"an array starts at an address that is not a multiple of {tensor_map.ALIGNMENT} bytes"
     return ""
+
+
+def empty_panels(problem: AttentionProblem, tile: HeadDims) -> str:
+    """What speaks against a row for sequences whose lengths only the device knows, or the empty string. Their maps are
+    shifted, and no box may lie outside one wholly (cuda_src/sm90/tile.cuh): none of columns that there are not."""
+    widths = {"head_dim": tile.head_dim, "head_dim_v": tile.head_dim_v or tile.head_dim}
+    for name, width in widths.items():
+        own = getattr(problem, name)
+        if problem.lengths is not None and -(-own // COLUMNS) < -(-width // COLUMNS):
+            return f"{name} {own} leaves {COLUMNS} columns of a tile of {width} empty"
+    return ""
+
+
+def without_empty_panels(problem: AttentionProblem, tiles: Sequence[_Tile]) -> list[_Tile]:
+    """Of rows that serve a problem, those that `empty_panels` has nothing against."""
+    return [tile for tile in tiles if not empty_panels(problem, tile)]
+
+
+def rows_objection(problem: AttentionProblem, tiles: Sequence[HeadDims]) -> str:
+    """What speaks against a kernel whose rows serve a problem, but none without empty panels; or the empty string."""
+    return empty_panels(problem, tiles[0]) if tiles and not without_empty_panels(problem, tiles) else ""
 
 
 def map_dims(problem: AttentionProblem, name: str, rows: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
