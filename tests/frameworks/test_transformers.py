@@ -22,6 +22,7 @@ from fa2cupy.errors import InvalidArgument, MissingDependency, NotTaken
 transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils as hf  # noqa: E402
+from transformers.integrations import sdpa_attention  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402
     bidirectional_mask_function,
     causal_mask_function,
@@ -764,10 +765,14 @@ def test_attention_weights_are_not_there() -> None:
 
 
 def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
-    with pytest.raises(MissingDependency, match="too old"):
-        register()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
+        with pytest.raises(MissingDependency, match=r"too old.*q_length, q_offset, kv_offset,"):
+            register()
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa_attention, "sdpa_attention_forward", lambda module, query, **more: None)
+        with pytest.raises(MissingDependency, match=r"too old.*knows no position_bias"):
+            register()
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
