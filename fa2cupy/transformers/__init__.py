@@ -29,18 +29,32 @@ def register(*, wait: bool = True) -> None:
     without padding away and to find one with gaps, which is SDPA's. With False, under torch.compile and in a CUDA graph
     nothing ever waits: every padding mask is passed on as lengths, and one with gaps fails an assertion on the GPU.
 
-    Registering twice is once, with the last `wait`. Raises MissingDependency without transformers 5.
+    Registering twice is once, with the last `wait`. Raises MissingDependency without transformers 5.14 or newer, and
+    for a version whose masks, tried once in small, are not those that are known.
     """
     try:
         from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     except ImportError as error:
-        raise MissingDependency(f"transformers 5 or newer, and torch, are needed: {error}") from error
-    if not {"q_length", "q_offset", "kv_length", "kv_offset"} <= set(inspect.signature(sdpa_mask).parameters):
-        raise MissingDependency("transformers is too old: its mask functions know no offsets, those of 5 do")
-    from fa2cupy.transformers import masks
-    from fa2cupy.transformers.layer import attention_layer
-
+        raise MissingDependency(f"transformers 5.14 or newer, and torch, are needed: {error}") from error
+    for function, needed in (
+        (sdpa_mask, ("q_length", "q_offset", "kv_length", "kv_offset")),
+        (sdpa_attention_forward, ("position_bias",)),
+    ):
+        missing = [name for name in needed if name not in inspect.signature(function).parameters]
+        if missing:
+            raise MissingDependency(
+                f"transformers is too old: its {function.__name__} knows no {', '.join(missing)}, that of 5.14 does"
+            )
+    try:
+        from fa2cupy.transformers import masks, probe
+        from fa2cupy.transformers.layer import attention_layer
+    except ImportError as error:
+        raise MissingDependency(f"this version of transformers lacks what fa2cupy builds on: {error}") from error
+    objection = probe.objection()
+    if objection:
+        raise MissingDependency(objection)
     masks.may_wait = bool(wait)
     AttentionMaskInterface.register(NAME, masks.mask)
     AttentionInterface.register(NAME, attention_layer)

@@ -140,12 +140,17 @@ def pattern_of(function: Any) -> Pattern | None:
         return None
     first, second = parts
     makers = _maker(first), _maker(second)
-    if makers[0] == "sliding_window_overlay" and second is causal_mask_function:
-        return Pattern(True, _closure(first)["sliding_window"] - 1)
-    if makers[0] == "sliding_window_bidirectional_overlay" and second is bidirectional_mask_function:
-        return Pattern(False, _closure(first)["sliding_window"])
-    if makers == ("remap_positions_for_packed_sequence", "packed_sequence_mask_function"):
-        inner = pattern_of(_closure(first)["mask_function"])
+    size = _closure(first).get("sliding_window") if makers[0].startswith("sliding_window") else None
+    if makers[0] == "sliding_window_overlay" and second is causal_mask_function and isinstance(size, int):
+        return Pattern(True, size - 1)
+    bidirectional = second is bidirectional_mask_function
+    if makers[0] == "sliding_window_bidirectional_overlay" and bidirectional and isinstance(size, int):
+        return Pattern(False, size)
+    if "packed_sequence_mask_function" in makers:  # versions differ in the order, and in whether positions start anew
+        other = first if makers[1] == "packed_sequence_mask_function" else second
+        if _maker(other) == "remap_positions_for_packed_sequence":
+            other = _closure(other).get("mask_function")
+        inner = pattern_of(other)
         if inner is not None and inner.causal and not inner.packed:
             return inner._replace(packed=True)
     return None

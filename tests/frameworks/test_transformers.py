@@ -22,6 +22,7 @@ from fa2cupy.errors import InvalidArgument, MissingDependency, NotTaken
 transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils as hf  # noqa: E402
+from transformers.integrations import sdpa_attention  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402
     bidirectional_mask_function,
     causal_mask_function,
@@ -29,7 +30,7 @@ from transformers.masking_utils import (  # noqa: E402
     sliding_window_causal_mask_function,
 )
 
-from fa2cupy.transformers import layer, masks, register  # noqa: E402
+from fa2cupy.transformers import layer, masks, probe, register  # noqa: E402
 from tests.frameworks.transformers_models import (  # noqa: E402
     DECODERS,
     ENCODERS,
@@ -506,6 +507,20 @@ def test_masks_of_packed_sequences(window: int | None, wait: bool) -> None:
     assert starts == (wanted if wait else wanted + [18] * (19 - len(wanted)))
 
 
+def test_packed_sequences_of_other_versions() -> None:
+    """However a version puts the mask together, if it has the functions for it."""
+    packed = hf.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1]]))
+    for inner, wanted in ((causal_mask_function, -1), (sliding_window_causal_mask_function(3), 2)):
+        parts = [inner]
+        if hasattr(hf, "remap_positions_for_packed_sequence"):
+            parts.append(hf.remap_positions_for_packed_sequence(inner, torch.tensor([[0, 1, 2, 0, 1]])))
+        for part in parts:
+            for function in (hf.and_masks(part, packed), hf.and_masks(packed, part)):
+                assert masks.pattern_of(function) == masks.Pattern(True, wanted, True)
+    for inner in (bidirectional_mask_function, hf.chunked_causal_mask_function(2, torch.zeros(1)), packed):
+        assert masks.pattern_of(hf.and_masks(inner, packed)) is None
+
+
 def packed_as_transformers_does(positions: torch.Tensor, window: int | None) -> dict[str, Any]:
     """The arguments of the mask interface for packed sequences."""
     return captured(window, positions, None)
@@ -750,16 +765,69 @@ def test_attention_weights_are_not_there() -> None:
 
 
 def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
-    with pytest.raises(MissingDependency, match="too old"):
-        register()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "sdpa_mask", lambda batch_size, cache_position, kv_length: None)
+        with pytest.raises(MissingDependency, match=r"too old.*q_length, q_offset, kv_offset,"):
+            register()
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa_attention, "sdpa_attention_forward", lambda module, query, **more: None)
+        with pytest.raises(MissingDependency, match=r"too old.*knows no position_bias"):
+            register()
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingDependency, match="transformers 5"):
         register()
     monkeypatch.undo()
+
+
+def test_this_transformers_is_known() -> None:
+    """Nothing that the probe asks for is left to SDPA."""
+    probe.objection.cache_clear()
+    assert probe.objection() == ""
+    requests = list(probe._requests())
+    assert len(requests) == 10
+    for what, asked in requests:
+        got = masks.mask(**asked)
+        assert masks.pattern_of(asked["mask_function"]) is not None, what
+        assert (got is None) == ("whole" in what and "sliding" not in what) or masks.is_ours(got), what
+
+
+def wider_windows(sliding_window: int) -> Any:
+    def inner_mask(batch_idx: int, head_idx: int, q_idx: Any, kv_idx: Any) -> Any:
+        return kv_idx >= q_idx - sliding_window
+
+    inner_mask.__module__, inner_mask.__qualname__ = hf.__name__, "sliding_window_overlay.<locals>.inner_mask"
+    return inner_mask
+
+
+def unknown_packed(packed_sequence_mask: torch.Tensor) -> Any:
+    def inner_mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return packed_sequence_mask[batch_idx, q_idx] == packed_sequence_mask[batch_idx, kv_idx]
+
+    return inner_mask
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "says"),
+    [
+        ("sliding_window_overlay", wider_windows, "means by its masks.*create_sliding_window_causal_mask, whole"),
+        ("packed_sequence_mask_function", unknown_packed, "means by its masks.*create_causal_mask, packed"),
+        ("create_causal_mask", lambda config, embeddings, *, mask: None, "in a way that is not known: TypeError"),
+        ("create_bidirectional_mask", lambda *arguments: None, "the mask interface 0 times"),
+    ],
+)
+def test_a_transformers_that_differs_is_refused(
+    name: str, changed: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than computed wrongly."""
+    probe.objection.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, name, changed)
+        with pytest.raises(MissingDependency, match=f"transformers {transformers.__version__} .*{says}"):
+            register()
+    probe.objection.cache_clear()
+    register()
 
 
 def test_snippets_of_the_page() -> None:
