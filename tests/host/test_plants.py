@@ -411,7 +411,7 @@ MUTANTS = [
     ("bwd", "hopper-full", BWD90, "ds_full[ds.stage], ds.parity)", "ds_full[ds.stage], ds.parity ^ 1)"),
     ("bwd", "hopper-full", BWD90, "    ds.advance();\n", ""),
     # where a head begins
-    ("bwd", "hopper-staggered", BOTH90, "ceil_div(visit.end, n_blocks) % visit.end", "ceil_div(visit.end, n_blocks)"),
+    ("bwd", "hopper-staggered", BOTH90, "(visit.end, key_blocks) % visit.end", "(visit.end, key_blocks)"),
     ("bwd", "hopper-staggered", BOTH90, "m_block(work.m_block)", "m_block(work.begin)"),
     ("bwd", "hopper-staggered", BOTH90, ", tile -= work.end - work.begin;", ";"),
     ("bwd", "hopper-staggered", BOTH90, "if (m_block == work.head_begin) ++head", "if (m_block == work.begin) ++head"),
@@ -568,7 +568,7 @@ MUTANTS = [
     ("bwd", "own-v", BWD, "vs.row, keys,\n            head_dim_v(params)", "vs.row, keys, shape.head_dim"),
     ("bwd", "own-v", BWD, "first_query : 0, head_dim_v(params)", "first_query : 0, shape.head_dim"),
     ("bwd", "own-v", BWD, "gemm<kHeadStepsV>", "gemm<kHeadSteps>"),
-    ("bwd", "own-v", BWD, "dvs.row, keys, head_dim_v(params)", "dvs.row, keys, shape.head_dim"),
+    ("bwd", "own-v", BWD, "keys, head_dim_v(params), smem.v);", "keys, shape.head_dim, smem.v);"),
     ("bwd", "splits-own-v", BWD, "params.dv_partial + row * kHeadDimV", "params.dv_partial + row * kHeadDim"),
     ("bwd", "splits-own-v", POST, "shape.head_dim : head_dim_v(params)", "shape.head_dim : shape.head_dim"),
     ("bwd", "splits-own-v", POST, "kIsDk ? kHeadDim : kHeadDimV", "kHeadDim"),
