@@ -133,31 +133,33 @@ def attention(
         deterministic = check_flag("deterministic", deterministic)
     operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
+    extra: tuple[str, ...] = ()
     if positional or keywords:
-        operation, arrays, options = given("attention", operation, arrays, options, positional, keywords)
+        extra, arrays, options = given("attention", arrays, options, positional, keywords)
+    alone = out is None and lse_out is None and workspace is None
     # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one.
-    if type(q) is prepared.plain_type is type(k) is type(v) and out is None and lse_out is None and workspace is None:
+    if type(q) is prepared.plain_type is type(k) is type(v) and alone and not extra:
         try:
             return prepared.PLAIN[q.dtype, operation, options, type(options[0]), type(options[1])](q, k, v)
         except Exception:  # not known yet, or something is wrong: `call` says what
             pass
-    if doors.has_torch() and out is None and lse_out is None and workspace is None:
+    if doors.has_torch() and alone:
         way = doors.torch_way(q, k, v)
         if way is STRAIGHT:
-            operation = ASKED.get(operation, operation)
+            operation = ASKED[operation]
         elif way is not None:
             options = (*options[:4], deterministic, options[5])
-            if not operation.extra:
+            if not extra:
                 return way(q, k, v, options, return_lse)
-            for name in operation.extra:
+            for name in extra:
                 if name not in LENGTHS:
-                    raise not_through_torch(operation.extra)
-            return way(q, k, v, options, return_lse, dict(zip(operation.extra, arrays[5:], strict=True)))
+                    raise not_through_torch(extra)
+            return way(q, k, v, options, return_lse, dict(zip(extra, arrays[5:], strict=True)))
     if deterministic and any(map(is_traced, (q, k, v))):  # who takes the gradients gets no other word
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    out, lse = call(operation, arrays, workspace, options)
+    out, lse = call(operation.extended(extra) if extra else operation, arrays, workspace, options)
     return (out, lse) if return_lse else out
 
 
@@ -210,7 +212,8 @@ def attention_backward(
     operation, arrays = BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv]
     options: RawOptions = (causal, softmax_scale, layout, dtype, deterministic, ())
     if positional or keywords:
-        operation, arrays, options = given("attention_backward", operation, arrays, options, positional, keywords)
+        extra, arrays, options = given("attention_backward", arrays, options, positional, keywords)
+        operation = operation.extended(extra)
     dq, dk, dv = call(operation, arrays, workspace, options)
     return dq, dk, dv
 
@@ -252,8 +255,8 @@ def attention_vjp(
         dynamo.tell()
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     arrays = [q, k, v, out, lse_out]
-    operation, arrays, options = given("attention_vjp", FORWARD, arrays, options, positional, keywords)
-    out, lse = call(operation, arrays, workspace, options)
+    extra, arrays, options = given("attention_vjp", arrays, options, positional, keywords)
+    out, lse = call(FORWARD.extended(extra), arrays, workspace, options)
 
     def pullback(dout: Any, dlse: Any = None) -> tuple[Any, Any, Any]:
         gradients: tuple[Any, Any, Any] = attention_backward(
@@ -320,4 +323,5 @@ def _workspace_bytes(
 
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    return workspace_bytes(*given(function, operation, arrays, options, positional, keywords))
+    extra, arrays, options = given(function, arrays, options, positional, keywords)
+    return workspace_bytes(operation.extended(extra), arrays, options)

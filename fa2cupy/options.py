@@ -9,7 +9,6 @@ from fa2cupy.checks import check_hint, check_pair
 from fa2cupy.declared import RIGHT_OF_CAUSAL
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
-from fa2cupy.operations import Operation
 
 __all__ = ["Options", "RawOptions", "given"]
 
@@ -71,13 +70,13 @@ def _checked(name: str, value: object) -> Any:
 
 def given(
     function: str,
-    operation: Operation,
     arrays: list[Any],
     options: RawOptions,
     positional: tuple[object, ...],
     keywords: dict[str, Any],
-) -> tuple[Operation, list[Any], RawOptions]:
-    """A dense call with all the rest that `function` was given: the operation, arrays and options of the whole.
+) -> tuple[tuple[str, ...], list[Any], RawOptions]:
+    """A dense call with all the rest that `function` was given: the names by which `Operation.extended` extends the
+    operation (which is left to the caller: torch.compile traces this, and makes no operations), arrays and options.
 
     With nothing but neutral values it is the dense call itself. Raises for what the function does not take.
     """
@@ -104,7 +103,6 @@ def given(
         else:
             features.append((name, keyword.check(name, value)))
     if not extra and not features:
-        return operation, arrays, options
-    if extra:
-        operation = operation.extended(tuple(name for name, _ in extra))
-    return operation, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))
+        return (), arrays, options
+    names = tuple(name for name, _ in extra)
+    return names, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))

@@ -202,7 +202,7 @@ def test_cupy_arrays(device: torch.device) -> None:
     call = call_of(LengthsCase(lengths_of(*SKEWED, causal=True), 128, "float16", heads=(4, 2)), device)
     out, lse, _ = run(call)
     arrays = [cupy.from_dlpack(call.tensors[name]) for name in "qkv"]
-    starts = {name: cupy.from_dlpack(call.options[name]) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    starts = {name: cupy.from_dlpack(call.options[name]) for name in call.lengths.arrays}
     found = fa2cupy.attention(*arrays, causal=True, return_lse=True, **starts)
     assert isinstance(found[0], cupy.ndarray)
     assert torch.equal(torch.from_dlpack(found[0]), out) and torch.equal(torch.from_dlpack(found[1]), lse)
