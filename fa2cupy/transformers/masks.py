@@ -27,6 +27,9 @@ __all__ = ["Keys", "Pattern", "dense", "is_ours", "mask", "may_wait", "pattern_o
 
 may_wait = True  # `register`'s
 
+# Where transformers' functions are made. (The Dynamo of torch 2.11 knows no `__module__` of a function inside another.)
+_THEIRS = causal_mask_function.__code__.co_filename
+
 _GAPS = "fa2cupy.transformers: a padding mask has gaps; without waiting for it only padding at the ends is supported"
 _BLOCKS = (
     "fa2cupy.transformers: under torch.compile, without an attention_mask and without a cache, only packed causal "
@@ -181,7 +184,7 @@ def _traced_pattern(
         return Pattern(True)
     if function is bidirectional_mask_function:
         return Pattern(False)
-    if function.__module__ != "transformers.masking_utils" or function.__name__ != "and_mask" or has_chunks:
+    if function.__name__ != "and_mask" or function.__code__.co_filename != _THEIRS or has_chunks:
         return None
     if bidirectional:
         return None if local_size is None else Pattern(False, local_size)
