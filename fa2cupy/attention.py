@@ -138,7 +138,8 @@ def attention(
         extra, arrays, options = given("attention", arrays, options, positional, keywords)
     alone = out is None and lse_out is None and workspace is None
     # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one.
-    if type(q) is prepared.plain_type is type(k) is type(v) and alone and not extra:
+    kind = type(q)
+    if kind is prepared.plain_type and kind is type(k) and kind is type(v) and alone and not extra:
         try:
             return prepared.PLAIN[q.dtype, operation, options, type(options[0]), type(options[1])](q, k, v)
         except Exception:  # not known yet, or something is wrong: `call` says what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import re
@@ -206,6 +207,7 @@ def test_pointers_that_are_not_in_front_arrive(device: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(launch, "Launcher", Launcher)
     monkeypatch.setattr(driver, "launch_kernel_ex", lambda: launched)
+    monkeypatch.setattr(driver, "device_guard", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(jit, "kernels", lambda *args, **options: ())
     monkeypatch.setattr(jit, "kernel", lambda *args, **options: SimpleNamespace(function=lambda *args: 0))
     monkeypatch.setattr("fa2cupy.jit.tensor_map.encode", encoded)
