@@ -70,6 +70,17 @@ CASES = (
     (200, 140, (256, 256), (2, 1), "bfloat16", True, False, False, (30, 0)),
 )
 
+# (head_dim, head_dim_v), heads, dtype, causal, deterministic, window: of sequences whose lengths only the device knows,
+# packed and padded: every kernel that takes its tiles from lists.
+LISTED = (
+    ((64, 64), (2, 1), "bfloat16", True, False, None),
+    ((59, 59), (2, 2), "float16", False, False, None),
+    ((128, 128), (4, 2), "float16", False, True, None),
+    ((128, 128), (2, 1), "bfloat16", False, False, (100, 20)),
+    ((192, 128), (2, 2), "bfloat16", True, True, None),
+    ((256, 256), (2, 1), "float16", True, False, (60, 0)),
+)
+
 
 @contextlib.contextmanager
 def sm80_kernels() -> Iterator[None]:
@@ -115,7 +126,48 @@ def run_cases() -> None:
         gradients = fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, workspace=workspace)
         for x in (out, again, *gradients):
             assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+    run_listed_cases(cupy, np, rng, types)
     cupy.cuda.Device().synchronize()
+
+
+def run_listed_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None:
+    """NaN in rows of no sequence, and none in any result."""
+    import fa2cupy
+
+    def numbers(*values: int) -> Any:
+        return cupy.asarray(np.array(values, np.int32))
+
+    packed = {"cu_seqlens_q": numbers(3, 153, 153, 154, 354), "cu_seqlens_k": numbers(0, 280, 310, 311, 520)}
+    padded = {"seqused_q": numbers(150, 70), "seqused_k": numbers(280, 200), "leftpad_k": numbers(0, 37)}
+    for (d, d_v), (heads, heads_k), dtype, causal, deterministic, window in LISTED:
+        for lengths, rows_q, rows_k in ((packed, (360,), (523,)), (padded, (2, 150), (2, 280))):
+
+            def array(rows: tuple[int, ...], h: int, d: int, used: Any, dtype: str = dtype) -> Any:
+                values = rng.standard_normal((*rows, h, d)).astype(types[dtype])
+                values[~used] = np.nan
+                return cupy.asarray(values)
+
+            used_q, used_k = np.zeros(rows_q, bool), np.zeros(rows_k, bool)
+            if lengths is packed:
+                used_q[3:354], used_k[:520] = True, True
+            else:
+                used_q[0], used_q[1, :70], used_k[0], used_k[1, 37:200] = True, True, True, True
+            q, dout = array(rows_q, heads, d, used_q), array(rows_q, heads, d_v, used_q)
+            k, v = array(rows_k, heads_k, d, used_k), array(rows_k, heads_k, d_v, used_k)
+            seen = {"causal": causal, "window_size": window, **lengths}
+            out = cupy.full_like(dout, math.nan)
+            workspace = cupy.full(fa2cupy.forward_workspace_bytes(q, k, v, **seen), 0xFF, cupy.uint8)
+            out, lse = fa2cupy.attention(q, k, v, **seen, return_lse=True, out=out, workspace=workspace)
+            options = {**seen, "deterministic": deterministic}
+            gradients = []
+            for kernels in (contextlib.nullcontext, sm80_kernels):
+                with kernels():
+                    gradients.append(fa2cupy.attention(q, k, v, **seen))
+                    size = fa2cupy.backward_workspace_bytes(q, k, v, **options)
+                    workspace = cupy.full(size, 0xFF, cupy.uint8)
+                    gradients += fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, workspace=workspace)
+            for x in (out, *gradients):
+                assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
 
 
 def errors_reported(output: str) -> int:
