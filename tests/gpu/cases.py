@@ -13,6 +13,8 @@ from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
 __all__ = [
+    "SM80_WIDTHS",
+    "WIDTHS",
     "DTYPES",
     "Case",
     "Place",
@@ -26,6 +28,21 @@ __all__ = [
 ]
 
 DTYPES = ("bfloat16", "float16")
+
+# (head_dim, head_dim_v, dtype) of features' tests: both dtypes where most people are; elsewhere one, for each is a set
+# of kernels to compile. And (head_dim, dtype) of those that run the kernels of every GPU.
+WIDTHS = (
+    (40, None, "bfloat16"),
+    (64, None, "bfloat16"),
+    (64, None, "float16"),
+    (96, None, "float16"),
+    (128, None, "bfloat16"),
+    (128, None, "float16"),
+    (192, 128, "bfloat16"),
+    (192, None, "float16"),
+    (256, None, "bfloat16"),
+)
+SM80_WIDTHS = ((59, "bfloat16"), (64, "bfloat16"), (128, "float16"), (256, "float16"))
 FORWARD_TENSORS = ("q", "k", "v", "out", "lse")
 BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 # Axis orders in memory, outermost first, of (batch, seqlen, heads).

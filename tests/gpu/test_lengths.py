@@ -8,13 +8,12 @@ import torch
 
 import fa2cupy
 from tests.gpu import oracle
+from tests.gpu.cases import SM80_WIDTHS, WIDTHS
 from tests.gpu.ledger import LEDGER
 from tests.gpu.test_lengths_backward import (
     EQUAL,
     MIXED,
     SKEWED,
-    SM80_WIDTHS,
-    WIDTHS,
     Call,
     call_of,
     cases_of,

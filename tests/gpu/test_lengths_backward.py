@@ -17,24 +17,12 @@ from fa2cupy.kernels import backward, common, plan_backward, plan_forward
 from fa2cupy.kernels.plan import Plan
 from fa2cupy.problem import SPECS, AttentionProblem
 from tests.gpu import oracle
+from tests.gpu.cases import SM80_WIDTHS, WIDTHS
 from tests.gpu.ledger import LEDGER
 from tests.host.lengths import Lengths, LengthsCase, lengths_of
 
 Tensor = torch.Tensor
 
-# Both dtypes where most people are; elsewhere one, for each is a set of kernels to compile.
-WIDTHS = (
-    (40, None, "bfloat16"),
-    (64, None, "bfloat16"),
-    (64, None, "float16"),
-    (96, None, "float16"),
-    (128, None, "bfloat16"),
-    (128, None, "float16"),
-    (192, 128, "bfloat16"),
-    (192, None, "float16"),
-    (256, None, "bfloat16"),
-)
-SM80_WIDTHS = ((59, "bfloat16"), (64, "bfloat16"), (128, "float16"), (256, "float16"))
 # As lengths_of has them.
 MIXED = (
     (300, 300),

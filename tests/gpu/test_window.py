@@ -10,24 +10,11 @@ import torch
 
 import fa2cupy
 from fa2cupy.calls import PREPARED
-from tests.gpu.cases import Case
+from tests.gpu.cases import SM80_WIDTHS, WIDTHS, Case
 from tests.gpu.runner import check_all, inputs_of
 
 WINDOWS = ((0, 0), (1, 0), (63, 64), (127, 0), (128, 0), (129, 130), (200, -1), (-1, 77), (5, 300), (1000, 1000))
 LENGTHS = ((1, 513), (113, 203), (203, 113), (256, 256), (300, 1023), (1023, 300), (640, 128), (1024, 1024))
-# Both dtypes where most people are; elsewhere one, for each is a set of kernels to compile.
-WIDTHS = (
-    (40, None, "bfloat16"),
-    (64, None, "bfloat16"),
-    (64, None, "float16"),
-    (96, None, "float16"),
-    (128, None, "bfloat16"),
-    (128, None, "float16"),
-    (192, 128, "bfloat16"),
-    (192, None, "float16"),
-    (256, None, "bfloat16"),
-)
-SM80_WIDTHS = ((59, "bfloat16"), (64, "bfloat16"), (128, "float16"), (256, "float16"))
 
 
 def window_cases(dtype: str, head_dim: int, head_dim_v: int | None) -> Iterator[Case]:
