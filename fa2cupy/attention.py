@@ -131,19 +131,19 @@ def attention(
         return_lse = check_flag("return_lse", return_lse)
     if deterministic is not False:
         deterministic = check_flag("deterministic", deterministic)
+    alone, kind = out is None and lse_out is None and workspace is None, type(q)
+    # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one.
+    if kind is prepared.plain_type and kind is type(k) and kind is type(v) and alone and not (positional or keywords):
+        try:
+            which = q.dtype, return_lse, causal, softmax_scale, layout, dtype, type(causal), type(softmax_scale)
+            return prepared.PLAIN[which](q, k, v)
+        except Exception:  # not known yet, or something is wrong: `call` says what
+            pass
     operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     extra: tuple[str, ...] = ()
     if positional or keywords:
         extra, arrays, options = given("attention", arrays, options, positional, keywords)
-    alone = out is None and lse_out is None and workspace is None
-    # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one.
-    kind = type(q)
-    if kind is prepared.plain_type and kind is type(k) and kind is type(v) and alone and not extra:
-        try:
-            return prepared.PLAIN[q.dtype, operation, options, type(options[0]), type(options[1])](q, k, v)
-        except Exception:  # not known yet, or something is wrong: `call` says what
-            pass
     if doors.has_torch() and alone:
         way = doors.torch_way(q, k, v)
         if way is STRAIGHT:

@@ -182,20 +182,22 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: Raw
     return operation, options, type(options[0]), type(options[1]), type(options[4]), signature
 
 
-# Forwards of q, k and v and no other array, all of `plain_type`, which is JAX's: functions of the three that return
-# what `attention` does, by q's dtype and what else `signature_key` has but for the signature. `jax.jit` knows the rest
-# of it: what it has not seen yet is checked while it is traced.
+# Forwards of q, k and v, dense ones and no other arrays, all of `plain_type`, which is JAX's: functions of the three
+# that return what `attention` does, by q's dtype, return_lse, causal, softmax_scale, layout, dtype, and the types of
+# causal and softmax_scale, since 1 == True. `jax.jit` knows the rest of a signature: what it has not seen yet is
+# checked while it is traced.
 plain_type: type | None = None
 PLAIN: dict[tuple[Any, ...], Callable[[Any, Any, Any], Any]] = {}
 
 
-def remember_plain(operation: Operation, q: Any, options: RawOptions, function: Callable[[Any, Any, Any], Any]) -> None:
-    """Let the next forwards with these options be computed by a function, without a look at PREPARED."""
+def remember_plain(q: Any, return_lse: bool, options: RawOptions, function: Callable[[Any, Any, Any], Any]) -> None:
+    """Let the next forwards with these options, which ask for no feature, be computed by a function at once."""
     global plain_type
     if len(PLAIN) >= MAX_PREPARED:
         PLAIN.clear()
     plain_type = type(q)
-    PLAIN[q.dtype, operation, options, type(options[0]), type(options[1])] = function
+    which = (q.dtype, return_lse, *options[:4], type(options[0]), type(options[1]))
+    PLAIN[which] = function
 
 
 def remember(key: tuple[Any, ...], array_type: type, framework: Signed, prepared: Runnable) -> None:

@@ -57,8 +57,8 @@ def first_call(
         kind = type(inputs[0])
         ordered = [arrays.get(name) for name in operation.names()]
         remember(signature_key(operation, JAX.signature(ordered)[0], raw_options), kind, JAX, prepared)
-        if operation in (FORWARD, FORWARD_OUT) and all(type(array) is kind for array in inputs):
-            remember_plain(operation, arrays["q"], raw_options, prepared.function)
+        if operation in (FORWARD, FORWARD_OUT) and not raw_options[5] and all(type(array) is kind for array in inputs):
+            remember_plain(arrays["q"], operation is FORWARD, raw_options, prepared.function)
     return results
 
 

@@ -13,9 +13,9 @@ from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 
 __all__ = [
+    "DTYPES",
     "SM80_WIDTHS",
     "WIDTHS",
-    "DTYPES",
     "Case",
     "Place",
     "head_dim_cases",
