@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa2cupy
+from fa2cupy.autograd import known
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import TORCH, framework_of
 from fa2cupy.frameworks.base import Device
@@ -238,6 +239,7 @@ def test_overlap() -> None:
 def cuda(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(TORCH, "device", lambda tensor, argument: Device("cuda", 1))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: gpu.stream + index, raising=False)
+    monkeypatch.setattr(known, "torch_tools", lambda: None)  # a torch with CUDA would allocate on a real GPU
     return gpu
 
 
