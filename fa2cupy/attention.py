@@ -90,7 +90,7 @@ def attention(
             are fine). Not for JAX, whose arrays are immutable.
         lse_out: where to put the log-sum-exp; likewise.
         workspace: one contiguous block of memory of the same framework and device, of at least
-            `forward_workspace_bytes` bytes, which is 0 today.
+            `forward_workspace_bytes` bytes, which is 0 unless lengths are given.
 
     Returns:
         out, (batch, seqlen_q, num_heads, head_dim_v) in the layout and dtype of q; with return_lse=True (out, lse).
@@ -283,8 +283,8 @@ def forward_workspace_bytes(
     deterministic: bool = False,
     **keywords: Any,
 ) -> int:
-    """Bytes that `attention` needs as workspace= for these arguments: 0 today. Layout "bshd", as in `attention`.
-    causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
+    """Bytes that `attention` needs as workspace= for these arguments; 0 without lengths. Layout "bshd", as in
+    `attention`; causal=True is aligned bottom-right. Shapes, dtype, device and options count, not what the arrays hold.
     """
     check_flag("deterministic", deterministic)
     options = (causal, softmax_scale, layout, dtype, False, ())

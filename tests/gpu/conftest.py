@@ -100,6 +100,17 @@ def device() -> Any:
     return torch.device("cuda", 0)
 
 
+@pytest.fixture
+def sm80_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FA2CUPY_KERNEL=sm80, for calls that the process has made before too."""
+    from tests.gpu.runner import forget_calls
+
+    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
+    forget_calls()
+    yield
+    forget_calls()
+
+
 @pytest.fixture(autouse=True)
 def _free_memory() -> Iterator[None]:
     """Give torch's unused blocks back after a test that needed many, so that CuPy and JAX find room."""

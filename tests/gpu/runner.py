@@ -9,17 +9,25 @@ from typing import Any
 import torch
 
 import fa2cupy
+from fa2cupy.autograd.known import KINDS
+from fa2cupy.prepared import PREPARED
 from tests.gpu import oracle
 from tests.gpu.cases import GUARD, Case, place, sizes_of
 from tests.gpu.ledger import LEDGER
 
-__all__ = ["Arena", "Run", "check", "inputs_of", "run"]
+__all__ = ["Arena", "Run", "check", "forget_calls", "inputs_of", "run"]
 
 Tensor = torch.Tensor
 
 # NaN in either 16-bit format, and in float32: bits that no kernel writes as a result.
 NAN16, NAN32, BYTE = 0x7FC1, 0x7FC12345, 0x5A
 WORKSPACE_GUARD = 4096  # bytes
+
+
+def forget_calls() -> None:
+    """What the process has prepared goes by the FA2CUPY_KERNEL of then: a test of other kernels begins without it."""
+    PREPARED.clear()
+    KINDS.clear()
 
 
 @dataclass(slots=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import fa2cupy
-from fa2cupy.calls import PREPARED
 from tests.gpu.cases import DTYPES, Case, groups
 from tests.gpu.runner import check_all, inputs_of
 
@@ -24,15 +21,6 @@ def test_rows_for_long_sequences(dtype: str, device: torch.device) -> None:
     shapes = [(head_dim, causal) for head_dim in (64, 200, 256) for causal in (False, True)]
     cases = [Case(2151, 2311, head_dim, dtype, causal, 1, (2, 1), seed=head_dim) for head_dim, causal in shapes]
     check_all(cases, False, device)
-
-
-@pytest.fixture
-def sm80_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """FA2CUPY_KERNEL=sm80, for calls that the process has made before too."""
-    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
-    PREPARED.clear()
-    yield
-    PREPARED.clear()
 
 
 @pytest.mark.parametrize("cases", groups())

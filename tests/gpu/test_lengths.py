@@ -17,12 +17,9 @@ from tests.gpu.test_lengths_backward import (
     Call,
     call_of,
     cases_of,
-    sm80_kernels,
     unseen_of,
 )
 from tests.host.lengths import LengthsCase, lengths_of
-
-__all__ = ["sm80_kernels"]  # a fixture
 
 Tensor = torch.Tensor
 
@@ -180,20 +177,21 @@ def test_nothing_waits(device: torch.device) -> None:
 
 @pytest.mark.parametrize("family", ["sm90", "sm80"])
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_wrong_lengths_write_nowhere_else(head_dim: int, family: str, device: torch.device) -> None:
+def test_wrong_lengths_write_nowhere_else(
+    head_dim: int, family: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     """Whatever they are, memory beside the results stays as it is, and the call ends."""
-    with pytest.MonkeyPatch.context() as patch:
-        if family == "sm80":
-            patch.setenv("FA2CUPY_KERNEL", family)
-        call = call_of(LengthsCase(lengths_of(*MIXED, causal=True), head_dim, heads=(4, 2)), device)
-        right = call.options
-        for name in ("cu_seqlens_q", "cu_seqlens_k"):
-            starts = right[name]
-            assert isinstance(starts, Tensor)
-            for wrong in (starts.flip(0), starts * 1000, starts - 10**6, starts * 0 - 5, starts * 0 + 2**31 - 1):
-                call.options = right | {name: wrong.contiguous()}
-                assert run(call)[2], f"{name} = {wrong.tolist()}"
-                torch.cuda.synchronize(device)
+    if family == "sm80":
+        request.getfixturevalue("sm80_kernels")
+    call = call_of(LengthsCase(lengths_of(*MIXED, causal=True), head_dim, heads=(4, 2)), device)
+    right = call.options
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        starts = right[name]
+        assert isinstance(starts, Tensor)
+        for wrong in (starts.flip(0), starts * 1000, starts - 10**6, starts * 0 - 5, starts * 0 + 2**31 - 1):
+            call.options = right | {name: wrong.contiguous()}
+            assert run(call)[2], f"{name} = {wrong.tolist()}"
+            torch.cuda.synchronize(device)
 
 
 def test_cupy_arrays(device: torch.device) -> None:

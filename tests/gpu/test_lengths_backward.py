@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import fa2cupy
-from fa2cupy.calls import PREPARED
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common, plan_backward, plan_forward
 from fa2cupy.kernels.plan import Plan
@@ -209,15 +208,6 @@ def planned(case: LengthsCase, names: tuple[str, ...]) -> AttentionProblem:
 @pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype"), WIDTHS)
 def test_gradients(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
     check_all(list(cases_of(head_dim, head_dim_v, dtype)), device)
-
-
-@pytest.fixture
-def sm80_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """FA2CUPY_KERNEL=sm80, for calls that the process has made before too."""
-    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
-    PREPARED.clear()
-    yield
-    PREPARED.clear()
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), SM80_WIDTHS)

@@ -13,10 +13,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fa2cupy
-from fa2cupy.prepared import PREPARED
 from fa2cupy.torch import disable_sdpa, enable_sdpa, sdpa
 from tests.gpu.cases import DTYPES, Case
-from tests.gpu.runner import inputs_of
+from tests.gpu.runner import forget_calls, inputs_of
 
 Tensor = torch.Tensor
 
@@ -53,9 +52,9 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, devi
         if torch.cuda.get_device_capability(device) != (9, 0):
             pytest.skip("these are the kernels that the GPU takes by itself")
         monkeypatch.setenv("FA2CUPY_KERNEL", request.param)
-    PREPARED.clear()
+    forget_calls()
     yield request.param
-    PREPARED.clear()
+    forget_calls()
 
 
 def leaves(

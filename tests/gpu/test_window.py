@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import fa2cupy
-from fa2cupy.calls import PREPARED
 from tests.gpu.cases import SM80_WIDTHS, WIDTHS, Case
 from tests.gpu.runner import check_all, inputs_of
 
@@ -43,15 +42,6 @@ NEEDS_SM80 = [case for head_dim, dtype in SM80_WIDTHS for case in list(window_ca
 @pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype"), WIDTHS)
 def test_windows(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
     check_all(list(window_cases(dtype, head_dim, head_dim_v)), True, device)
-
-
-@pytest.fixture
-def sm80_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """FA2CUPY_KERNEL=sm80, for calls that the process has made before too."""
-    monkeypatch.setenv("FA2CUPY_KERNEL", "sm80")
-    PREPARED.clear()
-    yield
-    PREPARED.clear()
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), SM80_WIDTHS)
