@@ -5,6 +5,6 @@ what is left of it: a list of the operations of `operations.py`. From there `cud
 computes. `text.py` looks at text that the user wrote, `function.py` is what the rest of the package uses.
 """
 
-from fa2cupy.tracing.function import Capture, Kind, UserFunction
+from fa2cupy.tracing.function import MASK, SCORE, Capture, Kind, UserFunction
 
-__all__ = ["Capture", "Kind", "UserFunction"]
+__all__ = ["MASK", "SCORE", "Capture", "Kind", "UserFunction"]

@@ -75,14 +75,11 @@ class _Traced:
             "arrays= names the arrays that may be indexed, where the function itself uses them",
         )
 
-    def __jax_array__(self) -> NoReturn:
-        raise self._refuse("calls a function of jax.numpy", "use numpy's, or fa2cupy.functions")
-
     @classmethod
     def __torch_function__(cls, function: Any, *args: object, **keywords: object) -> NoReturn:
         raise InvalidType(
-            f"the function calls torch.{getattr(function, '__name__', function)}, which cannot be traced: use numpy's, "
-            "or fa2cupy.functions"
+            f"the function gives a traced value to torch's {getattr(function, '__name__', function)}: arrays= has to name "
+            "its tensors, and functions are numpy's, or those of fa2cupy.functions"
         )
 
     # What needs to know a value
