@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from fa2cupy.checks import SEED_DTYPES, SEED_SHAPES
 from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
@@ -75,12 +76,14 @@ class ArrayRule:
     """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
 
     shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
-    dtypes: likewise, by the problem's dtype.
+    dtypes: likewise, by the problem's dtype. strided: the kernels take any strides of it; of the others they get
+    C-contiguous arrays.
     """
 
     expected: str
     shapes: Callable[[Sizes], Collection[tuple[int, ...]]]
     dtypes: Callable[[str], Collection[str]]
+    strided: bool = False
 
 
 def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> ArrayRule:
@@ -88,8 +91,21 @@ def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> Array
     return ArrayRule(expected, lambda sizes: (shape(sizes),), lambda dtype: ("int32", "int64"))
 
 
+def _dtypes_of_sinks(dtype: str) -> tuple[str, ...]:
+    """float32 or that of q, whose bits may be in uint16."""
+    of_q = ("bfloat16", "uint16") if dtype == "bfloat16" else () if dtype == "float32" else (dtype,)
+    return "float32", *of_q
+
+
 # By name: of the keyword, or where one stands for two arrays, of the array.
 ARRAY_RULES: dict[str, ArrayRule] = {
+    "alibi_slopes": ArrayRule(
+        "(num_heads,) or (batch, num_heads)",
+        lambda sizes: ((sizes.num_heads,), (sizes.batch, sizes.num_heads)),
+        lambda dtype: ("float32", "float64") if dtype == "float64" else ("float32",),
+    ),
+    "sinks": ArrayRule("(num_heads,)", lambda sizes: ((sizes.num_heads,),), _dtypes_of_sinks),
+    "dropout_seed": ArrayRule("(2,) or (4,)", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES),
     **{name: _integers("(batch + 1,)", lambda sizes: (sizes.batch + 1,)) for name in STARTS},
     **{name: _integers("(batch,)", lambda sizes: (sizes.batch,)) for name in ("seqused_q", "seqused_k", "leftpad_k")},
     "segment_ids_q": _integers("(batch, seqlen_q)", lambda sizes: (sizes.batch, sizes.seqlen_q)),
@@ -98,6 +114,7 @@ ARRAY_RULES: dict[str, ArrayRule] = {
         "lse's shape",
         lambda sizes: (sizes.shape("lse", "bshd"),),
         lambda dtype: ("float64" if dtype == "float64" else "float32",),
+        strided=True,
     ),
 }
 

@@ -93,6 +93,8 @@ class Sizes:
         """The shape, in the user's layout, of a tensor of this problem: 'dq', 'out', ..., 'lse' (no layout)."""
         if name in ("lse", "lse_out"):
             return (() if self.packed_q else (self.batch,)) + (self.num_heads, self.seqlen_q)
+        if name == "dsinks":
+            return (self.num_heads,)
         is_packed = self.packed_q
         if name in ("q", "dq"):
             length, heads, width = self.seqlen_q, self.num_heads, self.head_dim
