@@ -20,6 +20,15 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
+// What becomes of scores (score.cuh).
+struct ScoreParams {
+  const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
+  int64_t alibi_batch, alibi_head;  // its strides
+  float softcap_factor;  // softmax_scale / softcap; kSoftcap
+  float softcap_log2;    // softcap * log2(e)
+};
+enum { kScores = kSoftcap || kAlibi };  // scores become others
+
 // The struct of a kernel with the blocks behind it that there are, in this order. Without any it is the struct itself: an empty base
 // would make some plain kernels of sm80/flash_bwd.cu others.
 template <bool kGiven, typename Block>
@@ -64,7 +73,7 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -76,7 +85,7 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -111,7 +120,7 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 using PreprocessParams = Composed<BwdParams, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
@@ -131,7 +140,7 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
