@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 __all__ = [
     "LENGTHS",
@@ -13,6 +14,8 @@ __all__ = [
     "LengthsParams",
     "LengthsSpec",
     "Row",
+    "ScoreParams",
+    "ScoreSpec",
     "SoftmaxSpec",
     "Spec",
     "WindowParams",
@@ -25,7 +28,8 @@ LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernel
 class Row(Protocol):
     """What all rows of tile tables have. block_m query rows x block_n keys; note: the reason, with its measurement.
 
-    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row.
+    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row. room: registers are left for what hooks of
+    scores keep.
     """
 
     @property
@@ -40,6 +44,8 @@ class Row(Protocol):
     def num_warps(self) -> int: ...
     @property
     def note(self) -> str: ...
+    @property
+    def room(self) -> bool: ...
 
 
 class Spec:
@@ -49,6 +55,8 @@ class Spec:
     """
 
     __slots__ = ()
+
+    positions: ClassVar[bool] = False  # whether it goes by the numbers of queries and keys in their sequence
 
     def reaches(self, source: str) -> bool:
         """Whether the kernel of that source ("sm80/flash_fwd.cu") has its defines and its block of parameters."""
@@ -100,6 +108,50 @@ class WindowSpec(Spec):
 
     def params(self) -> WindowParams:
         return WindowParams(self.left, self.right)
+
+
+class ScoreParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("alibi_slopes", ctypes.c_uint64),
+        ("alibi_batch", ctypes.c_int64),
+        ("alibi_head", ctypes.c_int64),
+        ("softcap_factor", ctypes.c_float),
+        ("softcap_log2", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSpec(Spec):
+    """What becomes of scores, which are softmax_scale * q . k.
+
+    softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is taken
+    off; its strides in elements along batch and heads, None without.
+    """
+
+    softmax_scale: float
+    softcap: float | None = None
+    alibi: tuple[int, int] | None = None
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/")
+
+    def defines(self) -> dict[str, int | str]:
+        softcap = {} if self.softcap is None else {"FA2_SOFTCAP": 1}
+        return {**softcap, **({} if self.alibi is None else {"FA2_ALIBI": 1})}
+
+    def params(self) -> ScoreParams:
+        batch, head = self.alibi or (0, 0)
+        if self.softcap is None:
+            return ScoreParams(0, batch, head)
+        return ScoreParams(0, batch, head, self.softmax_scale / self.softcap, self.softcap * math.log2(math.e))
+
+    def arrays(self) -> tuple[str, ...]:
+        return () if self.alibi is None else ("alibi_slopes",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for scores that become others"
 
 
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one

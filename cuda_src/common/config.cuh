@@ -85,6 +85,17 @@ enum { kBand = FA2_BAND };  // a query sees a band of keys, whose two ends are p
 enum { kBand = 0 };
 #endif
 
+#ifdef FA2_SOFTCAP
+enum { kSoftcap = FA2_SOFTCAP };  // scores become softcap * tanh(score / softcap)
+#else
+enum { kSoftcap = 0 };
+#endif
+#ifdef FA2_ALIBI
+enum { kAlibi = FA2_ALIBI };  // and lose a head's slope for each key of distance
+#else
+enum { kAlibi = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
@@ -100,6 +111,11 @@ enum { kUnseenRows = 0 };
 enum { kListed = FA2_LISTED };
 #else
 enum { kListed = 0 };
+#endif
+#ifdef FA2_POSITIONED
+enum { kPositioned = FA2_POSITIONED };  // tiles of a list say which rows of their sequence they are
+#else
+enum { kPositioned = 0 };
 #endif
 #ifdef FA2_IN_ORDER
 enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
