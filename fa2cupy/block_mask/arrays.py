@@ -14,7 +14,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import JAX, NUMPY, TORCH, framework_of
 from fa2cupy.frameworks.base import Device, Framework, describe
 
-__all__ = ["Home", "home_of", "moved"]
+__all__ = ["Home", "home_of", "in_kind", "moved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,20 @@ def home_of(name: str, array: Any) -> Home:
     framework.check(array, name)
     device = framework.device(array, name)
     if device.kind != "cpu":
-        raise InvalidArgument(
-            f"{name} is on {device}: a BlockMask is not supported on a GPU yet, only on the CPU"
-        )
+        raise InvalidArgument(f"{name} is on {device}: a BlockMask is not supported on a GPU yet, only on the CPU")
     return Home(framework, device)
+
+
+def in_kind(arrays: list[Any], like: Any) -> list[Any]:
+    """A BlockMask's arrays in the framework of `like`, which they share memory with on the CPU."""
+    framework, own = framework_of(like), framework_of(arrays[0])
+    if framework is None or own is framework or own is None:
+        return arrays
+    device = framework.device(like, "q")
+    if device.kind != "cpu" or own.device(arrays[0], "mask").kind != "cpu":
+        raise InvalidArgument(f"q is on {device}: a BlockMask is not supported on a GPU yet, only on the CPU")
+    home, there = Home(own, Device("cpu", 0)), Home(framework, device)
+    return [there.own(home.array(array)) for array in arrays]
 
 
 def moved(lists: BlockLists, home: Home, device: Any) -> tuple[BlockLists, Home]:

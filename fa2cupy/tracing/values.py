@@ -78,8 +78,8 @@ class _Traced:
     @classmethod
     def __torch_function__(cls, function: Any, *args: object, **keywords: object) -> NoReturn:
         raise InvalidType(
-            f"the function gives a traced value to torch's {getattr(function, '__name__', function)}: arrays= has to name "
-            "its tensors, and functions are numpy's, or those of fa2cupy.functions"
+            f"the function gives a traced value to torch's {getattr(function, '__name__', function)}: arrays= has to "
+            "name its tensors, and functions are numpy's, or those of fa2cupy.functions"
         )
 
     # What needs to know a value
