@@ -82,6 +82,10 @@ class Spec:
         return ""
 
 
+# Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
+_TINY_SCALE = 1e-30
+
+
 class WindowParams(ctypes.Structure):
     """The twin of the struct in cuda_src/common/params.cuh."""
 
@@ -138,8 +142,12 @@ class ScoreSpec(Spec):
         return not source.startswith("smxx/")
 
     def defines(self) -> dict[str, int | str]:
-        softcap = {} if self.softcap is None else {"FA2_SOFTCAP": 1}
-        return {**softcap, **({} if self.alibi is None else {"FA2_ALIBI": 1})}
+        defines: dict[str, int | str] = {}
+        if self.softcap is not None:  # has the scale in it
+            defines |= {"FA2_SOFTCAP": 1, "FA2_SCALE_FIRST": 0}
+        elif self.softmax_scale < _TINY_SCALE:
+            defines["FA2_SCALE_FIRST"] = 1
+        return defines if self.alibi is None else {**defines, "FA2_ALIBI": 1}
 
     def params(self) -> ScoreParams:
         batch, head = self.alibi or (0, 0)
