@@ -19,6 +19,7 @@
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
+#include "common/statistics.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
 
@@ -212,8 +213,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     to_fragments(frag_p, acc_s);
   };
   // O = diag(l)^-1 O of a tile, whose Q was at `stage`
-  auto finish_tile = [&](const Work& work, Softmax<1>& done, int stage) {
-    done.finish(acc_o);
+  auto finish_tile = [&](const Work& work, Softmax<1>& done, float sink, int stage) {
+    done.finish(acc_o, scale_log2, sink);
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
@@ -278,6 +279,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
     const int done_stage = q.stage;
+    const float sink = sink_of(params, work.head);  // read beside the product
     bool more_after = false;
     q.advance();
     if (kAhead && more) {
@@ -301,7 +303,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
-    finish_tile(work, done, done_stage);
+    finish_tile(work, done, sink, done_stage);
     if (!more) break;
     work = next;
     if (kAhead) {
