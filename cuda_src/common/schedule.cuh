@@ -39,7 +39,8 @@ FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads) {
 }
 
 // An entry of a list, in two reads, or three.
-FA2_DEVICE ListedTile read_listed(const ListedTile* tile) {
+template <typename Tile>
+FA2_DEVICE Tile read_listed(const Tile* tile) {
   const int4* words = reinterpret_cast<const int4*>(tile);
   const int4 low = words[0], high = words[1];
   if constexpr (kPositioned) {
@@ -74,7 +75,7 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
   const int first = linear / (kListedRun * heads) * kListedRun, index = linear - first * heads;
   if (first >= params.tiles_of_head_q) return {0, -1};
   const int count = params.counts[0];
-  ListedTile tile = read_listed(params.tiles_q + first + index % kListedRun);
+  auto tile = read_listed(params.tiles_q + first + index % kListedRun);
   int head = index / kListedRun;
   if (first + kListedRun > count) {
     if (linear >= count * heads) return {0, -1};

@@ -20,10 +20,13 @@ static_assert(ceil_pow2(kNumThreads) == kNumThreads, "a binary search over the s
 
 // With kPositioned, how many rows were left out in front of each sequence here.
 template <bool kGiven>
-struct InFront {};
+struct InFront {
+  FA2_DEVICE void set(int, int, int) {}
+};
 template <>
 struct InFront<true> {
   int in_front_q[kNumThreads], in_front_k[kNumThreads];
+  FA2_DEVICE void set(int s, int queries, int keys) { in_front_q[s] = queries, in_front_k[s] = keys; }
 };
 struct SharedMemory : InFront<kPositioned> {
   int first_q[kNumThreads], seqlen_q[kNumThreads], first_k[kNumThreads], seqlen_k[kNumThreads];
@@ -100,7 +103,7 @@ FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& pa
   smem.first_q[thread] = queries.first, smem.seqlen_q[thread] = queries.seqlen;
   smem.first_k[thread] = keys.first, smem.seqlen_k[thread] = keys.seqlen;
   smem.end_q[thread] = tiles_q, smem.end_k[thread] = tiles_k;
-  if constexpr (kPositioned) smem.in_front_q[thread] = in_front_q, smem.in_front_k[thread] = in_front_k;
+  smem.set(thread, in_front_q, in_front_k);
   __syncthreads();  // the sequences are there
   const int lane = thread % 32;
   const int others_q = __any_sync(0xffffffffu, is_another(smem.end_q));
@@ -113,6 +116,20 @@ FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& pa
     if (thread == 0) smem.mixed_q = mixed_q, smem.mixed_k = mixed_k;
   }
   __syncthreads();  // whether they are mixed is known
+}
+
+// The rest of a tile with kPositioned, as it is found and as it is written.
+template <typename Tile, typename Shared>
+FA2_DEVICE void set_position(Tile& tile, const Shared& smem, int s) {
+  if constexpr (kPositioned) tile.in_front_q = smem.in_front_q[s], tile.in_front_k = smem.in_front_k[s];
+}
+template <typename Tile>
+FA2_DEVICE int4 position_of(const Tile& tile) {
+  if constexpr (kPositioned) {
+    return {tile.in_front_q, tile.in_front_k, 0, 0};
+  } else {
+    return {};
+  }
 }
 
 // Tiles in front of the sequences that are here, and how many are listed already (kInOrder).
@@ -132,14 +149,9 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
   // All of a sequence's tiles or none, of both sides: nobody may wait for the turn of one that is left out.
   if (first_tile_q + ceil_div(smem.seqlen_q[s], kBlockM) > params.tiles_of_head_q) return -1;
   if (params.tiles_k && before.tiles_k + smem.end_k[s] > params.tiles_of_head_k) return -1;
-  const ListedPlace place{smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], sequence, sequence, block,
-                          kOfKeys ? first_tile_q : first_tile_q + block};
-  if constexpr (kPositioned) {
-    tile = {place.first_q, place.seqlen_q, place.first_k, place.seqlen_k,     place.batch_q,
-            place.batch_k, place.block,    place.tile,    smem.in_front_q[s], smem.in_front_k[s]};
-  } else {
-    tile = place;
-  }
+  tile = {smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], sequence, sequence, block,
+          kOfKeys ? first_tile_q : first_tile_q + block};
+  set_position(tile, smem, s);
   // Neighbours read the same rows, best at the same time, but a diagonal would part them. So the blocks of a run all count as the one
   // that meets most: of equal sequences those that place_in_list takes together; of others two, or the launch order would not be
   // that of the lengths any more, and some multiprocessors would have more to do than others.
@@ -197,7 +209,7 @@ FA2_DEVICE void place_tiles(SharedMemory& smem, const ListTilesBandParams& param
       int4* words = reinterpret_cast<int4*>((kOfKeys ? params.tiles_k : params.tiles_q) + place);
       words[0] = int4{tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k};
       words[1] = int4{tile.batch_q, tile.batch_k, tile.block, tile.tile};
-      if constexpr (kPositioned) words[2] = int4{tile.in_front_q, tile.in_front_k, 0, 0};
+      if constexpr (kPositioned) words[2] = position_of(tile);
     }
   }
 }
