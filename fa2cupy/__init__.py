@@ -14,6 +14,7 @@ from fa2cupy.attention import (
     forward_workspace_bytes,
 )
 from fa2cupy.counts import report
+from fa2cupy.dropout import dropout_mask
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -44,6 +45,7 @@ __all__ = [
     "attention_backward",
     "attention_vjp",
     "backward_workspace_bytes",
+    "dropout_mask",
     "forward_workspace_bytes",
     "install_as_flash_attn",
     "merge_attention",

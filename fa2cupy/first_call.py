@@ -76,8 +76,11 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
             block = workspace_block(framework, workspace, device, 0)
             blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
             check_overlap([*blocks, block], {"workspace"})
-        compute = host.backward if operation.is_backward else host.forward
-        results = compute(framework, arrays, sizes, dtype, options, operation.extra, operation.swapped)
+        how = sizes, dtype, options, operation.extra, operation.swapped
+        if operation.is_backward:
+            results = host.backward(framework, arrays, *how, operation.further)
+        else:
+            results = host.forward(framework, arrays, *how)
         for array in given.values():
             framework.written(array)
         return results

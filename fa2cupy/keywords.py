@@ -210,7 +210,10 @@ _TABLE = (
     Keyword("reduce", "str | None", None, _PROBABILITIES, '"received", "entropy", "max" or "mean_heads"'),
     Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", neutral=()),
     Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", neutral=()),
-    Keyword("like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"), "an array whose device is taken"),
+    Keyword(
+        "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
+        "an array whose framework and device are taken", "0.2",
+    ),
     Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
     Keyword(
         "max_partial", "int | None", None,

@@ -134,6 +134,14 @@ class Framework(ABC):
         same bytes.
         """
 
+    @abstractmethod
+    def to_host(self, array: Any) -> np.ndarray:
+        """A copy in NumPy, after everything on the current stream."""
+
+    @abstractmethod
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        """The array on the device of `like`, which may be any array of this library."""
+
     def extent(self, array: Any) -> Extent:
         return Extent.of(self.shape(array), self.byte_strides(array), self.itemsize(array))
 
@@ -179,10 +187,6 @@ class GpuFramework(Framework):
     @abstractmethod
     def as_int32(self, array: Any) -> Any:
         """A C-contiguous copy of integers, queued on the current stream; those beyond int32 become its ends."""
-
-    @abstractmethod
-    def to_host(self, array: Any) -> np.ndarray:
-        """A copy in NumPy, after everything on the current stream."""
 
     @abstractmethod
     def is_capturing(self, stream: int, device_index: int) -> bool:

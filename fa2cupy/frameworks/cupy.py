@@ -80,6 +80,10 @@ class _Cupy(Numpy, GpuFramework):
     def to_host(self, array: Any) -> np.ndarray:
         return cast("np.ndarray", array.get())
 
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        with like.device:
+            return sys.modules["cupy"].asarray(array)
+
     @property
     def address(self) -> Callable[[Any], int]:
         return operator.attrgetter("data.ptr")

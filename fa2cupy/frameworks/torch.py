@@ -130,6 +130,9 @@ class _Torch(GpuFramework):
     def to_host(self, array: Any) -> np.ndarray:
         return cast("np.ndarray", array.detach().cpu().numpy())
 
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        return sys.modules["torch"].from_numpy(array).to(like.device)
+
     @functools.cached_property
     def _watchers(self) -> tuple[Callable[[], bool], Callable[[], bool], Callable[[], bool], Any]:
         """Whether torch.jit.trace is at work; whether torch.fx is; whether grad mode is on; forward-mode autograd."""
