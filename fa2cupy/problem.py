@@ -14,7 +14,7 @@ from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import asked
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
-from fa2cupy.spec import LENGTHS, MASK_ARRAYS, LengthsSpec, SoftmaxSpec, Spec, WindowSpec
+from fa2cupy.spec import LENGTHS, MASK_ARRAYS, LengthsSpec, ScoreSpec, SinksSpec, SoftmaxSpec, Spec, WindowSpec
 
 __all__ = [
     "ARRAY_RULES",
@@ -182,10 +182,31 @@ def _with_lengths(name: str, problem: AttentionProblem, ref: TensorRef) -> Atten
     return replace(problem, lengths=replace(lengths, **{name: True}))
 
 
+def _score(problem: AttentionProblem) -> ScoreSpec:
+    return problem.score or ScoreSpec(problem.softmax_scale)
+
+
+def _alibi_strides(ref: TensorRef) -> tuple[int, int]:
+    """Along batch and heads; 0 for a batch that is not there."""
+    strides = [0 if n == 1 else stride for n, stride in zip(ref.shape, ref.strides, strict=True)]
+    return (strides[0], strides[1]) if len(strides) == 2 else (0, strides[0])
+
+
+def _with_gradient_of_sinks(problem: AttentionProblem) -> AttentionProblem:
+    assert problem.sinks is not None
+    return replace(problem, sinks=replace(problem.sinks, gradient=True))
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "window_size": lambda problem, window: _with_window(problem, *window),
+    "softcap": lambda problem, softcap: replace(problem, score=replace(_score(problem), softcap=softcap)),
+    "alibi_slopes": lambda problem, ref: replace(problem, score=replace(_score(problem), alibi=_alibi_strides(ref))),
+    "sinks": lambda problem, ref: replace(
+        problem, sinks=SinksSpec(ref.dtype != "float32", "dq" in dict(problem.strides))
+    ),
+    "dsinks": lambda problem, ref: _with_gradient_of_sinks(problem),
     **{name: functools.partial(_with_lengths, name) for name in LENGTHS},
     "dlse": lambda problem, ref: replace(
         problem, softmax=SoftmaxSpec(_kernel_strides("lse", ref, "bshd"), problem.empty_rows)
@@ -248,6 +269,8 @@ class AttentionProblem:
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
     window: WindowSpec | None = None
+    score: ScoreSpec | None = None
+    sinks: SinksSpec | None = None
     lengths: LengthsSpec | None = None
     softmax: SoftmaxSpec | None = None
 
@@ -284,6 +307,11 @@ class AttentionProblem:
     def extra_arrays(self) -> tuple[str, ...]:
         """Names of the arrays beyond those of dense attention, in the order of a call's pointers."""
         return tuple(name for spec in self.specs for name in spec.arrays())
+
+    @property
+    def extra_results(self) -> tuple[str, ...]:
+        """Names of what a backward writes beyond dq, dk and dv, likewise."""
+        return tuple(name for spec in self.specs for name in spec.results())
 
     def __str__(self) -> str:
         """Only what is there."""

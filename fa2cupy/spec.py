@@ -11,12 +11,17 @@ __all__ = [
     "LENGTHS",
     "LISTING",
     "MASK_ARRAYS",
+    "OF_SINKS",
+    "PREPROCESS",
     "DlseParams",
     "LengthsParams",
     "LengthsSpec",
     "Row",
     "ScoreParams",
     "ScoreSpec",
+    "SinksGradientParams",
+    "SinksParams",
+    "SinksSpec",
     "SoftmaxSpec",
     "Spec",
     "WindowParams",
@@ -24,6 +29,8 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+PREPROCESS = "smxx/flash_bwd_preprocess.cu"
+OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 
 
 class Row(Protocol):
@@ -78,9 +85,19 @@ class Spec:
         """
         return ()
 
+    def results(self) -> tuple[str, ...]:
+        """Names of what a backward writes beyond the dense gradients: behind these among the pointers of a call. Each
+        is a field of its block.
+        """
+        return ()
+
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
         return ""
+
+
+# Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
+_TINY_SCALE = 1e-30
 
 
 class WindowParams(ctypes.Structure):
@@ -102,7 +119,7 @@ class WindowSpec(Spec):
     only_drops: bool = False
 
     def reaches(self, source: str) -> bool:
-        return not self.only_drops and (source == LISTING or not source.startswith("smxx/"))
+        return not self.only_drops and (source in (LISTING, OF_SINKS) or not source.startswith("smxx/"))
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_BAND": 1}
@@ -127,8 +144,8 @@ class ScoreParams(ctypes.Structure):
 class ScoreSpec(Spec):
     """What becomes of scores, which are softmax_scale * q . k.
 
-    softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is taken
-    off; its strides in elements along batch and heads, None without.
+    softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is
+    taken off; its strides in elements along batch and heads, None without.
     """
 
     softmax_scale: float
@@ -139,8 +156,12 @@ class ScoreSpec(Spec):
         return not source.startswith("smxx/")
 
     def defines(self) -> dict[str, int | str]:
-        softcap = {} if self.softcap is None else {"FA2_SOFTCAP": 1}
-        return {**softcap, **({} if self.alibi is None else {"FA2_ALIBI": 1})}
+        defines: dict[str, int | str] = {}
+        if self.softcap is not None:  # has the scale in it
+            defines |= {"FA2_SOFTCAP": 1, "FA2_SCALE_FIRST": 0}
+        elif self.softmax_scale < _TINY_SCALE:
+            defines["FA2_SCALE_FIRST"] = 1
+        return defines if self.alibi is None else {**defines, "FA2_ALIBI": 1}
 
     def params(self) -> ScoreParams:
         batch, head = self.alibi or (0, 0)
@@ -153,6 +174,56 @@ class ScoreSpec(Spec):
 
     def objection(self, row: Row) -> str:
         return "" if row.room else "no registers are left for scores that become others"
+
+
+class SinksParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (("sinks", ctypes.c_uint64), ("sinks_are_16_bit", ctypes.c_int32))
+
+
+class SinksGradientParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("sinks", ctypes.c_uint64),
+        ("dsinks", ctypes.c_uint64),
+        ("sink_sums", ctypes.c_uint64),
+        ("sinks_are_16_bit", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SinksSpec(Spec):
+    """A logit of each query head that takes part in the softmax of its rows, and in nothing else.
+
+    sixteen_bit: of the problem's dtype; else float32. of_backward: there lse has them in it, and nobody else need know,
+    unless their gradient is wanted.
+    """
+
+    sixteen_bit: bool
+    of_backward: bool = False
+    gradient: bool = False
+
+    def reaches(self, source: str) -> bool:
+        if self.of_backward:
+            return self.gradient and source in (PREPROCESS, OF_SINKS)
+        return source.endswith("/flash_fwd.cu") or source in (LISTING, "smxx/fill_unseen.cu")
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_SINKS": 1}
+
+    def params(self) -> SinksParams | SinksGradientParams:
+        if self.of_backward:
+            return SinksGradientParams(sinks_are_16_bit=self.sixteen_bit)
+        return SinksParams(0, self.sixteen_bit)
+
+    def arrays(self) -> tuple[str, ...]:
+        """(num_heads,), contiguous."""
+        return ("sinks",)
+
+    def results(self) -> tuple[str, ...]:
+        return ("dsinks",) if self.gradient else ()
 
 
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one
@@ -185,8 +256,10 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Only who makes lists of tiles looks at the arrays; what others are told is `kernels.listed.Lists`."""
-        return source == LISTING
+        """Who makes lists of tiles looks at the arrays, and who asks for rows that are in none; what others are told is
+        `kernels.listed.Lists`.
+        """
+        return source in (LISTING, OF_SINKS)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)
@@ -236,7 +309,7 @@ class SoftmaxSpec(Spec):
     empty: int = 0
 
     def reaches(self, source: str) -> bool:
-        return source == "smxx/flash_bwd_preprocess.cu"
+        return source in (PREPROCESS, OF_SINKS)
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_DLSE": 1}

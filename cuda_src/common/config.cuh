@@ -96,6 +96,12 @@ enum { kAlibi = FA2_ALIBI };  // and lose a head's slope for each key of distanc
 enum { kAlibi = 0 };
 #endif
 
+#ifdef FA2_SINKS
+enum { kSinks = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
+#else
+enum { kSinks = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif

@@ -61,17 +61,13 @@ FA2_DEVICE float distance_of(const Sequence& sequence, const Position<kTranspose
   return static_cast<float>(position.first_query + offset_of(sequence) - position.first_key);
 }
 
-// What scores are multiplied by in exponents of 2.
-template <typename Params>
+// What scores are multiplied by in exponents of 2: by the forward, which may have scaled them, and where they are computed again.
+template <bool kScaled, typename Params>
 FA2_DEVICE float exponent_scale(const Params& params) {
   if constexpr (kSoftcap) {
     return params.softcap_log2;
   } else {
-#ifdef FA2_SCALE_FIRST
-    return kScaleFirst ? kLog2E : params.scale_softmax_log2;
-#else
-    return params.scale_softmax_log2;
-#endif
+    return kScaled ? kLog2E : params.scale_softmax_log2;
   }
 }
 
@@ -102,7 +98,7 @@ FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s,
   RowShift<kMTiles> shift;
   if constexpr (kAlibi) {
     const Keys keys = keys_of<false, kMTiles, kNTiles>(sequence, position);
-    const float distance = distance_of(sequence, position), unit = rcp(exponent_scale(params));
+    const float distance = distance_of(sequence, position), unit = rcp(exponent_scale<kScaleFirst>(params));
     const float slope = keys == Keys::kBehind ? -head.slope : head.slope, of_column = slope * unit;
     auto for_each = [&](auto change) {
 #pragma unroll
@@ -138,7 +134,7 @@ struct Scores {
   static FA2_DEVICE Scores of(const Params& params, const Head& head, const Sequence& sequence,
                               const Position<kTransposed>& position) {
     Scores scores;
-    scores.scale_log2 = exponent_scale(params);
+    scores.scale_log2 = exponent_scale<false>(params);
     if constexpr (kAlibi) {
       scores.keys = keys_of<kTransposed, kMTiles, kNTiles>(sequence, position);
       scores.slope = scores.keys == Keys::kBehind ? -head.slope : head.slope;

@@ -14,6 +14,7 @@
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
+#include "common/statistics.cuh"
 #include "sm80/tile.cuh"
 
 static_assert(sizeof(FwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -115,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   Softmax<kMTiles> softmax;
   AccO acc_o;
   acc_o.clear();
-  const float scale_log2 = exponent_scale(params);
+  const float scale_log2 = exponent_scale<kScaleFirst>(params);
   const Slope slope = slope_of(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
@@ -152,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
-  softmax.finish(acc_o);
+  softmax.finish(acc_o, scale_log2, sink_of(params, tile.head));
   float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);

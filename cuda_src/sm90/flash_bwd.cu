@@ -32,8 +32,8 @@ constexpr int kKStages = 2;  // the next tile's first S is computed before this 
 constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
 static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
 
-// A warpgroup's part of dQ: 64 rows and 64 columns. Of the last columns fewer may leave.
-constexpr int kDqCols = 64, kDqColParts = ceil_div(kHeadDim, kDqCols);
+// A warpgroup's part of dQ: 64 rows and 64 columns, or half of them. Of the last columns fewer may leave.
+constexpr int kDqCols = kDqUnit, kDqColParts = ceil_div(kHeadDim, kDqCols);
 static_assert(kDqWarps == 4 * kKeyGroups && kDqWarpsD == kDqColParts && kDqMTiles == 1, "one part for each warpgroup");
 
 struct SharedMemory {

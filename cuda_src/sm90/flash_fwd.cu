@@ -19,6 +19,7 @@
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
+#include "common/statistics.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
 
@@ -155,7 +156,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
   const bool leader = threadIdx.x % 128 == 0;
-  const float scale_log2 = exponent_scale(params);
+  const float scale_log2 = exponent_scale<kScaleFirst>(params);
   Ring<kQStages> q;
   Ring<kKvStages> k, v;
   uint32_t o_parity = 0;
@@ -217,8 +218,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     to_fragments(frag_p, acc_s);
   };
   // O = diag(l)^-1 O of a tile, whose Q was at `stage`
-  auto finish_tile = [&](const Work& work, Softmax<1>& done, int stage) {
-    done.finish(acc_o);
+  auto finish_tile = [&](const Work& work, Softmax<1>& done, float sink, int stage) {
+    done.finish(acc_o, scale_log2, sink);
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
@@ -284,6 +285,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
     const int done_stage = q.stage;
+    const float sink = sink_of(params, work.head);  // read beside the product
     bool more_after = false;
     q.advance();
     if (kAhead && more) {
@@ -307,7 +309,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
-    finish_tile(work, done, done_stage);
+    finish_tile(work, done, sink, done_stage);
     if (!more) break;
     work = next;
     if (kAhead) {
