@@ -109,7 +109,8 @@ def _forward_block(Q: Array, K: Array, V: Array, tiles: Tiles, n: slice, i: slic
         l = alpha * l + P.sum(-1, keepdims=True)
         O = alpha * O + _dropped(P, tiles.kept(n, i, j)) @ V[:, j]
         m = m_new
-    O = (O / np.where(l == 0, 1, l) * tiles.factor).reshape(slab, g, rows, V.shape[2])  # 0 of a row without any key
+    l[l == 0] = 1  # of rows without any key, where O is 0
+    O = (O / l * tiles.factor).reshape(slab, g, rows, V.shape[2])
     L = (m.astype(np.float64) * scale + np.log(l)).reshape(slab, g, rows, 1) + tiles.row_terms(n, i)
     if tiles.sinks is not None:  # one more key in each row's softmax, whose value is 0
         keys, L = L, np.logaddexp(L, tiles.sinks[n])
