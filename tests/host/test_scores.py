@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.gpu.cases import DTYPES, Case
+from tests.host import lengths
 from tests.host.kernel_run import HostCase, check
+from tests.host.lengths import LengthsCase, lengths_of
 
 # Lengths with and without a mask, more queries than keys, windows of which keys are in front, behind and on both sides.
 CASES = (
@@ -58,3 +60,26 @@ def test_forward(arch: str, head_dim: int, head_dim_v: int | None) -> None:
 def test_backward(arch: str, head_dim: int, head_dim_v: int | None) -> None:
     for host_case in score_cases(head_dim, arch, head_dim == 64, head_dim_v)[1 - head_dim // 64 % 2 :: 2]:
         check(host_case, True)
+
+
+# Sequences without keys, with rows out of use in front and behind; a window whose keys are on both sides.
+LISTS = (
+    lengths_of((70, 130), (0, 5), (33, 9), (140, 64), causal=True),
+    lengths_of((65, 200, 3, 17, 4), (100, 1), (4, 0), (129, 129), window=(50, 30)),
+)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_90", 128), ("sm_90", 256)])
+def test_lists(arch: str, head_dim: int, backward: bool) -> None:
+    number = head_dim // 64 % 2
+    case = LengthsCase(
+        LISTS[number],
+        head_dim,
+        DTYPES[number],
+        (4, 2),
+        arch,
+        scores=("softcap", "alibi of batch"),
+        deterministic=backward,
+    )
+    lengths.check(case, backward)
