@@ -143,7 +143,8 @@ class Prepared:
         return self.host_case.results(self.backward)
 
 
-_EXPECTED: dict[tuple[Case, bool, bool, str], reference.Expected] = {}  # a case is run on several GPUs, and with each plant
+# A case is run on several GPUs, and with each plant.
+_EXPECTED: dict[tuple[Case, bool, bool, str], reference.Expected] = {}
 _MAX_EXPECTED = 64
 
 
