@@ -15,7 +15,7 @@ FA2_DEVICE float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// What is taken off the exponents of a row in a block, of every element alike, and is not in the accumulator (score.cuh).
+// What is taken off the exponents of a thread's part of a row in a block, and is not in the accumulator (score.cuh).
 template <int kMTiles, bool kGiven>
 struct RowShiftOf {
   FA2_DEVICE float of(int, int) const { return 0.f; }
@@ -56,8 +56,8 @@ struct Softmax {
         float m = kAlibi ? -kInfinity : max[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[i][j][2 * h], acc_s.x[i][j][2 * h + 1]));
+        if constexpr (kAlibi) m = fmaxf(max[i][h], fmaf(m, scale_log2, -shift.of(i, h)));
         new_max[i][h] = row_max(m);
-        if constexpr (kAlibi) new_max[i][h] = fmaxf(max[i][h], fmaf(new_max[i][h], scale_log2, -shift.of(i, h)));
       }
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i) {
@@ -115,9 +115,9 @@ struct Softmax {
       float m = kAlibi ? minus_infinity : fmaxf(max[0][h], minus_infinity);
 #pragma unroll
       for (int j = 0; j < kSTiles; ++j) m = fmaxf(fmaxf(m, acc_s.x[0][j][2 * h]), acc_s.x[0][j][2 * h + 1]);
+      if constexpr (kAlibi) m = fmaxf(max[0][h], fmaf(m, scale_log2, -shift.of(0, h)));
       m = row_max(m);
       minus_infinity = minus_infinity_after(m);
-      if constexpr (kAlibi) m = fmaxf(max[0][h], fmaf(m, scale_log2, -shift.of(0, h)));
       float m_scaled = scaled_max(m, scale_log2);
       alpha[h] = ex2(scaled(max[0][h], scale_log2) - m_scaled);
       if constexpr (kAlibi) m_scaled += shift.of(0, h);
