@@ -27,6 +27,7 @@ from fa2cupy.errors import (
     UnsupportedDevice,
 )
 from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
+from fa2cupy.lse import convert_lse
 from fa2cupy.merge import merge_attention
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "attention_backward",
     "attention_vjp",
     "backward_workspace_bytes",
+    "convert_lse",
     "dropout_mask",
     "forward_workspace_bytes",
     "install_as_flash_attn",

@@ -208,8 +208,8 @@ _TABLE = (
     Keyword("rotary", "tuple[A, A, str] | None", None, _ATTEND, '(cos, sin, "neox" or "interleaved")'),
     Keyword("split_size", "int | None", None, _ATTEND, "keys of one part, for bits that do not depend on the batch"),
     Keyword("reduce", "str | None", None, _PROBABILITIES, '"received", "entropy", "max" or "mean_heads"'),
-    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", neutral=()),
-    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", neutral=()),
+    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", "0.2", ()),
+    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", "0.2", ()),
     Keyword(
         "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
         "an array whose framework and device are taken", "0.2",

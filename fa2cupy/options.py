@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fa2cupy.checks import GRADIENTS, check_grad_of, check_hint
+from fa2cupy.checks import GRADIENTS, check_grad_of, check_hint, shown
 from fa2cupy.declared import RIGHT_OF_CAUSAL
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.frameworks.base import TensorRef
@@ -105,20 +105,20 @@ def given(
             checked = keyword.check(name, value)
             if checked is not None:
                 features.append((name, checked))
-    _match_seed(extra, features)
+    _match_seed(extra, features, keywords)
     if not extra and not features:
         return (), arrays, options
     names = tuple(name for name, _ in extra)
     return names, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))
 
 
-def _match_seed(extra: list[tuple[str, Any]], features: list[tuple[str, Any]]) -> None:
+def _match_seed(extra: list[tuple[str, Any]], features: list[tuple[str, Any]], keywords: dict[str, Any]) -> None:
     """A seed goes with a probability: one that nothing is dropped by is left out, of both."""
-    p = dict(features).get("dropout_p")
-    if p is None:
+    if "dropout_p" not in dict(features):
         extra[:] = [each for each in extra if each[0] != "dropout_seed"]
     elif "dropout_seed" not in dict(extra):
-        raise InvalidArgument(f"dropout_p={p} is given without dropout_seed=(seed, offset), which is needed")
+        p = shown("dropout_p", keywords["dropout_p"])
+        raise InvalidArgument(f"{p} is given without dropout_seed=(seed, offset), which is needed")
 
 
 def gradients(keywords: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:

@@ -13,7 +13,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
-from fa2cupy.spec import LENGTHS, LengthsSpec, SinksSpec, SoftmaxSpec, Spec, WindowSpec
+from fa2cupy.spec import LENGTHS, LengthsSpec, ScoreSpec, SinksSpec, SoftmaxSpec, Spec, WindowSpec
 
 __all__ = [
     "ARRAY_RULES",
@@ -146,6 +146,16 @@ def _with_lengths(name: str, problem: AttentionProblem, ref: TensorRef) -> Atten
     return replace(problem, lengths=replace(lengths, **{name: True}))
 
 
+def _score(problem: AttentionProblem) -> ScoreSpec:
+    return problem.score or ScoreSpec(problem.softmax_scale)
+
+
+def _alibi_strides(ref: TensorRef) -> tuple[int, int]:
+    """Along batch and heads; 0 for a batch that is not there."""
+    strides = [0 if n == 1 else stride for n, stride in zip(ref.shape, ref.strides, strict=True)]
+    return (strides[0], strides[1]) if len(strides) == 2 else (0, strides[0])
+
+
 def _with_gradient_of_sinks(problem: AttentionProblem) -> AttentionProblem:
     assert problem.sinks is not None
     return replace(problem, sinks=replace(problem.sinks, gradient=True))
@@ -155,6 +165,8 @@ def _with_gradient_of_sinks(problem: AttentionProblem) -> AttentionProblem:
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "window_size": lambda problem, window: _with_window(problem, *window),
+    "softcap": lambda problem, softcap: replace(problem, score=replace(_score(problem), softcap=softcap)),
+    "alibi_slopes": lambda problem, ref: replace(problem, score=replace(_score(problem), alibi=_alibi_strides(ref))),
     "sinks": lambda problem, ref: replace(
         problem, sinks=SinksSpec(ref.dtype != "float32", "dq" in dict(problem.strides))
     ),
@@ -219,6 +231,7 @@ class AttentionProblem:
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
     window: WindowSpec | None = None
+    score: ScoreSpec | None = None
     sinks: SinksSpec | None = None
     lengths: LengthsSpec | None = None
     softmax: SoftmaxSpec | None = None

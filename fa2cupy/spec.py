@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -15,6 +16,8 @@ __all__ = [
     "LengthsParams",
     "LengthsSpec",
     "Row",
+    "ScoreParams",
+    "ScoreSpec",
     "SinksGradientParams",
     "SinksParams",
     "SinksSpec",
@@ -32,7 +35,8 @@ OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 class Row(Protocol):
     """What all rows of tile tables have. block_m query rows x block_n keys; note: the reason, with its measurement.
 
-    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row.
+    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row. room: registers are left for what hooks of
+    scores keep.
     """
 
     @property
@@ -47,6 +51,8 @@ class Row(Protocol):
     def num_warps(self) -> int: ...
     @property
     def note(self) -> str: ...
+    @property
+    def room(self) -> bool: ...
 
 
 class Spec:
@@ -89,6 +95,10 @@ class Spec:
         return ""
 
 
+# Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
+_TINY_SCALE = 1e-30
+
+
 class WindowParams(ctypes.Structure):
     """The twin of the struct in cuda_src/common/params.cuh."""
 
@@ -115,6 +125,54 @@ class WindowSpec(Spec):
 
     def params(self) -> WindowParams:
         return WindowParams(self.left, self.right)
+
+
+class ScoreParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("alibi_slopes", ctypes.c_uint64),
+        ("alibi_batch", ctypes.c_int64),
+        ("alibi_head", ctypes.c_int64),
+        ("softcap_factor", ctypes.c_float),
+        ("softcap_log2", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSpec(Spec):
+    """What becomes of scores, which are softmax_scale * q . k.
+
+    softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is
+    taken off; its strides in elements along batch and heads, None without.
+    """
+
+    softmax_scale: float
+    softcap: float | None = None
+    alibi: tuple[int, int] | None = None
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/")
+
+    def defines(self) -> dict[str, int | str]:
+        defines: dict[str, int | str] = {}
+        if self.softcap is not None:  # has the scale in it
+            defines |= {"FA2_SOFTCAP": 1, "FA2_SCALE_FIRST": 0}
+        elif self.softmax_scale < _TINY_SCALE:
+            defines["FA2_SCALE_FIRST"] = 1
+        return defines if self.alibi is None else {**defines, "FA2_ALIBI": 1}
+
+    def params(self) -> ScoreParams:
+        batch, head = self.alibi or (0, 0)
+        if self.softcap is None:
+            return ScoreParams(0, batch, head)
+        return ScoreParams(0, batch, head, self.softmax_scale / self.softcap, self.softcap * math.log2(math.e))
+
+    def arrays(self) -> tuple[str, ...]:
+        return () if self.alibi is None else ("alibi_slopes",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for scores that become others"
 
 
 class SinksParams(ctypes.Structure):

@@ -20,6 +20,15 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
+// What becomes of scores (score.cuh).
+struct ScoreParams {
+  const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
+  int64_t alibi_batch, alibi_head;  // its strides
+  float softcap_factor;  // softmax_scale / softcap; kSoftcap
+  float softcap_log2;    // softcap * log2(e)
+};
+enum { kScores = kSoftcap || kAlibi };  // scores become others
+
 // A logit of each query head that takes part in the softmax of its rows, and in nothing else.
 struct SinksParams {
   const void* sinks;  // (num_heads,): float32, or Element
@@ -78,8 +87,8 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams =
-    Composed<FwdParams, Part<kBand, WindowParams>, Part<kSinks, SinksParams>, Part<kListed, ListParams>>;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kSinks, SinksParams>,
+                               Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -91,8 +100,8 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-using FwdTmaBandParams =
-    Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kSinks, SinksParams>, Part<kListed, ListParams>>;
+using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
+                                  Part<kSinks, SinksParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -127,7 +136,7 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 using PreprocessParams = Composed<BwdParams, Part<kSinks, SinksGradientParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
@@ -147,7 +156,7 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0

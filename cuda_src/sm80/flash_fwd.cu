@@ -116,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   Softmax<kMTiles> softmax;
   AccO acc_o;
   acc_o.clear();
-  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
+  const float scale_log2 = exponent_scale<kScaleFirst>(params);
+  const Slope slope = slope_of(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
     return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
@@ -130,11 +131,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
-    modify_scores(acc_s, params.scale_softmax_log2);
+    const RowShift<kMTiles> shift = modify_scores(acc_s, params, slope, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, sequence, position_of(n));
     }
-    softmax.update(acc_s, acc_o, scale_log2);
+    softmax.update(acc_s, acc_o, scale_log2, shift);
     keep(acc_s, position_of(n));
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)

@@ -175,9 +175,26 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const int stage = count % 2, q_stage = stage * kParts, p_stage = kPBuffers > 1 ? stage : 0;
     const uint32_t p_parity = kPBuffers > 1 ? count / 2 % 2 : stage;
     const int query = step.m_block * kBlockM + row;
+    const Slope slope = slope_of(params, query_batch(work), step.head);
+    Fragments<kKeySteps> packed;
     auto half_of_p = [&](int h) {
-      recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of_tile(shape, work, params), {query, key});
+      const float lse_log2 = smem.q_loads.statistics[q_stage][row + 8 * h];
+      if constexpr (kScores) {
+        const Sequence& sequence = sequence_of_tile(shape, work, params);
+        const Position<false> position{query, key};
+        const bool masked = step.m_block < mask_to_of(work, step.m_block);
+        const int begin = masked ? key_begin(sequence, query + 8 * h) - key : 0;
+        const int end = masked ? key_end(sequence, query + 8 * h) - key : kBlockN;
+        const auto scores = Scores<false>::of<1, kBlockN / 8>(params, slope, sequence, position);
+        if (kAnySide && scores.keys == Keys::kAround) {
+          recompute_p<true>(acc_s, packed, h, lse_log2, scores, begin, end);
+        } else {
+          recompute_p<false>(acc_s, packed, h, lse_log2, scores, begin, end);
+        }
+      } else {
+        recompute_p(acc_s, h, lse_log2, params.scale_softmax_log2);
+        if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of_tile(shape, work, params), {query, key});
+      }
       pin(acc_s);
     };
     issue_dp(False{});
@@ -185,7 +202,11 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     issue_dp(True{});
     half_of_p(1);
     mbarrier_wait(smem.p_empty[p_stage], p_parity ^ 1);  // released by sum_gradient
-    store_accumulator(smem.p[p_stage], warp_row, acc_s);
+    if constexpr (kPackEarly) {
+      store_fragments(smem.p[p_stage], warp_row, packed);
+    } else {
+      store_accumulator(smem.p[p_stage], warp_row, acc_s);
+    }
     const int dout_stage = (dout.stage + kDoutBuffers - kPartsV) % kDoutBuffers;  // of this step's dO
     const float* statistics = smem.dout_loads.statistics[dout_stage];
     const float softmax_d[2] = {statistics[row], statistics[row + 8]};

@@ -82,9 +82,12 @@ def describe(array: object) -> str:
 
 
 class Framework(ABC):
-    """What one array library does differently. `name` is how an error message calls it."""
+    """What one array library does differently. `name` is how an error message calls it, `namespace` the module with
+    its functions of arrays.
+    """
 
     name: str
+    namespace: str
 
     @abstractmethod
     def check(self, array: Any, argument: str) -> None:

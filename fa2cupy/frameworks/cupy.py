@@ -22,6 +22,7 @@ class _Cupy(Numpy, GpuFramework):
     """CuPy arrays: dtypes and strides are NumPy's, memory and streams are CUDA's."""
 
     name = "CuPy"
+    namespace = "cupy"
     allocates_in_capture = False
 
     def check(self, array: Any, argument: str) -> None:

@@ -39,6 +39,7 @@ def immutable(name: str) -> InvalidArgument:
 
 class _Jax(Framework):
     name = "JAX"
+    namespace = "jax.numpy"
 
     def check(self, array: Any, argument: str) -> None:
         if not isinstance(array.dtype, np.dtype):

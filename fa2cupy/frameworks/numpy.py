@@ -14,6 +14,7 @@ __all__ = ["NUMPY", "Numpy"]
 
 class Numpy(Framework):
     name = "NumPy"
+    namespace = "numpy"
 
     def check(self, array: np.ndarray, argument: str) -> None:
         if isinstance(array, np.ma.MaskedArray):

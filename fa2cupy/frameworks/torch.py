@@ -31,6 +31,7 @@ def fx_tracing() -> Callable[[], bool]:
 
 class _Torch(GpuFramework):
     name = "PyTorch"
+    namespace = "torch"
 
     def check(self, array: Any, argument: str) -> None:
         torch = sys.modules["torch"]

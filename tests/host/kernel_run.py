@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem
 from fa2cupy.spec import SoftmaxSpec
-from tests import reference
+from tests import reference, scores
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Case
 from tests.host import build, run, sanitized, tensor_map
@@ -36,7 +37,7 @@ class HostCase:
 
     flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
     dlse: the backward is given a gradient of lse, too. sinks: their dtype, "float32" or the case's, or none; and
-    whether the backward is to make their gradient.
+    whether the backward is to make their gradient. scores: what becomes of them, of `tests.scores.NAMES`.
     """
 
     case: Case
@@ -46,9 +47,11 @@ class HostCase:
     dlse: bool = False
     sinks: str = ""
     dsinks: bool = True
+    scores: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "") + " dlse" * self.dlse
+        own += "".join(f" {name}" for name in self.scores)
         own += f" sinks {self.sinks}" + " without dsinks" * (not self.dsinks) if self.sinks else ""
         return f"{self.case} {self.arch}" + own
 
@@ -59,7 +62,13 @@ class HostCase:
 
     def extra(self, backward: bool) -> tuple[str, ...]:
         """Inputs beyond those of dense attention, in the order of a call."""
-        return ("sinks",) * bool(self.sinks) + ("dlse",) * (backward and self.dlse)
+        alibi = ("alibi_slopes",) * any(name.startswith("alibi") for name in self.scores)
+        return (*alibi, *("sinks",) * bool(self.sinks), *("dlse",) * (backward and self.dlse))
+
+    def features(self) -> dict[str, Any]:
+        """Of scores, as keywords of `attention`."""
+        case = self.case
+        return scores.draw_features(self.scores, case.seed, case.batch, case.heads[0], case.dtype)
 
     def names(self, backward: bool) -> tuple[str, ...]:
         """Of the arrays of a call, in the order of its pointers."""
@@ -143,8 +152,7 @@ class Prepared:
         return self.host_case.results(self.backward)
 
 
-# A case is run on several GPUs, and with each plant.
-_EXPECTED: dict[tuple[Case, bool, bool, str], reference.Expected] = {}
+_EXPECTED: dict[tuple[object, ...], reference.Expected] = {}  # a case is run on several GPUs, and with each plant
 _MAX_EXPECTED = 64
 
 
@@ -181,7 +189,10 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         dlse[...] = np.random.default_rng(case.seed).standard_normal(dlse.shape)
         if not host_case.sinks:
             dlse[:, :, :empty] = np.nan
-    key = (case, backward, host_case.dlse, host_case.sinks)  # all that the values depend on
+    features = host_case.features()
+    if "alibi_slopes" in features:
+        tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
+    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores)  # all that the values depend on
     if key not in _EXPECTED:
         if len(_EXPECTED) >= _MAX_EXPECTED:
             _EXPECTED.clear()
@@ -194,7 +205,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
             scale=case.softmax_scale,
             window=case.window,
             dlse=tensors["dlse"].values if "dlse" in tensors else None,
-            features=reference.Features(sinks=values.get("sinks")),
+            features=reference.Features(features.get("softcap"), features.get("alibi_slopes"), values.get("sinks")),
         )
     expected = _EXPECTED[key]
     if backward:
@@ -209,7 +220,9 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     problem = AttentionProblem.from_refs(dense, gpu_cases.sizes_of(case), case.dtype, options)
     if case.window is not None:
         problem = SPECS["window_size"](problem, case.window)
-    for name in ("sinks", "dsinks"):
+    if "softcap" in features:
+        problem = SPECS["softcap"](problem, features["softcap"])
+    for name in ("alibi_slopes", "sinks", "dsinks"):
         if name in refs:
             problem = SPECS[name](problem, refs[name])
     if "dlse" in tensors:
@@ -238,6 +251,11 @@ def _bshd(values: np.ndarray, layout: str) -> np.ndarray:
 
 def _tensor(host_case: HostCase, name: str) -> Tensor:
     case = host_case.case
+    if name == "alibi_slopes":
+        heads = case.heads[0]
+        if "alibi of batch" in host_case.scores:  # heads outermost: any strides will do
+            return Tensor((case.batch, heads), (1, case.batch), "float32")
+        return Tensor((heads,), (1,), "float32")
     if name in ("sinks", "dsinks"):
         return Tensor((case.heads[0],), (1,), host_case.sinks)
     if name == "dlse":  # seqlen outermost: any strides will do

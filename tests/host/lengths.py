@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fa2cupy.kernels import Plan, plan_backward, plan_forward
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from fa2cupy.spec import LengthsSpec
-from tests import reference
+from tests import reference, scores
 from tests.host import run
 from tests.host.build import Mutation
 from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan, sinks_of
@@ -127,7 +128,8 @@ def lengths_of(
 @dataclass(frozen=True)
 class LengthsCase:
     """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows.
-    dlse: a backward is given a gradient of lse. sinks: their dtype, "float32" or the case's, or none.
+    dlse: a backward is given a gradient of lse. sinks: their dtype, "float32" or the case's, or none. scores: what
+    becomes of them, of `tests.scores.NAMES`.
     """
 
     lengths: Lengths
@@ -143,6 +145,11 @@ class LengthsCase:
     seed: int = 1
     dlse: bool = False
     sinks: str = ""
+    scores: tuple[str, ...] = ()
+
+    def features(self) -> dict[str, Any]:
+        """Of scores, as keywords of `attention`."""
+        return scores.draw_features(self.scores, self.seed, self.lengths.sequences, self.heads[0], self.dtype)
 
     def __str__(self) -> str:
         texts = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
@@ -173,6 +180,9 @@ def _tensor(case: LengthsCase, name: str) -> Tensor:
     lengths = case.lengths
     if name in ("sinks", "dsinks"):
         return Tensor((case.heads[0],), (1,), case.sinks)
+    if name == "alibi_slopes":
+        shape = case.features()[name].shape
+        return Tensor(shape, (1, shape[0])[: len(shape)], "float32")  # of the batch, heads outermost
     side = "q" if name in _OF_QUERIES else "k"
     batch, rows = lengths.batch(side), getattr(lengths, f"rows_{side}")
     heads = case.heads[0] if side == "q" else case.heads[1]
@@ -198,7 +208,9 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
     problem = dataclasses.replace(problem, lengths=lengths.spec)
     if lengths.window is not None:
         problem = SPECS["window_size"](problem, lengths.window)
-    for name in ("sinks", "dsinks", "dlse"):
+    if "softcap" in case.features():
+        problem = SPECS["softcap"](problem, case.features()["softcap"])
+    for name in ("alibi_slopes", "sinks", "dsinks", "dlse"):
         if name in refs:
             problem = SPECS[name](problem, refs[name])
     return problem
@@ -209,7 +221,11 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     lengths = case.lengths
     names = (BACKWARD if backward else FORWARD) + ("dlse",) * (backward and case.dlse)
     names += ("sinks",) * bool(case.sinks) + ("dsinks",) * (backward and bool(case.sinks))
+    features = case.features()
+    names += ("alibi_slopes",) * ("alibi_slopes" in features)
     tensors = {name: _tensor(case, name) for name in names}
+    if "alibi_slopes" in features:
+        tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
     numbers = reference.make_inputs(
         case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.sequences),
         heads=case.heads, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
@@ -239,11 +255,11 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
         of = {
             name: _part(case, tensor, name, b, (first_q, sq) if name in _OF_QUERIES else (first_k, sk))
             for name, tensor in tensors.items()
-            if name not in ("sinks", "dsinks")
+            if name not in ("alibi_slopes", "sinks", "dsinks")
         }
         want = reference.expect(
             of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window,
-            dlse=of.get("dlse"), features=reference.Features(sinks=sinks),
+            dlse=of.get("dlse"), features=reference.Features(features.get("softcap"), _slopes(features, b), sinks),
         )  # fmt: skip
         expected.append(want)
         if backward:
@@ -261,6 +277,11 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     prepared = Prepared(case, backward, tensors, lengths.arrays, plan, expected, workspace, {})
     prepared.inputs = {name: each.bits() for name, each in tensors.items() if name not in prepared.results}
     return prepared
+
+
+def _slopes(features: dict[str, Any], sequence: int) -> np.ndarray | None:
+    slopes = features.get("alibi_slopes")
+    return slopes if slopes is None or slopes.ndim == 1 else slopes[sequence]
 
 
 def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
@@ -287,7 +308,9 @@ def execute(
         prepared.tensors[name].poison()
     names = BACKWARD if prepared.backward else FORWARD
     pointers = tuple(prepared.tensors[name].pointer for name in names)
-    pointers += tuple(prepared.tensors[name].pointer for name in ("dsinks", "sinks") if name in prepared.tensors)
+    pointers += tuple(
+        prepared.tensors[name].pointer for name in ("dsinks", "alibi_slopes", "sinks") if name in prepared.tensors
+    )
     pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
     if "dlse" in prepared.tensors:
         pointers += (prepared.tensors["dlse"].pointer,)
