@@ -42,7 +42,7 @@ COMPOSED = {
     "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
     "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams))),
-    "FillSinksParams": (params.FillParams, (_SINKS,)),
+    "FillUnseenParams": (params.FillParams, (_SINKS,)),
     "SinksBwdBandParams": (
         params.SinksBwdParams,
         (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED),

@@ -164,7 +164,7 @@ struct FillParams {
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
-using FillSinksParams = Composed<FillParams, Part<kSinks, SinksParams>>;
+using FillUnseenParams = Composed<FillParams, Part<kSinks, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
