@@ -13,6 +13,7 @@ from fa2cupy.attention import (
     backward_workspace_bytes,
     forward_workspace_bytes,
 )
+from fa2cupy.block_mask import BlockMask
 from fa2cupy.counts import report
 from fa2cupy.dropout import dropout_mask
 from fa2cupy.errors import (
@@ -33,6 +34,7 @@ from fa2cupy.merge import merge_attention
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "CompilationError",
     "Fa2Error",
     "Fa2Warning",

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fa2cupy.cpu_mask import Mask
 from fa2cupy.cpu_scores import Band, Place, Tiles
 
 Array = npt.NDArray[Any]
@@ -46,6 +47,7 @@ def forward(
     sinks: Array | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Array | None = None,
+    mask: Mask | None = None,
     place: Place = _HERE,
     out: Array | None = None,
     lse: Array | None = None,
@@ -55,7 +57,7 @@ def forward(
     q is (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k, head_dim or head_dim_v), any strides.
     window_size is (left, right), each -1 for unlimited; alibi_slopes is (heads,) or (batch, heads), sinks (heads,),
     dropout_seed what `checks.check_seed` says, and `place` where among a sequence's rows these are, which dropout alone
-    asks. `out` and `lse` are written when given.
+    asks. mask is counted from these rows. `out` and `lse` are written when given.
     """
     out = np.empty((*q.shape[:3], v.shape[3]), q.dtype) if out is None else out
     lse = np.empty((q.shape[0], q.shape[2], q.shape[1]), _compute_dtype(q)) if lse is None else lse
@@ -67,6 +69,7 @@ def forward(
     tiles = Tiles(
         Q, K, scale, band, batch=len(q), softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
         dropout_seed=dropout_seed, sinks=sinks, place=place._replace(query=place.query + first, key=place.key + unseen),
+        mask=None if mask is None else mask.below(0, first, unseen),
     )  # fmt: skip
     O = np.empty((*Q.shape[:3], V.shape[3]), Q.dtype)
     L = np.empty((*Q.shape[:3], 1), Q.dtype)
@@ -93,9 +96,12 @@ def _forward_block(Q: Array, K: Array, V: Array, tiles: Tiles, n: slice, i: slic
     O = np.zeros((slab, g * rows, V.shape[2]), Q.dtype)  # not divided by l until the end
     first = max(0, band.first) // BLOCK_N * BLOCK_N
     for j in reversed(list(_blocks(first, min(K.shape[1], band.last + rows), BLOCK_N))):
+        seen = tiles.seen(n, i, j)
+        if seen is False:
+            continue
         S = Q @ K[:, j].swapaxes(1, 2)
         tiles.scores(S, n, i, j)
-        _mask(S, rows, band.below(0, j.start))
+        _mask(S, rows, band.below(0, j.start), seen)
         m_new = np.maximum(m, S.max(-1, keepdims=True))
         m_finite = np.where(np.isneginf(m_new), 0, m_new)  # no key so far: -inf - -inf would be NaN
         alpha = np.exp((m - m_finite) * scale)
@@ -103,11 +109,12 @@ def _forward_block(Q: Array, K: Array, V: Array, tiles: Tiles, n: slice, i: slic
         l = alpha * l + P.sum(-1, keepdims=True)
         O = alpha * O + _dropped(P, tiles.kept(n, i, j)) @ V[:, j]
         m = m_new
+    l[l == 0] = 1  # of rows without any key, where O is 0
     O = (O / l * tiles.factor).reshape(slab, g, rows, V.shape[2])
     L = (m.astype(np.float64) * scale + np.log(l)).reshape(slab, g, rows, 1) + tiles.row_terms(n, i)
     if tiles.sinks is not None:  # one more key in each row's softmax, whose value is 0
         keys, L = L, np.logaddexp(L, tiles.sinks[n])
-        O *= np.exp(keys - L)
+        O *= np.where(np.isneginf(keys), 0, np.exp(keys - L))
     return O, L
 
 
@@ -128,6 +135,7 @@ def backward(
     sinks: Array | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Array | None = None,
+    mask: Mask | None = None,
     place: Place = _HERE,
     dlse: Array | None = None,
     dq: Array | None = None,
@@ -156,6 +164,7 @@ def backward(
     tiles = Tiles(
         Q, K, scale, band, batch=len(q), softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
         dropout_seed=dropout_seed, sinks=None, place=place._replace(query=place.query + first, key=place.key + unseen),
+        mask=None if mask is None else mask.below(0, first, unseen),
     )  # fmt: skip
     every = slice(0, len(Q)), slice(0, Q.shape[2])
     shift, rest = _split_lse(L, tiles.scale, tiles.row_terms(*every))
@@ -165,10 +174,13 @@ def backward(
             Kj, Vj = K[n, 0, j], V[n, 0, j]
             first_block = max(0, j.start - band.last) // BLOCK_M * BLOCK_M
             for i in _blocks(first_block, min(Q.shape[2], j.stop - band.first), BLOCK_M):
+                seen = tiles.seen(n, i, j)
+                if seen is False:
+                    continue
                 Qi, dOi, Di, shift_i, rest_i = (_fold(x[n, :, i]) for x in (Q, dO, D, shift, rest))
                 S = Qi @ Kj.swapaxes(1, 2)
                 derivative = tiles.scores(S, n, i, j)
-                _mask(S, i.stop - i.start, band.below(i.start, j.start))
+                _mask(S, i.stop - i.start, band.below(i.start, j.start), seen)
                 P = _exp(S, shift_i, tiles.scale, rest_i)  # exp(S - L)
                 kept = tiles.kept(n, i, j)
                 dV[n, 0, j] += _dropped(P, kept).swapaxes(1, 2) @ dOi
@@ -215,9 +227,11 @@ def _visible(q: Array, k: Array, causal: bool, window_size: tuple[int, int] | No
     return queries, keys, Band(*ends, beside)
 
 
-def _mask(S: Array, rows: int, band: Band) -> None:
-    """Set the scores of a tile (n, g x rows, columns) to -inf outside of the band."""
+def _mask(S: Array, rows: int, band: Band, seen: Array | bool) -> None:
+    """Set the scores of a tile (n, g x rows, columns) to -inf outside of the band, and what the mask hides."""
     columns = S.shape[2]
+    if seen is not True:
+        np.copyto(S.reshape(S.shape[0], -1, rows, columns), -np.inf, where=~np.asarray(seen))
     if columns - 1 > band.last or rows - 1 + band.first > 0:
         row, column = np.arange(rows)[:, None], np.arange(columns)
         hidden = (column > row + band.last) | (column < row + band.first)
@@ -240,6 +254,7 @@ def _split_lse(L: Array, scale: float, terms: Array | float) -> tuple[Array, Arr
     L themselves, (S - shift) x scale - rest does not.
     """
     own = L if isinstance(terms, float) else L - terms
+    own = np.where(np.isneginf(own), np.inf, own)  # a row without any key: P is 0 there
     shift = np.clip(own / scale, -1e30, 1e30).astype(L.dtype, copy=False)  # finite when the scale is tiny
     return shift, (own - shift.astype(np.float64) * scale).astype(L.dtype)
 
@@ -255,7 +270,8 @@ def _of_sinks(sinks: Array, L: Array, D: Array, unseen: Array | None) -> Array:
     """
     batch, rows = L.size // max(1, len(sinks) * L.shape[2]), L.shape[2]
     L, D = (x.reshape(batch, len(sinks), rows).astype(np.float64) for x in (L, D))
-    gradient: Array = -np.sum(np.exp(sinks[:, None] - L) * D, axis=(0, 2))
+    share = np.where(np.isneginf(sinks[:, None]), 0, np.exp(sinks[:, None] - L))
+    gradient: Array = -np.sum(share * D, axis=(0, 2))
     if unseen is not None:
         gradient += np.where(np.isneginf(sinks), 0, np.sum(unseen, axis=(0, 2), dtype=np.float64))
     return gradient

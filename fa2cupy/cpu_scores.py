@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fa2cupy import philox
+from fa2cupy.cpu_mask import Mask
 
 Array = npt.NDArray[Any]
 
@@ -67,10 +68,12 @@ class Tiles:
         dropout_p: float,
         dropout_seed: Array | None,
         place: Place,
+        mask: Mask | None,
     ):
         """Q (n, g, rows, d) and K (n, 1, seqlen_k, d): what a tile is made of."""
         num_heads_k, group = len(Q) // max(1, batch), Q.shape[1]
         self._band, self._seqlen_k, self._place = band, K.shape[2], place
+        self._mask, self._heads = mask, (num_heads_k, group)
         self._unit = scale
         self._softcap = None if softcap is None else min(max(softcap, 1e-30), 1e30)  # as good in float32
         self._slopes = None if alibi_slopes is None else by_group(alibi_slopes, batch, num_heads_k).astype(Q.dtype)
@@ -83,6 +86,10 @@ class Tiles:
             tweak = philox.tweaks(dropout_seed, place.batch + np.arange(batch), np.arange(num_heads_k * group))
             self._tweak = tuple(t.reshape(len(Q), group) for t in tweak)
             self.factor = 1 / (1 - dropout_p)
+
+    def seen(self, n: slice, i: slice, j: slice) -> Array | bool:
+        """What of a tile the mask lets through, (n or 1, g or 1, rows, columns); True for all, False for nothing."""
+        return True if self._mask is None else self._mask.tile(n, i, j, *self._heads)
 
     def scores(self, S: Array, n: slice, i: slice, j: slice) -> Array | None:
         """Make scores of S = Q K^T, in place, and return their derivative, None for 1."""

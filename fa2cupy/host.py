@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fa2cupy import cpu, env, sequences
+from fa2cupy.cpu_mask import mask_of
 from fa2cupy.frameworks.base import Framework, swap
 from fa2cupy.options import Options
 from fa2cupy.problem import Sizes, softmax_scale
@@ -56,7 +57,10 @@ class _Host:
         """Options by keyword, and those of the arrays `names` that are of one sequence like any other."""
         arrays = {name: self._framework.to_numpy(self._arrays[name]) for name in names if name not in LENGTHS}
         scale = softmax_scale(self._sizes, self._options)
-        return {"causal": self._options.causal, "softmax_scale": scale, **dict(self._options.features), **arrays}
+        options = {"causal": self._options.causal, "softmax_scale": scale, **dict(self._options.features)}
+        given = {name: value for name, value in (options | arrays).items() if name.startswith("mask")}
+        features = {name: value for name, value in (options | arrays).items() if name not in given}
+        return {**features, "mask": mask_of(given, self._sizes.seqlen_q, self._sizes.seqlen_k)} if given else features
 
     def lengths(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Those arrays of `names` that say where sequences lie."""

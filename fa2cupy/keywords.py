@@ -30,6 +30,7 @@ from fa2cupy.checks import (
     shown,
 )
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+from fa2cupy.spec import MASK_ARRAYS
 
 __all__ = [
     "FUNCTIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "OTHER_NAMES",
     "Keyword",
     "arrays_in_order",
+    "asked",
     "is_neutral",
     "not_supported",
     "not_through_torch",
@@ -119,7 +121,8 @@ _TABLE = (
     ),
     Keyword(
         "mask", "A | BlockMask | None", None, (*_ALL, *_PROBABILITIES),
-        "True where a query attends to a key, or a BlockMask",
+        "True where a query attends to a key, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), or a BlockMask",
+        "0.2", arrays=("mask", *MASK_ARRAYS),
     ),
     Keyword(
         "sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)", "0.2"
@@ -227,6 +230,13 @@ KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
 def arrays_in_order() -> list[str]:
     """Names of keywords, or of the arrays that one is for, in the table's order: that of a call's pointers."""
     return [name for keyword in KEYWORDS.values() for name in keyword.arrays or (keyword.name,)]
+
+
+def asked(array: str) -> str:
+    """The keyword by which a call asks for what an array of this name belongs to."""
+    if array == "dropout_seed":
+        return "dropout_p"
+    return next(keyword.name for keyword in KEYWORDS.values() if array in (keyword.arrays or (keyword.name,)))
 
 
 # What keywords are called elsewhere: (ours, a remark). Hints, not aliases.

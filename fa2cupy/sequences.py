@@ -228,7 +228,12 @@ def backward(
 def _options_of(each: Sequence, options: Mapping[str, Any]) -> dict[str, Any]:
     """What `cpu.py` is told of one sequence."""
     slopes = options.get("alibi_slopes")
-    own = {} if slopes is None or slopes.ndim == 1 else {"alibi_slopes": slopes[each.number : each.number + 1]}
+    own: dict[str, Any] = {}
+    if slopes is not None and slopes.ndim > 1:
+        own["alibi_slopes"] = slopes[each.number : each.number + 1]
+    mask = options.get("mask")
+    if mask is not None:
+        own["mask"] = mask.below(each.batch_q, each.first_q, each.first_k)
     return {**options, **own, "place": Place(each.number, each.skipped_q, each.skipped_k)}
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 __all__ = [
     "LENGTHS",
     "LISTING",
+    "MASK_ARRAYS",
     "OF_SINKS",
     "PREPROCESS",
     "DlseParams",
@@ -276,6 +277,12 @@ class LengthsSpec(Spec):
         seqlen).
         """
         return tuple(name for name in LENGTHS if getattr(self, "segments" if name.startswith("segment") else name))
+
+
+# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
+MASK_ARRAYS = (
+    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
+)  # fmt: skip
 
 
 class DlseParams(ctypes.Structure):

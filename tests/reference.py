@@ -165,7 +165,8 @@ def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = No
 
 class Features(NamedTuple):
     """What goes beyond a plain softmax, each as the function under test is given it, but for `keep`: which P dropout
-    keeps, bool (batch, heads, seqlen_q, seqlen_k). slopes: (heads,) or (batch, heads); sinks: (heads,).
+    keeps, bool (batch, heads, seqlen_q, seqlen_k). slopes: (heads,) or (batch, heads); sinks: (heads,); mask: True
+    where a query sees a key, of the shape of `keep` or what broadcasts to it.
     """
 
     softcap: float | None = None
@@ -173,6 +174,7 @@ class Features(NamedTuple):
     sinks: Array | None = None
     dropout_p: float = 0.0
     keep: Array | None = None
+    mask: Array | None = None
 
 
 PLAIN = Features()
@@ -291,7 +293,11 @@ def _by_slab(
     slopes, sinks = (None if x is None else split(of_rows(x), group) for x in (features.slopes, features.sinks))
     keep = features.keep
     keep = keep if keep is None else keep.reshape(batch * num_heads_k, group * seqlen_q, seqlen_k)
-    slabs = split(q, group), split(k, 1), split(v, 1), *rows, slopes, sinks, keep
+    own = features.mask
+    if own is not None:
+        whole = xp.broadcast_to(own, (batch, num_heads, seqlen_q, seqlen_k))
+        own = whole.reshape(batch * num_heads_k, group * seqlen_q, seqlen_k)
+    slabs = split(q, group), split(k, 1), split(v, 1), *rows, slopes, sinks, keep, own
     visible = np.tile(visible_keys(seqlen_q, seqlen_k, causal, window), (group, 1))
     mask = xp.asarray(visible) if xp.__name__ != "torch" else xp.as_tensor(visible, device=slabs[0].device)
     beside = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
@@ -336,6 +342,7 @@ def _slab(
     slope: Array | None,
     sink: Array | None,
     keep: Array | None,
+    own_mask: Array | None,
     mask: Array,
     distance: Array,
     scale: float,
@@ -355,11 +362,10 @@ def _slab(
     def kept(x: Array) -> Array:
         return x if keep is None else xp.where(keep, x, 0.0)
 
-    sees = mask.any(-1)[
-        :, None
-    ]  # rows without a key take no part: whatever they hold, NaN too, must not reach the rest
+    mask = mask if own_mask is None else mask & own_mask
+    # Rows without a key take no part: whatever they hold, NaN too, must not reach the rest; nor keys without a query.
+    sees, seen = mask.any(-1)[..., None], mask.any(-2)[..., None]
     Q = xp.where(sees, Q, 0.0)
-    seen = mask.any(0)[:, None]  # and keys without a query likewise
     K, V = xp.where(seen, K, 0.0), xp.where(seen, V, 0.0)
     with np.errstate(all="ignore"):
         S, derivative = (Q @ K.swapaxes(1, 2)) * scale, 1.0

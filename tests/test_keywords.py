@@ -374,8 +374,8 @@ def test_the_pullback_has_the_window() -> None:
 
 def test_no_array_is_printed() -> None:
     """repr of an array on a GPU would wait for it, and be long."""
-    with pytest.raises(InvalidArgument, match=r"^mask, a numpy.ndarray, is not supported yet: leave it out"):
-        call("attention", mask=np.ones((3, 3), bool))
+    with pytest.raises(InvalidArgument, match=r"^bias, a numpy.ndarray, is not supported yet: leave it out"):
+        call("attention", bias=np.ones((1, 1, 3, 3)))
 
 
 def test_deterministic_concerns_gradients(gpu: FakeGpu) -> None:
@@ -403,8 +403,8 @@ def test_deterministic_concerns_gradients(gpu: FakeGpu) -> None:
         ("attention", "lse", "did you mean 'lse_out'?"),
         ("attention", "dropout", "did you mean 'dropout_p'?"),
         ("attention", "dropout_rate", "did you mean 'dropout_p'?"),
-        ("attention", "attn_mask", "did you mean 'mask' or 'bias', not supported yet? (mask is for booleans"),
-        ("attention", "block_mask", "did you mean 'mask', not supported yet?"),
+        ("attention", "attn_mask", "did you mean 'mask' or 'bias'? (mask is for booleans"),
+        ("attention", "block_mask", "did you mean 'mask'?"),
         ("attention", "key_padding_mask", "did you mean 'seqused_k' or 'mask'"),
         ("attention", "s_aux", "did you mean 'sinks'"),
         ("attention", "learnable_sink", "did you mean 'sinks'"),
@@ -435,7 +435,7 @@ def test_no_hint_is_better_than_a_wrong_one(name: str) -> None:
     with pytest.raises(InvalidType) as caught:
         call("attention", **{name: 1})
     hint = str(caught.value).partition("did you mean ")[2]
-    assert hint.partition("?")[0] == {"outt": "'out'", "mas": "'mask', not supported yet"}.get(name, "")
+    assert hint.partition("?")[0] == {"outt": "'out'", "mas": "'mask'"}.get(name, "")
 
 
 def test_other_names_are_not_ours() -> None:
