@@ -8,7 +8,7 @@
 // The sink of a head, in the units of lse; where there are none -inf, which is as good as none.
 template <typename Params>
 FA2_DEVICE float own_logit(const Params& params, int head) {
-  if constexpr (kSinks) {
+  if constexpr (kOwnLogit) {
     if (params.sinks_are_16_bit) return to_float(static_cast<const Element*>(params.sinks)[head]);
     return static_cast<const float*>(params.sinks)[head];
   } else {
@@ -29,24 +29,12 @@ FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
   }
 }
 
-// A part of its gradient: the sum over rows of exp(sink - lse) * (dlse - D). Threads add rows, then all of a warp store their sum.
-template <typename Params>
-struct OwnLogitGradient {
-  const Params& params;
-  float sink, sum = 0.f;
-  FA2_DEVICE OwnLogitGradient(const Params& params, int head) : params(params), sink(own_logit(params, head)) {}
-  // lse of a row that is to be added, or +inf, which adds nothing.
-  FA2_DEVICE float lse_of_row(const float* lse, bool is_row) const { return kSinks && is_row ? *lse : kInfinity; }
-  // d: D less the gradient of lse.
-  FA2_DEVICE void add(float lse, float d) {
-    if constexpr (kSinks) sum -= ex2((sink - lse) * kLog2E) * d;
-  }
-  template <int kWarps>
-  FA2_DEVICE void store(int64_t tile) {
-    if constexpr (kSinks) {
+// A part of the gradient of an own logit, of the rows of a warp: the sum of exp(sink - lse) * (dlse - D), to be summed over lanes.
+template <int kWarps, typename Params>
+FA2_DEVICE void store_own_logit_sum(const Params& params, int64_t tile, float sum) {
+  if constexpr (kOwnLogit) {
 #pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-      if (threadIdx.x % 32 == 0) params.sink_sums[tile * kWarps + threadIdx.x / 32] = sum;
-    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (threadIdx.x % 32 == 0) params.sink_sums[tile * kWarps + threadIdx.x / 32] = sum;
   }
-};
+}

@@ -55,17 +55,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const int own_row = threadIdx.x;
   const float lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
   const int pass_row = threadIdx.x / kLanesPerRow, col = threadIdx.x % kLanesPerRow * 8;
-  OwnLogitGradient own_logit_gradient(params, head);
+  const float logit = own_logit(params, head);
+  float logit_sum = 0.f;
 #pragma unroll 1
   for (int first = 0; first < kPasses; first += kPassesAtOnce) {
     Chunk out[kPassesAtOnce], dout[kPassesAtOnce];
-    float row_lse[kPassesAtOnce];
+    float row_lse[kPassesAtOnce];  // kOwnLogit: of the lane that is the first of a row; with +inf a lane adds nothing
 #pragma unroll
     for (int pass = 0; pass < kPassesAtOnce; ++pass) {
       const int row = (first + pass) * kRowsPerPass + pass_row, cols = row < rows ? head_dim_v(params) : 0;
       out[pass] = load_chunk(gmem_out + row * os.row, col, cols);
       dout[pass] = load_chunk(gmem_dout + row * dos.row, col, cols);
-      row_lse[pass] = own_logit_gradient.lse_of_row(gmem_lse + row * ls.row, row < rows && col == 0);
+      row_lse[pass] = kOwnLogit && row < rows && col == 0 ? gmem_lse[row * ls.row] : kInfinity;
     }
 #pragma unroll
     for (int pass = 0; pass < kPassesAtOnce; ++pass) {
@@ -76,11 +77,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
       for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
       const int row = (first + pass) * kRowsPerPass + pass_row;
       if (kDlse && row < rows && col == 0) d -= dlse_of(params, batch, head, first_row + row);
-      own_logit_gradient.add(row_lse[pass], d);
+      if (kOwnLogit) logit_sum -= ex2((logit - row_lse[pass]) * kLog2E) * d;
       if (row < kBlockM && col == 0) params.softmax_d[tile * kBlockM + row] = d;
     }
   }
-  own_logit_gradient.store<kNumWarps>(tile);
+  store_own_logit_sum<kNumWarps>(params, tile, logit_sum);
   // P = exp2(... - inf) = 0: a row past the end, or one whose every score is -inf, adds nothing to any gradient.
   if (own_row < kBlockM) params.lse_log2[tile * kBlockM + own_row] = lse == -kInfinity ? kInfinity : lse * kLog2E;
 

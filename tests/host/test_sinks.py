@@ -121,7 +121,7 @@ PRE, OWN = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_sinks.cu"
 MUTANTS = [
     ("fwd", "causal", SOFTMAX, "sum[i][h] * alpha + ex2(", "sum[i][h] + ex2("),
     ("fwd", "causal", SOFTMAX, "const float inverse = alpha * (", "const float inverse = ("),
-    ("fwd", "causal", SOFTMAX, "(kSinks ? max[i][h] : scaled(max[i][h], scale_log2))", "scaled(max[i][h], scale_log2)"),
+    ("fwd", "causal", SOFTMAX, "(kOwnLogit ? max[i][h] : scaled(max[i][h], scale_log2))", "scaled(max[i][h], scale_log2)"),
     ("fwd", "causal", SOFTMAX, "__fmul_rn(sink, kLog2E)", "sink"),
     (
         "fwd",
@@ -140,8 +140,8 @@ MUTANTS = [
     ("fwd", "empty", FILL, "= own_logit(params, head);", "= -kInfinity;"),
     ("fwd", "packed", LIST, "in_front ? own_logit(params, head) : -kInfinity", "-kInfinity"),
     ("fwd", "padded", LIST, "row, row < seen_to);", "row, true);"),
-    ("bwd", "causal", STATISTICS, "ex2((sink - lse) * kLog2E)", "ex2(sink - lse)"),
-    ("bwd", "causal", PRE, "row < rows && col == 0);\n    }", "row < rows);\n    }"),
+    ("bwd", "causal", PRE, "ex2((logit - row_lse[pass]) * kLog2E)", "ex2(logit - row_lse[pass])"),
+    ("bwd", "causal", PRE, "kOwnLogit && row < rows && col == 0", "kOwnLogit && row < rows"),
     ("bwd", "causal", STATISTICS, "tile * kWarps + threadIdx.x / 32]", "tile * kWarps]"),
     ("bwd", "many", OWN, "warp < kNumWarps", "warp < kNumWarps - 1"),
     ("bwd", "causal", OWN, "== -kInfinity) sum = 0.f;", "== -kInfinity) sum = 1.f;"),
