@@ -21,7 +21,7 @@ from fa2cupy.jit import DeviceInfo, compile_many
 from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import ScoreParams, WindowParams
+from fa2cupy.spec import ScoreParams, SinksParams, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -207,6 +207,17 @@ def list_jobs(arch: str, band: bool) -> list[CompileJob]:
     return jobs
 
 
+def sinks_jobs(arch: str) -> list[CompileJob]:
+    """Every row of the forwards as it is compiled for sinks, which spill no more than without."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        if job.name == "flash_fwd" and job.defines["FA2_BF16"]:
+            size = ctypes.sizeof(composed(_STRUCTS[job.source], (SinksParams,)))
+            defines = {**job.defines, "FA2_SINKS": 1, "FA2_PARAMS_BYTES": size}
+            jobs.append(dataclasses.replace(job, defines=defines, label=f"{job.label} sinks"))
+    return jobs
+
+
 def check_spills(jobs: list[CompileJob]) -> None:
     """Compiled with the NVRTC that is installed."""
     found = []
@@ -238,6 +249,20 @@ def test_some_rows_of_lists() -> None:
     first = {job.source: job for job in reversed(list_jobs("sm_90a", False)) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
     assert len(first) == len(_STRUCTS)
     check_spills(list(first.values()))
+
+
+def test_some_rows_with_sinks() -> None:
+    """The first row of each forward, and on Hopper that with the least room."""
+    jobs = sinks_jobs("sm_90a")
+    first = {job.source: job for job in reversed(jobs)}
+    assert len(first) == 2
+    check_spills([*first.values(), next(job for job in jobs if "head_dim 96" in job.label)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_with_sinks(arch: str) -> None:
+    check_spills(sinks_jobs(arch))
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
-  softmax.finish(acc_o, scale_log2, sink_of(params, tile.head));
+  softmax.finish(acc_o, scale_log2, own_logit(params, tile.head));
   float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);

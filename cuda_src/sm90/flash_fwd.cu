@@ -218,8 +218,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     to_fragments(frag_p, acc_s);
   };
   // O = diag(l)^-1 O of a tile, whose Q was at `stage`
-  auto finish_tile = [&](const Work& work, Softmax<1>& done, float sink, int stage) {
-    done.finish(acc_o, scale_log2, sink);
+  auto finish_tile = [&](const Work& work, Softmax<1>& done, float logit, int stage) {
+    done.finish(acc_o, scale_log2, logit);
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
@@ -285,7 +285,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
     const int done_stage = q.stage;
-    const float sink = sink_of(params, work.head);  // read beside the product
+    const float logit = own_logit(params, work.head);  // read beside the product
     bool more_after = false;
     q.advance();
     if (kAhead && more) {
@@ -309,7 +309,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
-    finish_tile(work, done, sink, done_stage);
+    finish_tile(work, done, logit, done_stage);
     if (!more) break;
     work = next;
     if (kAhead) {
