@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   AccO acc_o;
   acc_o.clear();
   const float scale_log2 = exponent_scale<kScaleFirst>(params);
-  const Slope slope = slope_of(params, query_batch(tile), tile.head);
+  const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
     return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
-    const RowShift<kMTiles> shift = modify_scores(acc_s, params, slope, sequence, position_of(n));
+    const RowShift<kMTiles> shift = modify_scores(acc_s, params, of_head, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, sequence, position_of(n));
     }

@@ -64,7 +64,7 @@ using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
 
 // A tile: query block m_block of a head, and the key blocks that it meets, the last of them first.
-struct Work : QueryTile, Slope {
+struct Work : QueryTile, HeadScores {
   KeyVisit visit;
 };
 
@@ -80,16 +80,16 @@ struct Tiles {
     if constexpr (kListed) {
       const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
       if (tile.head < 0) return false;
-      const Slope slope = slope_of(params, query_batch(tile), tile.head);
-      work = {tile, slope, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
+      const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
+      work = {tile, own, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
     } else {
       const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
       if (linear >= m_blocks * rows) return false;
       const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
       const int sections_left = sections_after(linear, m_blocks, rows, shape);
       const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
-      const Slope slope = slope_of(params, tile.batch, tile.head);
-      work = {{m_block, tile.head, tile.batch}, slope, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+      const HeadScores of_head = head_scores(params, tile.batch, tile.head);
+      work = {{m_block, tile.head, tile.batch}, own, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
     }
     return true;
   }
