@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from fa2cupy.jit import DeviceInfo, compile_many
-from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward
+from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import WindowParams
+from fa2cupy.spec import ScoreParams, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -114,6 +114,51 @@ def band_jobs(arch: str) -> list[CompileJob]:
         allowed = job.allowed_spill_bytes + more
         jobs.append(dataclasses.replace(job, defines=defines, label=f"{job.label} band", allowed_spill_bytes=allowed))
     return jobs
+
+
+# Of kernels whose scores become others, by architecture, source, head_dim and what becomes of them: likewise.
+_SCORE_SPILLS: dict[tuple[str, str, int, str], int] = {}
+SCORES = {
+    "softcap": {"FA2_SOFTCAP": 1},
+    "alibi": {"FA2_ALIBI": 1},
+    "softcap alibi": {"FA2_SOFTCAP": 1, "FA2_ALIBI": 1},
+}
+
+
+def score_jobs(arch: str, scores: str) -> list[CompileJob]:
+    """Every row of the main kernels that has room, as it is compiled for scores that become others."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        if struct is None or not job.defines["FA2_BF16"] or not has_room(job):
+            continue
+        size = ctypes.sizeof(composed(struct, (ScoreParams,)))
+        defines = {**job.defines, **SCORES[scores], "FA2_PARAMS_BYTES": size}
+        more = _SCORE_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), scores), 0)
+        allowed = job.allowed_spill_bytes + more
+        jobs.append(dataclasses.replace(job, defines=defines, label=f"{job.label} {scores}", allowed_spill_bytes=allowed))
+    return jobs
+
+
+def has_room(job: CompileJob) -> bool:
+    """Whether the row that a job of a main kernel is for has room for hooks."""
+    numbers = {name: int(value) for name, value in job.defines.items()}
+    kernel = next(each for each in (*planner.FORWARD, *planner.BACKWARD) if each._KERNEL[0] == job.source)
+    tables = vars(kernel)
+    rows = [row for table in tables.values() for row in _rows(table) if isinstance(row, kernel.ROW)]
+    fits = [
+        row
+        for row in rows
+        if (row.block_m, row.block_n, row.num_warps) == tuple(numbers[f"FA2_{n}"] for n in ("BLOCK_M", "BLOCK_N", "NUM_WARPS"))
+        and row.head_dim >= numbers["FA2_HEAD_DIM"]
+    ]
+    return min(fits, key=lambda row: row.head_dim).room
+
+
+def _rows(table: Any) -> list[Any]:
+    if isinstance(table, dict):
+        return [row for each in table.values() for row in _rows(each)]
+    return list(table) if isinstance(table, tuple) else []
 
 
 # Of kernels that take tiles from lists, by architecture, source, head_dim, and whether there is a band: likewise.

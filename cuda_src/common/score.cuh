@@ -174,8 +174,8 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, int h, float lse_log2,
     for (int e = 2 * h; e < 2 * h + 2; ++e) acc.x[0][j][e] = ex2(fmaf(acc.x[0][j][e], scale_log2, -lse_log2));
 }
 
-// The same of other scores, masked: columns before `begin` and from `end` on are hidden. kPackEarly: P goes into `packed`, rounded, and
-// its derivative stays.
+// The same of other scores; columns before `begin` and from `end` on are hidden. kPackEarly: P goes into `packed`, rounded, and its
+// derivative stays.
 template <bool kBothSides, int kNTiles, typename Packed>
 FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, float lse_log2, const Scores<false>& scores,
                             int begin, int end) {
@@ -190,6 +190,19 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h,
       acc.x[0][j][e] = kCurved ? p[e % 2] * derivative : p[e % 2];
     }
     if constexpr (kPackEarly) packed.r[j / 2][j % 2 * 2 + h] = cvt_pack<Element>(p[0], p[1]);
+  }
+}
+template <int kNTiles, typename Packed, typename Params>
+FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, float lse_log2, const Params& params,
+                            const Slope& slope, const Sequence& sequence, const Position<false>& position, bool masked) {
+  const auto scores = Scores<false>::of<1, kNTiles>(params, slope, sequence, position);
+  const int query = position.query(0, 0, 2 * h);
+  const int begin = masked ? key_begin(sequence, query) - position.first_key : 0;
+  const int end = masked ? key_end(sequence, query) - position.first_key : 8 * kNTiles;
+  if (kAnySide && scores.keys == Keys::kAround) {
+    recompute_p<true>(acc, packed, h, lse_log2, scores, begin, end);
+  } else {
+    recompute_p<false>(acc, packed, h, lse_log2, scores, begin, end);
   }
 }
 

@@ -45,13 +45,6 @@ constexpr int kParts = kHeadDim > 192 ? 2 : 1, kPartsV = kHeadDimV > 192 ? 2 : 1
 constexpr int kQBuffers = kStages * kParts, kDoutBuffers = kStages * kPartsV - (kPartsV > 1);
 constexpr int kPBuffers = kParts > 1 ? 1 : 2;
 
-// What says that copies have brought keys and blocks of queries (or of their gradients), and a float for each query.
-template <int kBuffers>
-struct Loads {
-  alignas(128) float statistics[kBuffers][kBlockM];
-  // full: the bytes have landed. empty: every reader is done with them.
-  uint64_t keys_full, keys_empty, full[kBuffers], empty[kBuffers];
-};
 struct SharedMemory {
   Panels<kBlockN, kHeadDim> k;
   Panels<kBlockN, kHeadDimV> v;
@@ -180,17 +173,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     auto half_of_p = [&](int h) {
       const float lse_log2 = smem.q_loads.statistics[q_stage][row + 8 * h];
       if constexpr (kScores) {
-        const Sequence& sequence = sequence_of_tile(shape, work, params);
-        const Position<false> position{query, key};
-        const bool masked = step.m_block < mask_to_of(work, step.m_block);
-        const int begin = masked ? key_begin(sequence, query + 8 * h) - key : 0;
-        const int end = masked ? key_end(sequence, query + 8 * h) - key : kBlockN;
-        const auto scores = Scores<false>::of<1, kBlockN / 8>(params, slope, sequence, position);
-        if (kAnySide && scores.keys == Keys::kAround) {
-          recompute_p<true>(acc_s, packed, h, lse_log2, scores, begin, end);
-        } else {
-          recompute_p<false>(acc_s, packed, h, lse_log2, scores, begin, end);
-        }
+        recompute_p(acc_s, packed, h, lse_log2, params, slope, sequence_of_tile(shape, work, params), {query, key},
+                    step.m_block < mask_to_of(work, step.m_block));
       } else {
         recompute_p(acc_s, h, lse_log2, params.scale_softmax_log2);
         if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of_tile(shape, work, params), {query, key});
@@ -428,17 +412,6 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& param
         mbarrier_arrive(smem.dq_turn[turn]);
       }
     }
-  }
-}
-
-template <int kBuffers>
-FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
-  mbarrier_init(loads.keys_full, 1);
-  mbarrier_init(loads.keys_empty, readers_of_keys);
-#pragma unroll
-  for (int i = 0; i < kBuffers; ++i) {
-    mbarrier_init(loads.full[i], 1);
-    mbarrier_init(loads.empty[i], 5);  // each warp of compute_scores, one of sum_gradient
   }
 }
 
