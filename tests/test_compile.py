@@ -135,24 +135,19 @@ def score_jobs(arch: str, scores: str) -> list[CompileJob]:
         size = ctypes.sizeof(composed(struct, (ScoreParams,)))
         defines = {**job.defines, **SCORES[scores], "FA2_PARAMS_BYTES": size}
         more = _SCORE_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), scores), 0)
-        allowed = job.allowed_spill_bytes + more
-        jobs.append(dataclasses.replace(job, defines=defines, label=f"{job.label} {scores}", allowed_spill_bytes=allowed))
+        label, allowed = f"{job.label} {scores}", job.allowed_spill_bytes + more
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
     return jobs
 
 
 def has_room(job: CompileJob) -> bool:
     """Whether the row that a job of a main kernel is for has room for hooks."""
-    numbers = {name: int(value) for name, value in job.defines.items()}
-    kernel = next(each for each in (*planner.FORWARD, *planner.BACKWARD) if each._KERNEL[0] == job.source)
-    tables = vars(kernel)
-    rows = [row for table in tables.values() for row in _rows(table) if isinstance(row, kernel.ROW)]
-    fits = [
-        row
-        for row in rows
-        if (row.block_m, row.block_n, row.num_warps) == tuple(numbers[f"FA2_{n}"] for n in ("BLOCK_M", "BLOCK_N", "NUM_WARPS"))
-        and row.head_dim >= numbers["FA2_HEAD_DIM"]
-    ]
-    return min(fits, key=lambda row: row.head_dim).room
+    numbers = {name: int(value) for name, value in job.defines.items() if str(value).isdigit()}
+    tile = tuple(numbers[f"FA2_{name}"] for name in ("BLOCK_M", "BLOCK_N", "NUM_WARPS"))
+    kernel: Any = next(each for each in (*planner.FORWARD, *planner.BACKWARD) if each._KERNEL[0] == job.source)
+    rows = [row for table in vars(kernel).values() for row in _rows(table) if isinstance(row, kernel.ROW)]
+    fits = [row for row in rows if (row.block_m, row.block_n, row.num_warps) == tile]
+    return min((row for row in fits if row.head_dim >= numbers["FA2_HEAD_DIM"]), key=lambda row: row.head_dim).room
 
 
 def _rows(table: Any) -> list[Any]:
