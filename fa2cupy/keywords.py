@@ -216,10 +216,14 @@ _TABLE = (
         "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
         "an array whose framework and device are taken", "0.2",
     ),
-    Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
+    Keyword(
+        "arrays", "dict[str, A] | None", None, ("BlockMask.from_mask_mod", "ScoreMod"),
+        "arrays and numbers that a function uses, by the names of its variables", "0.2",
+    ),
     Keyword(
         "max_partial", "int | None", None,
-        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"), "room for partial blocks",
+        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"),
+        "room for so many blocks that are seen in part; more are an error", "0.2",
     ),
 )  # fmt: skip
 
