@@ -81,7 +81,7 @@ struct Tiles {
       const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
       if (tile.head < 0) return false;
       const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
-      work = {tile, own, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
+      work = {tile, of_head, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
     } else {
       const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
       if (linear >= m_blocks * rows) return false;
@@ -89,7 +89,7 @@ struct Tiles {
       const int sections_left = sections_after(linear, m_blocks, rows, shape);
       const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
       const HeadScores of_head = head_scores(params, tile.batch, tile.head);
-      work = {{m_block, tile.head, tile.batch}, own, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+      work = {{m_block, tile.head, tile.batch}, of_head, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
     }
     return true;
   }
