@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 __all__ = [
+    "FINDING",
     "LENGTHS",
     "LISTING",
     "DlseParams",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+FINDING = "smxx/find_segments.cu"  # who finds segments before
 
 
 class Row(Protocol):
@@ -132,8 +134,9 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Only who makes lists of tiles looks at the arrays; what others are told is `kernels.listed.Lists`."""
-        return source == LISTING
+        """Only who makes lists of tiles looks at the arrays, and who finds segments; what others are told is
+        `kernels.listed.Lists`."""
+        return source == LISTING or (self.segments and source == FINDING)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)

@@ -38,6 +38,20 @@ FA2_DEVICE bool has_query_tile(const Params& params, int place) {
   }
 }
 
+// Of a list of whole sequences (kShort): how many there are, and the place of the first row of one among the statistics of all rows.
+template <typename Params>
+FA2_DEVICE int listed_sequences(const Params& params) {
+  if constexpr (kListed) {
+    return params.counts[0];
+  } else {
+    return 0;
+  }
+}
+template <typename Params, typename Entry>
+FA2_DEVICE int64_t statistics_of(const Params& params, int head, const Entry& entry) {
+  return static_cast<int64_t>(head) * query_tiles_of_head(params) + entry.tile;
+}
+
 // What the lists say of tile `place` of a head; `batch`: of a shape's.
 template <typename Params>
 FA2_DEVICE auto query_tile_at(const Params& params, int place, int batch) {

@@ -22,6 +22,22 @@ struct ListParams {
   int tiles_of_head_q, tiles_of_head_k;  // how many there can be: a head's part of what is kept for each tile
 };
 
+// What smxx/find_segments.cu has found of segments: of groups of rows of the batch, each by a thread block of its own. Tokens are
+// counted along all rows of the batch.
+struct SegmentParams {
+  // (batch * rows_q,), a group's from its first token on: where runs of equal ids start, and how many rows the run of that id has on
+  // the other side, 0 if there is none.
+  int2* runs_q;
+  int2* runs_k;  // (batch * rows_k,)
+  // (batch * min(rows_q, rows_k),), likewise: of runs that have met, in the order of the queries. `tile`: the first token.
+  ListedTile* segments;
+  int* found;  // (groups, 3): segments, runs of queries, runs of keys
+  // (batch * min(rows_q, rows_k),), or null: where list_tiles.cu puts those of at most short_keys keys, if tiles of all of them are more
+  // than there is room for; counts[2] and counts[3] say how many.
+  ListedTile* shorts;
+  int batch, groups, rows_of_group, short_keys;
+};
+
 // The arrays that a call was given, or null; int32 on the device. Whatever they hold, no row outside the arrays is meant by it.
 struct LengthsParams {
   const int* cu_seqlens_q;  // (sequences + 1,): packed, and where sequences start
@@ -29,7 +45,7 @@ struct LengthsParams {
   const int* seqused_q;  // (sequences,): rows in use, from the first
   const int* seqused_k;
   const int* leftpad_k;  // (sequences,): of these so many in front are not
-  const int* segment_ids_q;  // (batch, rows): rows of the same id are a sequence
+  const int* segment_ids_q;  // (batch, rows): rows of the same id are a sequence, which find_segments.cu finds
   const int* segment_ids_k;
   int sequences;
 };

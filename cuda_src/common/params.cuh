@@ -154,7 +154,7 @@ struct FillParams {
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
-  int* counts;  // (2,)
+  int* counts;  // (2,), of segments (4,)
   // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse.
   Element* out;  // of the queries: out, or dq
   float* lse;
@@ -167,4 +167,13 @@ struct ListTilesParams {
 };
 struct ListTilesFullParams : ListTilesParams, LengthsParams {};
 struct ListTilesWindowParams : ListTilesParams, WindowParams, LengthsParams {};
-using ListTilesBandParams = Either<kBand, ListTilesWindowParams, ListTilesFullParams>::Type;
+struct ListTilesSegmentParams : ListTilesParams, LengthsParams, SegmentParams {};
+struct ListTilesWindowSegmentParams : ListTilesParams, WindowParams, LengthsParams, SegmentParams {};
+using ListTilesFoundParams = Either<kBand, ListTilesWindowSegmentParams, ListTilesSegmentParams>::Type;
+using ListTilesGivenParams = Either<kBand, ListTilesWindowParams, ListTilesFullParams>::Type;
+using ListTilesBandParams = Either<kSegments, ListTilesFoundParams, ListTilesGivenParams>::Type;
+
+struct FindParams {
+  int rows_q, rows_k;  // of each row of the batch
+};
+struct FindSegmentsParams : FindParams, LengthsParams, SegmentParams {};

@@ -45,6 +45,12 @@ FA2_DEVICE ListedTile read_listed(const ListedTile* tile) {
   return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
+FA2_DEVICE void write_listed(ListedTile* place, const ListedTile& tile) {
+  int4* words = reinterpret_cast<int4*>(place);
+  words[0] = int4{tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k};
+  words[1] = int4{tile.batch_q, tile.batch_k, tile.block, tile.tile};
+}
+
 // A query block of a head.
 template <bool kIsListed>
 struct QueryTileOf {
@@ -73,6 +79,17 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
     head = place.head;
   }
   return {tile.block, head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+}
+
+// How many tiles a list has, of all heads.
+template <typename Params>
+FA2_DEVICE int listed_query_tiles(const Params& params) {
+  if constexpr (kListed) {
+    griddepcontrol_wait();  // the list is there
+    return params.counts[0] * params.shape.num_heads;
+  } else {
+    return 0;
+  }
 }
 
 // The tile of a thread block that takes one, tile `linear` of the launch order; of head -1 if there is none. The longest come first.
