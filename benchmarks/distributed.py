@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -229,7 +229,8 @@ def compared(found: dict[str, Any], right: dict[str, Any], world: int) -> dict[s
     return {"losses": losses, "gradients": (error / size) ** 0.5, "ms": found["ms"]}
 
 
-def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
+def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> NoReturn:
+    """Ends the process."""
     if args.device == "cuda":
         torch.cuda.set_device(rank)
     else:
@@ -245,6 +246,10 @@ def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
                 print("@" + json.dumps({"way": way, "one_ms": right["ms"], **found}), flush=True)
     finally:
         dist.destroy_process_group()
+    # Threads of torch may still let go of Python objects. One that does while the interpreter goes away ends the
+    # process with "terminate called without an active exception", seldom and after everything has been computed.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,7 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--ranks {args.ranks}: two or more are needed")
     if args.rank is not None:
         rank_main(args.rank, args, args.rendezvous)
-        return 0
     return together(args)
 
 
@@ -274,7 +278,7 @@ def together(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--device", args.device, "--ranks", str(args.ranks)]
         command += ["--ways", ",".join(args.ways), "--steps", str(args.steps), "--rendezvous", f"{folder}/meet"]
-        environment = {**os.environ, "FA2CUPY_STRICT": "1"}
+        environment = {**os.environ, "FA2CUPY_STRICT": "1", "PYTHONFAULTHANDLER": "1"}
         pipe = subprocess.PIPE
         processes = [
             subprocess.Popen(

@@ -4,7 +4,6 @@
 // row. Of queries and of keys the first run of an id counts, in each row: ids that come again, which they should not, are nobody's.
 // First the starts of runs are written down in order, kTokens * kNumThreads tokens at a time. Then runs of queries are entered in a
 // table by their ids, kNumThreads at a time, and all runs of keys looked up in it. So a run meets one other at most, whatever the ids.
-#include "common/schedule.cuh"
 #include "common/sequences.cuh"
 
 static_assert(sizeof(FindSegmentsParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -118,7 +117,7 @@ FA2_DEVICE int look_up(const SharedMemory& smem, int id, int row) {
 }
 
 // The segments: runs of queries and of keys that have the same id in the same row. How many there are.
-FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, ListedTile* segments) {
+FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, ListedPlace* segments) {
   const int own = threadIdx.x;
   int found = 0;
   for (int first = 0; first < queries.count; first += kNumThreads) {
@@ -143,7 +142,7 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
       const int seqlen_q = queries.length(run), seqlen_k = keys.length(met);
       queries.runs[run].y = seqlen_k, keys.runs[met].y = seqlen_q;
       const int first_q = token - row * queries.side.rows, first_k = keys.runs[met].x - row * keys.side.rows;
-      write_listed(segments + found + place - 1, {first_q, seqlen_q, first_k, seqlen_k, row, row, 0, token});
+      segments[found + place - 1] = {first_q, seqlen_q, first_k, seqlen_k, row, row, 0, token};
     }
     if (own == kNumThreads - 1) smem.sum_q = place;
     __syncthreads();  // how many they are is there, and everybody is done with the table

@@ -20,7 +20,21 @@ constexpr int kBins = kNumThreads;
 constexpr int kRowsPerWarp = 16;
 static_assert(ceil_pow2(kNumThreads) == kNumThreads, "a binary search over the sequences of all threads");
 
-struct SharedMemory {
+// With kPositioned, how many rows were left out in front of each sequence here.
+template <bool kGiven>
+struct InFront {
+  FA2_DEVICE void set(int, int, int) {}
+  FA2_DEVICE int queries(int) const { return 0; }
+  FA2_DEVICE int keys(int) const { return 0; }
+};
+template <>
+struct InFront<true> {
+  int in_front_q[kNumThreads], in_front_k[kNumThreads];
+  FA2_DEVICE void set(int s, int queries, int keys) { in_front_q[s] = queries, in_front_k[s] = keys; }
+  FA2_DEVICE int queries(int s) const { return in_front_q[s]; }
+  FA2_DEVICE int keys(int s) const { return in_front_k[s]; }
+};
+struct SharedMemory : InFront<kPositioned> {
   int first_q[kNumThreads], seqlen_q[kNumThreads], first_k[kNumThreads], seqlen_k[kNumThreads], batch[kNumThreads];
   int end_q[kNumThreads], end_k[kNumThreads];  // tiles of the sequences here up to this one
   int bin_q[kBins], bin_k[kBins];  // how many tiles meet so many blocks, the most first; then where the next of them goes
@@ -58,17 +72,40 @@ FA2_DEVICE bool is_another(const int (&ends)[kNumThreads]) {
   return own != 0 && own != ends[owner_of(ends, 0)];
 }
 
-// Both sides of a sequence.
+// The rest of a tile with kPositioned, as it is found and as it is written.
+template <typename Tile>
+FA2_DEVICE void set_position(Tile& tile, int in_front_q, int in_front_k) {
+  if constexpr (kPositioned) tile.in_front_q = in_front_q, tile.in_front_k = in_front_k;
+}
+template <typename Tile>
+FA2_DEVICE int4 position_of(const Tile& tile) {
+  if constexpr (kPositioned) {
+    return {tile.in_front_q, tile.in_front_k, 0, 0};
+  } else {
+    return {};
+  }
+}
+template <typename Tile>
+FA2_DEVICE void write_listed(Tile* place, const Tile& tile) {
+  int4* words = reinterpret_cast<int4*>(place);
+  words[0] = int4{tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k};
+  words[1] = int4{tile.batch_q, tile.batch_k, tile.block, tile.tile};
+  if constexpr (kPositioned) words[2] = position_of(tile);
+}
+
+// Both sides of a sequence, and how many rows are left out in front of each.
 struct Pair {
   Run queries, keys;
-  int batch;
+  int batch, in_front_q, in_front_k;
 };
 
-// What the host drops of a shape: all that is left sees something, and what does not, NaN or not, meets nobody.
-FA2_DEVICE Pair trimmed(const ListTilesBandParams& params, const Run& queries, const Run& keys, int batch) {
+// What the host drops of a shape: all that is left sees something, and what does not, NaN or not, meets nobody. start_q, start_k: the
+// first rows of the sequence, in use or not.
+FA2_DEVICE Pair trimmed(const ListTilesBandParams& params, Run queries, Run keys, int start_q, int start_k, int batch) {
   const Reach reach = reach_of(params);
   const int unseen_q = unseen_rows(queries, keys, reach.behind), unseen_k = unseen_rows(keys, queries, reach.before);
-  return {{queries.first + unseen_q, queries.seqlen - unseen_q}, {keys.first + unseen_k, keys.seqlen - unseen_k}, batch};
+  queries = {queries.first + unseen_q, queries.seqlen - unseen_q}, keys = {keys.first + unseen_k, keys.seqlen - unseen_k};
+  return {queries, keys, batch, queries.first - start_q, keys.first - start_k};
 }
 
 // Sequence `index`, which there is.
@@ -76,11 +113,12 @@ template <typename Params>
 FA2_DEVICE Pair sequence_at(const SharedMemory& smem, const Params& params, int index) {
   if constexpr (kSegments) {
     const int group = owner_of(smem.end_of_group, index), place = index - (group > 0 ? smem.end_of_group[group - 1] : 0);
-    const ListedTile segment =
-        read_listed(params.segments + group * params.rows_of_group * min(params.rows_q, params.rows_k) + place);
-    return trimmed(params, {segment.first_q, segment.seqlen_q}, {segment.first_k, segment.seqlen_k}, segment.batch_q);
+    const ListedPlace& segment = params.segments[group * params.rows_of_group * min(params.rows_q, params.rows_k) + place];
+    const Run queries{segment.first_q, segment.seqlen_q}, keys{segment.first_k, segment.seqlen_k};
+    return trimmed(params, queries, keys, queries.first, keys.first, segment.batch_q);
   } else {
-    return trimmed(params, queries_of(params).run(index), keys_of(params).run(index), index);
+    const Side queries = queries_of(params), keys = keys_of(params);
+    return trimmed(params, queries.run(index), keys.run(index), queries.start(index), keys.start(index), index);
   }
 }
 
@@ -129,9 +167,10 @@ FA2_DEVICE void list_shorts(SharedMemory& smem, const Params& params, int sequen
       int place = is_short(params, sequence), unused = 0;
       sum_up(smem, place, unused);
       if (is_short(params, sequence)) {
-        write_listed(params.shorts + listed + place - 1,
-                     {queries.first, queries.seqlen, keys.first, keys.seqlen, sequence.batch, sequence.batch, 0,
-                      sequence.batch * params.rows_q + queries.first});
+        ListedTile tile{queries.first, queries.seqlen, keys.first, keys.seqlen, sequence.batch, sequence.batch};
+        tile.tile = sequence.batch * params.rows_q + queries.first;
+        set_position(tile, sequence.in_front_q, sequence.in_front_k);
+        write_listed(params.shorts + listed + place - 1, tile);
       }
       if (threadIdx.x == kNumThreads - 1) smem.sum = place;
       __syncthreads();  // how many they are is there; nobody changes it before the next sum
@@ -153,6 +192,7 @@ FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& pa
   smem.first_q[thread] = queries.first, smem.seqlen_q[thread] = queries.seqlen;
   smem.first_k[thread] = keys.first, smem.seqlen_k[thread] = keys.seqlen;
   smem.end_q[thread] = tiles_q, smem.end_k[thread] = tiles_k;
+  smem.set(thread, sequence.in_front_q, sequence.in_front_k);
   __syncthreads();  // the sequences are there
   const int lane = thread % 32;
   const int others_q = __any_sync(0xffffffffu, is_another(smem.end_q));
@@ -186,6 +226,7 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
   if (params.tiles_k && before.tiles_k + smem.end_k[s] > params.tiles_of_head_k) return -1;
   tile = {smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], batch, batch, block,
           kOfKeys ? first_tile_q : first_tile_q + block};
+  set_position(tile, smem.queries(s), smem.keys(s));
   // Neighbours read the same rows, best at the same time, but a diagonal would part them. So the blocks of a run all count as the one
   // that meets most: of equal sequences those that place_in_list takes together; of others two, or the launch order would not be
   // that of the lengths any more, and some multiprocessors would have more to do than others.

@@ -132,7 +132,7 @@ class Work:
         lists, lengths = self.tile_lists, self.problem.lengths
         if lists is None or lengths is None or not lengths.segments:
             return None
-        return Segments.of(self.problem, self.short_keys, lists.end)
+        return Segments(self.problem.batch, lists, self.short_keys)
 
     @property
     def end_of_lists(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fa2cupy.kernels.params import ListedTile, ListParams, SegmentParams
+from fa2cupy.kernels.params import ListedPlace, ListedPosition, ListParams, SegmentParams
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import LengthsSpec
 
@@ -29,16 +29,14 @@ class Block(Protocol):
     def defines(self) -> dict[str, int | str]: ...
 
 
-_LISTED: dict[str, int | str] = {"FA2_LISTED": 1, "FA2_UNSEEN_ROWS": 1}
-
-
 @dataclass(frozen=True, slots=True)
 class Lists:
     """Of query tiles, and of key tiles where a backward needs them: how many there can be, and where they lie.
 
     block_m, block_n: rows of a tile. rows_q, rows_k: of an array, or of each row of its batch. tiles_of_head_q,
     tiles_of_head_k: the most tiles of a head that lengths can make, whose workspaces are that long; of segments with
-    `Segments.short_keys` those that have room. offset: bytes in front of the lists in the workspace.
+    `Segments.short_keys` those that have room. positioned: tiles say which rows of their sequence they are. offset:
+    bytes in front of the lists in the workspace.
     """
 
     block_m: int
@@ -48,6 +46,7 @@ class Lists:
     tiles_of_head_q: int
     tiles_of_head_k: int
     has_keys: bool
+    positioned: bool = False
     offset: int = 0
 
     @classmethod
@@ -71,24 +70,31 @@ class Lists:
                 (problem.seqlen_k, block_n, lengths.packed_k),
             )
         )
-        return cls(block_m, block_n, problem.seqlen_q, problem.seqlen_k, tiles_q, tiles_k, has_keys, offset)
+        rows = problem.seqlen_q, problem.seqlen_k
+        return cls(block_m, block_n, *rows, tiles_q, tiles_k, has_keys, problem.positioned, offset)
 
     @property
     def offsets(self) -> dict[str, int]:
         """Bytes from the start of the workspace, by the fields of `ListParams`."""
         tiles_q = self.offset + _ALIGNMENT
         offsets = {"counts": self.offset, "tiles_q": tiles_q}
-        return offsets | {"tiles_k": tiles_q + _list_bytes(self.tiles_of_head_q)} if self.has_keys else offsets
+        return offsets | {"tiles_k": tiles_q + self.bytes_of(self.tiles_of_head_q)} if self.has_keys else offsets
 
     @property
     def end(self) -> int:
         """Bytes up to the end of the lists."""
-        keys = _list_bytes(self.tiles_of_head_k) if self.has_keys else 0
-        return self.offset + _ALIGNMENT + _list_bytes(self.tiles_of_head_q) + keys
+        keys = self.bytes_of(self.tiles_of_head_k) if self.has_keys else 0
+        return self.offset + _ALIGNMENT + self.bytes_of(self.tiles_of_head_q) + keys
+
+    def bytes_of(self, tiles: int) -> int:
+        """Of a list: with room for whole runs of eight neighbours, of which the kernels read what is there in place of
+        the missing ones."""
+        return _aligned(tiles * ctypes.sizeof(ListedPosition if self.positioned else ListedPlace))
 
     def defines(self) -> dict[str, int | str]:
         """Of the kernels that take tiles from the lists, and of the one that makes them."""
-        return dict(_LISTED)
+        positioned = {"FA2_POSITIONED": 1} if self.positioned else {}
+        return {"FA2_LISTED": 1, "FA2_UNSEEN_ROWS": 1, **positioned}
 
     def params(self) -> ListParams:
         """The block of these kernels, less its pointers."""
@@ -97,27 +103,21 @@ class Lists:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Of a problem with segment_ids: how many there can be, and where what is found of them lies, behind `offset` bytes
-    of the workspace.
+    """Of a problem with segment_ids: how many there can be, and where what is found of them lies, behind `lists` in the
+    workspace.
 
     Rows of the batch are looked at in `groups` of rows_of_group, by a thread block each. short_keys: of so many keys
-    they are listed by themselves (`shorts`) if the lists have no room for all; 0 if these always have.
+    they are listed by themselves (`Shorts`) if the lists have no room for all; 0 if these always have.
     """
 
     batch: int
-    rows_q: int
-    rows_k: int
-    short_keys: int
-    offset: int
-
-    @classmethod
-    def of(cls, problem: AttentionProblem, short_keys: int, offset: int) -> Segments:
-        return cls(problem.batch, problem.seqlen_q, problem.seqlen_k, short_keys, offset)
+    lists: Lists
+    short_keys: int = 0
 
     @property
     def most(self) -> int:
         """Segments that have a query and a key."""
-        return self.batch * min(self.rows_q, self.rows_k)
+        return self.batch * min(self.lists.rows_q, self.lists.rows_k)
 
     @property
     def rows_of_group(self) -> int:
@@ -138,16 +138,16 @@ class Segments:
         return self._places()[1]
 
     def _places(self) -> tuple[dict[str, int], int]:
-        tile = ctypes.sizeof(ListedTile)
+        lists = self.lists
         sizes = {
-            "found": 12 * self.groups,
-            "runs_q": 8 * self.batch * self.rows_q,
-            "runs_k": 8 * self.batch * self.rows_k,
-            "segments": tile * self.most,
+            "found": 3 * 4 * self.groups,
+            "runs_q": 2 * 4 * self.batch * lists.rows_q,
+            "runs_k": 2 * 4 * self.batch * lists.rows_k,
+            "segments": ctypes.sizeof(ListedPlace) * self.most,
         }
         if self.short_keys:
-            sizes["shorts"] = _list_bytes(self.most)
-        offsets, end = {}, self.offset
+            sizes["shorts"] = lists.bytes_of(self.most)
+        offsets, end = {}, lists.end
         for name, size in sizes.items():
             offsets[name] = end
             end += _aligned(size)
@@ -170,12 +170,11 @@ class Shorts:
     queries and that of the keys are one, of whole sequences; and statistics of queries are kept row by row."""
 
     segments: Segments
-    lists: Lists
 
     @property
     def tiles_of_head_q(self) -> int:
         """Rows of a head's statistics."""
-        return self.segments.batch * self.segments.rows_q
+        return self.segments.batch * self.segments.lists.rows_q
 
     @property
     def tiles_of_head_k(self) -> int:
@@ -183,15 +182,15 @@ class Shorts:
 
     @property
     def offsets(self) -> dict[str, int]:
-        shorts = self.segments.offsets["shorts"]
-        return {"counts": self.lists.offset + _COUNTS_OF_SHORTS, "tiles_q": shorts, "tiles_k": shorts}
+        shorts, counts = self.segments.offsets["shorts"], self.segments.lists.offsets["counts"]
+        return {"counts": counts + _COUNTS_OF_SHORTS, "tiles_q": shorts, "tiles_k": shorts}
 
     def defines(self) -> dict[str, int | str]:
-        return _LISTED | {"FA2_SHORT": 1}
+        return {**self.segments.lists.defines(), "FA2_SHORT": 1}
 
     def params(self) -> ListParams:
-        segments = self.segments
-        return ListParams(0, 0, 0, segments.rows_q, segments.rows_k, self.tiles_of_head_q, self.tiles_of_head_k)
+        lists = self.segments.lists
+        return ListParams(0, 0, 0, lists.rows_q, lists.rows_k, self.tiles_of_head_q, self.tiles_of_head_k)
 
 
 def _most_tiles(
@@ -210,11 +209,6 @@ def _most_tiles(
     if not is_packed:
         return problem.batch * -(-rows // block)
     return (rows + min(lengths.sequences, rows) * (block - 1)) // block
-
-
-def _list_bytes(tiles: int) -> int:
-    """With room for whole runs of eight neighbours: the kernels read what is there in place of the missing ones."""
-    return _aligned(tiles * ctypes.sizeof(ListedTile))
 
 
 def _aligned(size: int) -> int:

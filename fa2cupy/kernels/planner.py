@@ -99,7 +99,7 @@ def plan_forward(
     lists, workspace_bytes = None, 0
     if problem.lengths is not None and common.query_rows(problem) * problem.num_heads > 0:  # some may be nobody's
         lists = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False)
-        segments = Segments.of(problem, 0, lists.end) if problem.lengths.segments else None
+        segments = Segments(problem.batch, lists) if problem.lengths.segments else None
         workspace_bytes = (segments or lists).end
         launches += _listing(problem, device, lists, segments, ("out", "lse"), names)
     if busy:
@@ -197,10 +197,9 @@ def _shorts(work: Work) -> tuple[tuple[KernelLaunch, ...], int]:
     """The launches for segments that are listed by themselves, if there can be any, and bytes of workspace."""
     if not work.short_keys:
         return (), 0
-    assert work.segments is not None and work.tile_lists is not None
+    assert work.segments is not None
     row = _short_row(work.problem, work.device)
-    shorts = Shorts(work.segments, work.tile_lists)
-    own = dataclasses.replace(work, deterministic=False, tile=row, shorts=shorts)
+    own = dataclasses.replace(work, deterministic=False, tile=row, shorts=Shorts(work.segments))
     whole = Backward.of(own, Order(1, own.key_heads, cleared=False), bwd_sm80.head_dims(work.problem, row))
     return (flash_bwd_preprocess.launch(whole), bwd_sm80.launch(whole, row)), whole.workspace_bytes
 

@@ -40,7 +40,7 @@ def launch(problem: AttentionProblem, device: DeviceInfo, segments: Segments, na
         common.arch_of(device),
         _DEFINES,
         LaunchConfig((segments.groups, 1, 1), (_THREADS, 1, 1), shared_mem_bytes=_SHARED_BYTES),
-        FindParams(segments.rows_q, segments.rows_k),
+        FindParams(segments.lists.rows_q, segments.lists.rows_k),
         {},
         names,
         listed=segments,

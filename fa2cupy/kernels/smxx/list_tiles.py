@@ -20,7 +20,11 @@ _KERNEL = (LISTING, "list_tiles")
 _WARPS = 32
 _THREADS = 32 * _WARPS  # sequences that are looked at together
 _ROWS = 16 * _WARPS  # that a thread block looks after at a time
-_SHARED_BYTES = 4 * (10 * _THREADS + 2 * _WARPS + 4)  # of `SharedMemory` there
+
+
+def _shared_bytes(lists: Lists) -> int:
+    """Of `SharedMemory` there."""
+    return 4 * ((12 if lists.positioned else 10) * _THREADS + 2 * _WARPS + 4)
 
 
 def launch(
@@ -69,7 +73,7 @@ def launch(
         LaunchConfig(
             (1 + clearing, 1, 1),
             (_THREADS, 1, 1),
-            shared_mem_bytes=_SHARED_BYTES,
+            shared_mem_bytes=_shared_bytes(lists),
             overlaps_previous=segments is not None and device.cc >= (9, 0),
         ),
         params,
@@ -90,6 +94,6 @@ def _defines(dtype: str, aligned: bool, lists: Lists, causal: bool, in_order: bo
             "FA2_CAUSAL": int(causal),
             "FA2_IN_ORDER": int(in_order),
             "FA2_PARAMS_BYTES": ctypes.sizeof(composed(ListTilesParams, (LengthsParams,))),
-            "FA2_SHARED_BYTES": _SHARED_BYTES,
+            "FA2_SHARED_BYTES": _shared_bytes(lists),
         }
     )
