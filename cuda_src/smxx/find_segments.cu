@@ -4,6 +4,7 @@
 // row. Of queries and of keys the first run of an id counts, in each row: ids that come again, which they should not, are nobody's.
 // First the starts of runs are written down in order, kTokens * kNumThreads tokens at a time. Then runs of queries are entered in a
 // table by their ids, kNumThreads at a time, and all runs of keys looked up in it. So a run meets one other at most, whatever the ids.
+#include "common/ptx.cuh"
 #include "common/sequences.cuh"
 
 static_assert(sizeof(FindSegmentsParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -30,11 +31,11 @@ struct Line {
   int2* runs;
   int count;  // of runs
 
-  // The id of a token, -1 if it is not in use.
+  // The id of a token, negative if it is not in use.
   FA2_DEVICE int id_of(int token) const {
     const int row = token / side.rows, place = token - row * side.rows;
     const Run run = side.run(row);
-    return run.first <= place && place < run.first + run.seqlen ? max(ids[token], -1) : -1;
+    return run.first <= place && place < run.first + run.seqlen ? ids[token] : -1;
   }
   FA2_DEVICE int length(int run) const { return (run + 1 < count ? runs[run + 1].x : end) - runs[run].x; }
 };
@@ -130,8 +131,8 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
     __syncthreads();  // all are entered
     for (int other = own; other < keys.count; other += kNumThreads) {
       if (keys.runs[other].y != 0) continue;  // it has met one of an earlier round
-      const int token_k = keys.runs[other].x, id_k = keys.id_of(token_k);
-      const int whose = id_k < 0 ? kNobody : look_up(smem, id_k, token_k / keys.side.rows);
+      const int token_k = keys.runs[other].x;
+      const int whose = look_up(smem, keys.id_of(token_k), token_k / keys.side.rows);
       if (whose != kNobody) atomicMin(&smem.met[whose], other);
     }
     __syncthreads();  // everybody has met his first

@@ -173,7 +173,7 @@ FA2_DEVICE void list_shorts(SharedMemory& smem, const Params& params, int sequen
         write_listed(params.shorts + listed + place - 1, tile);
       }
       if (threadIdx.x == kNumThreads - 1) smem.sum = place;
-      __syncthreads();  // how many they are is there; nobody changes it before the next sum
+      __syncthreads();  // how many they are is there; nobody changes it before the next of these sums
       listed += smem.sum;
     }
     if (threadIdx.x == 0) params.counts[2] = params.counts[3] = listed;
