@@ -351,10 +351,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   FA2_SHARED_MEMORY(SharedMemory, smem);
   if constexpr (kShort) {
     const int tiles = key_tiles_of_head<kBlockN>(params) * params.shape.num_heads_k;
-    for (int linear = blockIdx.x; linear < tiles; linear += gridDim.x) {
-      differentiate(smem, params, linear);
-      __syncthreads();  // dK and dV have left shared memory
-    }
+    // No barrier between two: all that is read after the last one, dK and dV, a thread overwrites with K and V itself.
+    for (int linear = blockIdx.x; linear < tiles; linear += gridDim.x) differentiate(smem, params, linear);
   } else {
     differentiate(smem, params, blockIdx.x);
   }

@@ -286,8 +286,7 @@ FA2_DEVICE void place_tiles(SharedMemory& smem, const ListTilesBandParams& param
 
 FA2_DEVICE void list_all(SharedMemory& smem, const ListTilesBandParams& params) {
   smem.bin_q[threadIdx.x] = smem.bin_k[threadIdx.x] = 0;
-  if (threadIdx.x == 0) smem.apart = 0;
-  __syncthreads();  // everybody sees the zeros
+  if (threadIdx.x == 0) smem.apart = 0;  // a barrier comes with the sequences, or with the groups of them
   const int sequences = count_sequences(smem, params);
   list_shorts(smem, params, sequences);
   auto all_sequences = [&](auto placing) {
