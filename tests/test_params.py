@@ -28,6 +28,7 @@ ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
 BLOCKS = {"DlseParams": spec.DlseParams, "LengthsParams": spec.LengthsParams, "WindowParams": spec.WindowParams}
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
+_SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
 # Struct with parts -> the twin of its first, and each other with the macro that it is there with; with none, always.
 COMPOSED = {
     "FwdBandParams": (params.FwdParams, (_BAND, _LISTED)),
@@ -36,7 +37,8 @@ COMPOSED = {
     "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _LISTED)),
     "PreprocessParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
-    "ListTilesBandParams": (params.ListTilesParams, (_BAND, ("", spec.LengthsParams))),
+    "ListTilesBandParams": (params.ListTilesParams, (_BAND, ("", spec.LengthsParams), _SEGMENTS)),
+    "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
 }
 
 Defines = Mapping[str, int | str]
@@ -70,7 +72,10 @@ def sets_of_defines() -> list[Defines]:
                 covered |= pairs
                 found.append(job.defines)
     fill = {"FA2_BF16": 1, "FA2_HEAD_DIM": 16, "FA2_ALIGNED": 0, "FA2_FILL_THREADS": 256}
-    return [*found, fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}]
+    finding = params.composed(params.FindParams, (spec.LengthsParams, params.SegmentParams))
+    listing = params.composed(params.ListTilesParams, (spec.LengthsParams, params.SegmentParams))
+    segments = [fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": ctypes.sizeof(each)} for each in (finding, listing)]
+    return [*found, fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}, *segments]
 
 
 def structs_of(text: str) -> dict[str, list[str]]:

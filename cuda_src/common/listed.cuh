@@ -37,13 +37,16 @@ struct ListParams {
   int tiles_of_head_q, tiles_of_head_k;  // how many there can be: a head's part of what is kept for each tile
 };
 
-// What smxx/find_segments.cu has found of segments: of groups of rows of the batch, each by a thread block of its own. Tokens are
-// counted along all rows of the batch.
+// A run of equal ids: its first token, counted along all rows of the batch, and how many the run of that id has on the other side, 0
+// if there is none.
+struct IdRun {
+  int start, met;
+};
+
+// What smxx/find_segments.cu has found of segments: of groups of rows of the batch, each by a thread block of its own.
 struct SegmentParams {
-  // (batch * rows_q,), a group's from its first token on: where runs of equal ids start, and how many rows the run of that id has on
-  // the other side, 0 if there is none.
-  int2* runs_q;
-  int2* runs_k;  // (batch * rows_k,)
+  IdRun* runs_q;  // (batch * rows_q,), a group's from its first token on
+  IdRun* runs_k;  // (batch * rows_k,)
   // (batch * min(rows_q, rows_k),), likewise: of runs that have met, in the order of the queries. `tile`: the first token.
   ListedPlace* segments;
   int* found;  // (groups, 3): segments, runs of queries, runs of keys

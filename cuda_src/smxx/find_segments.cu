@@ -28,7 +28,7 @@ struct Line {
   const int* ids;
   Side side;
   int begin, end;  // its tokens
-  int2* runs;
+  IdRun* runs;
   int count;  // of runs
 
   // The id of a token, negative if it is not in use.
@@ -37,7 +37,7 @@ struct Line {
     const Run run = side.run(row);
     return run.first <= place && place < run.first + run.seqlen ? ids[token] : -1;
   }
-  FA2_DEVICE int length(int run) const { return (run + 1 < count ? runs[run + 1].x : end) - runs[run].x; }
+  FA2_DEVICE int length(int run) const { return (run + 1 < count ? runs[run + 1].start : end) - runs[run].start; }
 };
 
 // Which of this warp's tokens from `first` on are starts of runs, by the lanes of each 32; how many there are.
@@ -66,7 +66,7 @@ FA2_DEVICE void write_starts(const Line& line, int first, const uint32_t (&start
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
-    if (starts[i] >> lane & 1) line.runs[place + __popc(starts[i] & ((1u << lane) - 1))] = int2{first + 32 * i + lane, 0};
+    if (starts[i] >> lane & 1) line.runs[place + __popc(starts[i] & ((1u << lane) - 1))] = IdRun{first + 32 * i + lane, 0};
     place += __popc(starts[i]);
   }
 }
@@ -122,7 +122,7 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
   const int own = threadIdx.x;
   int found = 0;
   for (int first = 0; first < queries.count; first += kNumThreads) {
-    const int run = first + own, token = run < queries.count ? queries.runs[run].x : 0;
+    const int run = first + own, token = run < queries.count ? queries.runs[run].start : 0;
     const int id = run < queries.count ? queries.id_of(token) : -1, row = token / queries.side.rows;
     smem.id[own] = id, smem.row[own] = row, smem.met[own] = kNobody;
     smem.slots[own] = smem.slots[own + kNumThreads] = kNobody;
@@ -130,8 +130,8 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
     if (id >= 0) enter(smem, id, row);
     __syncthreads();  // all are entered
     for (int other = own; other < keys.count; other += kNumThreads) {
-      if (keys.runs[other].y != 0) continue;  // it has met one of an earlier round
-      const int token_k = keys.runs[other].x;
+      if (keys.runs[other].met != 0) continue;  // it has met one of an earlier round
+      const int token_k = keys.runs[other].start;
       const int whose = look_up(smem, keys.id_of(token_k), token_k / keys.side.rows);
       if (whose != kNobody) atomicMin(&smem.met[whose], other);
     }
@@ -141,8 +141,8 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
     sum_up(smem, place, unused);
     if (met != kNobody) {
       const int seqlen_q = queries.length(run), seqlen_k = keys.length(met);
-      queries.runs[run].y = seqlen_k, keys.runs[met].y = seqlen_q;
-      const int first_q = token - row * queries.side.rows, first_k = keys.runs[met].x - row * keys.side.rows;
+      queries.runs[run].met = seqlen_k, keys.runs[met].met = seqlen_q;
+      const int first_q = token - row * queries.side.rows, first_k = keys.runs[met].start - row * keys.side.rows;
       segments[found + place - 1] = {first_q, seqlen_q, first_k, seqlen_k, row, row, 0, token};
     }
     if (own == kNumThreads - 1) smem.sum_q = place;

@@ -380,22 +380,22 @@ FA2_DEVICE Stretch stretch_at(const Side& own, const Side& other, int sequences,
 
 // Likewise a run of equal ids. runs: of all groups; side: 1 of the queries, 2 of the keys.
 template <typename Params>
-FA2_DEVICE Stretch run_at(const Params& params, const int2* runs, int side, int rows, int reach, int64_t at) {
+FA2_DEVICE Stretch run_at(const Params& params, const IdRun* runs, int side, int rows, int reach, int64_t at) {
   const int batch = static_cast<int>(at / rows), group = batch / params.rows_of_group;
   const int first = group * params.rows_of_group * rows, end = min((group + 1) * params.rows_of_group, params.batch) * rows;
-  const int2* own = runs + first;
+  const IdRun* own = runs + first;
   const int count = params.found[3 * group + side];
   int before = 0;  // that start no later, less one: with each row of the batch a run starts
   for (int left = count - 1; left > 0;) {
     const int half = (left + 1) / 2;
-    if (own[before + half].x <= at) {
+    if (own[before + half].start <= at) {
       before += half, left -= half;
     } else {
       left = half - 1;
     }
   }
-  const int start = own[before].x, until = before + 1 < count ? own[before + 1].x : end;
-  const int unseen = unseen_rows({0, until - start}, {0, own[before].y}, reach);
+  const int start = own[before].start, until = before + 1 < count ? own[before + 1].start : end;
+  const int unseen = unseen_rows({0, until - start}, {0, own[before].met}, reach);
   return {batch, static_cast<int64_t>(batch) * rows, until, start + unseen, until};
 }
 
@@ -422,7 +422,7 @@ FA2_DEVICE void clear_side(const Params& params, const Clear& clear) {
   const int reach = kOfKeys ? both.before : both.behind;
   if constexpr (kSegments) {
     const int rows = kOfKeys ? params.rows_k : params.rows_q;
-    const int2* runs = kOfKeys ? params.runs_k : params.runs_q;
+    const IdRun* runs = kOfKeys ? params.runs_k : params.runs_q;
     clear_unseen(static_cast<int64_t>(params.batch) * rows,
                  [&](int64_t at) { return run_at(params, runs, kOfKeys ? 2 : 1, rows, reach, at); }, clear);
   } else {

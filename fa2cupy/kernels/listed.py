@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fa2cupy.kernels.params import ListedPlace, ListedPosition, ListParams, SegmentParams
+from fa2cupy.kernels.params import IdRun, ListedPlace, ListedPosition, ListParams, SegmentParams
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import LengthsSpec
 
@@ -141,8 +141,8 @@ class Segments:
         lists = self.lists
         sizes = {
             "found": 3 * 4 * self.groups,
-            "runs_q": 2 * 4 * self.batch * lists.rows_q,
-            "runs_k": 2 * 4 * self.batch * lists.rows_k,
+            "runs_q": ctypes.sizeof(IdRun) * self.batch * lists.rows_q,
+            "runs_k": ctypes.sizeof(IdRun) * self.batch * lists.rows_k,
             "segments": ctypes.sizeof(ListedPlace) * self.most,
         }
         if self.short_keys:

@@ -24,6 +24,7 @@ __all__ = [
     "FindParams",
     "FwdParams",
     "FwdTmaParams",
+    "IdRun",
     "ListParams",
     "ListTilesParams",
     "ListedPlace",
@@ -150,6 +151,12 @@ class ListParams(ctypes.Structure):
         *((name, c_uint64) for name in ("tiles_q", "tiles_k", "counts")),
         *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
     )
+
+
+class IdRun(ctypes.Structure):
+    """A run of equal segment ids, in a workspace."""
+
+    _fields_ = (("start", c_int32), ("met", c_int32))
 
 
 class SegmentParams(ctypes.Structure):
