@@ -152,7 +152,6 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
   const int n_blocks = key_tiles_of_head<kBlockN>(params), m_blocks = query_tiles_of_head(params);
   // tile.head counts the shares of all key heads: splits for each, one after the other.
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
-  if (kListed && linear >= n_blocks * shares) return;  // the host knows only how many tiles there are at most
   const Tile2 tile = key_tile_of<kDeterministic>(linear, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
@@ -354,6 +353,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     // No barrier between two: all that is read after the last one, dK and dV, a thread overwrites with K and V itself.
     for (int linear = blockIdx.x; linear < tiles; linear += gridDim.x) differentiate(smem, params, linear);
   } else {
+    const int shares = params.shape.num_heads_k * (kPartialDkv ? params.splits : 1);
+    if (kListed && blockIdx.x >= key_tiles_of_head<kBlockN>(params) * shares) return;  // the host knows only the most there can be
     differentiate(smem, params, blockIdx.x);
   }
 }
