@@ -37,8 +37,8 @@ struct ListParams {
   int tiles_of_head_q, tiles_of_head_k;  // how many there can be: a head's part of what is kept for each tile
 };
 
-// A run of equal ids: its first token, counted along all rows of the batch, and how many the run of that id has on the other side, 0
-// if there is none.
+// A run of equal ids: its first token, counted along all rows of the batch, and how many the run of that id has on the other side: 0
+// if there is none, -1 if this one is no segment's.
 struct IdRun {
   int start, met;
 };
@@ -53,7 +53,8 @@ struct SegmentParams {
   // (batch * min(rows_q, rows_k),), or null: where list_tiles.cu puts those of at most short_keys keys, if tiles of all of them are more
   // than there is room for; counts[2] and counts[3] say how many.
   ListedTile* shorts;
-  int batch, groups, rows_of_group, short_keys;
+  const float* short_sums;  // (num_heads, batch * min(rows_q, rows_k), warps), for flash_bwd_sinks.cu; or null
+  int batch_rows, groups, rows_of_group, short_keys;
 };
 
 // The arrays that a call was given, or null; int32 on the device. Whatever they hold, no row outside the arrays is meant by it.

@@ -1,5 +1,5 @@
-// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Only those who list and who find them read
-// these: smxx/list_tiles.cu, smxx/find_segments.cu.
+// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Read by smxx/list_tiles.cu and
+// smxx/find_segments.cu, and where sequences are asked for rows that see nothing.
 #pragma once
 
 #include "common/visit.cuh"

@@ -12,6 +12,7 @@ static_assert(sizeof(FindSegmentsParams) == kParamsBytes, "kernels/params.py and
 constexpr int kTokens = 8;  // of a thread at a time
 constexpr int kSlots = 2 * kNumThreads;
 constexpr int kNobody = 0x7fffffff;
+constexpr int kNobodys = -1;  // of a run that is no part of a segment
 static_assert(ceil_pow2(kSlots) == kSlots, "a slot is some bits of a product");
 
 struct SharedMemory {
@@ -66,7 +67,10 @@ FA2_DEVICE void write_starts(const Line& line, int first, const uint32_t (&start
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
-    if (starts[i] >> lane & 1) line.runs[place + __popc(starts[i] & ((1u << lane) - 1))] = IdRun{first + 32 * i + lane, 0};
+    const int token = first + 32 * i + lane;
+    if (starts[i] >> lane & 1) {
+      line.runs[place + __popc(starts[i] & ((1u << lane) - 1))] = {token, line.id_of(token) < 0 ? kNobodys : 0};
+    }
     place += __popc(starts[i]);
   }
 }
@@ -130,13 +134,14 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
     if (id >= 0) enter(smem, id, row);
     __syncthreads();  // all are entered
     for (int other = own; other < keys.count; other += kNumThreads) {
-      if (keys.runs[other].met != 0) continue;  // it has met one of an earlier round
+      if (keys.runs[other].met != 0) continue;  // nobody's, or it has met one of an earlier round
       const int token_k = keys.runs[other].start;
       const int whose = look_up(smem, keys.id_of(token_k), token_k / keys.side.rows);
       if (whose != kNobody) atomicMin(&smem.met[whose], other);
     }
     __syncthreads();  // everybody has met his first
     const int met = smem.met[own];
+    if (id >= 0 && look_up(smem, id, row) != own) queries.runs[run].met = kNobodys;  // the id has come before
     int place = met != kNobody, unused = 0;
     sum_up(smem, place, unused);
     if (met != kNobody) {
@@ -155,7 +160,7 @@ FA2_DEVICE int meet(SharedMemory& smem, const Line& queries, const Line& keys, L
 extern "C" __global__ void __launch_bounds__(kNumThreads) find_segments(const __grid_constant__ FindSegmentsParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   griddepcontrol_launch_dependents();  // list_tiles may start, and waits
-  const int first_row = blockIdx.x * params.rows_of_group, end_row = min(first_row + params.rows_of_group, params.batch);
+  const int first_row = blockIdx.x * params.rows_of_group, end_row = min(first_row + params.rows_of_group, params.batch_rows);
   const Side side_q = queries_of(params), side_k = keys_of(params);
   Line queries{params.segment_ids_q, side_q, first_row * side_q.rows, end_row * side_q.rows, params.runs_q, 0};
   Line keys{params.segment_ids_k, side_k, first_row * side_k.rows, end_row * side_k.rows, params.runs_k, 0};

@@ -13,6 +13,7 @@
 // nothing from block 0, and do not wait for it.
 #include "common/schedule.cuh"
 #include "common/sequences.cuh"
+#include "common/statistics.cuh"
 
 static_assert(sizeof(ListTilesBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
@@ -100,7 +101,7 @@ struct Pair {
 };
 
 // What the host drops of a shape: all that is left sees something, and what does not, NaN or not, meets nobody. start_q, start_k: the
-// first rows of the sequence, in use or not.
+// first rows of the sequence, in use or not; of a segment those of its row of the batch.
 FA2_DEVICE Pair trimmed(const ListTilesBandParams& params, Run queries, Run keys, int start_q, int start_k, int batch) {
   const Reach reach = reach_of(params);
   const int unseen_q = unseen_rows(queries, keys, reach.behind), unseen_k = unseen_rows(keys, queries, reach.before);
@@ -115,7 +116,7 @@ FA2_DEVICE Pair sequence_at(const SharedMemory& smem, const Params& params, int 
     const int group = owner_of(smem.end_of_group, index), place = index - (group > 0 ? smem.end_of_group[group - 1] : 0);
     const ListedPlace& segment = params.segments[group * params.rows_of_group * min(params.rows_q, params.rows_k) + place];
     const Run queries{segment.first_q, segment.seqlen_q}, keys{segment.first_k, segment.seqlen_k};
-    return trimmed(params, queries, keys, queries.first, keys.first, segment.batch_q);
+    return trimmed(params, queries, keys, 0, 0, segment.batch_q);
   } else {
     const Side queries = queries_of(params), keys = keys_of(params);
     return trimmed(params, queries.run(index), keys.run(index), queries.start(index), keys.start(index), index);
@@ -341,11 +342,11 @@ FA2_DEVICE void clear_row(Element* array, const Strides& strides, int64_t batch,
 }
 
 // A stretch of rows of a side, as far as one question answers for all of them: which row of the batch, the number of its first row
-// among those of all the batch, the first row behind the stretch, and which of its rows are seen, [seen_from, seen_to). All but
-// `batch` count the rows of all the batch.
+// among those of all the batch, and the first row behind the stretch. Rows [run_from, seen_to) are of a sequence and in use, and from
+// seen_from on they are seen, or see something. All but `batch` count the rows of all the batch.
 struct Stretch {
   int batch;
-  int64_t origin, until, seen_from, seen_to;
+  int64_t origin, until, run_from, seen_from, seen_to;
 };
 
 // What lies around row `at` of a side: the sequence whose rows these are, used or not.
@@ -369,11 +370,12 @@ FA2_DEVICE Stretch stretch_at(const Side& own, const Side& other, int sequences,
     origin = static_cast<int64_t>(sequence) * own.rows;
     until = origin + own.rows;
   }
-  Stretch stretch{own.starts ? 0 : sequence, origin, until, 0, 0};
+  Stretch stretch{own.starts ? 0 : sequence, origin, until, 0, 0, 0};
   if (0 <= sequence && sequence < sequences) {
     const Run run = own.run(sequence);
-    stretch.seen_from = origin + run.first + unseen_rows(run, other.run(sequence), reach);
-    stretch.seen_to = origin + run.first + run.seqlen;
+    stretch.run_from = origin + run.first;
+    stretch.seen_from = stretch.run_from + unseen_rows(run, other.run(sequence), reach);
+    stretch.seen_to = stretch.run_from + run.seqlen;
   }
   return stretch;
 }
@@ -382,7 +384,7 @@ FA2_DEVICE Stretch stretch_at(const Side& own, const Side& other, int sequences,
 template <typename Params>
 FA2_DEVICE Stretch run_at(const Params& params, const IdRun* runs, int side, int rows, int reach, int64_t at) {
   const int batch = static_cast<int>(at / rows), group = batch / params.rows_of_group;
-  const int first = group * params.rows_of_group * rows, end = min((group + 1) * params.rows_of_group, params.batch) * rows;
+  const int first = group * params.rows_of_group * rows, end = min((group + 1) * params.rows_of_group, params.batch_rows) * rows;
   const IdRun* own = runs + first;
   const int count = params.found[3 * group + side];
   int before = 0;  // that start no later, less one: with each row of the batch a run starts
@@ -395,11 +397,12 @@ FA2_DEVICE Stretch run_at(const Params& params, const IdRun* runs, int side, int
     }
   }
   const int start = own[before].start, until = before + 1 < count ? own[before + 1].start : end;
-  const int unseen = unseen_rows({0, until - start}, {0, own[before].met}, reach);
-  return {batch, static_cast<int64_t>(batch) * rows, until, start + unseen, until};
+  const int met = own[before].met, seen_from = start + unseen_rows({0, until - start}, {0, max(met, 0)}, reach);
+  return {batch, static_cast<int64_t>(batch) * rows, until, met < 0 ? until : start, seen_from, until};
 }
 
-// Calls clear(batch, row) for those of `rows` rows that nobody sees or that see nothing. around(at): the stretch of a row.
+// Calls clear(batch, row, is_of_run) for those of `rows` rows that nobody sees or that see nothing; is_of_run: they are of a sequence,
+// and in use. around(at): the stretch of a row.
 template <typename Around, typename Clear>
 FA2_DEVICE void clear_unseen(int64_t rows, const Around& around, const Clear& clear) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x - 1) * kNumWarps + threadIdx.x / 32;
@@ -410,7 +413,8 @@ FA2_DEVICE void clear_unseen(int64_t rows, const Around& around, const Clear& cl
       const Stretch stretch = around(at);
       const int64_t until = min(max(stretch.until, at + 1), end);
       for (; at < until; ++at)
-        if (at < stretch.seen_from || at >= stretch.seen_to) clear(stretch.batch, at - stretch.origin);
+        if (at < stretch.seen_from || at >= stretch.seen_to)
+          clear(stretch.batch, at - stretch.origin, at >= stretch.run_from && at < stretch.seen_to);
     }
   }
 }
@@ -423,7 +427,7 @@ FA2_DEVICE void clear_side(const Params& params, const Clear& clear) {
   if constexpr (kSegments) {
     const int rows = kOfKeys ? params.rows_k : params.rows_q;
     const IdRun* runs = kOfKeys ? params.runs_k : params.runs_q;
-    clear_unseen(static_cast<int64_t>(params.batch) * rows,
+    clear_unseen(static_cast<int64_t>(params.batch_rows) * rows,
                  [&](int64_t at) { return run_at(params, runs, kOfKeys ? 2 : 1, rows, reach, at); }, clear);
   } else {
     const Side queries = queries_of(params), keys = keys_of(params);
@@ -434,16 +438,16 @@ FA2_DEVICE void clear_side(const Params& params, const Clear& clear) {
 }
 
 FA2_DEVICE void clear_all(const ListTilesBandParams& params) {
-  clear_side<false>(params, [&](int64_t batch, int64_t row) {
+  clear_side<false>(params, [&](int64_t batch, int64_t row, bool is_of_run) {
     clear_row(params.out, params.out_strides, batch, row, params.num_heads, params.cols_out);
     if (params.lse == nullptr) return;
     const Strides& strides = params.lse_strides;
     for (int head = threadIdx.x % 32; head < params.num_heads; head += 32) {
-      params.lse[batch * strides.batch + head * strides.head + row * strides.row] = -kInfinity;
+      params.lse[batch * strides.batch + head * strides.head + row * strides.row] = is_of_run ? sink_of(params, head) : -kInfinity;
     }
   });
   if (params.dk == nullptr) return;
-  clear_side<true>(params, [&](int64_t batch, int64_t row) {
+  clear_side<true>(params, [&](int64_t batch, int64_t row, bool) {
     clear_row(params.dk, params.dk_strides, batch, row, params.num_heads_k, params.cols_dk);
     clear_row(params.dv, params.dv_strides, batch, row, params.num_heads_k, params.cols_dv);
   });

@@ -160,7 +160,10 @@ class Segments:
     def params(self) -> SegmentParams:
         """The block of these two, less its pointers."""
         return SegmentParams(
-            batch=self.batch, groups=self.groups, rows_of_group=self.rows_of_group, short_keys=self.short_keys
+            batch_rows=self.batch,
+            groups=self.groups,
+            rows_of_group=self.rows_of_group,
+            short_keys=self.short_keys,
         )
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "ListedPosition",
     "SegmentParams",
     "Shape",
+    "SinksBwdParams",
     "Strides3",
     "TensorMap",
     "composed",
@@ -163,8 +164,8 @@ class SegmentParams(ctypes.Structure):
     """The block of those who find segments and list them, behind those of all specs."""
 
     _fields_ = (
-        *((name, c_uint64) for name in ("runs_q", "runs_k", "segments", "found", "shorts")),
-        *((name, c_int32) for name in ("batch", "groups", "rows_of_group", "short_keys")),
+        *((name, c_uint64) for name in ("runs_q", "runs_k", "segments", "found", "shorts", "short_sums")),
+        *((name, c_int32) for name in ("batch_rows", "groups", "rows_of_group", "short_keys")),
     )
 
 
@@ -179,6 +180,10 @@ class ListTilesParams(ctypes.Structure):
         *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
         *((name, c_int32) for name in ("num_heads", "num_heads_k", "cols_out", "cols_dk", "cols_dv")),
     )
+
+
+class SinksBwdParams(ctypes.Structure):
+    _fields_ = tuple((name, c_int32) for name in ("batch", "num_heads", "tiles_of_head", "sums_of_tile"))
 
 
 def pack_strides(name: str, strides: Sequence[int]) -> Strides3:

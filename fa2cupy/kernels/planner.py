@@ -27,7 +27,14 @@ from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90
 from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide
 from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90
 from fa2cupy.kernels.sm90 import tma
-from fa2cupy.kernels.smxx import fill_unseen, find_segments, flash_bwd_postprocess, flash_bwd_preprocess, list_tiles
+from fa2cupy.kernels.smxx import (
+    fill_unseen,
+    find_segments,
+    flash_bwd_postprocess,
+    flash_bwd_preprocess,
+    flash_bwd_sinks,
+    list_tiles,
+)
 from fa2cupy.problem import MAX_LENGTH, AttentionProblem
 from fa2cupy.spec import Row
 
@@ -133,6 +140,7 @@ def plan_backward(
         if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # some rows may be nobody's
             workspace_bytes = work.end_of_lists
             launches += _listing(problem, device, lists, work.segments, ("dq", "dk", "dv"), names, deterministic)
+    whole = shorts = None
     if busy:
         whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
         workspace_bytes, splits = whole.workspace_bytes, whole.order.splits
@@ -141,12 +149,14 @@ def plan_backward(
             kernel.launch(whole, row),
             flash_bwd_postprocess.launch(whole),
         )
-        shorts, more_bytes = _shorts(work)
-        launches, workspace_bytes = launches + shorts, max(workspace_bytes, more_bytes)
+        shorts = _shorts(work, whole)
+        if shorts is not None:
+            launches += (flash_bwd_preprocess.launch(shorts), bwd_sm80.launch(shorts, _short_row(problem, device)))
     launches += fill_unseen.launches(problem, device, "dq", empty, names)
     unseen = problem.seqlen_k if problem.seqlen_q == empty and lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)
+    launches += flash_bwd_sinks.launches(work, names, whole, shorts)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
 
 
@@ -193,15 +203,17 @@ def _short_row(problem: AttentionProblem, device: DeviceInfo) -> bwd_sm80.BwdTil
     return cast(bwd_sm80.BwdTile, row)
 
 
-def _shorts(work: Work) -> tuple[tuple[KernelLaunch, ...], int]:
-    """The launches for segments that are listed by themselves, if there can be any, and bytes of workspace."""
+def _shorts(work: Work, whole: Backward) -> Backward | None:
+    """Of segments that are listed by themselves, if there can be any; in the memory that `whole` needs no more."""
     if not work.short_keys:
-        return (), 0
+        return None
     assert work.segments is not None
     row = _short_row(work.problem, work.device)
     own = dataclasses.replace(work, deterministic=False, tile=row, shorts=Shorts(work.segments))
-    whole = Backward.of(own, Order(1, own.key_heads, cleared=False), bwd_sm80.head_dims(work.problem, row))
-    return (flash_bwd_preprocess.launch(whole), bwd_sm80.launch(whole, row)), whole.workspace_bytes
+    shorts = Backward.of(own, Order(1, own.key_heads, cleared=False), bwd_sm80.head_dims(work.problem, row))
+    kept = [offset for _, offset in whole.sink_sums.values()]
+    assert shorts.workspace_bytes <= min([whole.workspace_bytes, *kept])
+    return shorts
 
 
 def _choose(

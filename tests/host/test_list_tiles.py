@@ -65,7 +65,7 @@ def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
         # Queries that see no key, and keys that no query sees, are dropped; all of them lead.
         first_q, first_k = first_q + sq - int(visible.any(1).sum()), first_k + sk - int(visible.any(0).sum())
         visible = visible[visible.any(1)][:, visible.any(0)]
-        batch = b if lengths.segment_ids is None else lengths.row("q", b)
+        batch = lengths.number(b)
         seen.append(((first_q, visible.shape[0], first_k, visible.shape[1], batch, batch), visible))
     queries: dict[tuple[int, ...], int] = {}
     keys: dict[tuple[int, ...], int] = {}

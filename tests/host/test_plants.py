@@ -597,7 +597,7 @@ MUTANTS = [
         "statistics_of(params, head, entry) + skipped;",
         "statistics_of(params, head, entry);",
     ),
-    ("bwd", "listed-short", PRE, "if (skipped == 0) linear += gridDim.x;", "linear += gridDim.x;"),
+    ("bwd", "listed-short", PRE, "if (skipped == 0) linear += gridDim.x,", "linear += gridDim.x,"),
     ("bwd", "listed-short", TILES, "* query_tiles_of_head(params) + entry.tile;", "* query_tiles_of_head(params);"),
     # whose columns, where v has its own
     ("fwd", "own-v", FWD, "keys_from(n), head_dim_v(params)", "keys_from(n), shape.head_dim"),

@@ -155,6 +155,8 @@ FORWARD = (
     case("tiny", 96, "sm_90"),
     case("causal", 256, "sm_90"),
     case("nothing", 64, "sm_90"),
+    case("mixed", 64, "sm_90", sinks="float32"),
+    case("window", 64, "sm_86", scores=("alibi of batch", "softcap")),
 )
 BACKWARD = (
     case("causal", 64, "sm_80"),
@@ -170,6 +172,8 @@ BACKWARD = (
     case("tiny", 64, "sm_90", deterministic=True, dlse=True),
     case("tiny", 256, "sm_90", heads=(4, 2)),
     case("nothing", 64, "sm_90"),
+    case("tiny", 64, "sm_90", sinks="bfloat16", dlse=True, scores=("alibi of batch",)),
+    case("mixed", 128, "sm_80", sinks="float32", dlse=True, scores=("softcap",)),
 )
 
 
@@ -198,8 +202,8 @@ def test_backward(number: int) -> None:
         "flash_bwd_postprocess",
     ]
     if one.lengths is LENGTHS["tiny"]:
-        assert names(plan)[5:] == ["flash_bwd_preprocess", "flash_bwd"] and plan.launches[-1].defines["FA2_SHORT"]
-        assert plan.launches[-1].config.grid[0] < one.heads[1] * one.lengths.sequences
+        assert names(plan)[5:7] == ["flash_bwd_preprocess", "flash_bwd"] and plan.launches[6].defines["FA2_SHORT"]
+        assert plan.launches[6].config.grid[0] < one.heads[1] * one.lengths.sequences
     check(one, True, schedules=tuple(Schedule) if number % 3 == 0 else (Schedule(number % 3),))
 
 
@@ -233,7 +237,6 @@ MUTANTS = [
     ("long", "queries.count += smem.sum_q", "queries.count = smem.sum_q"),
     ("many", "place += __popc(starts[i]);", ""),
     ("many", "(smem.id[run] == id && smem.row[run] == row)", "true"),
-    ("mixed", "if (id >= 0) enter(smem, id, row);", "enter(smem, id, row);"),
     ("many", "found += smem.sum_q;", "found = smem.sum_q;"),
     ("mixed", "keys.runs[met].start - row * keys.side.rows", "keys.runs[met].start"),
     ("other-order", "keys.runs[met].met = seqlen_q;", "keys.runs[met].met = seqlen_k;"),
@@ -258,6 +261,41 @@ def test_mutants(name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch)
     (path,) = (each for each in (SOURCE, LISTING) if old in (build.source_module.root() / each).read_text())
     with pytest.raises((AssertionError, HostRunError)):
         check_lists(LISTINGS[name], Schedule.LOWEST_FIRST, Mutation(path, old, new))
+
+
+SINKS = "smxx/flash_bwd_sinks.cu"
+SINKS_FORWARD = case("mixed", 64, "sm_80", sinks="float32")
+SINKS_BACKWARD = LengthsCase(
+    segments_of(*MIXED, *TINY, causal=True), 64, arch="sm_100", sinks="float32", dlse=True, seed=3
+)  # fmt: skip
+# Case, whether backward, file, what stands there, what is put there instead.
+SINKS_MUTANTS = [
+    (SINKS_FORWARD, False, SOURCE, "line.id_of(token) < 0 ? kNobodys : 0", "0"),
+    (SINKS_FORWARD, False, LISTING, "met < 0 ? until : start", "until"),
+    (SINKS_BACKWARD, True, SINKS, "if (kSegments) sum += sum_of_shorts(params, head);", ""),
+    (SINKS_BACKWARD, True, SINKS, "start % params.rows_q, unseen", "start, unseen"),
+    (SINKS_BACKWARD, True, SINKS, "{0, runs[own].met}, reach)", "{0, 0}, reach)"),
+    (
+        SINKS_BACKWARD,
+        True,
+        "smxx/flash_bwd_preprocess.cu",
+        "sink_sum_before += sink_sum;",
+        "sink_sum_before = sink_sum;",
+    ),
+    (SINKS_BACKWARD, True, "common/bwd_tiles.cuh", "* params.tiles_of_head_k + place;", "+ place;"),
+]
+
+
+def test_the_cases_of_the_mutants_of_sinks_are_right() -> None:
+    check(SINKS_FORWARD, False)
+    check(SINKS_BACKWARD, True)
+
+
+@pytest.mark.parametrize("number", range(len(SINKS_MUTANTS)))
+def test_mutants_of_sinks(number: int) -> None:
+    one, backward, path, old, new = SINKS_MUTANTS[number]
+    with pytest.raises((AssertionError, HostRunError)):
+        check(one, backward, schedules=(Schedule.LOWEST_FIRST,), mutation=Mutation(path, old, new))
 
 
 def test_every_barrier_is_needed() -> None:

@@ -43,5 +43,5 @@ def launch(problem: AttentionProblem, device: DeviceInfo, segments: Segments, na
         FindParams(segments.lists.rows_q, segments.lists.rows_k),
         {},
         names,
-        listed=segments,
+        listed=(segments,),
     )

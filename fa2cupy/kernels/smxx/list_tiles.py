@@ -79,7 +79,7 @@ def launch(
         params,
         pointers,
         names,
-        listed=segments,
+        listed=(segments,),
     )
 
 
