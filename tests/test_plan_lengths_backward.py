@@ -140,7 +140,7 @@ OF_SHORTS = ["flash_bwd_preprocess", "flash_bwd"]
 @pytest.mark.parametrize("device", [H200, A100])
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_room_for_tiles_grows_with_tokens(device: DeviceInfo, head_dim: int) -> None:
-    """Twice the dense problem's at most, and not a tile for each token: short segments are computed by themselves."""
+    """Twice a dense batch of as many heads needs or so, and not a tile for each token: short segments are computed by themselves."""
     problem = segmented(4, 8192, head_dim)
     plan = plan_backward(problem, device, False)
     assert [launch.name for launch in plan.launches] == OF_SEGMENTS + OF_SHORTS
@@ -152,9 +152,8 @@ def test_room_for_tiles_grows_with_tokens(device: DeviceInfo, head_dim: int) -> 
         <= params.tiles_of_head_q
         <= 4 * (8192 + (2 + 8192 // short_keys) * plan.tile.block_m) // plan.tile.block_m
     )
-    assert plan.workspace_bytes < 3.2 * plan_backward(
-        dataclasses.replace(problem, lengths=None), device, False
-    ).workspace_bytes  # fmt: skip
+    without = plan_backward(dataclasses.replace(problem, lengths=None), device, False)
+    assert plan.workspace_bytes <= 2.1 * without.workspace_bytes
 
 
 @pytest.mark.parametrize("device", [H200, A100])
