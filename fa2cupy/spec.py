@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 __all__ = [
+    "CARRIED",
+    "DIFFERENTIABLE",
     "FINDING",
     "LENGTHS",
     "LISTING",
@@ -233,6 +235,12 @@ class SinksSpec(Spec):
 LENGTHS = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "segment_ids_q", "segment_ids_k",
 )  # fmt: skip
+
+
+# The arrays that torch's operators carry as arguments of their own, in the order of the keywords; and of these the ones
+# that may have a gradient.
+CARRIED = ("alibi_slopes", "sinks", "dropout_seed", *LENGTHS)
+DIFFERENTIABLE = ("sinks",)
 
 
 class LengthsParams(ctypes.Structure):

@@ -26,19 +26,29 @@ from tests.host import build
 HEADER = "common/params.cuh"
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
-BLOCKS = {"DlseParams": spec.DlseParams, "LengthsParams": spec.LengthsParams, "WindowParams": spec.WindowParams}
+BLOCKS = {
+    name: getattr(spec, name)
+    for name in ("DlseParams", "LengthsParams", "SinksGradientParams", "SinksParams", "WindowParams")
+}
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
+_SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
+_SINKS_GRADIENT = spec.SinksGradientParams
 _SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
 # Struct with parts -> the twin of its first, and each other with the macro that it is there with; with none, always.
 COMPOSED = {
-    "FwdBandParams": (params.FwdParams, (_BAND, _LISTED)),
-    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _LISTED)),
+    "FwdBandParams": (params.FwdParams, (_BAND, _SINKS, _LISTED)),
+    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SINKS, _LISTED)),
     "BwdBandParams": (params.BwdParams, (_BAND, _LISTED)),
     "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _LISTED)),
-    "PreprocessParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LISTED)),
+    "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
-    "ListTilesBandParams": (params.ListTilesParams, (_BAND, ("", spec.LengthsParams), _SEGMENTS)),
+    "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams), _SEGMENTS)),
     "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
+    "FillUnseenParams": (params.FillParams, (_SINKS,)),
+    "SinksBwdBandParams": (
+        params.SinksBwdParams,
+        (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED, _SEGMENTS),
+    ),
 }
 
 Defines = Mapping[str, int | str]
@@ -72,10 +82,18 @@ def sets_of_defines() -> list[Defines]:
                 covered |= pairs
                 found.append(job.defines)
     fill = {"FA2_BF16": 1, "FA2_HEAD_DIM": 16, "FA2_ALIGNED": 0, "FA2_FILL_THREADS": 256}
+    with_sinks = ctypes.sizeof(params.composed(params.FillParams, (spec.SinksParams,)))
+    listed = found[0] | {"FA2_LISTED": 1, "FA2_SINKS": 1, "FA2_BAND": 1}
+    fwd = params.composed(params.FwdParams, (spec.WindowParams, spec.SinksParams, params.ListParams))
     finding = params.composed(params.FindParams, (spec.LengthsParams, params.SegmentParams))
     listing = params.composed(params.ListTilesParams, (spec.LengthsParams, params.SegmentParams))
-    segments = [fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": ctypes.sizeof(each)} for each in (finding, listing)]
-    return [*found, fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}, *segments]
+    return [
+        *found,
+        fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)},
+        fill | {"FA2_SINKS": 1, "FA2_PARAMS_BYTES": with_sinks},
+        listed | {"FA2_PARAMS_BYTES": ctypes.sizeof(fwd)},
+        *(fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": ctypes.sizeof(each)} for each in (finding, listing)),
+    ]
 
 
 def structs_of(text: str) -> dict[str, list[str]]:

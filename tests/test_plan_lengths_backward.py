@@ -140,7 +140,7 @@ OF_SHORTS = ["flash_bwd_preprocess", "flash_bwd"]
 @pytest.mark.parametrize("device", [H200, A100])
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_room_for_tiles_grows_with_tokens(device: DeviceInfo, head_dim: int) -> None:
-    """Twice a dense batch of as many heads needs or so, and not a tile for each token: short segments are computed by themselves."""
+    """Up to twice a dense batch, not to a tile for each token: short segments are computed by themselves."""
     problem = segmented(4, 8192, head_dim)
     plan = plan_backward(problem, device, False)
     assert [launch.name for launch in plan.launches] == OF_SEGMENTS + OF_SHORTS

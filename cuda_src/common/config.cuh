@@ -97,9 +97,9 @@ enum { kAlibi = 0 };
 #endif
 
 #ifdef FA2_SINKS
-enum { kSinks = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
+enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
 #else
-enum { kSinks = 0 };
+enum { kOwnLogit = 0 };
 #endif
 
 #ifdef FA2_FILL_THREADS

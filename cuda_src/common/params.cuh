@@ -87,7 +87,7 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kSinks, SinksParams>,
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
                                Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
@@ -101,7 +101,7 @@ struct FwdTmaParams {
 };
 
 using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kSinks, SinksParams>, Part<kListed, ListParams>>;
+                                  Part<kOwnLogit, SinksParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -137,7 +137,7 @@ struct DlseParams {
 };
 
 using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kSinks, SinksGradientParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
@@ -160,17 +160,17 @@ using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
-  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kSinks the sink); or null
+  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kOwnLogit the sink); or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
-using FillSinksParams = Composed<FillParams, Part<kSinks, SinksParams>>;
+using FillUnseenParams = Composed<FillParams, Part<kOwnLogit, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
   int* counts;  // (2,), of segments (4,)
-  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kSinks the
+  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kOwnLogit the
   // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
   float* lse;
@@ -182,7 +182,7 @@ struct ListTilesParams {
   int cols_out, cols_dk, cols_dv;
 };
 using ListTilesBandParams =
-    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kSinks, SinksParams>, Part<true, LengthsParams>,
+    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kOwnLogit, SinksParams>, Part<true, LengthsParams>,
              Part<kSegments, SegmentParams>>;
 
 struct FindParams {

@@ -250,8 +250,8 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
   acc_dk.clear();
   acc_dv.clear();
   auto compute_p = [&](AccS& acc, FragmentsP& packed, const Step& step, const Position<true>& position, auto masked) {
-    const Slope slope = slope_of(params, query_batch(entry), step.head);
-    const auto scores = Scores<true>::of<kKeyTiles, kSCols / 8>(params, slope, sequence, position);
+    const HeadScores of_head = head_scores(params, query_batch(entry), step.head);
+    const auto scores = Scores<true>::of<kKeyTiles, kSCols / 8>(params, of_head, sequence, position);
     recompute_p<decltype(masked)::value>(acc, packed, smem.lse_log2[step.stage], scores, sequence, first_key + warp_row,
                                          step.m_block * kBlockM, s_col);
   };

@@ -117,7 +117,7 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   AccO acc_o;
   acc_o.clear();
   const float scale_log2 = exponent_scale<kScaleFirst>(params);
-  const Slope slope = slope_of(params, query_batch(tile), tile.head);
+  const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
     return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
@@ -131,7 +131,7 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
     gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
-    const RowShift<kMTiles> shift = modify_scores(acc_s, params, slope, sequence, position_of(n));
+    const RowShift<kMTiles> shift = modify_scores(acc_s, params, of_head, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, sequence, position_of(n));
     }
@@ -153,7 +153,7 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
-  softmax.finish(acc_o, scale_log2, sink_of(params, tile.head));
+  softmax.finish(acc_o, scale_log2, own_logit(params, tile.head));
   float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);

@@ -258,7 +258,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   if (kListed && !any) return;  // the host knows only how many tiles there are at most
   Step step(shape, work);
   bool first = true;  // step of its tile
-  Slope slope = slope_of(params, query_batch(work), step.head);
+  HeadScores of_head = head_scores(params, query_batch(work), step.head);
   auto next_step = [&] {
     first = step.left == 1;
     if (first) {
@@ -267,7 +267,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     } else {
       step.advance(work);
     }
-    slope = slope_of(params, query_batch(work), step.head);
+    of_head = head_scores(params, query_batch(work), step.head);
   };
   auto issue_dv = [&] {  // dV += P^T dO
     wgmma_fence();
@@ -304,7 +304,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     const Sequence& sequence = sequence_of_tile(shape, work, params);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
-    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, slope, sequence, {first_query + accumulator_col(), key});
+    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, {first_query + accumulator_col(), key});
     if (step.m_block < mask_to_of(work, step.m_block)) {
       recompute_p<true>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
     } else {

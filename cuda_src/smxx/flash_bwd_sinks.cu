@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_sinks(const 
   sum = 0.f;
 #pragma unroll
   for (int warp = 0; warp < kNumWarps; ++warp) sum += smem.sums[warp];
-  if (sink_of(params, head) == -kInfinity) sum = 0.f;  // as if there were none, rows of an lse of -inf included
+  if (own_logit(params, head) == -kInfinity) sum = 0.f;  // as if there were none, rows of an lse of -inf included
   if (params.sinks_are_16_bit) {
     static_cast<Element*>(params.dsinks)[head] = Element{static_cast<uint16_t>(cvt_pack<Element>(sum, 0.f))};
   } else {

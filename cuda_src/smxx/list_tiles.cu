@@ -443,7 +443,7 @@ FA2_DEVICE void clear_all(const ListTilesBandParams& params) {
     if (params.lse == nullptr) return;
     const Strides& strides = params.lse_strides;
     for (int head = threadIdx.x % 32; head < params.num_heads; head += 32) {
-      params.lse[batch * strides.batch + head * strides.head + row * strides.row] = is_of_run ? sink_of(params, head) : -kInfinity;
+      params.lse[batch * strides.batch + head * strides.head + row * strides.row] = is_of_run ? own_logit(params, head) : -kInfinity;
     }
   });
   if (params.dk == nullptr) return;

@@ -119,8 +119,11 @@ _SYNCHRONISATION = re.compile(
     r"|fence_proxy_async\(|cp_async_bulk_wait_group(_read)?<|wgmma_fence\(|wgmma_wait_group<)"
 )
 _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
-# test_list_tiles.py and test_segments.py leave out each of their barriers.
-_OWN_TESTS = ("smxx/list_tiles.cu", "smxx/find_segments.cu", "common/sequences.cuh")
+# test_list_tiles.py, test_segments.py and test_block_lists.py leave out each of their barriers.
+_OWN_TESTS = (
+    "smxx/list_tiles.cu", "smxx/find_segments.cu", "common/sequences.cuh", "smxx/classify_blocks.cu",
+    "smxx/list_blocks.cu",
+)  # fmt: skip
 
 
 def synchronisations_in_source() -> set[tuple[str, int]]:
