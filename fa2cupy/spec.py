@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 __all__ = [
     "CARRIED",
     "DIFFERENTIABLE",
+    "FINDING",
     "LENGTHS",
     "LISTING",
     "MASK_ARRAYS",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+FINDING = "smxx/find_segments.cu"  # who finds segments before
 PREPROCESS = "smxx/flash_bwd_preprocess.cu"
 OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 
@@ -264,10 +266,10 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Who makes lists of tiles looks at the arrays, and who asks for rows that are in none; what others are told is
-        `kernels.listed.Lists`.
+        """Who makes lists of tiles looks at the arrays, who finds segments before, and who asks for rows that are in no
+        tile; what others are told is `kernels.listed.Lists`.
         """
-        return source in (LISTING, OF_SINKS)
+        return source in (LISTING, OF_SINKS) or (self.segments and source == FINDING)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)

@@ -34,6 +34,7 @@ _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListPara
 _SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
 _SCORES = ("FA2_SOFTCAP FA2_ALIBI", spec.ScoreParams)
 _SINKS_GRADIENT = spec.SinksGradientParams
+_SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
 # Struct with parts -> the twin of its first, and each other with the macros with one of which it is there; with none,
 # always.
 COMPOSED = {
@@ -43,11 +44,12 @@ COMPOSED = {
     "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _LISTED)),
     "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
-    "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams))),
+    "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams), _SEGMENTS)),
+    "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
     "FillUnseenParams": (params.FillParams, (_SINKS,)),
     "SinksBwdBandParams": (
         params.SinksBwdParams,
-        (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED),
+        (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED, _SEGMENTS),
     ),
 }
 
@@ -85,6 +87,9 @@ def sets_of_defines() -> list[Defines]:
     with_sinks = ctypes.sizeof(params.composed(params.FillParams, (spec.SinksParams,)))
     found.append(fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)})
     found.append(fill | {"FA2_SINKS": 1, "FA2_PARAMS_BYTES": with_sinks})
+    for first in (params.FindParams, params.ListTilesParams):
+        size = ctypes.sizeof(params.composed(first, (spec.LengthsParams, params.SegmentParams)))
+        found.append(fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": size})
     more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_LISTED")
     any_size = {"FA2_PARAMS_BYTES": 0}
     for n in (1, 2, len(more)):

@@ -169,7 +169,7 @@ using FillUnseenParams = Composed<FillParams, Part<kOwnLogit, SinksParams>>;
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
-  int* counts;  // (2,)
+  int* counts;  // (2,), of segments (4,)
   // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kOwnLogit the
   // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
@@ -182,7 +182,13 @@ struct ListTilesParams {
   int cols_out, cols_dk, cols_dv;
 };
 using ListTilesBandParams =
-    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kOwnLogit, SinksParams>, Part<true, LengthsParams>>;
+    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kOwnLogit, SinksParams>, Part<true, LengthsParams>,
+             Part<kSegments, SegmentParams>>;
+
+struct FindParams {
+  int rows_q, rows_k;  // of each row of the batch
+};
+using FindSegmentsParams = Composed<FindParams, Part<true, LengthsParams>, Part<true, SegmentParams>>;
 
 // Of flash_bwd_sinks. A thread block for each head.
 struct SinksBwdParams {
@@ -190,5 +196,6 @@ struct SinksBwdParams {
   int tiles_of_head;  // of queries, in each row of the batch; of a list at most. 0: nothing was summed up
   int sums_of_tile;
 };
-using SinksBwdBandParams = Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>,
-                                    Part<kListed, LengthsParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using SinksBwdBandParams =
+    Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>, Part<kListed, LengthsParams>,
+             Part<kDlse, DlseParams>, Part<kListed, ListParams>, Part<kSegments, SegmentParams>>;

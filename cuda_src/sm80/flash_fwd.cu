@@ -68,10 +68,10 @@ FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t s
       if (row + 16 * i + 8 * h < rows) lse[(row + 16 * i + 8 * h) * stride] = softmax.lse(i, h, scale_log2);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
-  FA2_SHARED_MEMORY(SharedMemory, smem);
+// Tile `linear` of the launch order.
+FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int linear) {
   const Shape& shape = params.shape;
-  const QueryTile tile = query_tile(shape, blockIdx.x, params);
+  const QueryTile tile = query_tile(shape, linear, params);
   if (kListed && tile.head < 0) return;
   const int m_block = tile.m_block;
   const Sequence& sequence = sequence_of_tile(shape, tile, params);
@@ -162,4 +162,17 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   __syncthreads();  // the whole output tile is in shared memory
   Element* gmem_out = params.out + query_batch(tile) * os.batch + tile.head * os.head + query_row(tile, first_query) * os.row;
   store_tile(gmem_out, os.row, queries, head_dim_v(params), smem.out);
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  if constexpr (kRepeat) {
+    const int tiles = listed_query_tiles(params);
+    for (int linear = blockIdx.x; linear < tiles; linear += gridDim.x) {
+      attend(smem, params, linear);
+      __syncthreads();  // O has left shared memory
+    }
+  } else {
+    attend(smem, params, blockIdx.x);
+  }
 }
