@@ -157,6 +157,16 @@ inline int atomicCAS(int* address, int expected, int value) {
   if (before == expected) *address = value;
   return before;
 }
+inline int atomicMin(int* address, int value) {
+  const int before = *address;
+  if (value < before) *address = value;
+  return before;
+}
+inline int atomicCAS(int* address, int expected, int value) {
+  const int before = *address;
+  if (before == expected) *address = value;
+  return before;
+}
 
 // A product that no FMA swallows.
 inline float __fmul_rn(float a, float b) {
