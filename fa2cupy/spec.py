@@ -137,8 +137,8 @@ class ScoreParams(ctypes.Structure):
 
     _fields_ = (
         ("alibi_slopes", ctypes.c_uint64),
-        ("alibi_batch", ctypes.c_int64),
-        ("alibi_head", ctypes.c_int64),
+        ("alibi_batch_stride", ctypes.c_int64),
+        ("alibi_head_stride", ctypes.c_int64),
         ("softcap_factor", ctypes.c_float),
         ("softcap_log2", ctypes.c_float),
     )

@@ -23,7 +23,7 @@ struct WindowParams {
 // What becomes of scores (score.cuh).
 struct ScoreParams {
   const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
-  int64_t alibi_batch, alibi_head;  // its strides
+  int64_t alibi_batch_stride, alibi_head_stride;  // its strides
   float softcap_factor;  // softmax_scale / softcap; kSoftcap
   float softcap_log2;    // softcap * log2(e)
 };

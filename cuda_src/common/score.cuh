@@ -35,7 +35,7 @@ using HeadScores = HeadScoresOf<kAlibi>;
 template <typename Params>
 FA2_DEVICE HeadScores head_scores(const Params& params, int batch, int head) {
   if constexpr (kAlibi) {
-    return {params.alibi_slopes[batch * params.alibi_batch + head * params.alibi_head] * kLog2E};
+    return {params.alibi_slopes[batch * params.alibi_batch_stride + head * params.alibi_head_stride] * kLog2E};
   } else {
     return {};
   }

@@ -121,7 +121,13 @@ PRE, OWN = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_sinks.cu"
 MUTANTS = [
     ("fwd", "causal", SOFTMAX, "sum[i][h] * alpha + ex2(", "sum[i][h] + ex2("),
     ("fwd", "causal", SOFTMAX, "const float inverse = alpha * (", "const float inverse = ("),
-    ("fwd", "causal", SOFTMAX, "(kOwnLogit ? max[i][h] : scaled(max[i][h], scale_log2))", "scaled(max[i][h], scale_log2)"),
+    (
+        "fwd",
+        "causal",
+        SOFTMAX,
+        "(kOwnLogit ? max[i][h] : scaled(max[i][h], scale_log2))",
+        "scaled(max[i][h], scale_log2)",
+    ),
     ("fwd", "causal", SOFTMAX, "__fmul_rn(sink, kLog2E)", "sink"),
     (
         "fwd",
