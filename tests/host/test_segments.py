@@ -287,8 +287,8 @@ SINKS_MUTANTS = [
         SINKS_BACKWARD,
         True,
         "smxx/flash_bwd_preprocess.cu",
-        "sink_sum_before += sink_sum;",
-        "sink_sum_before = sink_sum;",
+        "logit_sum_before += logit_sum;",
+        "logit_sum_before = logit_sum;",
     ),
     (SINKS_BACKWARD, True, "common/bwd_tiles.cuh", "* params.tiles_of_head_k + place;", "+ place;"),
 ]
