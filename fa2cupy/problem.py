@@ -389,6 +389,11 @@ class AttentionProblem:
         return tuple(value for value in values if isinstance(value, Spec))
 
     @property
+    def positioned(self) -> bool:
+        """Whether tiles of lists say which rows of their sequence they are."""
+        return self.lengths is not None and any(spec.positions for spec in self.specs)
+
+    @property
     def extra_arrays(self) -> tuple[str, ...]:
         """Names of the arrays beyond those of dense attention, in the order of a call's pointers."""
         return tuple(name for spec in self.specs for name in spec.arrays())
