@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fa2cupy.checks import SEED_DTYPES, SEED_SHAPES
+from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES
 from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
-from fa2cupy.spec import LENGTHS, LengthsSpec, SoftmaxSpec, Spec, WindowSpec
+from fa2cupy.spec import LENGTHS, DropoutSpec, LengthsSpec, SoftmaxSpec, Spec, WindowSpec
 
 __all__ = [
     "ARRAY_RULES",
@@ -146,10 +146,25 @@ def _with_lengths(name: str, problem: AttentionProblem, ref: TensorRef) -> Atten
     return replace(problem, lengths=replace(lengths, **{name: True}))
 
 
+def _with_dropout(problem: AttentionProblem, p: float) -> AttentionProblem:
+    lengths = problem.lengths
+    moves = lengths is not None and (problem.causal or problem.window is not None or lengths.leftpad_k)
+    rows = problem.empty_rows, problem.empty_keys
+    return replace(problem, dropout=DropoutSpec(round(p * DROPOUT_STEPS), 0, *rows, moves))
+
+
+def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:
+    assert problem.dropout is not None
+    words = ref.shape[0] * (1 if ref.dtype == "uint32" else 2)
+    return replace(problem, dropout=replace(problem.dropout, words=words))
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "window_size": lambda problem, window: _with_window(problem, *window),
+    "dropout_p": _with_dropout,
+    "dropout_seed": _with_seed,
     **{name: functools.partial(_with_lengths, name) for name in LENGTHS},
     "dlse": lambda problem, ref: replace(
         problem, softmax=SoftmaxSpec(_kernel_strides("lse", ref, "bshd"), problem.empty_rows)
@@ -210,6 +225,7 @@ class AttentionProblem:
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
     window: WindowSpec | None = None
+    dropout: DropoutSpec | None = None
     lengths: LengthsSpec | None = None
     softmax: SoftmaxSpec | None = None
 

@@ -6,10 +6,14 @@ import ctypes
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from fa2cupy.checks import DROPOUT_STEPS
+
 __all__ = [
     "LENGTHS",
     "LISTING",
     "DlseParams",
+    "DropoutParams",
+    "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
     "Row",
@@ -102,6 +106,56 @@ class WindowSpec(Spec):
 
     def params(self) -> WindowParams:
         return WindowParams(self.left, self.right)
+
+
+class DropoutParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("dropout_seed", ctypes.c_uint64),
+        ("words", ctypes.c_int32),
+        ("threshold", ctypes.c_uint32),
+        ("kept", ctypes.c_float),
+        ("inverse", ctypes.c_float),
+        ("first_query", ctypes.c_int32),
+        ("first_key", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutSpec(Spec):
+    """Some of P is dropped: `threshold` of 32768, by an array of so many 32-bit `words` (2, 4 or 8).
+
+    empty_rows, empty_keys: those of the problem, which are left out and count all the same. moves: the device may leave
+    out some, too.
+    """
+
+    threshold: int
+    words: int = 4
+    empty_rows: int = 0
+    empty_keys: int = 0
+    moves: bool = False
+
+    positions: ClassVar[bool] = True
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/") or source == "smxx/flash_bwd_preprocess.cu"
+
+    def defines(self) -> dict[str, int | str]:
+        """One by one: where rows were left out, or the threshold is a NaN among half numbers (dropout.cuh)."""
+        one_by_one = self.moves or self.empty_rows or self.empty_keys or self.threshold > 0x7C00
+        return {"FA2_DROPOUT": 1, **({"FA2_ONE_BY_ONE": 1} if one_by_one else {})}
+
+    def params(self) -> DropoutParams:
+        kept = 1 - self.threshold / DROPOUT_STEPS
+        rows = self.empty_rows, self.empty_keys
+        return DropoutParams(0, self.words, self.threshold * 0x10001, kept, 1 / kept, *rows)
+
+    def arrays(self) -> tuple[str, ...]:
+        """Words of 32 bits: the seed, low word first; if there are 4, the offset; if 8, also what is added to the
+        numbers of sequences and of query heads, in two words each.
+        """
+        return ("dropout_seed",)
 
 
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one

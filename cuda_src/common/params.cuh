@@ -20,6 +20,15 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
+// What dropout drops (dropout.cuh).
+struct DropoutParams {
+  const uint32_t* dropout_seed;  // so many words: seed and offset, of two each, and two each for what is added to batch and head; or the
+  int words;                     // first 2 or 4 of them, and the others are 0
+  uint32_t threshold;            // of 32768, in both halves of the word: as many of so many elements are dropped
+  float kept, inverse;           // what part of P is kept, and its inverse
+  int first_query, first_key;    // how many queries and keys the host has left out in front
+};
+
 // The struct of a kernel with the blocks behind it that there are, in this order. Without any it is the struct itself: an empty base
 // would make some plain kernels of sm80/flash_bwd.cu others.
 template <bool kGiven, typename Block>
@@ -64,7 +73,7 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -76,7 +85,8 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using FwdTmaBandParams =
+    Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -111,8 +121,8 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kDropout, DropoutParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
@@ -131,7 +141,8 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams =
+    Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
