@@ -13,7 +13,9 @@ from fa2cupy.attention import (
     backward_workspace_bytes,
     forward_workspace_bytes,
 )
+from fa2cupy.block_mask import BlockMask
 from fa2cupy.counts import report
+from fa2cupy.dropout import dropout_mask
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -26,11 +28,13 @@ from fa2cupy.errors import (
     UnsupportedDevice,
 )
 from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
+from fa2cupy.lse import convert_lse
 from fa2cupy.merge import merge_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "CompilationError",
     "Fa2Error",
     "Fa2Warning",
@@ -44,6 +48,8 @@ __all__ = [
     "attention_backward",
     "attention_vjp",
     "backward_workspace_bytes",
+    "convert_lse",
+    "dropout_mask",
     "forward_workspace_bytes",
     "install_as_flash_attn",
     "merge_attention",

@@ -30,6 +30,7 @@ from fa2cupy.checks import (
     shown,
 )
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+from fa2cupy.spec import MASK_ARRAYS
 
 __all__ = [
     "FUNCTIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "OTHER_NAMES",
     "Keyword",
     "arrays_in_order",
+    "asked",
     "is_neutral",
     "not_supported",
     "not_through_torch",
@@ -119,7 +121,8 @@ _TABLE = (
     ),
     Keyword(
         "mask", "A | BlockMask | None", None, (*_ALL, *_PROBABILITIES),
-        "True where a query attends to a key, or a BlockMask",
+        "True where a query attends to a key, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), or a BlockMask",
+        "0.2", arrays=("mask", *MASK_ARRAYS),
     ),
     Keyword(
         "sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)", "0.2"
@@ -208,9 +211,12 @@ _TABLE = (
     Keyword("rotary", "tuple[A, A, str] | None", None, _ATTEND, '(cos, sin, "neox" or "interleaved")'),
     Keyword("split_size", "int | None", None, _ATTEND, "keys of one part, for bits that do not depend on the batch"),
     Keyword("reduce", "str | None", None, _PROBABILITIES, '"received", "entropy", "max" or "mean_heads"'),
-    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", neutral=()),
-    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", neutral=()),
-    Keyword("like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"), "an array whose device is taken"),
+    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", "0.2", ()),
+    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", "0.2", ()),
+    Keyword(
+        "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
+        "an array whose framework and device are taken", "0.2",
+    ),
     Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
     Keyword(
         "max_partial", "int | None", None,
@@ -224,6 +230,13 @@ KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
 def arrays_in_order() -> list[str]:
     """Names of keywords, or of the arrays that one is for, in the table's order: that of a call's pointers."""
     return [name for keyword in KEYWORDS.values() for name in keyword.arrays or (keyword.name,)]
+
+
+def asked(array: str) -> str:
+    """The keyword by which a call asks for what an array of this name belongs to."""
+    if array == "dropout_seed":
+        return "dropout_p"
+    return next(keyword.name for keyword in KEYWORDS.values() if array in (keyword.arrays or (keyword.name,)))
 
 
 # What keywords are called elsewhere: (ours, a remark). Hints, not aliases.

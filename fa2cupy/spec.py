@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -11,12 +12,20 @@ from fa2cupy.checks import DROPOUT_STEPS
 __all__ = [
     "LENGTHS",
     "LISTING",
+    "MASK_ARRAYS",
+    "OF_SINKS",
+    "PREPROCESS",
     "DlseParams",
     "DropoutParams",
     "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
     "Row",
+    "ScoreParams",
+    "ScoreSpec",
+    "SinksGradientParams",
+    "SinksParams",
+    "SinksSpec",
     "SoftmaxSpec",
     "Spec",
     "WindowParams",
@@ -24,12 +33,15 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+PREPROCESS = "smxx/flash_bwd_preprocess.cu"
+OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 
 
 class Row(Protocol):
     """What all rows of tile tables have. block_m query rows x block_n keys; note: the reason, with its measurement.
 
-    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row.
+    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row. room: registers are left for what hooks of
+    scores keep.
     """
 
     @property
@@ -44,6 +56,8 @@ class Row(Protocol):
     def num_warps(self) -> int: ...
     @property
     def note(self) -> str: ...
+    @property
+    def room(self) -> bool: ...
 
 
 class Spec:
@@ -75,9 +89,19 @@ class Spec:
         """
         return ()
 
+    def results(self) -> tuple[str, ...]:
+        """Names of what a backward writes beyond the dense gradients: behind these among the pointers of a call. Each
+        is a field of its block.
+        """
+        return ()
+
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
         return ""
+
+
+# Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
+_TINY_SCALE = 1e-30
 
 
 class WindowParams(ctypes.Structure):
@@ -99,13 +123,111 @@ class WindowSpec(Spec):
     only_drops: bool = False
 
     def reaches(self, source: str) -> bool:
-        return not self.only_drops and (source == LISTING or not source.startswith("smxx/"))
+        return not self.only_drops and (source in (LISTING, OF_SINKS) or not source.startswith("smxx/"))
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_BAND": 1}
 
     def params(self) -> WindowParams:
         return WindowParams(self.left, self.right)
+
+
+class ScoreParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("alibi_slopes", ctypes.c_uint64),
+        ("alibi_batch", ctypes.c_int64),
+        ("alibi_head", ctypes.c_int64),
+        ("softcap_factor", ctypes.c_float),
+        ("softcap_log2", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSpec(Spec):
+    """What becomes of scores, which are softmax_scale * q . k.
+
+    softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is
+    taken off; its strides in elements along batch and heads, None without.
+    """
+
+    softmax_scale: float
+    softcap: float | None = None
+    alibi: tuple[int, int] | None = None
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/")
+
+    def defines(self) -> dict[str, int | str]:
+        defines: dict[str, int | str] = {}
+        if self.softcap is not None:  # has the scale in it
+            defines |= {"FA2_SOFTCAP": 1, "FA2_SCALE_FIRST": 0}
+        elif self.softmax_scale < _TINY_SCALE:
+            defines["FA2_SCALE_FIRST"] = 1
+        return defines if self.alibi is None else {**defines, "FA2_ALIBI": 1}
+
+    def params(self) -> ScoreParams:
+        batch, head = self.alibi or (0, 0)
+        if self.softcap is None:
+            return ScoreParams(0, batch, head)
+        return ScoreParams(0, batch, head, self.softmax_scale / self.softcap, self.softcap * math.log2(math.e))
+
+    def arrays(self) -> tuple[str, ...]:
+        return () if self.alibi is None else ("alibi_slopes",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for scores that become others"
+
+
+class SinksParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (("sinks", ctypes.c_uint64), ("sinks_are_16_bit", ctypes.c_int32))
+
+
+class SinksGradientParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("sinks", ctypes.c_uint64),
+        ("dsinks", ctypes.c_uint64),
+        ("sink_sums", ctypes.c_uint64),
+        ("sinks_are_16_bit", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SinksSpec(Spec):
+    """A logit of each query head that takes part in the softmax of its rows, and in nothing else.
+
+    sixteen_bit: of the problem's dtype; else float32. of_backward: there lse has them in it, and nobody else need know,
+    unless their gradient is wanted.
+    """
+
+    sixteen_bit: bool
+    of_backward: bool = False
+    gradient: bool = False
+
+    def reaches(self, source: str) -> bool:
+        if self.of_backward:
+            return self.gradient and source in (PREPROCESS, OF_SINKS)
+        return source.endswith("/flash_fwd.cu") or source in (LISTING, "smxx/fill_unseen.cu")
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_SINKS": 1}
+
+    def params(self) -> SinksParams | SinksGradientParams:
+        if self.of_backward:
+            return SinksGradientParams(sinks_are_16_bit=self.sixteen_bit)
+        return SinksParams(0, self.sixteen_bit)
+
+    def arrays(self) -> tuple[str, ...]:
+        """(num_heads,), contiguous."""
+        return ("sinks",)
+
+    def results(self) -> tuple[str, ...]:
+        return ("dsinks",) if self.gradient else ()
 
 
 class DropoutParams(ctypes.Structure):
@@ -124,14 +246,14 @@ class DropoutParams(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class DropoutSpec(Spec):
-    """Some of P is dropped: `threshold` of 32768, by an array of so many 32-bit `words` (2, 4 or 8).
+    """Some of P is dropped: `threshold` of 32768, by a seed of so many 32-bit `words` (2, 4 or 8).
 
-    empty_rows, empty_keys: those of the problem, which are left out and count all the same. moves: the device may leave
+    empty_rows, empty_keys: those of the problem, which are left out, and count all the same. moves: the device may leave
     out some, too.
     """
 
     threshold: int
-    words: int = 4
+    words: int = 0
     empty_rows: int = 0
     empty_keys: int = 0
     moves: bool = False
@@ -139,23 +261,30 @@ class DropoutSpec(Spec):
     positions: ClassVar[bool] = True
 
     def reaches(self, source: str) -> bool:
-        return not source.startswith("smxx/") or source == "smxx/flash_bwd_preprocess.cu"
+        return not source.startswith("smxx/") or source == PREPROCESS
 
     def defines(self) -> dict[str, int | str]:
-        """One by one: where rows were left out, or the threshold is a NaN among half numbers (dropout.cuh)."""
+        """One by one: where rows may be left out, or the threshold is a NaN among half numbers (dropout.cuh)."""
         one_by_one = self.moves or self.empty_rows or self.empty_keys or self.threshold > 0x7C00
         return {"FA2_DROPOUT": 1, **({"FA2_ONE_BY_ONE": 1} if one_by_one else {})}
 
     def params(self) -> DropoutParams:
-        kept = 1 - self.threshold / DROPOUT_STEPS
         rows = self.empty_rows, self.empty_keys
-        return DropoutParams(0, self.words, self.threshold * 0x10001, kept, 1 / kept, *rows)
+        return DropoutParams(0, self.words, self.threshold * 0x10001, self.kept, 1 / self.kept, *rows)
+
+    @property
+    def kept(self) -> float:
+        """What part of P is."""
+        return 1 - self.threshold / DROPOUT_STEPS
 
     def arrays(self) -> tuple[str, ...]:
-        """Words of 32 bits: the seed, low word first; if there are 4, the offset; if 8, also what is added to the
-        numbers of sequences and of query heads, in two words each.
+        """Words of 32 bits, contiguous: the seed, its low word first; of 4 the offset, too; of 8 also what is added to
+        the numbers of sequences and of query heads, in two words each.
         """
         return ("dropout_seed",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for dropout"
 
 
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one
@@ -188,8 +317,10 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Only who makes lists of tiles looks at the arrays; what others are told is `kernels.listed.Lists`."""
-        return source == LISTING
+        """Who makes lists of tiles looks at the arrays, and who asks for rows that are in none; what others are told is
+        `kernels.listed.Lists`.
+        """
+        return source in (LISTING, OF_SINKS)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)
@@ -207,6 +338,12 @@ class LengthsSpec(Spec):
         seqlen).
         """
         return tuple(name for name in LENGTHS if getattr(self, "segments" if name.startswith("segment") else name))
+
+
+# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
+MASK_ARRAYS = (
+    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
+)  # fmt: skip
 
 
 class DlseParams(ctypes.Structure):
@@ -233,7 +370,7 @@ class SoftmaxSpec(Spec):
     empty: int = 0
 
     def reaches(self, source: str) -> bool:
-        return source == "smxx/flash_bwd_preprocess.cu"
+        return source in (PREPROCESS, OF_SINKS)
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_DLSE": 1}

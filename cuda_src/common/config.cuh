@@ -85,6 +85,23 @@ enum { kBand = FA2_BAND };  // a query sees a band of keys, whose two ends are p
 enum { kBand = 0 };
 #endif
 
+#ifdef FA2_SOFTCAP
+enum { kSoftcap = FA2_SOFTCAP };  // scores become softcap * tanh(score / softcap)
+#else
+enum { kSoftcap = 0 };
+#endif
+#ifdef FA2_ALIBI
+enum { kAlibi = FA2_ALIBI };  // and lose a head's slope for each key of distance
+#else
+enum { kAlibi = 0 };
+#endif
+
+#ifdef FA2_SINKS
+enum { kSinks = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
+#else
+enum { kSinks = 0 };
+#endif
+
 #ifdef FA2_DROPOUT
 enum { kDropout = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
 #else

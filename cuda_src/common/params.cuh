@@ -20,6 +20,29 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
+// What becomes of scores (score.cuh).
+struct ScoreParams {
+  const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
+  int64_t alibi_batch, alibi_head;  // its strides
+  float softcap_factor;  // softmax_scale / softcap; kSoftcap
+  float softcap_log2;    // softcap * log2(e)
+};
+enum { kScores = kSoftcap || kAlibi };  // scores become others
+
+// A logit of each query head that takes part in the softmax of its rows, and in nothing else.
+struct SinksParams {
+  const void* sinks;  // (num_heads,): float32, or Element
+  int sinks_are_16_bit;
+};
+// And its gradient. sink_sums: a workspace, (batch, num_heads, m_blocks, warps), of a list (num_heads, tiles_of_head_q, warps): a part
+// of the gradient from the rows of each warp of flash_bwd_preprocess.
+struct SinksGradientParams {
+  const void* sinks;
+  void* dsinks;
+  float* sink_sums;
+  int sinks_are_16_bit;
+};
+
 // What dropout drops (dropout.cuh).
 struct DropoutParams {
   const uint32_t* dropout_seed;  // so many words: seed and offset, of two each, and two each for what is added to batch and head; or the
@@ -73,7 +96,8 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kSinks, SinksParams>,
+                               Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -85,8 +109,8 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-using FwdTmaBandParams =
-    Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
+using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
+                                  Part<kSinks, SinksParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -100,7 +124,7 @@ struct BwdParams {
   Element* dv;          // like v
   // Workspaces; a row of tiles is m_blocks * kBlockM query rows long.
   float* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
-  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
+  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O) (of what dropout keeps), 0 past the last row
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks, kDqParts), from 0: whose turn it is to add to dQ
   float* dk_partial;  // (batch, num_heads_k, splits, n_blocks * kBlockN, kHeadDim), scaled (splits > 1 only)
@@ -121,8 +145,10 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kDropout, DropoutParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDropout, DropoutParams>,
+                               Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kSinks, SinksGradientParams>, Part<kDropout, DropoutParams>,
+                                  Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
@@ -141,21 +167,23 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams =
-    Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
+                                  Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
-  float* lse;     // (batch, num_heads, seqlen): likewise -inf; or null
+  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kSinks the sink); or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
+using FillSinksParams = Composed<FillParams, Part<kSinks, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
   int* counts;  // (2,)
-  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse.
+  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kSinks the
+  // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
   float* lse;
   Element* dk;
@@ -165,4 +193,14 @@ struct ListTilesParams {
   int num_heads, num_heads_k;
   int cols_out, cols_dk, cols_dv;
 };
-using ListTilesBandParams = Composed<ListTilesParams, Part<kBand, WindowParams>, Part<true, LengthsParams>>;
+using ListTilesBandParams =
+    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kSinks, SinksParams>, Part<true, LengthsParams>>;
+
+// Of flash_bwd_sinks. A thread block for each head.
+struct SinksBwdParams {
+  int batch, num_heads;
+  int tiles_of_head;  // of queries, in each row of the batch; of a list at most. 0: nothing was summed up
+  int sums_of_tile;
+};
+using SinksBwdBandParams = Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>,
+                                    Part<kListed, LengthsParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;

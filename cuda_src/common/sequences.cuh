@@ -1,4 +1,5 @@
-// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Only smxx/list_tiles.cu reads them.
+// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Read by smxx/list_tiles.cu, and
+// where sequences are asked for rows that see nothing.
 #pragma once
 
 #include "common/visit.cuh"
@@ -27,10 +28,12 @@ struct Side {
     return run;
   }
 };
-FA2_DEVICE Side queries_of(const ListTilesBandParams& params) {
+template <typename Params>
+FA2_DEVICE Side queries_of(const Params& params) {
   return {params.cu_seqlens_q, params.seqused_q, nullptr, params.rows_q};
 }
-FA2_DEVICE Side keys_of(const ListTilesBandParams& params) {
+template <typename Params>
+FA2_DEVICE Side keys_of(const Params& params) {
   return {params.cu_seqlens_k, params.seqused_k, params.leftpad_k, params.rows_k};
 }
 

@@ -47,33 +47,55 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 using AccS = Accumulator<kKeyTiles, kSCols / 8>;
 using AccK = Accumulator<kKeyTiles, kDCols / 8>;
 using AccV = Accumulator<kKeyTiles, kDColsV / 8>;
+using FragmentsP = Fragments<kKeyTiles, kSCols / 16>;
 
 // Statistics of the kBlockM query rows that start at `gmem`: whole blocks, the workspace is padded.
 FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
   for (int i = threadIdx.x * 4; i < kBlockM; i += kNumThreads * 4) cp_async_16(smem_address(smem + i), gmem + i, 16);
 }
 
-// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key.
-template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Sequence& sequence,
-                            int first_key, int first_query, int first_col) {
+// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. kPackEarly: P goes into `packed`, rounded, and its
+// derivative stays.
+template <bool kMasked, bool kBothSides>
+FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log2)[kBlockM], const Scores<true>& scores,
+                            const Sequence& sequence, int first_key, int first_query, int first_col) {
 #pragma unroll
   for (int j = 0; j < kSCols / 8; ++j) {
     const int col = first_col + 8 * j + accumulator_col();
     const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + col);
 #pragma unroll
-    for (int i = 0; i < kKeyTiles; ++i)
+    for (int i = 0; i < kKeyTiles; ++i) {
+      float rounded[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float p = ex2(fmaf(acc.x[i][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
+        float derivative = 1.f;
+        float p = scores.p<kBothSides>(acc.x[i][j][e], e % 2 == 0 ? -lse.x : -lse.y, i, j, e, derivative);
         if constexpr (kMasked) {
           const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
           if (first_query + col + e % 2 < query_begin(sequence, key)) p = 0.f;
           if (kBand && first_query + col + e % 2 >= query_end(sequence, key)) p = 0.f;
         }
-        acc.x[i][j][e] = p;
+        acc.x[i][j][e] = kCurved ? p * derivative : p;
+        rounded[e] = p;
       }
+      if constexpr (kPackEarly) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          packed.r[i][j / 2][j % 2 * 2 + h] = cvt_pack<Element>(rounded[2 * h], rounded[2 * h + 1]);
+      }
+    }
   }
+}
+
+template <bool kMasked>
+FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log2)[kBlockM], const Scores<true>& scores,
+                            const Sequence& sequence, int first_key, int first_query, int first_col) {
+  if constexpr (kAnySide) {
+    if (scores.keys == Keys::kAround) {
+      return recompute_p<kMasked, true>(acc, packed, lse_log2, scores, sequence, first_key, first_query, first_col);
+    }
+  }
+  recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, first_key, first_query, first_col);
 }
 
 // Rows of kCols floats = acc: four lanes write 32 bytes of a row, a whole sector.
@@ -188,9 +210,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   AccV acc_dv;
   acc_dk.clear();
   acc_dv.clear();
-  auto compute_p = [&](AccS& acc, int stage, int m_block, auto masked) {
-    recompute_p<decltype(masked)::value>(acc, smem.lse_log2[stage], params.scale_softmax_log2, sequence, first_key + warp_row,
-                                         m_block * kBlockM, s_col);
+  auto compute_p = [&](AccS& acc, FragmentsP& packed, const Step& step, const Position<true>& position, auto masked) {
+    const Slope slope = slope_of(params, query_batch(entry), step.head);
+    const auto scores = Scores<true>::of<kKeyTiles, kSCols / 8>(params, slope, sequence, position);
+    recompute_p<decltype(masked)::value>(acc, packed, smem.lse_log2[step.stage], scores, sequence, first_key + warp_row,
+                                         step.m_block * kBlockM, s_col);
   };
 
   // Deterministic: the key blocks that meet a query block add to its dQ in turn, causal ones from the diagonal on and those of a band
@@ -223,18 +247,20 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     AccS acc_p;
     acc_p.clear();
     gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
+    FragmentsP packed;
     if (m_block < mask_to_of(visit, m_block)) {
-      compute_p(acc_p, stage, m_block, True{});
+      compute_p(acc_p, packed, step, position, True{});
     } else {
-      compute_p(acc_p, stage, m_block, False{});
+      compute_p(acc_p, packed, step, position, False{});
     }
+    if constexpr (kPackEarly && kSplit > 1) store_fragments(smem.p, warp_row, s_col, packed);
     // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
     AccS acc_ds;
     acc_ds.clear();
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
     keep(acc_ds, position);
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
     keep(acc_p, position);
@@ -250,10 +276,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
       if (kStages > 1) load_dout(next, k, kQuerySteps);
     };
     if constexpr (kSplit == 1) {
-      gemm<kQuerySteps>(acc_dv, to_fragments(acc_p), smem_dout, copy_dout);
+      if constexpr (!kPackEarly) packed = to_fragments(acc_p);
+      gemm<kQuerySteps>(acc_dv, packed, smem_dout, copy_dout);
       __syncthreads();  // dS^T is complete, and it is this block's turn
     } else {
-      store_accumulator(smem.p, warp_row, s_col, acc_p);
+      if constexpr (!kPackEarly) store_accumulator(smem.p, warp_row, s_col, acc_p);
       __syncthreads();  // P^T and dS^T are complete, and it is this block's turn
       gemm<kQuerySteps>(acc_dv, smem_p, smem_dout, copy_dout);
     }

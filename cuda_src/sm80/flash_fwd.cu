@@ -14,6 +14,7 @@
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
+#include "common/statistics.cuh"
 #include "sm80/tile.cuh"
 
 static_assert(sizeof(FwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
@@ -115,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   Softmax<kMTiles> softmax;
   AccO acc_o;
   acc_o.clear();
-  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
+  const float scale_log2 = exponent_scale<kScaleFirst>(params);
+  const Slope slope = slope_of(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
     return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
@@ -132,11 +134,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
-    modify_scores(acc_s, params.scale_softmax_log2);
+    const RowShift<kMTiles> shift = modify_scores(acc_s, params, slope, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, sequence, position_of(n));
     }
-    softmax.update(acc_s, acc_o, scale_log2);
+    softmax.update(acc_s, acc_o, scale_log2, shift);
     kept.drop(acc_s);
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
@@ -154,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
-  softmax.finish(acc_o, inverse_of_kept(params));
+  softmax.finish(acc_o, scale_log2, sink_of(params, tile.head), inverse_of_kept(params));
   float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);

@@ -1,11 +1,12 @@
 // Before the backward: D = rowsum(dO * O) (Dao 2023, algorithm 2, line 4), lse in base 2, and zeros for dQ or its turns. A gradient
-// of lse is taken off D: lse has the derivative P, so that dS = P * (dP - D) gains P * dlse.
+// of lse is taken off D: lse has the derivative P, so that dS = P * (dP - D) gains P * dlse. And sums over rows for the gradient of
+// sinks, for flash_bwd_sinks.cu.
 //
 // One thread block per kBlockM query rows of a head; a row is shared by the lanes that hold its 16-byte chunks. Heads are taken
 // from the last to the first: what flash_bwd begins with is the last that has been touched, and still in L2.
 #include "common/bwd_tiles.cuh"
 #include "common/dq_accum.cuh"
-#include "common/ptx.cuh"
+#include "common/statistics.cuh"
 
 static_assert(sizeof(PreprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
@@ -32,15 +33,13 @@ FA2_DEVICE Chunk load_chunk(const Element* row, int col, int cols) {
   return chunk;
 }
 
-// The gradient of lse of query `row` of those that are here; 0 where nobody gave one. A template, so that it is compiled only then.
+// A part of the gradient of the head's sink, of the rows of this warp: sum of exp(sink - lse) * (dlse - D), summed over its lanes.
 template <typename Params>
-FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
-  if constexpr (kDlse) {
-    const Strides& strides = params.dlse_strides;
-    return params.dlse[batch * strides.batch + head * strides.head +
-                       (params.dlse_first_row + row) * strides.row];
-  } else {
-    return 0.f;
+FA2_DEVICE void store_sink_sum(const Params& params, int64_t tile, float sum) {
+  if constexpr (kSinks) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (threadIdx.x % 32 == 0) params.sink_sums[tile * kNumWarps + threadIdx.x / 32] = sum;
   }
 }
 
@@ -66,14 +65,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const int own_row = threadIdx.x;
   const float lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
   const int pass_row = threadIdx.x / kLanesPerRow, col = threadIdx.x % kLanesPerRow * 8;
+  const float sink = sink_of(params, head);
+  float sink_sum = 0.f;
 #pragma unroll 1
   for (int first = 0; first < kPasses; first += kPassesAtOnce) {
     Chunk out[kPassesAtOnce], dout[kPassesAtOnce];
+    float row_lse[kPassesAtOnce];  // kSinks: of the lane that is the first of a row; else it adds nothing
 #pragma unroll
     for (int pass = 0; pass < kPassesAtOnce; ++pass) {
       const int row = (first + pass) * kRowsPerPass + pass_row, cols = row < rows ? head_dim_v(params) : 0;
       out[pass] = load_chunk(gmem_out + row * os.row, col, cols);
       dout[pass] = load_chunk(gmem_dout + row * dos.row, col, cols);
+      row_lse[pass] = kSinks && row < rows && col == 0 ? gmem_lse[row * ls.row] : kInfinity;
     }
 #pragma unroll
     for (int pass = 0; pass < kPassesAtOnce; ++pass) {
@@ -84,9 +87,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
       for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
       const int row = (first + pass) * kRowsPerPass + pass_row;
       if (kDlse && row < rows && col == 0) d -= dlse_of(params, batch, head, first_row + row);
+      if (kSinks) sink_sum -= ex2((sink - row_lse[pass]) * kLog2E) * d;
       if (row < kBlockM && col == 0) params.softmax_d[tile * kBlockM + row] = d;
     }
   }
+  store_sink_sum(params, tile, sink_sum);
   // P = exp2(... - inf) = 0: a row past the end, or one whose every score is -inf, adds nothing to any gradient.
   if (own_row < kBlockM) params.lse_log2[tile * kBlockM + own_row] = lse == -kInfinity ? kInfinity : lse * kLog2E;
 

@@ -10,6 +10,7 @@
 // nothing from block 0, and do not wait for it.
 #include "common/schedule.cuh"
 #include "common/sequences.cuh"
+#include "common/statistics.cuh"
 
 static_assert(sizeof(ListTilesBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
@@ -266,7 +267,7 @@ FA2_DEVICE void clear_row(Element* array, const Strides& strides, int64_t batch,
   }
 }
 
-// Calls clear(batch, row) for the rows of a side that belong to no run, or stand in front of one and see nothing.
+// Calls clear(batch, row, is_of_run) for the rows of a side that belong to no run, or stand at the front of one and see nothing.
 template <typename Clear>
 FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, int reach, const Clear& clear) {
   const int64_t rows = own.starts ? own.rows : static_cast<int64_t>(own.rows) * sequences;
@@ -296,14 +297,14 @@ FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, 
         until = origin + own.rows;
       }
       until = min(max(until, at + 1), end);
-      int64_t seen_from = 0, seen_to = 0;
+      int64_t run_from = 0, seen_from = 0, seen_to = 0;
       if (0 <= sequence && sequence < sequences) {
         const Run run = own.run(sequence);
-        seen_from = run.first + unseen_rows(run, other.run(sequence), reach), seen_to = run.first + run.seqlen;
+        run_from = run.first, seen_from = run.first + unseen_rows(run, other.run(sequence), reach), seen_to = run.first + run.seqlen;
       }
       for (; at < until; ++at) {
         const int64_t row = at - origin;
-        if (row < seen_from || row >= seen_to) clear(own.starts ? 0 : sequence, row);
+        if (row < seen_from || row >= seen_to) clear(own.starts ? 0 : sequence, row, row >= run_from && row < seen_to);
       }
     }
   }
@@ -312,16 +313,16 @@ FA2_DEVICE void clear_unseen(const Side& own, const Side& other, int sequences, 
 FA2_DEVICE void clear_all(const ListTilesBandParams& params) {
   const Reach reach = reach_of(params);
   const Side queries = queries_of(params), keys = keys_of(params);
-  clear_unseen(queries, keys, params.sequences, reach.behind, [&](int64_t batch, int64_t row) {
+  clear_unseen(queries, keys, params.sequences, reach.behind, [&](int64_t batch, int64_t row, bool is_of_run) {
     clear_row(params.out, params.out_strides, batch, row, params.num_heads, params.cols_out);
     if (params.lse == nullptr) return;
     const Strides& strides = params.lse_strides;
     for (int head = threadIdx.x % 32; head < params.num_heads; head += 32) {
-      params.lse[batch * strides.batch + head * strides.head + row * strides.row] = -kInfinity;
+      params.lse[batch * strides.batch + head * strides.head + row * strides.row] = is_of_run ? sink_of(params, head) : -kInfinity;
     }
   });
   if (params.dk == nullptr) return;
-  clear_unseen(keys, queries, params.sequences, reach.before, [&](int64_t batch, int64_t row) {
+  clear_unseen(keys, queries, params.sequences, reach.before, [&](int64_t batch, int64_t row, bool) {
     clear_row(params.dk, params.dk_strides, batch, row, params.num_heads_k, params.cols_dk);
     clear_row(params.dv, params.dv_strides, batch, row, params.num_heads_k, params.cols_dv);
   });

@@ -26,6 +26,8 @@ from fa2cupy.spec import Row, WindowSpec
 
 __all__ = [
     "ARRAYS",
+    "PREPROCESS_WARPS",
+    "SINK_SUMS",
     "WORKSPACES",
     "Backward",
     "BwdRow",
@@ -44,6 +46,8 @@ __all__ = [
 
 ARRAYS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 WORKSPACES = ("lse_log2", "softmax_d", "dq_accum", "dq_turn", "dk_partial", "dv_partial")  # as they lie there
+SINK_SUMS = "sink_sums"  # behind them, where the gradient of sinks is wanted
+PREPROCESS_WARPS = 8  # each leaves one of those sums
 _ALIGNMENT = 256  # bytes, of each
 
 # Where key blocks are few, several thread blocks share each: a wave and a half of them is enough.
@@ -147,6 +151,11 @@ class Work:
         return None if window is None or window.only_drops else window
 
     @property
+    def has_sink_sums(self) -> bool:
+        """Whether the gradient of sinks is wanted."""
+        return self.problem.sinks is not None and self.problem.sinks.gradient
+
+    @property
     def adding_blocks(self) -> int:
         """Of a cluster each, the most of them that meet a tile of queries."""
         _, n_blocks = self.blocks_of_a_sequence
@@ -219,6 +228,7 @@ class Backward:
     """Work and order, the struct that all of its kernels are given (the main one of sm_90 a part of it), and pointers.
 
     head_dims: what the kernels are compiled for, head_dim_v 0 where it is the same. pointers: by the fields of params.
+    sink_sums: where these lie, by the field of their block, if the gradient of sinks is wanted.
     """
 
     work: Work
@@ -227,6 +237,7 @@ class Backward:
     params: BwdParams
     names: tuple[str, ...]
     pointers: Mapping[str, Where]
+    sink_sums: Mapping[str, Where]
     skipped: Mapping[str, int]
     workspace_bytes: int
 
@@ -247,8 +258,9 @@ class Backward:
         skipped = common.skipped_bytes(problem, work.empty)
         offsets, workspace_bytes = _workspace(work, order, head_dims)
         pointers = {name: (names.index(name), skipped.get(name, 0)) for name in ARRAYS}
-        pointers |= {name: (len(names), offset) for name, offset in offsets.items()}
-        return cls(work, order, head_dims, params, names, pointers, skipped, workspace_bytes)
+        pointers |= {name: (len(names), offsets[name]) for name in WORKSPACES}
+        sums = {SINK_SUMS: (len(names), offsets[SINK_SUMS])} if work.has_sink_sums else {}
+        return cls(work, order, head_dims, params, names, pointers, sums, skipped, workspace_bytes)
 
     @property
     def side_defines(self) -> Defines:
@@ -257,8 +269,15 @@ class Backward:
             work.tile, work.problem.dtype, *self.head_dims, work.problem.aligned, work.device.cc >= (9, 0)
         )
 
-    def launch(self, kernel: tuple[str, str], arch: str, defines: Defines, config: LaunchConfig) -> KernelLaunch:
-        """Of a kernel that gets the whole struct."""
+    def launch(
+        self,
+        kernel: tuple[str, str],
+        arch: str,
+        defines: Defines,
+        config: LaunchConfig,
+        more: Mapping[str, Where] | None = None,
+    ) -> KernelLaunch:
+        """Of a kernel that gets the whole struct. more: pointers into blocks behind it."""
         return common.kernel_launch(
             self.work.problem,
             kernel,
@@ -266,7 +285,7 @@ class Backward:
             defines,
             config,
             self.params,
-            self.pointers,
+            {**self.pointers, **(more or {})},
             self.names,
             lists=self.work.lists,
         )
@@ -288,7 +307,7 @@ def splits_of_heads(work: Work) -> int:
 
 
 def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[dict[str, int], int]:
-    """Byte offsets of `WORKSPACES`, behind the lists, and the size of all."""
+    """Byte offsets of `WORKSPACES`, and of `SINK_SUMS` where there are any, behind the lists, and the size of all."""
     tile, (head_dim, head_dim_v) = work.tile, head_dims
     statistics = work.query_tiles * tile.block_m * 4
     dq = work.query_tiles * tile.dq_tile_floats(head_dim) * 4
@@ -296,7 +315,10 @@ def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[di
     partial_rows = work.key_tiles * order.splits * tile.cluster * tile.block_n if order.partial else 0
     dk, dv = (partial_rows * width * 4 for width in (head_dim, head_dim_v or head_dim))
     offsets, end = {}, work.lists.end if work.lists else 0
-    for name, size in zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True):
+    sizes = dict(zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True))
+    if work.has_sink_sums:
+        sizes[SINK_SUMS] = work.query_tiles * PREPROCESS_WARPS * 4
+    for name, size in sizes.items():
         offsets[name] = end
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
     return offsets, end

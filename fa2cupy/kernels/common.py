@@ -104,7 +104,7 @@ def mean_seqlen_q(problem: AttentionProblem) -> int:
 
 def pointer_names(problem: AttentionProblem, dense: Iterable[str]) -> tuple[str, ...]:
     """Of the arrays of a call, in the order of its pointers; `dense`: those that every call has."""
-    return *dense, *problem.extra_arrays
+    return *dense, *problem.extra_results, *problem.extra_arrays
 
 
 def kernel_launch(
@@ -122,21 +122,21 @@ def kernel_launch(
     """A launch of a kernel (its source and name), with the defines, blocks of parameters and arrays of the specs that
     reach it, and with those of `lists` if it takes its tiles from there.
 
-    pointers: by the names of fields of `params`. names: `pointer_names` of the call.
+    pointers: by the names of fields of `params` or of a block. names: `pointer_names` of the call.
     """
     source, name = kernel
     struct = type(params)
-    placed = [Pointer(getattr(struct, field).offset, *where) for field, where in pointers.items()]
     reaching = [spec for spec in problem.specs if spec.reaches(source)]
     blocks = [(spec, block) for spec in reaching if (block := spec.params()) is not None]
     own = [] if lists is None else [lists.params()]
     if blocks or own:
         struct = composed(struct, (*(type(block) for _, block in blocks), *map(type, own)))
         params = struct(params, *(block for _, block in blocks), *own)
-        for spec, block in blocks:
-            start = getattr(struct, type(block).__name__).offset
-            for array in spec.arrays():
-                placed.append(Pointer(start + getattr(type(block), array).offset, names.index(array), 0))
+    placed = [Pointer(getattr(struct, field).offset, *where) for field, where in pointers.items()]
+    for spec, block in blocks:
+        start = getattr(struct, type(block).__name__).offset
+        for array in spec.arrays() + spec.results():
+            placed.append(Pointer(start + getattr(type(block), array).offset, names.index(array), 0))
     defines = dict(defines)
     for spec in reaching:
         defines |= spec.defines()

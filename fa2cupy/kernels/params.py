@@ -28,6 +28,7 @@ __all__ = [
     "ListedPlace",
     "ListedPosition",
     "Shape",
+    "SinksBwdParams",
     "Strides3",
     "TensorMap",
     "composed",
@@ -157,6 +158,10 @@ class ListTilesParams(ctypes.Structure):
         *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
         *((name, c_int32) for name in ("num_heads", "num_heads_k", "cols_out", "cols_dk", "cols_dv")),
     )
+
+
+class SinksBwdParams(ctypes.Structure):
+    _fields_ = tuple((name, c_int32) for name in ("batch", "num_heads", "tiles_of_head", "sums_of_tile"))
 
 
 def pack_strides(name: str, strides: Sequence[int]) -> Strides3:

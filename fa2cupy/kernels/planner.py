@@ -26,7 +26,13 @@ from fa2cupy.kernels.sm90 import flash_bwd as bwd_sm90
 from fa2cupy.kernels.sm90 import flash_bwd_wide as bwd_sm90_wide
 from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90
 from fa2cupy.kernels.sm90 import tma
-from fa2cupy.kernels.smxx import fill_unseen, flash_bwd_postprocess, flash_bwd_preprocess, list_tiles
+from fa2cupy.kernels.smxx import (
+    fill_unseen,
+    flash_bwd_postprocess,
+    flash_bwd_preprocess,
+    flash_bwd_sinks,
+    list_tiles,
+)
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import Row
 
@@ -133,6 +139,7 @@ def plan_backward(
             launches += (
                 list_tiles.launch(problem, device, work.lists, ("dq", "dk", "dv"), names, in_order=deterministic),
             )
+    whole = None
     if busy:
         whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
         workspace_bytes, splits = whole.workspace_bytes, whole.order.splits
@@ -145,6 +152,7 @@ def plan_backward(
     unseen = problem.seqlen_k if problem.seqlen_q == empty and work.lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)
+    launches += flash_bwd_sinks.launches(work, names, whole)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
 
 

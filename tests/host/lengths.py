@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,10 @@ from fa2cupy.kernels import Plan, plan_backward, plan_forward
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from fa2cupy.spec import LengthsSpec
-from tests import reference
+from tests import reference, scores
 from tests.host import run
 from tests.host.build import Mutation
-from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan
+from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan, sinks_of
 from tests.host.run import Schedule
 
 ARRAYS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
@@ -82,6 +83,13 @@ class Lengths:
         left, right = (1 << 20 if end < 0 else end for end in (left, 0 if self.causal else right))
         return np.asarray((distance >= -left) & (distance <= right))
 
+    def there(self, side: str) -> np.ndarray:
+        """(batch, rows) bool: rows of a sequence."""
+        found = np.zeros((self.batch(side), getattr(self, f"rows_{side}")), bool)
+        for b, (first, length) in enumerate(self.runs(side)):
+            found[self.row(side, b), first : first + length] = True
+        return found
+
     def seen(self, side: str) -> np.ndarray:
         """(batch, rows) bool: queries that see a key, or keys that a query sees."""
         found = np.zeros((self.batch(side), getattr(self, f"rows_{side}")), bool)
@@ -120,7 +128,8 @@ def lengths_of(
 @dataclass(frozen=True)
 class LengthsCase:
     """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows.
-    dlse: a backward is given a gradient of lse.
+    dlse: a backward is given a gradient of lse. sinks: their dtype, "float32" or the case's, or none. scores: what
+    becomes of them, of `tests.scores.NAMES`.
     """
 
     lengths: Lengths
@@ -135,6 +144,12 @@ class LengthsCase:
     family: str | None = None
     seed: int = 1
     dlse: bool = False
+    sinks: str = ""
+    scores: tuple[str, ...] = ()
+
+    def features(self) -> dict[str, Any]:
+        """Of scores, as keywords of `attention`."""
+        return scores.draw_features(self.scores, self.seed, self.lengths.sequences, self.heads[0], self.dtype)
 
     def __str__(self) -> str:
         texts = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
@@ -157,12 +172,17 @@ class Prepared:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("dq", "dk", "dv") if self.backward else ("out", "lse")
+        return ("dq", "dk", "dv") + ("dsinks",) * bool(self.case.sinks) if self.backward else ("out", "lse")
 
 
 def _tensor(case: LengthsCase, name: str) -> Tensor:
     """(batch, rows, heads, width) of the array, whatever its memory is; lse (batch, heads, rows)."""
     lengths = case.lengths
+    if name in ("sinks", "dsinks"):
+        return Tensor((case.heads[0],), (1,), case.sinks)
+    if name == "alibi_slopes":
+        shape = case.features()[name].shape
+        return Tensor(shape, (1, shape[0])[: len(shape)], "float32")  # of the batch, heads outermost
     side = "q" if name in _OF_QUERIES else "k"
     batch, rows = lengths.batch(side), getattr(lengths, f"rows_{side}")
     heads = case.heads[0] if side == "q" else case.heads[1]
@@ -181,20 +201,31 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
         lengths.sequences, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
         case.head_dim_v or case.head_dim, lengths.is_packed("q"), lengths.is_packed("k"),
     )  # fmt: skip
-    refs = {name: tensor.ref() for name, tensor in tensors.items() if name != "dlse"}  # of one row the stride is 0
+    refs = {name: tensor.ref() for name, tensor in tensors.items()}  # of one row the stride is 0
+    dense = {name: ref for name, ref in refs.items() if name in BACKWARD}
     options = Options.checked(lengths.causal, None, "bshd", None, case.deterministic)
-    problem = AttentionProblem.from_refs(refs, sizes, case.dtype, options)
+    problem = AttentionProblem.from_refs(dense, sizes, case.dtype, options)
     problem = dataclasses.replace(problem, lengths=lengths.spec)
     if lengths.window is not None:
         problem = SPECS["window_size"](problem, lengths.window)
-    return SPECS["dlse"](problem, tensors["dlse"].ref()) if "dlse" in tensors else problem
+    if "softcap" in case.features():
+        problem = SPECS["softcap"](problem, case.features()["softcap"])
+    for name in ("alibi_slopes", "sinks", "dsinks", "dlse"):
+        if name in refs:
+            problem = SPECS[name](problem, refs[name])
+    return problem
 
 
 def prepare(case: LengthsCase, backward: bool) -> Prepared:
     """Rows that belong to no sequence hold NaN, and so do queries that see no key, and keys that no query sees."""
     lengths = case.lengths
     names = (BACKWARD if backward else FORWARD) + ("dlse",) * (backward and case.dlse)
+    names += ("sinks",) * bool(case.sinks) + ("dsinks",) * (backward and bool(case.sinks))
+    features = case.features()
+    names += ("alibi_slopes",) * ("alibi_slopes" in features)
     tensors = {name: _tensor(case, name) for name in names}
+    if "alibi_slopes" in features:
+        tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
     numbers = reference.make_inputs(
         case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.sequences),
         heads=case.heads, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
@@ -209,20 +240,27 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
             values[~lengths.seen(side)] = 0xFFFF
     if "dlse" in tensors:
         dlse = tensors["dlse"].values.swapaxes(1, 2)
-        seen = lengths.seen("q")
+        seen = lengths.seen("q") if not case.sinks else lengths.there("q")  # then it is the sink that they see
         dlse[seen] = np.random.default_rng(case.seed).standard_normal(dlse[seen].shape)
+    sinks = None
+    if case.sinks:
+        stored = sinks_of(case.seed, case.heads[0], case.sinks)
+        tensors["sinks"].values[...] = stored.view(tensors["sinks"].values.dtype)
+        sinks = reference.as_float64(stored)
     expected: list[reference.Expected | None] = []
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
-        if not sq or not sk:
+        if not sq or not (sk or case.sinks):
             expected.append(None)
             continue
         of = {
             name: _part(case, tensor, name, b, (first_q, sq) if name in _OF_QUERIES else (first_k, sk))
             for name, tensor in tensors.items()
+            if name not in ("alibi_slopes", "sinks", "dsinks")
         }
         want = reference.expect(
-            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window, dlse=of.get("dlse")
-        )
+            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window,
+            dlse=of.get("dlse"), features=reference.Features(features.get("softcap"), _slopes(features, b), sinks),
+        )  # fmt: skip
         expected.append(want)
         if backward:
             model = want.bounds["out"].model
@@ -239,6 +277,11 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     prepared = Prepared(case, backward, tensors, lengths.arrays, plan, expected, workspace, {})
     prepared.inputs = {name: each.bits() for name, each in tensors.items() if name not in prepared.results}
     return prepared
+
+
+def _slopes(features: dict[str, Any], sequence: int) -> np.ndarray | None:
+    slopes = features.get("alibi_slopes")
+    return slopes if slopes is None or slopes.ndim == 1 else slopes[sequence]
 
 
 def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
@@ -265,6 +308,9 @@ def execute(
         prepared.tensors[name].poison()
     names = BACKWARD if prepared.backward else FORWARD
     pointers = tuple(prepared.tensors[name].pointer for name in names)
+    pointers += tuple(
+        prepared.tensors[name].pointer for name in ("dsinks", "alibi_slopes", "sinks") if name in prepared.tensors
+    )
     pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
     if "dlse" in prepared.tensors:
         pointers += (prepared.tensors["dlse"].pointer,)
@@ -285,11 +331,13 @@ def judge(prepared: Prepared) -> None:
     """AssertionError unless every sequence is right, and every row of none, or that sees nothing, is 0."""
     judge_memory(prepared)
     case, lengths = prepared.case, prepared.case.lengths
-    for name in prepared.results:
+    of_sequences = [name for name in prepared.results if name != "dsinks"]
+    for name in of_sequences:
         seen = lengths.seen("q" if name in _OF_QUERIES else "k")
         values = prepared.tensors[name].values
         if name == "lse":
-            assert (values.swapaxes(1, 2)[~seen] == -np.inf).all(), "lse: a row that sees no key is not -inf"
+            nobodys = ~(lengths.there("q") if case.sinks else seen)  # lse of the others is their sink, as expected
+            assert (values.swapaxes(1, 2)[nobodys] == -np.inf).all(), "lse: a row that sees no key is not -inf"
         else:
             assert not values[~seen].any(), f"{name}: a row that is not seen is not 0"
     for b, want in enumerate(prepared.expected):
@@ -298,12 +346,27 @@ def judge(prepared: Prepared) -> None:
         sides = {side: lengths.runs(side)[b] for side in "qk"}
         got = {
             name: _part(case, prepared.tensors[name], name, b, sides["q" if name in _OF_QUERIES else "k"])
-            for name in prepared.results
+            for name in of_sequences
         }
         try:
             want.check(**got)
         except AssertionError as error:
             raise AssertionError(f"sequence {b}: {error}") from error
+    if "dsinks" in prepared.results:
+        judge_dsinks(prepared)
+
+
+def judge_dsinks(prepared: Prepared) -> None:
+    """Of all sequences together."""
+    case = prepared.case
+    bounds = [want.bounds["dsinks"] for want in prepared.expected if want is not None]
+    ref, model = (np.sum([each[place] for each in bounds], axis=0) for place in (0, 1))
+    floor = sum(each.floor for each in bounds)
+    values = prepared.tensors["dsinks"].values
+    if case.sinks != "float32":
+        model = reference.round_to(model, case.sinks)
+        values = values if case.sinks == "bfloat16" else values.view(np.float16)
+    reference.compare("dsinks", values, ref, model, floor)
 
 
 def check(

@@ -55,6 +55,7 @@ class BwdTile:
     cluster: ClassVar[int] = 1
     dq_parts: ClassVar[int] = 1  # all of them add in one turn
     dq_unit: ClassVar[int] = 16  # columns of dQ that no two warps share
+    room: ClassVar[bool] = True
 
     @property
     def dq_warps(self) -> int:

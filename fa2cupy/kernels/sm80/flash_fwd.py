@@ -41,6 +41,12 @@ class FwdTile:
 
     family: ClassVar[str] = "sm80"
 
+    @property
+    def room(self) -> bool:
+        """16 rows per warp, or a tile as small."""
+        rows = self.block_m // self.num_warps
+        return rows == 16 or rows * (self.block_n + self.head_dim) <= 4096
+
     def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0) -> int:
         """Of `SharedMemory` in sm80/flash_fwd.cu; both are padded."""
         head_dim_v = head_dim_v or head_dim
