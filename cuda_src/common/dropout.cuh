@@ -87,8 +87,10 @@ FA2_DEVICE float inverse_of_kept(const Params& params) {
 template <bool kGiven, bool kTransposed, int kMTiles, int kNTiles>
 struct KeptOf {
   FA2_DEVICE void draw(const Drawing&, const Position<kTransposed>&) {}
-  FA2_DEVICE bool before(const Drawing&, bool x) const { return x; }
+  FA2_DEVICE int before(const Drawing&, int x) const { return x; }
+  FA2_DEVICE bool has(int, int, int) const { return true; }
   FA2_DEVICE void drop(Accumulator<kMTiles, kNTiles>&) const {}
+  FA2_DEVICE void drop(int, uint32_t (&)[kNTiles / 2][4]) const {}
 };
 
 template <bool kTransposed, int kMTiles, int kNTiles>
@@ -110,13 +112,13 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
 
   // x, but not before the bits are there: ptxas computes them where they are used, behind whatever waits in between, unless something
   // in front of that needs them.
-  FA2_DEVICE bool before(const Drawing& drawing, bool x) const {
+  FA2_DEVICE int before(const Drawing& drawing, int x) const {
     uint32_t all = 0;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int n = 0; n < (kShared ? 1 : 2) * kWords; ++n) all |= words[i][n / kWords][n % kWords];
-    return x || nothing_of(drawing, all) != 0;
+    return x + nothing_of(drawing, all);
   }
 
   // P = 0 where it is not kept.
@@ -127,6 +129,15 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
       for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc_p.x[i][j][e] = has(i, j, e) ? acc_p.x[i][j][e] : 0.f;
+  }
+
+  // The same of 16 rows that have been rounded: pairs of columns, as the fragments of a product's A have them.
+  FA2_DEVICE void drop(int i, uint32_t (&pairs)[kNTiles / 2][4]) const {
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        pairs[j / 2][j % 2 * 2 + h] &= (has(i, j, 2 * h) ? 0xffffu : 0) | (has(i, j, 2 * h + 1) ? 0xffff0000u : 0);
   }
 
   FA2_DEVICE void draw(const Drawing& drawing, const Position<kTransposed>& position) {
