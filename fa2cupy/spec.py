@@ -248,8 +248,8 @@ class DropoutParams(ctypes.Structure):
 class DropoutSpec(Spec):
     """Some of P is dropped: `threshold` of 32768, by a seed of so many 32-bit `words` (2, 4 or 8).
 
-    empty_rows, empty_keys: those of the problem, which are left out, and count all the same. moves: the device may leave
-    out some, too.
+    empty_rows, empty_keys: those of the problem, which are left out, and count all the same. moves: the device may
+    leave out some, too.
     """
 
     threshold: int

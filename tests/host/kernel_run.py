@@ -202,7 +202,8 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         seed = seed_of(case.seed, host_case.dropout[1])
         tensors["dropout_seed"].values.view(np.uint32)[...] = seed
         keep = keep_of(seed, case.batch, case.heads[0], slice(0, case.seqlen_q), slice(0, case.seqlen_k), p)
-    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores, host_case.dropout)  # what values depend on
+    # All that the values depend on.
+    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores, host_case.dropout)
     if key not in _EXPECTED:
         if len(_EXPECTED) >= _MAX_EXPECTED:
             _EXPECTED.clear()
