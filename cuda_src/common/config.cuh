@@ -102,6 +102,17 @@ enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which take
 enum { kOwnLogit = 0 };
 #endif
 
+#ifdef FA2_DROPOUT
+enum { kDropout = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
+#else
+enum { kDropout = 0 };
+#endif
+#ifdef FA2_ONE_BY_ONE
+enum { kOneByOne = FA2_ONE_BY_ONE };  // it may have to be drawn element by element
+#else
+enum { kOneByOne = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif

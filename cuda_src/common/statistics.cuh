@@ -1,5 +1,5 @@
-// What a row's statistics take in beside its scores: a logit of its head's own (attention sinks), and a gradient of lse. All are
-// templates, since parameters that are not there must not be looked up.
+// What a row's statistics take in beside its scores: a logit of its head's own (attention sinks), a gradient of lse, and how much
+// dropout keeps. All are templates, since parameters that are not there must not be looked up.
 #pragma once
 
 #include "common/params.cuh"
@@ -26,6 +26,16 @@ FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
                        (params.dlse_first_row + row) * strides.row];
   } else {
     return 0.f;
+  }
+}
+
+// What part of P dropout keeps. As much of D goes with dS: the inverse of this is a factor of what is multiplied by dS.
+template <typename Params>
+FA2_DEVICE float part_kept(const Params& params) {
+  if constexpr (kDropout) {
+    return params.kept;
+  } else {
+    return 1.f;
   }
 }
 
