@@ -30,7 +30,10 @@ __all__ = [
 # A workspace is one block, this aligned (bytes). CuPy's and torch's allocators align to 512.
 WORKSPACE_ALIGNMENT = 256
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
+ITEMSIZE = {
+    "float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8,
+    "uint8": 1, "int8": 1, "float8_e4m3fn": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
