@@ -26,6 +26,7 @@ from fa2cupy.errors import (
     UnsupportedDevice,
 )
 from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
+from fa2cupy.kvcache import KVCache, attention_with_kvcache
 from fa2cupy.merge import merge_attention
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Fa2Warning",
     "InvalidArgument",
     "InvalidType",
+    "KVCache",
     "LaunchError",
     "MissingDependency",
     "NotTaken",
@@ -43,6 +45,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_vjp",
+    "attention_with_kvcache",
     "backward_workspace_bytes",
     "forward_workspace_bytes",
     "install_as_flash_attn",

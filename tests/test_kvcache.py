@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import fa2cupy
-from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
-from fa2cupy.keywords import CACHE_FUNCTIONS, KEYWORDS
+from fa2cupy.keywords import KEYWORDS
 from fa2cupy.kvcache import KVCache, attention_with_kvcache
 from tests import caches
 from tests.caches import FLOAT8, INT8, CacheCase, Drawn, draw
@@ -110,7 +106,7 @@ def _case(choice: dict[str, Any], seed: int = 0) -> CacheCase:
     before = _LENS if choice["by"] is not None else (capacity,) * 7
     return CacheCase(
         before, choice["queries"], choice["new"], choice["heads"], choice["head_dims"][0], choice["head_dims"][1],
-        choice["dtype"], choice["page"], choice["table"] if choice["page"] else "block_table", capacity, choice["layout"],
+        choice["dtype"], choice["page"], choice["table"], capacity, choice["layout"],
         choice["by"], str(mask).startswith("causal"), window, None,
         tuple(min(5, length) for length in before) if choice["leftpad"] else None, choice["batch_idx"],
         rotary and (*rotary, ("float32", choice["dtype"])[seed % 2]), choice["kv_dtype"], choice["scales"], seed=seed,

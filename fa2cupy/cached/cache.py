@@ -103,8 +103,8 @@ class Cache:
         arrays = {"k_cache": held[names[0]], "v_cache": held[names[1]]}
         arrays |= {name: array for name, array in held.items() if name not in names}
         return cls(
-            framework, arrays, device, layout, dtype, dict(given.numbers), rows, page, num_heads_k, head_dim, head_dim_v,
-            tables, width,
+            framework, arrays, device, layout, dtype, dict(given.numbers),
+            rows, page, num_heads_k, head_dim, head_dim_v, tables, width,
         )  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def quantised(x: Array, dtype: str, scale: Array | float) -> Array:
     x = (x.astype(np.float32) / np.asarray(scale, np.float32)).astype(np.float32)
     if dtype == "int8":
         finite = np.nan_to_num(x, nan=0.0, posinf=127, neginf=-128)
-        return np.clip(np.rint(finite), -128, 127).astype(np.int8).view(np.uint8)
+        codes: Array = np.clip(np.rint(finite), -128, 127).astype(np.int8).view(np.uint8)
+        return codes
     magnitude = np.minimum(np.abs(np.where(np.isnan(x), 0, x)), _LARGEST).astype(np.float64)
     exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)  # of the last place of a number: 2^(exponent - 3)
     steps = np.rint(magnitude / 2.0 ** (exponent - 3.0)).astype(np.int64)  # 16 of them are 8 of the next exponent
@@ -77,7 +78,7 @@ def rotated(x: Array, cos: Array, sin: Array, style: str) -> Array:
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
     if style == "neox":
         first, second = slice(0, half), slice(half, 2 * half)
-    turned = x.copy()
+    turned: Array = x.copy()
     turned[..., first] = x[..., first] * cos - x[..., second] * sin
     turned[..., second] = x[..., first] * sin + x[..., second] * cos
     return turned
