@@ -33,8 +33,9 @@ def good(**changes: Any) -> dict[str, Any]:
     table = np.arange(15, dtype=np.int32).reshape(3, 5)
     call = {
         "q": zeros(3, 2, 4, 32), "k_cache": zeros(16, 4, 2, 32), "v_cache": zeros(16, 4, 2, 24),
-        "k": zeros(3, 2, 2, 32), "v": zeros(3, 2, 2, 24), "block_table": table, "cache_seqlens": ints(3, 0, 18), "leftpad_k": ints(1, 0, 3),
-        "cache_batch_idx": ints(2, 0, 1), "rotary": (zeros(20, 8), zeros(20, 8), "neox"), "causal": True,
+        "k": zeros(3, 2, 2, 32), "v": zeros(3, 2, 2, 24), "block_table": table, "cache_seqlens": ints(3, 0, 18),
+        "leftpad_k": ints(1, 0, 3), "cache_batch_idx": ints(2, 0, 1), "rotary": (zeros(20, 8), zeros(20, 8), "neox"),
+        "causal": True,
     }  # fmt: skip
     call |= changes
     return {name: value for name, value in call.items() if value is not None}
@@ -81,7 +82,7 @@ def test_the_good_call_is_good() -> None:
         ({"cache_seqlens": None, "seqused_k": ints(3)}, "seqused_k has shape (1,)"),
         ({"leftpad_k": zeros(3, 1, dtype=np.int32)}, "leftpad_k has shape (3, 1)"),
         ({"cache_batch_idx": ints(1)}, "cache_batch_idx has shape (1,)"),
-        ({"cache_batch_idx": None, "block_table": zeros(4, 5, dtype=np.int32)}, 
+        ({"cache_batch_idx": None, "block_table": zeros(4, 5, dtype=np.int32)},
          "the cache has 4 rows in the table of pages but q is a batch of 3"),
         ({"block_table": ints(1, 2, 3)}, "block_table has shape (3,): (batch, pages of the longest) is needed"),
         ({"block_table": zeros(3, 5)}, "block_table has dtype float16"),

@@ -44,10 +44,10 @@ def _e4m3_values() -> Array:
     return values
 
 
-def dequantised(x: Array, dtype: str, scale: Array | float) -> Array:
-    """float32 numbers of the elements of a cache, uint8 or int8; `scale` float32 and broadcast."""
+def dequantised(x: Array, dtype: str, scale: Array | float, wide: type = np.float32) -> Array:
+    """The numbers, of type `wide`, of elements of 8 bits; `scale` is float32 and broadcast."""
     values = _e4m3_values()[x.view(np.uint8)] if dtype == "float8_e4m3fn" else x.view(np.int8).astype(np.float32)
-    product: Array = values * np.asarray(scale, np.float32)
+    product: Array = values * np.asarray(scale, wide)
     return product
 
 

@@ -103,7 +103,8 @@ class _Host:
             stored = cache[pages, positions % self.sizes.page]
         if not self._call.cache.is_quantised:
             return stored
-        return dequantised(stored, self._call.cache.dtype, self._scale_of(scale, index, pages))
+        wide = np.float64 if self._q.dtype == np.float64 else np.float32
+        return dequantised(stored, self._call.cache.dtype, self._scale_of(scale, index, pages), wide)
 
     def _scale_of(self, name: str, index: int, pages: Array | None) -> Any:
         """Broadcast over (keys, num_heads_k, head_dim)."""
