@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fa2cupy import doors, dynamo, prepared
-from fa2cupy.calls import call
+from fa2cupy.calls import call, with_seed
 from fa2cupy.checks import check_flag
 from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.keywords import not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
-from fa2cupy.options import RawOptions, given
+from fa2cupy.options import RawOptions, given, gradients
 from fa2cupy.spec import LENGTHS
 
 __all__ = [
@@ -65,6 +65,20 @@ def attention(
             query's own among them. With causal=True right is 0: a positive one is an error.
         softmax_scale: a finite number, of either sign or 0; None is head_dim ** -0.5. An array is a TypeError, because
             reading it from a GPU would wait for it.
+        softcap: scores, which are softmax_scale * q_i . k_j, become softcap * tanh(score / softcap). A finite number
+            above 0; 0.0 is None.
+        alibi_slopes: (num_heads,) or (batch, num_heads) float32 (float64 too beside float64 inputs): slope * |p - j| is
+            taken off the score of query i, which stands beside key p = i + seqlen_k - seqlen_q, and key j; after
+            softcap, lse included. Of packed sequences batch is their number, and p is aligned in each by its lengths.
+        sinks: (num_heads,), float32 or of the inputs' dtype: logits that take part in the softmax of each row of their
+            head like a key without a value: lse is log(sum(exp(scores)) + exp(sink)).
+        dropout_p: probability with which each P is dropped, 0 is none; those kept are divided by 1 - dropout_p, and lse
+            knows nothing of it. Rounded to a multiple of 2^-15, and then below 1. It needs dropout_seed.
+        dropout_seed: (seed, offset), two ints of 64 bits (negative ones as two's complement), or an array on the
+            inputs' device, which a captured graph reads anew: int64 or uint64 (2,), uint32 (4,), the words of both, low
+            ones first, or uint32 (2,), a seed alone. What is dropped depends on these, the number of the sequence, the
+            query head, i and j only, counted from a sequence's first stored row (of segments, the batch row's):
+            `dropout_mask` says what. Without dropout_p it is not used.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: packed sequences. q is then (total_q, num_heads, head_dim), and
             k and v are (total_k, num_heads_k, ...). Sequence b has the rows from cu_seqlens[b] on that come before
             cu_seqlens[b + 1]. With one of the two the other side is dense, a row of the batch for each sequence.
@@ -97,7 +111,8 @@ def attention(
         lse is the natural logarithm of sum(exp(scores)): (batch, num_heads, seqlen_q) in either layout, float32
         (float64 for float64 inputs). Of a packed q they are (total_q, num_heads, head_dim_v) and (num_heads, total_q).
         The kind of array that went in comes back (CuPy or NumPy for other `__dlpack__`
-        producers), new ones C-contiguous. A row that sees no key has out = 0 and lse = -inf. Same inputs, same bits.
+        producers), new ones C-contiguous. A row that sees no key has out = 0 and lse = -inf, or the sink.
+        Same inputs, same bits.
 
     torch:
         Differentiable, in q, k and v, through out and lse; under torch.compile, torch.export, torch.func, checkpointing
@@ -141,26 +156,50 @@ def attention(
             pass
     operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
-    extra: tuple[str, ...] = ()
     if positional or keywords:
         extra, arrays, options = given("attention", arrays, options, positional, keywords)
+        if extra:
+            return _with_extra(operation, extra, arrays, workspace, options, return_lse, deterministic)
     if doors.has_torch() and alone:
         way = doors.torch_way(q, k, v)
         if way is STRAIGHT:
             operation = ASKED[operation]
         elif way is not None:
-            options = (*options[:4], deterministic, options[5])
-            if not extra:
-                return way(q, k, v, options, return_lse)
-            for name in extra:
-                if name not in LENGTHS:
-                    raise not_through_torch(extra)
-            return way(q, k, v, options, return_lse, dict(zip(extra, arrays[5:], strict=True)))
+            return way(q, k, v, (*options[:4], deterministic, options[5]), return_lse)
     if deterministic and any(map(is_traced, (q, k, v))):  # who takes the gradients gets no other word
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    out, lse = call(operation.extended(extra) if extra else operation, arrays, workspace, options)
+    out, lse = call(operation, arrays, workspace, options)
+    return (out, lse) if return_lse else out
+
+
+def _with_extra(
+    operation: Operation,
+    extra: tuple[str, ...],
+    arrays: list[Any],
+    workspace: Any,
+    options: RawOptions,
+    return_lse: bool,
+    deterministic: bool,
+) -> Any:
+    """`attention` with arrays beyond q, k, v and outputs, the last ones, called `extra`."""
+    q, k, v, out, lse_out, *more = arrays
+    if doors.has_torch() and out is None and lse_out is None and workspace is None:
+        way, others = doors.torch_way(q, k, v), [name for name in extra if name not in LENGTHS]
+        if way is STRAIGHT:
+            if not others:  # of these a gradient may be wanted: `call` asks
+                operation = ASKED[operation]
+        elif way is not None:
+            if others:
+                raise not_through_torch("dropout_p" if others[0] == "dropout_seed" else others[0])
+            options = (*options[:4], deterministic, options[5])
+            return way(q, k, v, options, return_lse, dict(zip(extra, more, strict=True)))
+    if deterministic and any(map(is_traced, (q, k, v))):
+        options = (*options[:4], True, options[5])
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    out, lse = call(operation.extended(extra), with_seed(arrays, extra, q), workspace, options)
     return (out, lse) if return_lse else out
 
 
@@ -184,7 +223,7 @@ def attention_backward(
     dv: Any = None,
     workspace: Any = None,
     **keywords: Any,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     """The gradients dq, dk, dv of `attention`. Layout "bshd": dout is (batch, seqlen_q, num_heads, head_dim_v).
     causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
 
@@ -194,17 +233,21 @@ def attention_backward(
         q, k, v: what `attention` was called with.
         out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs); of a
             packed q (num_heads, total_q).
-        causal, window_size, softmax_scale, layout, dtype: as they were given to `attention`.
+        causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, layout, dtype: as
+            they were given to `attention`.
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, segment_ids, max_seqlen_q, max_seqlen_k: likewise.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
         dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.
+        grad_of: names of further arrays whose gradients are wanted: ("sinks",), or none of them.
+        dsinks: where to put the gradient of sinks, of its shape and dtype, if grad_of names it.
         dq, dk, dv: where to put the results, of the shapes of q, k and v; the rules are those of `attention`'s out.
         workspace: one contiguous block of at least `backward_workspace_bytes` bytes, 256-byte aligned, any contents,
             of the inputs' framework and device. None allocates it. Needed with CuPy arrays inside a graph capture.
 
     Returns:
-        dq, dk, dv with the shapes and dtype of q, k and v. With GQA dk and dv have num_heads_k heads: the sum over
-        the query heads is taken inside. Rows that see no key have gradient 0, and so have those of no sequence.
+        dq, dk, dv with the shapes and dtype of q, k and v, and behind them one array for each name of grad_of. With GQA
+        dk and dv have num_heads_k heads: the sum over the query heads is taken inside. Rows that see no key have
+        gradient 0 (their sink takes dlse), and so have those of no sequence.
 
     Where and when, Raises: as `attention`.
     """
@@ -213,8 +256,10 @@ def attention_backward(
     operation, arrays = BACKWARD, [dout, q, k, v, out, lse, dq, dk, dv]
     options: RawOptions = (causal, softmax_scale, layout, dtype, deterministic, ())
     if positional or keywords:
-        extra, arrays, options = given("attention_backward", arrays, options, positional, keywords)
-        operation = operation.extended(extra)
+        further, outputs = gradients(keywords)
+        extra, arrays, options = given("attention_backward", [*arrays, *outputs], options, positional, keywords)
+        operation = operation.extended(extra, further)
+        return tuple(call(operation, with_seed(arrays, extra, q), workspace, options))
     dq, dk, dv = call(operation, arrays, workspace, options)
     return dq, dk, dv
 
@@ -236,7 +281,7 @@ def attention_vjp(
     lse_out: Any = None,
     workspace: Any = None,
     **keywords: Any,
-) -> tuple[Any, Callable[..., tuple[Any, Any, Any]]]:
+) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """`attention` and its pullback, for arrays without autograd. Layout "bshd", as in `attention`.
     causal=True is bottom-right aligned: query i sees keys j <= i + seqlen_k - seqlen_q (torch SDPA, JAX: top-left).
 
@@ -247,7 +292,8 @@ def attention_vjp(
 
     Returns:
         What `attention` returns, (batch, seqlen_q, num_heads, head_dim_v) or with lse, and a function pullback(dout,
-        dlse=None) that returns what `attention_backward` does; dlse, of lse's shape and dtype, is the gradient of lse.
+        dlse=None, grad_of=()) that returns what `attention_backward` does; dlse, of lse's shape and dtype, is the
+        gradient of lse.
         The pullback holds q, k, v, out and lse, reads them when it is called, and may be called again.
     """
     return_lse = check_flag("return_lse", return_lse)
@@ -257,14 +303,17 @@ def attention_vjp(
     options: RawOptions = (causal, softmax_scale, layout, dtype, False, ())
     arrays = [q, k, v, out, lse_out]
     extra, arrays, options = given("attention_vjp", arrays, options, positional, keywords)
+    arrays = with_seed(arrays, extra, q)
     out, lse = call(FORWARD.extended(extra), arrays, workspace, options)
+    if "dropout_seed" in extra:  # made once
+        keywords["dropout_seed"] = arrays[len(arrays) - len(extra) + extra.index("dropout_seed")]
 
-    def pullback(dout: Any, dlse: Any = None) -> tuple[Any, Any, Any]:
-        gradients: tuple[Any, Any, Any] = attention_backward(
+    def pullback(dout: Any, dlse: Any = None, grad_of: tuple[str, ...] = ()) -> tuple[Any, ...]:
+        results: tuple[Any, ...] = attention_backward(
             dout, q, k, v, out, lse, causal=causal, softmax_scale=softmax_scale, layout=layout, dtype=dtype,
-            deterministic=deterministic, dlse=dlse, **keywords,
+            deterministic=deterministic, dlse=dlse, grad_of=grad_of, **keywords,
         )  # fmt: skip
-        return gradients
+        return results
 
     return (out, lse) if return_lse else out, pullback
 
@@ -325,4 +374,4 @@ def _workspace_bytes(
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     extra, arrays, options = given(function, arrays, options, positional, keywords)
-    return workspace_bytes(operation.extended(extra), arrays, options)
+    return workspace_bytes(operation.extended(extra), with_seed(arrays, extra, arrays[0]), options)

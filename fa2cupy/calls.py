@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fa2cupy.frameworks import framework_of
 from fa2cupy.operations import Operation
 from fa2cupy.options import RawOptions
 from fa2cupy.prepared import PREPARED, framework_by_type, signature_key
 
-__all__ = ["call"]
+__all__ = ["call", "with_seed"]
 
 
 def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOptions) -> list[Any]:
@@ -32,3 +33,13 @@ def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOp
     from fa2cupy.first_call import first_call
 
     return first_call(operation, arrays, workspace, options)
+
+
+def with_seed(arrays: list[Any], extra: tuple[str, ...], like: Any) -> list[Any]:
+    """`arrays`, the last ones called `extra`, with two numbers for dropout_seed as an array in kind with `like`."""
+    if "dropout_seed" in extra:
+        place = len(arrays) - len(extra) + extra.index("dropout_seed")
+        framework = framework_of(like) if isinstance(arrays[place], tuple) else None
+        if framework is not None:
+            arrays[place] = framework.seed(arrays[place], like)
+    return arrays

@@ -15,14 +15,20 @@ from fa2cupy.frameworks.base import describe
 __all__ = [
     "KV_DTYPES",
     "LAYOUTS",
+    "SEED_DTYPES",
+    "SEED_SHAPES",
     "WINDOWS",
+    "check_dropout",
     "check_dtype",
     "check_flag",
+    "check_grad_of",
     "check_hint",
     "check_kv_dtype",
     "check_layout",
     "check_pair",
     "check_scale",
+    "check_seed",
+    "check_softcap",
     "check_split_size",
     "check_window",
     "shown",
@@ -112,6 +118,75 @@ def check_scale(name: str, value: Any) -> float | None:
     if not math.isfinite(scale):
         raise InvalidArgument(f"{shown(name, value)} is not supported: it must be finite")
     return scale
+
+
+def check_softcap(name: str, value: Any) -> float:
+    """A finite number above 0; what is no softcap has been found neutral."""
+    softcap = check_scale(name, value)
+    assert softcap is not None
+    if not softcap > 0:
+        raise InvalidArgument(f"{shown(name, value)} is not supported: a number above 0, or None or 0.0 for none")
+    return softcap
+
+
+DROPOUT_STEPS = 2**15  # the kernels compare 15 random bits
+
+
+def check_dropout(name: str, value: Any) -> float | None:
+    """A probability, rounded to a multiple of 2^-15; None where that is 0."""
+    try:
+        p = check_scale(name, value)
+    except InvalidArgument:  # not finite
+        p = math.nan
+    assert p is not None
+    rounded = round(p * DROPOUT_STEPS) / DROPOUT_STEPS if 0 <= p < 2 else math.nan
+    if not rounded < 1:
+        raise InvalidArgument(
+            f"{shown(name, value)} is not supported: at least 0 and, rounded to a multiple of 2^-15, below 1"
+        )
+    return rounded or None
+
+
+# Of a dropout_seed that is an array. All hold 32-bit words: seed and offset, two words each, low ones first, and, if
+# there are eight, the first batch and the first head. Two alone are a seed, as JAX's keys have it, and offset 0.
+SEED_SHAPES = ((2,), (4,))
+SEED_DTYPES = ("int64", "uint64", "uint32")
+_SEEDS = "(seed, offset), two ints, or an array of them, int64 or uint64 (2,) or uint32 (4,) or (2,),"
+
+
+def check_seed(name: str, value: Any) -> tuple[Any]:
+    """The array, or (seed, offset) as two signed numbers of 64 bits, of which a framework makes one."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
+        shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        if shape not in SEED_SHAPES or dtype not in SEED_DTYPES:
+            kind = InvalidType if dtype not in SEED_DTYPES else InvalidArgument
+            raise kind(f"{name} has shape {shape} and dtype {dtype}: {_SEEDS} is needed")
+        return (value,)
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.generic):
+        return (value,)
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: {_SEEDS} is needed")
+    for item in value:
+        if isinstance(item, (bool, np.bool_)) or not isinstance(item, (int, np.integer)):
+            raise InvalidType(f"{shown(name, value)} holds a {describe(item)}: {_SEEDS} is needed")
+        if not -(2**63) <= item < 2**64:
+            raise InvalidArgument(f"{shown(name, value)} holds a number of more than 64 bits")
+    seed, offset = ((int(item) + 2**63) % 2**64 - 2**63 for item in value)
+    return ((seed, offset),)
+
+
+GRADIENTS = {"sinks": "dsinks"}  # what grad_of may name, and the output for it
+
+
+def check_grad_of(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: a tuple of names, as ('sinks',), is needed")
+    for item in value:
+        if item not in GRADIENTS:
+            raise InvalidArgument(f"{shown(name, value)} names {item!r}: {', '.join(map(repr, GRADIENTS))} is possible")
+        if value.count(item) > 1:
+            raise InvalidArgument(f"{shown(name, value)} names {item!r} twice")
+    return tuple(value)
 
 
 def check_hint(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fa2cupy import env
+from fa2cupy.checks import GRADIENTS
 from fa2cupy.errors import CompilationError, InvalidArgument, InvalidType, LaunchError
 from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import (
@@ -38,7 +39,7 @@ from fa2cupy.prepared import (
     signature_key,
     workspace_block,
 )
-from fa2cupy.problem import AttentionProblem, Sizes, check_array, check_dtypes, with_features
+from fa2cupy.problem import ARRAY_RULES, AttentionProblem, Sizes, check_array, check_dtypes, with_features
 from fa2cupy.spec import LENGTHS
 
 __all__ = ["first_call"]
@@ -106,6 +107,10 @@ def _one_framework(arrays: Arrays) -> tuple[Framework, Arrays]:
     framework: Framework | None = None
     first = next(iter(arrays))
     for name, array in arrays.items():
+        if name == "dropout_seed" and isinstance(array, tuple):  # beside a producer of another library
+            assert framework is not None
+            converted[name] = framework.seed(array, converted["q"])
+            continue
         found = framework_of(array)
         if found is None:
             if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
@@ -142,14 +147,27 @@ def _one_device(refs: Mapping[str, TensorRef]) -> Device:
 
 def _check_arrays(operation: Operation, refs: Mapping[str, TensorRef], options: Options) -> tuple[str, Sizes]:
     """The dtype and the lengths of the problem; raises where dtypes or shapes do not fit together."""
-    dense = {name: ref for name, ref in refs.items() if name not in operation.extra}
+    dense = {name: ref for name, ref in refs.items() if name not in operation.extra + operation.further}
     dtype = check_dtypes(dense, options)
     sizes = Sizes.of(refs, options.layout)
     for name, ref in dense.items():
         sizes.check_shape(name, ref.shape, options.layout)
     for name in operation.extra:
         check_array(name, refs[name], sizes, dtype)
+    for name in operation.further:
+        if name in refs:
+            sizes.check_shape(name, refs[name].shape, options.layout)
+            wanted = refs[_source_of(name)].dtype
+            if refs[name].dtype != wanted:
+                raise InvalidType(
+                    f"{name} has dtype {refs[name].dtype} but {_source_of(name)} has {wanted}: they must be the same"
+                )
     return dtype, sizes
+
+
+def _source_of(gradient: str) -> str:
+    """What it is the gradient of."""
+    return next(name for name, output in GRADIENTS.items() if output == gradient)
 
 
 def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, TensorRef], given: Arrays) -> None:
@@ -178,14 +196,15 @@ def _check_memory(framework: Framework, arrays: Arrays, refs: Mapping[str, Tenso
 
 
 def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Arrays, device: Device) -> Arrays:
-    """Copies of the inputs whose last dimension is not contiguous; of lengths, int32 without any gap; the other arrays
-    as they are.
+    """Copies of the inputs whose last dimension is not contiguous; of lengths, int32 without any gap; of other extra
+    inputs C-contiguous ones, unless the kernels know strides of theirs; the other arrays as they are.
     """
     copies: Arrays = {}
     for name in (*operation.inputs, *operation.extra):
         is_wide = name in LENGTHS and framework.dtype(arrays[name]) != "int32"
         contiguous = framework.has_contiguous_rows(arrays[name]) and framework.is_strided_by_element(arrays[name])
-        if name in LENGTHS and not _without_gaps(framework, arrays[name]):
+        has_no_strides = name in operation.extra and not ARRAY_RULES[name].strided
+        if has_no_strides and not _without_gaps(framework, arrays[name]):
             contiguous = False
         if is_wide or not contiguous:
             if not framework.allocates_in_capture and framework.is_capturing(
@@ -194,7 +213,7 @@ def _copy_where_needed(operation: Operation, framework: GpuFramework, arrays: Ar
                 why, wanted = "it is not int32", "an int32"
                 if not is_wide:
                     why, wanted = "its last dimension is not contiguous", "a contiguous"
-                    if name in LENGTHS:
+                    if has_no_strides:
                         why = "it is not contiguous"
                 raise InvalidArgument(
                     f"{name} must be copied because {why}, which {framework.name} cannot do inside a CUDA graph "
@@ -242,6 +261,8 @@ def _prepare(
         if name not in arrays:
             shape = sizes.shape(name, options.layout)
             element = "float32" if name == "lse_out" else storage
+            if name in operation.further:
+                element = framework.dtype(arrays[_source_of(name)])
             if name in operation.scratch:
                 size = math.prod(shape) * ITEMSIZE[element]
                 with driver.device_guard(device.index):
@@ -251,7 +272,7 @@ def _prepare(
                     continue
                 allocate, address = framework.scratch(size, arrays["q"])
             else:
-                swapped = operation.swapped and name != "lse_out"
+                swapped = operation.swapped and len(shape) == 4
                 allocate, address = framework.allocator(shape, element, arrays["q"], swapped), framework.address
             fresh.append((position, allocate, address))
     return PreparedCall(
@@ -314,21 +335,23 @@ def _problem(
 ) -> AttentionProblem:
     """The problem with the outputs that are still to be allocated: C-contiguous in the user's layout (or in the other
     one, where the operation says so), aligned."""
-    tensors = {}
+    tensors: dict[str, TensorRef] = {}
+    further: dict[str, TensorRef] = {}
     for name in operation.inputs + operation.outputs:
         if name in arrays:
             ref = framework.ref(arrays[name], name)
         else:
             shape = sizes.shape(name, options.layout)
             strides = contiguous_strides(shape)
-            if operation.swapped and name != "lse_out":
+            if operation.swapped and len(shape) == 4:
                 strides = swap(contiguous_strides(swap(shape)))
-            ref = TensorRef(0, shape, strides, dtype, device, None)
-        tensors["lse" if name == "lse_out" else name] = ref
+            element = framework.dtype(arrays[_source_of(name)]) if name in operation.further else dtype
+            ref = TensorRef(0, shape, strides, element, device, None)
+        (further if name in operation.further else tensors)["lse" if name == "lse_out" else name] = ref
     problem = AttentionProblem.from_refs(tensors, sizes, dtype, options)
     if operation.extra or options.features:
         extra = {name: framework.ref(arrays[name], name) for name in operation.extra}
-        problem = with_features(problem, {**dict(options.features), **extra})
+        problem = with_features(problem, {**dict(options.features), **extra, **further})
         assert problem.extra_arrays == operation.extra, "the specs of a problem stand in the order of the keywords"
     return problem
 

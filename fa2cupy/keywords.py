@@ -16,12 +16,17 @@ import numpy as np
 
 from fa2cupy.checks import (
     WINDOWS,
+    check_dropout,
     check_dtype,
     check_flag,
+    check_grad_of,
     check_hint,
     check_kv_dtype,
     check_layout,
+    check_pair,
     check_scale,
+    check_seed,
+    check_softcap,
     check_split_size,
     check_window,
     shown,
@@ -55,8 +60,8 @@ _PROBABILITIES = ("attention_probabilities",)
 # Functions that are there: their arrays, and what they return.
 FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "attention": (("q", "k", "v"), "A | tuple[A, A]"),
-    "attention_vjp": (("q", "k", "v"), "tuple[A | tuple[A, A], Callable[..., tuple[A, A, A]]]"),
-    "attention_backward": (("dout", "q", "k", "v", "out", "lse"), "tuple[A, A, A]"),
+    "attention_vjp": (("q", "k", "v"), "tuple[A | tuple[A, A], Callable[..., tuple[A, ...]]]"),
+    "attention_backward": (("dout", "q", "k", "v", "out", "lse"), "tuple[A, ...]"),
     "forward_workspace_bytes": (("q", "k", "v"), "int"),
     "backward_workspace_bytes": (("q", "k", "v"), "int"),
 }
@@ -74,9 +79,9 @@ class Keyword:
 
     type: its annotation. functions: those that take it. meaning: one line, for the table in docs/usage.md.
     since: the version that has it, None for one to come. neutral: values that mean the same as leaving it out.
-    check: makes of (name, value) what the call goes on with, or raises; None for an array, which is checked as one.
-    arrays: names of the two arrays that it is for, where one given alone is both. hint: checked, and then forgotten:
-    nothing depends on it.
+    check: makes of (name, value) what the call goes on with, None for nothing, or raises; None for an array, which is
+    checked as one. arrays: names of the arrays that it is for, which `check` makes of the value. output: of a gradient
+    beside dq, dk and dv. hint: checked, and then forgotten: nothing depends on it.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Keyword:
     neutral: tuple[object, ...] = (None,)
     check: Callable[[str, Any], Any] | None = None
     arrays: tuple[str, ...] = ()
+    output: bool = False
     hint: bool = False
 
 
@@ -109,12 +115,12 @@ _TABLE = (
     ),
     Keyword(
         "softcap", "float | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
-        "scores become softcap * tanh(score / softcap)", neutral=(None, 0.0),
+        "scores become softcap * tanh(score / softcap)", "0.2", (None, 0.0), check_softcap,
     ),
     Keyword("score_mod", "ScoreMod | None", None, (*_ALL, *_PROBABILITIES), "a function of each score"),
     Keyword(
         "alibi_slopes", "A | None", None, (*_ALL, *_ATTEND, *_PROBABILITIES),
-        "slope * distance is taken off each score; (num_heads,) or (batch, num_heads), float32",
+        "slope * distance is taken off each score; (num_heads,) or (batch, num_heads), float32", "0.2",
     ),
     Keyword(
         "bias", "A | None", None, (*_ALL, *_PROBABILITIES),
@@ -124,9 +130,18 @@ _TABLE = (
         "mask", "A | BlockMask | None", None, (*_ALL, *_PROBABILITIES),
         "True where a query attends to a key, or a BlockMask",
     ),
-    Keyword("sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)"),
-    Keyword("dropout_p", "float", 0.0, _ALL, "probability of dropping a P", neutral=(None, 0.0)),
-    Keyword("dropout_seed", "A | tuple[int, int] | None", None, _ALL, "what is dropped: (seed, offset)"),
+    Keyword(
+        "sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)", "0.2"
+    ),
+    Keyword(
+        "dropout_p", "float", 0.0, (*_ALL, "dropout_mask"),
+        "probability of dropping a P; what is left of it is divided by 1 - dropout_p", "0.2", (None, 0.0),
+        check_dropout,
+    ),
+    Keyword(
+        "dropout_seed", "A | tuple[int, int] | None", None, (*_ALL, "dropout_mask"),
+        "what is dropped: (seed, offset), or an array of them", "0.2", check=check_seed, arrays=("dropout_seed",),
+    ),
     Keyword(
         "cu_seqlens_q", "Array | None", None, (*_ALL, *_PROBABILITIES, *_ATTEND),
         "q is packed, (total, num_heads, head_dim): where its sequences start, and the last ends; (batch + 1,)", "0.2",
@@ -146,7 +161,7 @@ _TABLE = (
     Keyword(
         "segment_ids", "Array | tuple[Array, Array] | None", None, _ALL,
         "(batch, seqlen), or one for queries and one for keys: a query sees the keys of its own id, negative ones are "
-        "padding", "0.2", arrays=("segment_ids_q", "segment_ids_k"),
+        "padding", "0.2", check=check_pair, arrays=("segment_ids_q", "segment_ids_k"),
     ),
     Keyword(
         "max_seqlen_q", "int | Array | None", None, _ALL, "a hint, which is never read: the longest query sequence",
@@ -179,13 +194,14 @@ _TABLE = (
     Keyword("lse_out", "A | None", None, (*_FORWARD, *_ATTEND), "where to put the log-sum-exp", "0.1"),
     Keyword("dlse", "A | None", None, _BACKWARD, "gradient of the loss with respect to lse", "0.2"),
     Keyword(
-        "grad_of", "tuple[str, ...]", (), _BACKWARD, '"bias", "sinks": further gradients to return', neutral=(None, ())
+        "grad_of", "tuple[str, ...]", (), _BACKWARD, '"sinks": further gradients to return', "0.2", (None, ()),
+        check_grad_of,
     ),
     Keyword("dq", "A | None", None, _BACKWARD, "where to put the gradient of q", "0.1"),
     Keyword("dk", "A | None", None, _BACKWARD, "where to put the gradient of k", "0.1"),
     Keyword("dv", "A | None", None, _BACKWARD, "where to put the gradient of v", "0.1"),
-    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias"),
-    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks"),
+    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias", output=True),
+    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks", "0.2", output=True),
     Keyword(
         "workspace", "A | None", None, (*_FORWARD, *_BACKWARD, *_ATTEND),
         "one block of memory of at least `forward_workspace_bytes`, `backward_workspace_bytes`", "0.1",
@@ -347,10 +363,10 @@ def not_supported(function: str, keyword: Keyword, value: object) -> Fa2Error:
     )
 
 
-def not_through_torch(names: tuple[str, ...]) -> Fa2Error:
-    """The error for features that torch's autograd and operators do not carry; without it they would be dropped."""
+def not_through_torch(name: str) -> Fa2Error:
+    """The error for an array that torch's autograd and operators do not carry; without it it would be dropped."""
     return InvalidArgument(
-        f"{names[0]} is not supported yet for tensors that require grad or are traced: "
+        f"{name} is not supported yet for tensors that require grad or are traced: "
         "use torch.no_grad(), and attention_backward for gradients"
     )
 
@@ -379,7 +395,8 @@ def _hint(function: str, name: str) -> str:
 
 def _elsewhere(name: str) -> str:
     """Whose keyword it is."""
-    there = [function for function in KEYWORDS[name].functions if function in _functions()]
-    if there and KEYWORDS[name].since:
-        return f"{name!r} is a keyword of {there[0]}()"
+    functions = KEYWORDS[name].functions
+    there = [function for function in functions if function in _functions()]
+    if KEYWORDS[name].since:
+        return f"{name!r} is a keyword of {(there or functions)[0]}()"
     return f"{name!r} is for {KEYWORDS[name].functions[-1]}(), which is not supported yet"

@@ -15,6 +15,7 @@ __all__ = ["ASKED", "BACKWARD", "FORWARD", "FORWARD_OUT", "STRAIGHT", "Operation
 class Operation:
     """The forward or the backward: its array arguments, in the order in which the kernels take their pointers.
 
+    further: of the outputs those beyond the dense ones, gradients of extra inputs, the last ones.
     scratch: outputs that nobody gets unless they are given, so that memory is enough for them.
     extra: further inputs, of the keywords beyond dense attention that a call was given, in the keyword table's order.
     They stand behind the outputs, so that the pointers of dense attention keep their places.
@@ -26,6 +27,7 @@ class Operation:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     scratch: frozenset[str] = frozenset()
+    further: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     asked: bool = False
     swapped: bool = False
@@ -38,19 +40,27 @@ class Operation:
     def is_backward(self) -> bool:
         return self.name == "attention_backward"
 
-    def extended(self, extra: tuple[str, ...]) -> Operation:
-        """The operation with these further inputs; the same object for the same names, as a part of a call's key."""
-        return _extended(self, extra) if extra else self
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """Of its arrays those of dense attention."""
+        return self.inputs + self.outputs[: len(self.outputs) - len(self.further)]
+
+    def extended(self, extra: tuple[str, ...], further: tuple[str, ...] = ()) -> Operation:
+        """The operation with these further inputs and outputs; the same object for the same names, as a part of a
+        call's key.
+        """
+        return _extended(self, extra, further) if extra or further else self
 
 
 @dynamo.constant
-def _extended(operation: Operation, extra: tuple[str, ...]) -> Operation:
-    return _known(operation, extra)
+def _extended(operation: Operation, extra: tuple[str, ...], further: tuple[str, ...]) -> Operation:
+    return _known(operation, extra, further)
 
 
 @functools.cache
-def _known(operation: Operation, extra: tuple[str, ...]) -> Operation:
-    return replace(operation, extra=operation.extra + extra)
+def _known(operation: Operation, extra: tuple[str, ...], further: tuple[str, ...]) -> Operation:
+    outputs, all_further = operation.outputs + further, operation.further + further
+    return replace(operation, extra=operation.extra + extra, outputs=outputs, further=all_further)
 
 
 FORWARD = Operation("attention", ("q", "k", "v"), ("out", "lse_out"))

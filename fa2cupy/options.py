@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fa2cupy.checks import check_hint, check_pair
+from fa2cupy.checks import GRADIENTS, check_grad_of, check_hint
 from fa2cupy.declared import RIGHT_OF_CAUSAL
+from fa2cupy.errors import InvalidArgument
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
 
-__all__ = ["Options", "RawOptions", "given"]
+__all__ = ["Options", "RawOptions", "given", "gradients"]
 
 # What a call was given, of any type, in the order of the fields of `Options`: part of its signature.
 RawOptions = tuple[object, object, object, object, object, tuple[tuple[str, Any], ...]]
@@ -96,13 +97,42 @@ def given(
             raise not_supported(function, keyword, value)
         if keyword.hint:
             check_hint(name, value)
-        elif keyword.arrays:
-            extra.extend(zip(keyword.arrays, check_pair(name, value), strict=True))
         elif keyword.check is None:
             extra.append((name, value))
+        elif keyword.arrays:
+            extra.extend(zip(keyword.arrays, keyword.check(name, value), strict=True))
         else:
-            features.append((name, keyword.check(name, value)))
+            checked = keyword.check(name, value)
+            if checked is not None:
+                features.append((name, checked))
+    _match_seed(extra, features)
     if not extra and not features:
         return (), arrays, options
     names = tuple(name for name, _ in extra)
     return names, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))
+
+
+def _match_seed(extra: list[tuple[str, Any]], features: list[tuple[str, Any]]) -> None:
+    """A seed goes with a probability: one that nothing is dropped by is left out, of both."""
+    p = dict(features).get("dropout_p")
+    if p is None:
+        extra[:] = [each for each in extra if each[0] != "dropout_seed"]
+    elif "dropout_seed" not in dict(extra):
+        raise InvalidArgument(f"dropout_p={p} is given without dropout_seed=(seed, offset), which is needed")
+
+
+def gradients(keywords: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """What a backward was asked for beyond dq, dk and dv, and taken out of its keywords: names of outputs, in the order
+    of grad_of, and the arrays that were given for them, or None.
+    """
+    asked = keywords.pop("grad_of", None)
+    wanted = () if is_neutral(KEYWORDS["grad_of"], asked) else check_grad_of("grad_of", asked)
+    for name in wanted:
+        if keywords.get(name) is None:
+            raise InvalidArgument(f"grad_of={wanted!r} names {name!r}, and {name} is not given")
+    given_arrays = {output: keywords.pop(output, None) for output in GRADIENTS.values()}
+    for name, output in GRADIENTS.items():
+        if name not in wanted and given_arrays[output] is not None:
+            raise InvalidArgument(f"{output} is given, and grad_of does not name {name!r}")
+    names = tuple(GRADIENTS[name] for name in wanted)
+    return names, [given_arrays[name] for name in names]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fa2cupy.checks import LAYOUTS
-from fa2cupy.declared import BHSD_OF_PACKED, FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
+from fa2cupy.checks import SEED_DTYPES, SEED_SHAPES
+from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.options import Options
+from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
 from fa2cupy.spec import LENGTHS, LengthsSpec, SoftmaxSpec, Spec, WindowSpec
 
 __all__ = [
@@ -31,128 +32,9 @@ __all__ = [
 
 Strides = tuple[int, int, int]  # in elements, between (batch, seqlen, head) neighbours; lse: (batch, head, seqlen)
 
-MAX_HEAD_DIM = 256
-# Lengths, batch and heads: leaves the kernels' 32-bit counters room to round up to a tile. Offsets are 64-bit.
-MAX_LENGTH = 2**30
 _DTYPES = {"cuda": ("float16", "bfloat16"), "cpu": ("float16", "bfloat16", "float32", "float64")}
 # The kernels take the scale times log2(e) as float32.
 _MAX_GPU_SCALE = 2e38
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The lengths of a problem, read from q, k and v.
-
-    packed_q, packed_k: this side is (total, heads, head_dim), all sequences one behind the other; its seqlen is the
-    total, and batch the number of sequences. lse follows the queries.
-    """
-
-    batch: int
-    seqlen_q: int
-    seqlen_k: int
-    num_heads: int
-    num_heads_k: int
-    head_dim: int
-    head_dim_v: int
-    packed_q: bool = False
-    packed_k: bool = False
-
-    @classmethod
-    def of(cls, refs: Mapping[str, TensorRef], layout: str) -> Sizes:
-        """From q, k, v and, where they are among `refs`, cu_seqlens_q and cu_seqlens_k.
-
-        Raises InvalidArgument where the shapes do not fit together.
-        """
-        starts = {name: _sequences(name, refs[name].shape) for name in _STARTS if name in refs}
-        if starts and layout != "bshd":
-            raise BHSD_OF_PACKED.error()
-        packed = {name: start in starts for name, start in zip("qkv", (*_STARTS, _STARTS[1]), strict=True)}
-        forms = {name: _PACKED if packed[name] else LAYOUTS[layout] for name in "qkv"}
-        shapes = {name: _bshd(name, refs[name].shape, layout, packed[name]) for name in "qkv"}
-        batches = starts | {name: shapes[name][0] for name in "qkv" if not packed[name]}
-        first, batch = next((name, batches[name]) for name in ("q", *_STARTS, "k") if name in batches)
-        _, seqlen_q, num_heads, head_dim = shapes["q"]
-        _, seqlen_k, num_heads_k, _ = shapes["k"]
-        head_dim_v = shapes["v"][3]
-        for name, what, width in (("q", "head_dim", head_dim), ("v", "head_dim_v", head_dim_v)):
-            if not 1 <= width <= MAX_HEAD_DIM:
-                raise InvalidArgument(f"{name} has {what} {width}, which is not supported: 1 to {MAX_HEAD_DIM}")
-        for name, length in batches.items():
-            if length != batch:
-                if starts:
-                    wrong, right = _batch_in_words(name, length), _batch_in_words(first, batch)
-                    raise InvalidArgument(f"{wrong} but {right}: they must be equal")
-                raise InvalidArgument(f"{name} has batch {length} but q has {batch}: they must be equal")
-        if shapes["k"][3] != head_dim:
-            raise InvalidArgument(
-                f"k has head_dim {shapes['k'][3]} but q has {head_dim}: they must be equal "
-                f"({_meaning(layout, forms['k'])})"
-            )
-        for axis, what in ((1, "rows" if packed["k"] else "seqlen"), (2, "num_heads")):
-            if shapes["v"][axis] != shapes["k"][axis]:
-                raise InvalidArgument(
-                    f"v has {what} {shapes['v'][axis]} but k has {shapes['k'][axis]}: they must be equal "
-                    f"({_meaning(layout, forms['v'])})"
-                )
-        if num_heads % num_heads_k if num_heads_k else num_heads:
-            raise InvalidArgument(
-                f"q has {num_heads} heads and k has {num_heads_k}: the number of query heads must be a multiple of the "
-                f"number of key heads ({_meaning(layout, forms['q'])})"
-            )
-        for name, what, length in (
-            (first, "batch", batch),
-            ("q", "seqlen", seqlen_q),
-            ("k", "seqlen", seqlen_k),
-            ("q", "num_heads", num_heads),
-        ):
-            if length > MAX_LENGTH:
-                raise InvalidArgument(f"{name} has {what} {length}, which is not supported: at most {MAX_LENGTH}")
-        return cls(
-            batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v, packed["q"], packed["k"]
-        )  # fmt: skip
-
-    def shape(self, name: str, layout: str) -> tuple[int, ...]:
-        """The shape, in the user's layout, of a tensor of this problem: 'dq', 'out', ..., 'lse' (no layout)."""
-        if name in ("lse", "lse_out"):
-            return (() if self.packed_q else (self.batch,)) + (self.num_heads, self.seqlen_q)
-        is_packed = self.packed_q
-        if name in ("q", "dq"):
-            length, heads, width = self.seqlen_q, self.num_heads, self.head_dim
-        elif name in ("out", "dout"):
-            length, heads, width = self.seqlen_q, self.num_heads, self.head_dim_v
-        else:
-            is_packed = self.packed_k
-            width = self.head_dim if name in ("k", "dk") else self.head_dim_v
-            length, heads = self.seqlen_k, self.num_heads_k
-        if is_packed:
-            return length, heads, width
-        return (self.batch, length, heads, width) if layout == "bshd" else (self.batch, heads, length, width)
-
-    def check_shape(self, name: str, shape: tuple[int, ...], layout: str) -> None:
-        """InvalidArgument if argument `name` does not have the shape that this problem gives it."""
-        expected = self.shape(name, layout)
-        if shape != expected:
-            raise InvalidArgument(f"{name} has shape {shape}: {expected} is needed")
-
-
-_STARTS = ("cu_seqlens_q", "cu_seqlens_k")
-_PACKED = "(total, num_heads, head_dim)"
-
-
-def _sequences(name: str, shape: tuple[int, ...]) -> int:
-    """How many sequences an array of their starts is for."""
-    if len(shape) != 1 or shape[0] == 0:
-        raise InvalidArgument(f"{name} has shape {shape}: (batch + 1,) is needed, the starts and the end of the last")
-    return shape[0] - 1
-
-
-def _batch_in_words(name: str, length: int) -> str:
-    return f"{name} is for a batch of {length}" if name in _STARTS else f"{name} has batch {length}"
-
-
-def _meaning(layout: str, form: str) -> str:
-    """What the dimensions of an array are, as an error adds it."""
-    return f"packed arrays are {form}" if form == _PACKED else f"layout={layout!r} means {form}"
 
 
 def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
@@ -194,12 +76,14 @@ class ArrayRule:
     """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
 
     shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
-    dtypes: likewise, by the problem's dtype.
+    dtypes: likewise, by the problem's dtype. strided: the kernels take any strides of it; of the others they get
+    C-contiguous arrays.
     """
 
     expected: str
     shapes: Callable[[Sizes], Collection[tuple[int, ...]]]
     dtypes: Callable[[str], Collection[str]]
+    strided: bool = False
 
 
 def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> ArrayRule:
@@ -207,9 +91,22 @@ def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> Array
     return ArrayRule(expected, lambda sizes: (shape(sizes),), lambda dtype: ("int32", "int64"))
 
 
+def _dtypes_of_sinks(dtype: str) -> tuple[str, ...]:
+    """float32 or that of q, whose bits may be in uint16."""
+    of_q = ("bfloat16", "uint16") if dtype == "bfloat16" else () if dtype == "float32" else (dtype,)
+    return "float32", *of_q
+
+
 # By name: of the keyword, or where one stands for two arrays, of the array.
 ARRAY_RULES: dict[str, ArrayRule] = {
-    **{name: _integers("(batch + 1,)", lambda sizes: (sizes.batch + 1,)) for name in _STARTS},
+    "alibi_slopes": ArrayRule(
+        "(num_heads,) or (batch, num_heads)",
+        lambda sizes: ((sizes.num_heads,), (sizes.batch, sizes.num_heads)),
+        lambda dtype: ("float32", "float64") if dtype == "float64" else ("float32",),
+    ),
+    "sinks": ArrayRule("(num_heads,)", lambda sizes: ((sizes.num_heads,),), _dtypes_of_sinks),
+    "dropout_seed": ArrayRule("(2,) or (4,)", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES),
+    **{name: _integers("(batch + 1,)", lambda sizes: (sizes.batch + 1,)) for name in STARTS},
     **{name: _integers("(batch,)", lambda sizes: (sizes.batch,)) for name in ("seqused_q", "seqused_k", "leftpad_k")},
     "segment_ids_q": _integers("(batch, seqlen_q)", lambda sizes: (sizes.batch, sizes.seqlen_q)),
     "segment_ids_k": _integers("(batch, seqlen_k)", lambda sizes: (sizes.batch, sizes.seqlen_k)),
@@ -217,6 +114,7 @@ ARRAY_RULES: dict[str, ArrayRule] = {
         "lse's shape",
         lambda sizes: (sizes.shape("lse", "bshd"),),
         lambda dtype: ("float64" if dtype == "float64" else "float32",),
+        strided=True,
     ),
 }
 
@@ -285,55 +183,6 @@ def check_array(name: str, ref: TensorRef, sizes: Sizes, dtype: str) -> None:
         raise InvalidType(f"{name} has dtype {ref.dtype}: {' or '.join(rule.dtypes(dtype))} is needed")
 
 
-def _bshd(name: str, shape: tuple[int, ...], layout: str, packed: bool) -> tuple[int, int, int, int]:
-    """A shape in that order, of a packed array with a batch of one."""
-    if len(shape) != (3 if packed else 4):
-        needed = f"3 are needed with {_start_of(name)}, {_PACKED}" if packed else f"4 are needed, {LAYOUTS[layout]}"
-        hint = _packed_hint(name, shape) if packed else _rank_hint(name, shape, layout)
-        raise InvalidArgument(f"{name} has {len(shape)} dimensions, shape {shape}: {needed}{hint}")
-    if packed:
-        return 1, shape[0], shape[1], shape[2]
-    batch, first, second, width = shape
-    return (batch, first, second, width) if layout == "bshd" else (batch, second, first, width)
-
-
-def _start_of(name: str) -> str:
-    return _STARTS[name != "q"]
-
-
-def _packed_hint(name: str, shape: tuple[int, ...]) -> str:
-    """What an array of another rank than 3 may be, where packed sequences are said to be."""
-    if len(shape) == 2:
-        return f"; for one head pass {name}[:, None, :]"
-    if len(shape) == 4 and shape[0] == 1:
-        return f"; pass {name}[0]"
-    if len(shape) == 4:
-        return (
-            f"; leave {_start_of(name)} out for {shape[0]} sequences of {shape[1]} rows each, where seqused says how "
-            f"many of these count, or pass {name}.reshape(-1, {shape[2]}, {shape[3]}), whose sequences "
-            f"{_start_of(name)} then says"
-        )
-    return ""
-
-
-def _rank_hint(name: str, shape: tuple[int, ...], layout: str) -> str:
-    """What an array of another rank than 4 may be, and how it is passed."""
-    if len(shape) == 2:
-        indices = "None, :, None, :" if layout == "bshd" else "None, None, :, :"
-        return f"; for one head of one sequence pass {name}[{indices}]"
-    if len(shape) != 3:
-        return ""
-    split = f"{name}.reshape({shape[0]}, {shape[1]}, num_heads, head_dim)"
-    split += "" if layout == "bshd" else " with layout='bshd'"
-    if shape[2] > MAX_HEAD_DIM:  # longer than any head: several side by side
-        return f"; if its last dimension holds all heads, pass {split}"
-    indices = ":, :, None, :" if layout == "bshd" else ":, None, :, :"
-    return (
-        f"; pass {name}[None] for a batch of one, {name}[{indices}] for one head, or {split} if its last dimension "
-        f"holds all heads; if it holds packed sequences, {_PACKED}, say where they start with {_start_of(name)}"
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
     """One call, in bshd order whatever the user's layout.
@@ -387,6 +236,11 @@ class AttentionProblem:
         """Those that are there, in the order of the fields."""
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if isinstance(value, Spec))
+
+    @property
+    def positioned(self) -> bool:
+        """Whether tiles of lists say which rows of their sequence they are."""
+        return self.lengths is not None and any(spec.positions for spec in self.specs)
 
     @property
     def extra_arrays(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 __all__ = [
     "LENGTHS",
@@ -49,6 +49,8 @@ class Spec:
     """
 
     __slots__ = ()
+
+    positions: ClassVar[bool] = False  # whether it goes by the numbers of queries and keys in their sequence
 
     def reaches(self, source: str) -> bool:
         """Whether the kernel of that source ("sm80/flash_fwd.cu") has its defines and its block of parameters."""

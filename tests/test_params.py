@@ -26,30 +26,17 @@ from tests.host import build
 HEADER = "common/params.cuh"
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
-BLOCKS = {
-    "DlseParams<true>": spec.DlseParams,
-    "LengthsParams": spec.LengthsParams,
-    "WindowParams": spec.WindowParams,
-}
-_WINDOW, _LIST = ("", spec.WindowParams), ("", params.ListParams)
+BLOCKS = {"DlseParams": spec.DlseParams, "LengthsParams": spec.LengthsParams, "WindowParams": spec.WindowParams}
+_BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
 # Struct with parts -> the twin of its first, and each other with the macro that it is there with; with none, always.
 COMPOSED = {
-    "PreprocessPlainParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams),)),
-    "PreprocessListParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LIST)),
-    "FwdWindowParams": (params.FwdParams, (_WINDOW,)),
-    "FwdListParams": (params.FwdParams, (_LIST,)),
-    "FwdWindowListParams": (params.FwdParams, (_WINDOW, _LIST)),
-    "FwdTmaWindowParams": (params.FwdTmaParams, (_WINDOW,)),
-    "FwdTmaListParams": (params.FwdTmaParams, (_LIST,)),
-    "FwdTmaWindowListParams": (params.FwdTmaParams, (_WINDOW, _LIST)),
-    "BwdWindowParams": (params.BwdParams, (_WINDOW,)),
-    "BwdListParams": (params.BwdParams, (_LIST,)),
-    "BwdWindowListParams": (params.BwdParams, (_WINDOW, _LIST)),
-    "BwdTmaWindowParams": (params.BwdTmaParams, (_WINDOW,)),
-    "BwdTmaListParams": (params.BwdTmaParams, (_LIST,)),
-    "BwdTmaWindowListParams": (params.BwdTmaParams, (_WINDOW, _LIST)),
-    "ListTilesFullParams": (params.ListTilesParams, (("", spec.LengthsParams),)),
-    "ListTilesWindowParams": (params.ListTilesParams, (_WINDOW, ("", spec.LengthsParams))),
+    "FwdBandParams": (params.FwdParams, (_BAND, _LISTED)),
+    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _LISTED)),
+    "BwdBandParams": (params.BwdParams, (_BAND, _LISTED)),
+    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _LISTED)),
+    "PreprocessParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LISTED)),
+    "PostprocessParams": (params.BwdParams, (_LISTED,)),
+    "ListTilesBandParams": (params.ListTilesParams, (_BAND, ("", spec.LengthsParams))),
 }
 
 Defines = Mapping[str, int | str]
@@ -89,7 +76,7 @@ def sets_of_defines() -> list[Defines]:
 def structs_of(text: str) -> dict[str, list[str]]:
     """name -> fields of each struct in preprocessed text that has data."""
     found = {}
-    for name, body in re.findall(r"\bstruct\s+(?:alignas\(\d+\)\s+)?(\w+(?:<\w+>)?)\s*\{([^{}]*)\}\s*;", text):
+    for name, body in re.findall(r"\bstruct\s+(?:alignas\(\d+\)\s+)?(\w+)\s*\{([^{}]*)\}\s*;", text):
         declarations = (each.strip() for each in body.split(";"))
         fields = [
             re.findall(r"\w+", re.sub(r"\[.*", "", declarator))[-1]
@@ -102,10 +89,19 @@ def structs_of(text: str) -> dict[str, list[str]]:
     return found
 
 
-def bases_of(text: str) -> dict[str, list[str]]:
-    """name -> bases, such as "A" or "Block<kGiven>", of each struct that has nothing else."""
-    found = re.findall(r"\bstruct\s+(\w+)\s*:([^{}]*)\{\s*\}\s*;", text)
-    return {name: [base.strip() for base in bases.split(",")] for name, bases in found}
+def parts_of(text: str) -> dict[str, list[tuple[str, str]]]:
+    """name -> its parts, each with the constant by which it is there or not, of what is `Composed<...>`."""
+    found = re.findall(r"\busing\s+(\w+)\s*=\s*Composed\s*<\s*(\w+)\s*,([^;]*)>\s*;", text)
+    part = r"\bPart\s*<\s*(\w+)\s*,\s*(\w+)\s*>"
+    return {name: [("true", first), *re.findall(part, others)] for name, first, others in found}
+
+
+def constants_of(text: str) -> dict[str, int]:
+    """name -> value of each capability, an enum of preprocessed text: a number, or some of those before it."""
+    values = {"true": 1}
+    for name, value in re.findall(r"\benum\s*\{\s*(k\w+)\s*=\s*([\w\s|]+?)\s*\}\s*;", text):
+        values[name] = max(int(values.get(each.strip(), each)) for each in value.split("||"))
+    return values
 
 
 def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[dict[str, Layout]]:
@@ -124,41 +120,27 @@ def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[d
 
     (folder / "sets.cpp").write_text("".join(parts))
     text = cxx("sets.cpp", "-E", "-P")
-    found = [(structs_of(part), bases_of(part)) for part in re.split(r"\bnamespace set\d+ ?\{", text)[1:]]
+    found = [
+        (structs_of(part), parts_of(part), constants_of(part)) for part in re.split(r"\bnamespace set\d+ ?\{", text)[1:]
+    ]
     prints = []
-    for number, (structs, composed) in enumerate(found):
+    for number, (structs, composed, constants) in enumerate(found):
         for name, fields in structs.items():
             whole = f"set{number}::{name}"
             prints.append(f'  printf("{number} {name} - 0 %zu\\n", sizeof({whole}));\n')
             for field in fields:
                 place = f"__builtin_offsetof({whole}, {field}), sizeof((({whole}*)0)->{field})"
                 prints.append(f'  printf("{number} {name} {field} %zu %zu\\n", {place});\n')
-        for name, bases in composed.items():
+        for name, parts in composed.items():
             whole = f"set{number}::{name}"
             prints.append(f'  printf("{number} {name} - 0 %zu\\n", sizeof({whole}));\n')
-            for base in bases:
-                template, _, constant = base.removesuffix(">").partition("<")
-                if not constant:  # it is there for certain; offsetof of a part that is not would not compile
-                    prints += (
-                        f'  printf("{number} {name} {field} %zu %zu\\n", '
-                        f"__builtin_offsetof({whole}, {field}), sizeof((({whole}*)0)->{field}));\n"
-                        for field in structs[template]
-                    )
+            for constant, part in parts:
+                if not constants[constant]:
                     continue
-                part = f"set{number}::{template}<set{number}::{constant}>"
-                prints += (
-                    f'  print_if_there<{part}, {whole}>([](auto* p) {{ printf("{number} {name} {field} %zu %zu\\n", '
-                    f"__builtin_offsetof(Of<decltype(p)>, {field}), sizeof(p->{field})); }});\n"
-                    for field in structs[f"{template}<true>"]
-                )
-    names = "#include <cstdint>\n#include <cstdio>\n#include <type_traits>\n"
-    text += """template <typename T>
-    using Of = std::remove_pointer_t<T>;
-    template <typename Part, typename Whole, typename Print>
-    void print_if_there(Print print) {
-      if constexpr (!std::is_empty_v<Part>) print(static_cast<Whole*>(nullptr));
-    }
-    """
+                for field in structs[part]:
+                    place = f"__builtin_offsetof({whole}, {field}), sizeof((({whole}*)0)->{field})"
+                    prints.append(f'  printf("{number} {name} {field} %zu %zu\\n", {place});\n')
+    names = "#include <cstdint>\n#include <cstdio>\n"
     (folder / "print.cpp").write_text(f"{names}{text}int main() {{\n{''.join(prints)}}}\n")
     cxx("print.cpp", "-O0", "-o", "print")
     layouts: list[dict[str, Layout]] = [{} for _ in found]
@@ -193,7 +175,7 @@ def twins(defines: Defines) -> dict[str, Any]:
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():
-        there = tuple(block for macro, block in others if not macro or macro in defines)
+        there = tuple(block for macro, block in others if not macro or defines.get(macro))
         found[name] = params.composed(first, there) if there else first
     return found
 
@@ -236,17 +218,18 @@ def test_the_instrument(tmp_path: Path) -> None:
       A a;  };
     struct Empty { static constexpr int n = 1; };
     enum { kMore = FA2_MORE };
-    template <bool kGiven>
-    struct Part {};
-    template <>
-    struct Part<true> {
+    struct C {
       float c;
       int64_t d; };
-    struct Whole : A, Part<kMore> {};
+    template <bool kGiven, typename Block> struct Part {};
+    template <typename First, typename Other> struct Two : First {};
+    template <typename First, typename Block> struct Two<First, Part<true, Block>> : First, Block {};
+    template <typename First, typename Other> using Composed = Two<First, Other>;
+    using Whole = Composed<A, Part<kMore, C>>;
     """
     plain, more = layouts_in_cxx([{"FA2_MORE": 0}, {"FA2_MORE": 1}], header, tmp_path)
     assert plain["A"] == {"": (0, 16), "x": (0, 4), "y": (4, 4), "p": (8, 8)} and "Empty" not in plain
     assert plain["B"] == {"": (0, 32), "p": (0, 8), "a": (8, 16)}
     assert more["B"] == {"": (0, 48), "p": (0, 8), "more": (8, 12), "a": (24, 16)}
-    assert plain["Whole"] == plain["A"] and plain["Part<true>"] == {"": (0, 16), "c": (0, 4), "d": (8, 8)}
+    assert plain["Whole"] == plain["A"] and plain["C"] == {"": (0, 16), "c": (0, 4), "d": (8, 8)}
     assert more["Whole"] == {**plain["A"], "": (0, 32), "c": (16, 4), "d": (24, 8)}

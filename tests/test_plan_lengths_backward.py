@@ -9,7 +9,7 @@ import pytest
 
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, KernelLaunch, plan_backward
-from fa2cupy.kernels.params import BwdParams, BwdTmaParams, ListedTile, ListParams, composed
+from fa2cupy.kernels.params import BwdParams, BwdTmaParams, ListedPlace, ListParams, composed
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import LengthsSpec, WindowSpec
 from tests.plan_cases import A100, H200, backward_problem, named
@@ -67,8 +67,8 @@ def test_workspaces_do_not_overlap() -> None:
     lists, tiles = pointed(plan, plan.launches[1]), 8 * ((5000 + 30 * 63) // 64)
     sizes = {
         "counts": 8,
-        "tiles_q": (5000 + 30 * 63) // 64 * ctypes.sizeof(ListedTile),
-        "tiles_k": (7000 + 30 * 127) // 128 * ctypes.sizeof(ListedTile),
+        "tiles_q": (5000 + 30 * 63) // 64 * ctypes.sizeof(ListedPlace),
+        "tiles_k": (7000 + 30 * 127) // 128 * ctypes.sizeof(ListedPlace),
         "lse_log2": tiles * 64 * 4,
         "softmax_d": tiles * 64 * 4,
         "dq_accum": tiles * 64 * 128 * 4,

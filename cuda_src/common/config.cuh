@@ -101,6 +101,11 @@ enum { kListed = FA2_LISTED };
 #else
 enum { kListed = 0 };
 #endif
+#ifdef FA2_POSITIONED
+enum { kPositioned = FA2_POSITIONED };  // tiles of a list say which rows of their sequence they are
+#else
+enum { kPositioned = 0 };
+#endif
 #ifdef FA2_IN_ORDER
 enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
 #endif

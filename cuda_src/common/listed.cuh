@@ -5,13 +5,28 @@
 
 #include "common/config.cuh"
 
-// A tile of a list. Two reads of 16 bytes, and nothing else has to be looked up.
-struct alignas(16) ListedTile {
+// A tile of a list. Two reads of 16 bytes (with kPositioned three), and nothing else has to be looked up.
+struct alignas(16) ListedPlace {
   int first_q, seqlen_q, first_k, seqlen_k;  // of its sequence
   int batch_q, batch_k;  // row of the batch: the sequence's number, or that of its segments; packed arrays have a stride of 0 there
   int block;             // along the sequence
   int tile;              // of queries: its number among all query tiles of a head; of keys: that of the sequence's first query tile
 };
+// And how many rows of the sequence were left out in front of it, because they are not in use or see nothing: where it matters
+// which row of its sequence one is, and not only how far from the others.
+struct alignas(16) ListedPosition {
+  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, block, tile;
+  int in_front_q, in_front_k;
+};
+template <bool kHasPosition>
+struct ListedTileOf {
+  using Type = ListedPlace;
+};
+template <>
+struct ListedTileOf<true> {
+  using Type = ListedPosition;
+};
+using ListedTile = ListedTileOf<kPositioned>::Type;
 
 // What kernels with kListed are given: the block behind their own struct, and behind those of other features.
 struct ListParams {

@@ -20,16 +20,26 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
-// The struct of a kernel with a block behind it, if there is one. Without, it is the struct itself: an empty base would make some
-// plain kernels of sm80/flash_bwd.cu others.
-template <bool kGiven, typename With, typename Without>
-struct Either {
-  using Type = With;
+// The struct of a kernel with the blocks behind it that there are, in this order. Without any it is the struct itself: an empty base
+// would make some plain kernels of sm80/flash_bwd.cu others.
+template <bool kGiven, typename Block>
+struct Part {};
+template <typename... Parts>
+struct Joined : Parts... {};
+template <typename Done, typename... Parts>
+struct ComposedOf {
+  using Type = Done;
 };
-template <typename With, typename Without>
-struct Either<false, With, Without> {
-  using Type = Without;
+template <typename Struct>
+struct ComposedOf<Joined<Struct>> {
+  using Type = Struct;
 };
+template <typename... Done, typename Block, typename... Parts>
+struct ComposedOf<Joined<Done...>, Part<true, Block>, Parts...> : ComposedOf<Joined<Done..., Block>, Parts...> {};
+template <typename... Done, typename Block, typename... Parts>
+struct ComposedOf<Joined<Done...>, Part<false, Block>, Parts...> : ComposedOf<Joined<Done...>, Parts...> {};
+template <typename Struct, typename... Parts>
+using Composed = typename ComposedOf<Joined<Struct>, Parts...>::Type;
 
 struct FwdParams {
   const Element* q;  // (batch, seqlen_q, num_heads, head_dim)
@@ -54,11 +64,7 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-struct FwdWindowParams : FwdParams, WindowParams {};
-struct FwdListParams : FwdParams, ListParams {};
-struct FwdWindowListParams : FwdParams, WindowParams, ListParams {};
-using FwdListedParams = Either<kBand, FwdWindowListParams, FwdListParams>::Type;
-using FwdBandParams = Either<kListed, FwdListedParams, Either<kBand, FwdWindowParams, FwdParams>::Type>::Type;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -70,11 +76,7 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-struct FwdTmaWindowParams : FwdTmaParams, WindowParams {};
-struct FwdTmaListParams : FwdTmaParams, ListParams {};
-struct FwdTmaWindowListParams : FwdTmaParams, WindowParams, ListParams {};
-using FwdTmaListedParams = Either<kBand, FwdTmaWindowListParams, FwdTmaListParams>::Type;
-using FwdTmaBandParams = Either<kListed, FwdTmaListedParams, Either<kBand, FwdTmaWindowParams, FwdTmaParams>::Type>::Type;
+using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -102,25 +104,16 @@ struct BwdParams {
   int head_dim_v;
 };
 
-struct BwdWindowParams : BwdParams, WindowParams {};
-struct BwdListParams : BwdParams, ListParams {};
-struct BwdWindowListParams : BwdParams, WindowParams, ListParams {};
-using BwdListedParams = Either<kBand, BwdWindowListParams, BwdListParams>::Type;
-using BwdBandParams = Either<kListed, BwdListedParams, Either<kBand, BwdWindowParams, BwdParams>::Type>::Type;
-using PostprocessParams = Either<kListed, BwdListParams, BwdParams>::Type;
-
-// What a backward adds for a gradient of lse; empty without one.
-template <bool kGiven>
-struct DlseParams {};
-template <>
-struct DlseParams<true> {
+// What a backward adds for a gradient of lse.
+struct DlseParams {
   const float* dlse;  // (batch, num_heads, seqlen_q), of all queries: the first of those in `shape` is dlse_first_row
   Strides dlse_strides;
   int dlse_first_row;
 };
-struct PreprocessPlainParams : BwdParams, DlseParams<kDlse> {};
-struct PreprocessListParams : BwdParams, DlseParams<kDlse>, ListParams {};
-using PreprocessParams = Either<kListed, PreprocessListParams, PreprocessPlainParams>::Type;
+
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
 // rows, with 128-byte swizzle; lse_log2 and softmax_d are float32 of dimensions (kBlockM, tile), in boxes of a tile each.
@@ -138,11 +131,7 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-struct BwdTmaWindowParams : BwdTmaParams, WindowParams {};
-struct BwdTmaListParams : BwdTmaParams, ListParams {};
-struct BwdTmaWindowListParams : BwdTmaParams, WindowParams, ListParams {};
-using BwdTmaListedParams = Either<kBand, BwdTmaWindowListParams, BwdTmaListParams>::Type;
-using BwdTmaBandParams = Either<kListed, BwdTmaListedParams, Either<kBand, BwdTmaWindowParams, BwdTmaParams>::Type>::Type;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
@@ -165,6 +154,4 @@ struct ListTilesParams {
   int num_heads, num_heads_k;
   int cols_out, cols_dk, cols_dv;
 };
-struct ListTilesFullParams : ListTilesParams, LengthsParams {};
-struct ListTilesWindowParams : ListTilesParams, WindowParams, LengthsParams {};
-using ListTilesBandParams = Either<kBand, ListTilesWindowParams, ListTilesFullParams>::Type;
+using ListTilesBandParams = Composed<ListTilesParams, Part<kBand, WindowParams>, Part<true, LengthsParams>>;

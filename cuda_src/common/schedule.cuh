@@ -38,24 +38,35 @@ FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads) {
   return {first + index % neighbours, index / neighbours};
 }
 
-// An entry of a list, in two reads.
-FA2_DEVICE ListedTile read_listed(const ListedTile* tile) {
+// An entry of a list, in two reads, or three.
+template <typename Tile>
+FA2_DEVICE Tile read_listed(const Tile* tile) {
   const int4* words = reinterpret_cast<const int4*>(tile);
   const int4 low = words[0], high = words[1];
-  return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if constexpr (kPositioned) {
+    const int2 position = *reinterpret_cast<const int2*>(words + 2);
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w, position.x, position.y};
+  } else {
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  }
 }
 
 // A query block of a head.
-template <bool kIsListed>
+template <bool kIsListed, bool kHasPosition>
 struct QueryTileOf {
   int m_block, head, batch;
 };
 template <>
-struct QueryTileOf<true> {
+struct QueryTileOf<true, false> {
   int m_block, head;
   int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k;
 };
-using QueryTile = QueryTileOf<kListed>;
+template <>
+struct QueryTileOf<true, true> {
+  int m_block, head;
+  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, in_front_q, in_front_k;
+};
+using QueryTile = QueryTileOf<kListed, kPositioned>;
 
 // Tile `linear` of the list of queries; of head -1 if there is none. The entry is read beside the count, not after it: as if there were
 // a whole run of neighbours, which only the last one may not be. (There is room for that one, whatever it holds.)
@@ -64,7 +75,7 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
   const int first = linear / (kListedRun * heads) * kListedRun, index = linear - first * heads;
   if (first >= params.tiles_of_head_q) return {0, -1};
   const int count = params.counts[0];
-  ListedTile tile = read_listed(params.tiles_q + first + index % kListedRun);
+  auto tile = read_listed(params.tiles_q + first + index % kListedRun);
   int head = index / kListedRun;
   if (first + kListedRun > count) {
     if (linear >= count * heads) return {0, -1};
@@ -72,7 +83,12 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
     tile = read_listed(params.tiles_q + place.entry);
     head = place.head;
   }
-  return {tile.block, head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+  if constexpr (kPositioned) {
+    return {tile.block,    head,         tile.first_q, tile.seqlen_q,   tile.first_k,
+            tile.seqlen_k, tile.batch_q, tile.batch_k, tile.in_front_q, tile.in_front_k};
+  } else {
+    return {tile.block, head, tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k, tile.batch_q, tile.batch_k};
+  }
 }
 
 // The tile of a thread block that takes one, tile `linear` of the launch order; of head -1 if there is none. The longest come first.

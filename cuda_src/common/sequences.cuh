@@ -12,10 +12,11 @@ struct Run {
 struct Side {
   const int *starts, *used, *padding;  // each null where there is none
   int rows;
+  // Its first row, in use or not.
+  FA2_DEVICE int start(int sequence) const { return starts ? min(max(starts[sequence], 0), rows) : 0; }
   FA2_DEVICE Run run(int sequence) const {
-    Run run{0, rows};
+    Run run{start(sequence), rows};
     if (starts) {
-      run.first = min(max(starts[sequence], 0), rows);
       run.seqlen = min(max(starts[sequence + 1], run.first), rows) - run.first;
     }
     if (used) run.seqlen = min(max(used[sequence], 0), run.seqlen);

@@ -97,6 +97,24 @@ FA2_DEVICE int key_batch(const Tile& tile) {
   }
 }
 
+// How many queries and keys of the sequence there are in front of those that `query` and `key` above count.
+template <typename Tile>
+FA2_DEVICE int queries_in_front(const Tile& tile) {
+  if constexpr (kPositioned) {
+    return tile.in_front_q;
+  } else {
+    return 0;
+  }
+}
+template <typename Tile>
+FA2_DEVICE int keys_in_front(const Tile& tile) {
+  if constexpr (kPositioned) {
+    return tile.in_front_k;
+  } else {
+    return 0;
+  }
+}
+
 // The key that query 0 stands beside.
 FA2_DEVICE int offset_of(const Sequence& sequence) { return sequence.seqlen_k - sequence.seqlen_q; }
 

@@ -32,15 +32,22 @@ FA2_DEVICE int head_blocks(const Work& work) {
 }
 
 // Of a list: the sequence's place and lengths, its first tile of queries among those of a head, and how many of these there are.
-template <bool kHasList>
+template <bool kHasList, bool kHasPosition>
 struct WorkOfList {};
 template <>
-struct WorkOfList<true> {
+struct WorkOfList<true, false> {
   int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, first_tile, tiles_of_head;
 };
+template <>
+struct WorkOfList<true, true> {
+  int first_q, seqlen_q, first_k, seqlen_k, batch_q, batch_k, first_tile, tiles_of_head, in_front_q, in_front_k;
+};
 template <typename Entry, typename Params>
-FA2_DEVICE WorkOfList<kListed> work_of_list(const Entry& entry, const Params& params) {
-  if constexpr (kListed) {
+FA2_DEVICE WorkOfList<kListed, kPositioned> work_of_list(const Entry& entry, const Params& params) {
+  if constexpr (kPositioned) {
+    return {entry.first_q, entry.seqlen_q, entry.first_k,          entry.seqlen_k,   entry.batch_q,
+            entry.batch_k, entry.tile,     params.tiles_of_head_q, entry.in_front_q, entry.in_front_k};
+  } else if constexpr (kListed) {
     return {entry.first_q, entry.seqlen_q, entry.first_k, entry.seqlen_k,
             entry.batch_q, entry.batch_k,  entry.tile,    params.tiles_of_head_q};
   } else {
@@ -50,7 +57,7 @@ FA2_DEVICE WorkOfList<kListed> work_of_list(const Entry& entry, const Params& pa
 
 // A tile: key block n_block, and the steps that it takes: all query blocks that meet it, of one query head after the other, or a
 // part of these.
-struct Work : WorkOfBand<kBand>, WorkOfList<kListed> {
+struct Work : WorkOfBand<kBand>, WorkOfList<kListed, kPositioned> {
   int n_block, head_k, batch;
   int begin, end, mask_to;     // a head's query blocks, for all of the cluster, up to the last one; before mask_to with a mask
   int steps, head, m_block;    // how many, and the first of them

@@ -17,7 +17,17 @@ constexpr int kBins = kNumThreads;
 constexpr int kRowsPerWarp = 16;
 static_assert(ceil_pow2(kNumThreads) == kNumThreads, "a binary search over the sequences of all threads");
 
-struct SharedMemory {
+// With kPositioned, how many rows were left out in front of each sequence here.
+template <bool kGiven>
+struct InFront {
+  FA2_DEVICE void set(int, int, int) {}
+};
+template <>
+struct InFront<true> {
+  int in_front_q[kNumThreads], in_front_k[kNumThreads];
+  FA2_DEVICE void set(int s, int queries, int keys) { in_front_q[s] = queries, in_front_k[s] = keys; }
+};
+struct SharedMemory : InFront<kPositioned> {
   int first_q[kNumThreads], seqlen_q[kNumThreads], first_k[kNumThreads], seqlen_k[kNumThreads];
   int end_q[kNumThreads], end_k[kNumThreads];  // tiles of the sequences here up to this one
   int bin_q[kBins], bin_k[kBins];  // how many tiles meet so many blocks, the most first; then where the next of them goes
@@ -76,18 +86,23 @@ FA2_DEVICE bool is_another(const int (&ends)[kNumThreads]) {
 FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& params, int first) {
   const int sequence = first + threadIdx.x, thread = threadIdx.x;
   Run queries{0, 0}, keys{0, 0};
+  int in_front_q = 0, in_front_k = 0;
   if (sequence < params.sequences) {
     queries = queries_of(params).run(sequence), keys = keys_of(params).run(sequence);
     // What the host drops of a shape: all that is left sees something, and what does not, NaN or not, meets nobody.
     const Reach reach = reach_of(params);
     const int unseen_q = unseen_rows(queries, keys, reach.behind), unseen_k = unseen_rows(keys, queries, reach.before);
     queries = {queries.first + unseen_q, queries.seqlen - unseen_q}, keys = {keys.first + unseen_k, keys.seqlen - unseen_k};
+    if constexpr (kPositioned) {
+      in_front_q = queries.first - queries_of(params).start(sequence), in_front_k = keys.first - keys_of(params).start(sequence);
+    }
   }
   int tiles_q = ceil_div(queries.seqlen, kBlockM), tiles_k = params.tiles_k ? ceil_div(keys.seqlen, kBlockN) : 0;
   sum_up(smem, tiles_q, tiles_k);
   smem.first_q[thread] = queries.first, smem.seqlen_q[thread] = queries.seqlen;
   smem.first_k[thread] = keys.first, smem.seqlen_k[thread] = keys.seqlen;
   smem.end_q[thread] = tiles_q, smem.end_k[thread] = tiles_k;
+  smem.set(thread, in_front_q, in_front_k);
   __syncthreads();  // the sequences are there
   const int lane = thread % 32;
   const int others_q = __any_sync(0xffffffffu, is_another(smem.end_q));
@@ -100,6 +115,20 @@ FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& pa
     if (thread == 0) smem.mixed_q = mixed_q, smem.mixed_k = mixed_k;
   }
   __syncthreads();  // whether they are mixed is known
+}
+
+// The rest of a tile with kPositioned, as it is found and as it is written.
+template <typename Tile, typename Shared>
+FA2_DEVICE void set_position(Tile& tile, const Shared& smem, int s) {
+  if constexpr (kPositioned) tile.in_front_q = smem.in_front_q[s], tile.in_front_k = smem.in_front_k[s];
+}
+template <typename Tile>
+FA2_DEVICE int4 position_of(const Tile& tile) {
+  if constexpr (kPositioned) {
+    return {tile.in_front_q, tile.in_front_k, 0, 0};
+  } else {
+    return {};
+  }
 }
 
 // Tiles in front of the sequences that are here, and how many are listed already (kInOrder).
@@ -121,6 +150,7 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
   if (params.tiles_k && before.tiles_k + smem.end_k[s] > params.tiles_of_head_k) return -1;
   tile = {smem.first_q[s], smem.seqlen_q[s], smem.first_k[s], smem.seqlen_k[s], sequence, sequence, block,
           kOfKeys ? first_tile_q : first_tile_q + block};
+  set_position(tile, smem, s);
   // Neighbours read the same rows, best at the same time, but a diagonal would part them. So the blocks of a run all count as the one
   // that meets most: of equal sequences those that place_in_list takes together; of others two, or the launch order would not be
   // that of the lengths any more, and some multiprocessors would have more to do than others.
@@ -178,6 +208,7 @@ FA2_DEVICE void place_tiles(SharedMemory& smem, const ListTilesBandParams& param
       int4* words = reinterpret_cast<int4*>((kOfKeys ? params.tiles_k : params.tiles_q) + place);
       words[0] = int4{tile.first_q, tile.seqlen_q, tile.first_k, tile.seqlen_k};
       words[1] = int4{tile.batch_q, tile.batch_k, tile.block, tile.tile};
+      if constexpr (kPositioned) words[2] = position_of(tile);
     }
   }
 }

@@ -54,6 +54,9 @@ def keywords(
         "sinks": s_aux,
     }
     asked = {name: value for name, value in features.items() if value is not None}
+    for name in ("dropout_p", "softcap", "alibi_slopes", "sinks"):
+        if name in asked:
+            raise InvalidArgument(f"{name} is given, which fa2cupy.flash_attn does not support yet")
     return {"causal": causal, "softmax_scale": softmax_scale, **asked}
 
 

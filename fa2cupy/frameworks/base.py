@@ -30,10 +30,9 @@ __all__ = [
 # A workspace is one block, this aligned (bytes). CuPy's and torch's allocators align to 512.
 WORKSPACE_ALIGNMENT = 256
 
-ITEMSIZE = {
-    "float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8,
-    "uint8": 1, "int8": 1, "float8_e4m3fn": 1,
-}  # fmt: skip
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
+ITEMSIZE |= {"uint32": 4, "uint64": 8}  # of a dropout_seed
+ITEMSIZE |= {"uint8": 1, "int8": 1, "float8_e4m3fn": 1}  # of caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +128,12 @@ class Framework(ABC):
     @abstractmethod
     def from_numpy(self, array: np.ndarray, dtype: str, like: Any) -> Any:
         """Hand a result computed on the CPU back in kind; a bfloat16 `array` is uint16."""
+
+    @abstractmethod
+    def seed(self, numbers: tuple[int, int], like: Any) -> Any:
+        """An array of these two numbers of 64 bits, for dropout_seed, on the device of `like`: int64 (2,), or of the
+        same bytes.
+        """
 
     def extent(self, array: Any) -> Extent:
         return Extent.of(self.shape(array), self.byte_strides(array), self.itemsize(array))

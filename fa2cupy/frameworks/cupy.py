@@ -61,6 +61,22 @@ class _Cupy(Numpy, GpuFramework):
                 pointers.append(pointer)
         return tuple(key), pointers
 
+    def seed(self, numbers: tuple[int, int], like: Any) -> Any:
+        """Without a copy from the host, which might wait."""
+        from fa2cupy.jit import driver
+
+        index = like.data.device_id
+        with driver.device_guard(index):
+            if self.is_capturing(self.stream(index)(index), index):
+                raise InvalidArgument(
+                    f"dropout_seed={numbers} becomes an array, which CuPy cannot allocate inside a CUDA graph "
+                    "capture: pass an array, int64 (2,)"
+                )
+            array = self.allocator((2,), "int64", like)()
+            for place, number in enumerate(numbers):
+                array[place : place + 1].fill(number)
+        return array
+
     def to_host(self, array: Any) -> np.ndarray:
         return cast("np.ndarray", array.get())
 

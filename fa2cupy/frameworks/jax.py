@@ -4,6 +4,7 @@ computes with them. They cannot be written, so that `out=` and its like do not e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,10 @@ class _Jax(Framework):
 
     def pointer(self, array: Any, argument: str) -> int:
         return 0  # known to XLA's callback only, which aligns buffers to 64 bytes or more
+
+    def seed(self, numbers: tuple[int, int], like: Any) -> Any:
+        words = np.array(numbers, "<i8").view("<u4")  # JAX may have no numbers of 64 bits
+        return sys.modules["jax"].numpy.asarray(words)
 
     def to_numpy(self, array: Any) -> np.ndarray:
         raise TypeError("JAX arrays are computed by XLA's call into fa2cupy.xla")

@@ -40,6 +40,9 @@ class Numpy(Framework):
     def to_numpy(self, array: np.ndarray) -> np.ndarray:
         return array.view(np.ndarray)
 
+    def seed(self, numbers: tuple[int, int], like: Any) -> Any:
+        return np.array(numbers, np.int64)
+
     def from_numpy(self, array: np.ndarray, dtype: str, like: np.ndarray) -> np.ndarray:
         return array.view(like.dtype) if dtype == "bfloat16" else array
 

@@ -157,9 +157,11 @@ class _Torch(GpuFramework):
             for array in arrays:
                 if array is not None and array.requires_grad:
                     i = next(i for i, each in enumerate(arrays) if each is array)
-                    hint = " leave out=, lse_out= and workspace= out, or" if function == "attention" else ""
+                    name = names()[i]
+                    is_own = function == "attention" and name in ("q", "k", "v")
+                    hint = " leave out=, lse_out= and workspace= out, or" if is_own else ""
                     raise InvalidArgument(
-                        f"{names()[i]} requires grad, but what fa2cupy.{function} writes here has no graph:{hint} use "
+                        f"{name} requires grad, but what fa2cupy.{function} writes here has no graph:{hint} use "
                         "torch.no_grad() or .detach()"
                     )
         if forward_ad._current_level >= 0:
@@ -197,6 +199,14 @@ class _Torch(GpuFramework):
         torch = sys.modules["torch"]
         raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         return raw_stream or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+    def seed(self, numbers: tuple[int, int], like: Any) -> Any:
+        """Without a copy from the host, which would wait."""
+        torch = sys.modules["torch"]
+        self.device(like, "q")
+        array = torch.full((2,), numbers[0], dtype=torch.int64, device=like.device)
+        array[1:].fill_(numbers[1])
+        return array
 
     def to_numpy(self, array: Any) -> np.ndarray:
         torch = sys.modules["torch"]

@@ -25,7 +25,8 @@ __all__ = [
     "FwdTmaParams",
     "ListParams",
     "ListTilesParams",
-    "ListedTile",
+    "ListedPlace",
+    "ListedPosition",
     "Shape",
     "Strides3",
     "TensorMap",
@@ -120,12 +121,23 @@ class FillParams(ctypes.Structure):
     )
 
 
-class ListedTile(ctypes.Structure):
+class ListedPlace(ctypes.Structure):
     """What lists in a workspace consist of."""
 
     _fields_ = tuple(
         (name, c_int32)
         for name in ("first_q", "seqlen_q", "first_k", "seqlen_k", "batch_q", "batch_k", "block", "tile")
+    )
+
+
+class ListedPosition(ctypes.Structure):
+    """Or of these, where kernels must know which rows of a sequence they have. In CUDA it is aligned to 16 bytes."""
+
+    _fields_ = (
+        *ListedPlace._fields_,
+        ("in_front_q", c_int32),
+        ("in_front_k", c_int32),
+        ("_to_a_multiple_of_16", c_int32 * 2),
     )
 
 

@@ -56,13 +56,17 @@ def attention_layer(
             why, module, query, key, value, attention_mask if keys is None else keys, dropout, scaling, is_causal,
             position_bias, softcap, s_aux,
         ), None  # fmt: skip
+    for name, given in (("softcap", softcap), ("sinks (s_aux)", s_aux)):
+        if given is not None:
+            raise InvalidArgument(
+                f"{name} is not supported yet by fa2cupy.transformers: use attn_implementation='eager'"
+            )
     _took()
     assert keys is not None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     features: dict[str, Any] = {}
-    for name, given in (("window_size", keys.window), ("softcap", softcap), ("sinks", s_aux)):
-        if given is not None:
-            features[name] = given
+    if keys.window is not None:
+        features["window_size"] = keys.window
     if keys.starts_q is not None:
         features.update(cu_seqlens_q=keys.starts_q, cu_seqlens_k=keys.starts_k)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fa2cupy import env, sequences
-from fa2cupy.errors import InvalidType
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import JAX
 from fa2cupy.frameworks.jax import immutable, in_host_memory, is_traced
 from fa2cupy.operations import FORWARD, FORWARD_OUT, Operation
@@ -20,6 +20,7 @@ from fa2cupy.options import Options, RawOptions
 from fa2cupy.prepared import remember, remember_plain, signature_key
 from fa2cupy.problem import Sizes
 from fa2cupy.spec import LENGTHS
+from fa2cupy.xla import arrays as by_array
 from fa2cupy.xla import ffi, transforms
 
 __all__ = ["first_call"]
@@ -41,6 +42,10 @@ def first_call(
     Concrete arrays leave a `_Prepared` for the next calls with these options. Its jitted function checks what it has
     not seen yet, but not on which devices and in which memory arrays are; that is left to JAX.
     """
+    for name in operation.extra:
+        if name not in by_array.ROLES:
+            asked = "dropout_p" if name == "dropout_seed" else name
+            raise InvalidArgument(f"{asked} is not supported yet for JAX arrays: leave it out")
     inputs = [arrays[name] for name in (*operation.inputs, *operation.extra)]
     in_host = any(map(in_host_memory, inputs))
     check, from_the_start = checks

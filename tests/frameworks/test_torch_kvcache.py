@@ -52,9 +52,9 @@ def test_refused() -> None:
         fa2cupy.KVCache(k, k.clone()).attend(q)
     with torch.no_grad():
         assert fa2cupy.KVCache(k, k.clone()).attend(q).shape == q.shape
-    with pytest.raises(InvalidType, match="q is a numpy.ndarray but the cache has arrays of PyTorch"):
+    with pytest.raises(InvalidType, match=r"q is a numpy.ndarray but the cache has arrays of PyTorch"):
         fa2cupy.KVCache(k, k.clone()).attend(q.detach().numpy())
-    with pytest.raises(InvalidType, match="v is a numpy.ndarray but k is a torch.Tensor"):
+    with pytest.raises(InvalidType, match=r"v is a numpy.ndarray but k is a torch.Tensor"):
         fa2cupy.KVCache(k, k.numpy())
 
 

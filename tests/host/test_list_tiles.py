@@ -12,7 +12,7 @@ import pytest
 
 from fa2cupy.kernels import common
 from fa2cupy.kernels.listed import Lists
-from fa2cupy.kernels.params import ListedTile
+from fa2cupy.kernels.params import ListedPlace
 from fa2cupy.kernels.smxx import list_tiles
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import WindowSpec
@@ -23,7 +23,7 @@ from tests.host.lengths import Lengths, starts
 from tests.host.run import Schedule
 
 SOURCE = "smxx/list_tiles.cu"
-FIELDS = tuple(name for name, *_ in ListedTile._fields_)
+FIELDS = tuple(name for name, *_ in ListedPlace._fields_)
 HEADS, HEADS_K = 3, 1
 BLOCK_M, BLOCK_N = 64, 32
 RUNS = (8, 2)  # of equal sequences, of others: smxx/list_tiles.cu
@@ -43,7 +43,7 @@ class Listing:
 
 @dataclass
 class Made:
-    """What a launch has made of it: each list with `ListedTile`s as tuples, and the results by name."""
+    """What a launch has made of it: each list with `ListedPlace`s as tuples, and the results by name."""
 
     queries: list[tuple[int, ...]]
     keys: list[tuple[int, ...]]
@@ -231,7 +231,7 @@ def test_wrong_lengths_stay_inside(cu_seqlens: tuple[int, ...]) -> None:
 
 
 def test_an_entry_is_two_reads() -> None:
-    assert ctypes.sizeof(ListedTile) == 32
+    assert ctypes.sizeof(ListedPlace) == 32
 
 
 SEQUENCES = "common/sequences.cuh"

@@ -12,7 +12,7 @@ def wrong(q: NDArray[np.float32], n: list[float]) -> None:
     fa2cupy.attention(q, q)  # no v
     fa2cupy.attention(q, q, n)  # no array
     fa2cupy.attention(q, q, q, return_lse=True).sum()  # a tuple
-    fa2cupy.attention_backward(q, q, q, q, q, q, dropout_p=0.1)  # not there yet
+    fa2cupy.attention_backward(q, q, q, q, q, q, bias=q)  # not there yet
     fa2cupy.backward_workspace_bytes(q, q, q, deterministic=None)  # no bool
     fa2cupy.backward_workspace_bytes(q, q, q).sum()  # an int
     fa2cupy.atention(q, q, q)  # no such function

@@ -20,7 +20,11 @@ _KERNEL = (LISTING, "list_tiles")
 _WARPS = 32
 _THREADS = 32 * _WARPS  # sequences that are looked at together
 _ROWS = 16 * _WARPS  # that a thread block looks after at a time
-_SHARED_BYTES = 4 * (8 * _THREADS + 2 * _WARPS + 2)  # of `SharedMemory` there
+
+
+def _shared_bytes(lists: Lists) -> int:
+    """Of `SharedMemory` there."""
+    return 4 * ((10 if lists.positioned else 8) * _THREADS + 2 * _WARPS + 2)
 
 
 def launch(
@@ -64,7 +68,7 @@ def launch(
         _KERNEL,
         common.arch_of(device),
         _defines(problem.dtype, problem.aligned, lists, problem.causal, in_order),
-        LaunchConfig((1 + clearing, 1, 1), (_THREADS, 1, 1), shared_mem_bytes=_SHARED_BYTES),
+        LaunchConfig((1 + clearing, 1, 1), (_THREADS, 1, 1), shared_mem_bytes=_shared_bytes(lists)),
         params,
         pointers,
         names,
@@ -82,6 +86,6 @@ def _defines(dtype: str, aligned: bool, lists: Lists, causal: bool, in_order: bo
             "FA2_CAUSAL": int(causal),
             "FA2_IN_ORDER": int(in_order),
             "FA2_PARAMS_BYTES": ctypes.sizeof(composed(ListTilesParams, (LengthsParams,))),
-            "FA2_SHARED_BYTES": _SHARED_BYTES,
+            "FA2_SHARED_BYTES": _shared_bytes(lists),
         }
     )
