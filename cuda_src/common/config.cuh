@@ -110,6 +110,12 @@ enum { kPositioned = 0 };
 enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
 #endif
 
+// Attention on a cache (cache.cuh)
+#ifdef FA2_SLOTS
+enum { kSlots = FA2_SLOTS };      // slices of keys and values that a warp has on their way or in use
+enum { kPaged = FA2_PAGED };      // keys lie in pages: 1 of any size, 2 of whole slices
+#endif
+
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs
 #ifdef FA2_SHARED_BYTES
 constexpr int kSharedBytes = FA2_SHARED_BYTES;  // size of the dynamic shared memory that the host asks for

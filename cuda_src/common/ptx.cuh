@@ -129,6 +129,23 @@ FA2_DEVICE int ld_acquire(const int* address) {
 FA2_DEVICE void red_release_add(int* address, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+// atom.acq_rel.gpu.global.inc.u32: the counter's value before; at `last` it goes back to 0
+FA2_DEVICE uint32_t atom_acq_rel_inc(int* address, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
+  return before;
+}
+// ld.global.cg: what another thread block has written, past the first-level cache (PTX ISA 9.7.9.1)
+FA2_DEVICE float ld_cg_f32(const float* address) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(address) : "memory");
+  return x;
+}
+FA2_DEVICE float2 ld_cg_v2_f32(const float* address) {
+  float2 x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(address) : "memory");
+  return x;
+}
 // atom.acquire.gpu.global.add.s32: the counter's value before
 FA2_DEVICE int atom_acquire_add(int* address, int value) {
   int before;

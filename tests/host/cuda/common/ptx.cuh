@@ -100,6 +100,17 @@ inline void red_release_add(int* address, int value) {
   *address += value;
   fa2_host::release();
 }
+inline uint32_t atom_acq_rel_inc(int* address, uint32_t last) {
+  const uint32_t before = static_cast<uint32_t>(*address);
+  *address = before >= last ? 0 : static_cast<int>(before + 1);
+  fa2_host::release();
+  return before;
+}
+inline float ld_cg_f32(const float* address) { return *address; }
+inline float2 ld_cg_v2_f32(const float* address, FA2_HOST_SITE) {
+  fa2_host::check_aligned(address, 8, {file, line});
+  return {address[0], address[1]};
+}
 inline int atom_acquire_add(int* address, int value) {
   const int before = *address;
   *address += value;

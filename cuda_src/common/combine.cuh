@@ -1,0 +1,149 @@
+// A tile's results from the parts of its keys: those of the warps of a thread block, then those of the thread blocks that share it.
+//
+// Each part has O (not divided by l), m and l of its own keys: O = sum exp2(m_p - m) O_p, l = sum exp2(m_p - m) l_p, m the largest.
+// Thread blocks leave theirs in a workspace and count themselves; the last one to come adds them up, in the order of the thread blocks
+// whoever that is, and nobody waits. The counter goes round, back to 0.
+#pragma once
+
+#include "common/softmax.cuh"
+#include "common/work_list.cuh"
+
+constexpr int kCombinedRows = 4;              // of the rows that the warps add up at a time
+constexpr int kCombineCols = kHeadDimV + 8;   // rows lie in different banks
+struct CombineBuffer {
+  alignas(16) float out[kNumWarps][kCombinedRows][kCombineCols];
+  float max[kNumWarps][kBlockM];  // in base 2, scaled
+  float sum[kNumWarps][kBlockM];
+  int is_last;
+};
+
+
+// A row's m and l over all warps.
+struct RowTotal {
+  float max, sum;
+  FA2_DEVICE float lse_log2() const { return sum == 0.f ? -kInfinity : max + lg2(sum); }
+};
+FA2_DEVICE RowTotal row_total(const CombineBuffer& buffer, int row) {
+  RowTotal total{-kInfinity, 0.f};
+#pragma unroll
+  for (int w = 0; w < kNumWarps; ++w) total.max = fmaxf(total.max, buffer.max[w][row]);
+  const float base = total.max == -kInfinity ? 0.f : total.max;
+#pragma unroll
+  for (int w = 0; w < kNumWarps; ++w) total.sum += buffer.sum[w][row] * ex2(buffer.max[w][row] - base);
+  return total;
+}
+
+// Adds up what the warps have of the first `rows` rows, and calls store(row, col, x, lse_log2) for each 4 columns x of O, divided by l.
+// max, sum: of this thread's rows, in the order of Softmax.
+template <int kMTiles, int kOTiles, typename Store>
+FA2_DEVICE void add_up_warps(CombineBuffer& buffer, const Accumulator<kMTiles, kOTiles>& acc_o, const float (&max)[kMTiles][2],
+                             const float (&sum)[kMTiles][2], int rows, const Store& store) {
+  const int warp = warp_id();
+  if (accumulator_col() == 0) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        buffer.max[warp][accumulator_row() + row_of(i, 2 * h)] = max[i][h];
+        buffer.sum[warp][accumulator_row() + row_of(i, 2 * h)] = sum[i][h];
+      }
+  }
+  __syncthreads();  // m and l of all warps are there
+  for (int first = 0; first < rows; first += kCombinedRows) {
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = accumulator_row() + row_of(i, 2 * h), place = row - first;
+        if (place < 0 || place >= kCombinedRows || row >= rows) continue;
+        float largest = -kInfinity;
+#pragma unroll
+        for (int w = 0; w < kNumWarps; ++w) largest = fmaxf(largest, buffer.max[w][row]);
+        const float weight = max[i][h] == -kInfinity ? 0.f : ex2(max[i][h] - largest);
+#pragma unroll
+        for (int j = 0; j < kOTiles; ++j)
+          *reinterpret_cast<float2*>(&buffer.out[warp][place][8 * j + accumulator_col()]) =
+              float2{acc_o.x[i][j][2 * h] * weight, acc_o.x[i][j][2 * h + 1] * weight};
+      }
+    __syncthreads();  // these rows of all warps are there
+    for (int e = threadIdx.x; e < min(kCombinedRows, rows - first) * (kHeadDimV / 4); e += kNumThreads) {
+      const int place = e / (kHeadDimV / 4), col = e % (kHeadDimV / 4) * 4;
+      float4 x{0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int w = 0; w < kNumWarps; ++w) {
+        const float4 part = *reinterpret_cast<const float4*>(&buffer.out[w][place][col]);
+        x.x += part.x, x.y += part.y, x.z += part.z, x.w += part.w;
+      }
+      const RowTotal total = row_total(buffer, first + place);
+      const float inverse = total.sum == 0.f ? 0.f : 1.f / total.sum;
+      store(first + place, col, float4{x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse}, total.lse_log2());
+    }
+    __syncthreads();  // everybody is done with these rows, and in the end with m and l
+  }
+}
+
+// The thread blocks that share a tile: `first`, and `count` - 1 that follow.
+struct Sharing {
+  int first, count;
+};
+FA2_DEVICE Sharing sharing(const Share& share, int start, int slices) {
+  const int64_t begin = share.from + start;
+  const int first = owner_of(begin, share.total, gridDim.x);
+  return {first, owner_of(begin + slices - 1, share.total, gridDim.x) - first + 1};
+}
+
+// Of the two parts that a thread block may leave: that of the tile that it begins, or of the one that it goes on with.
+FA2_DEVICE int64_t part_row(const Sharing& sharing, int block) {
+  return static_cast<int64_t>(2 * block + (block == sharing.first)) * kBlockM;
+}
+
+// Whether this thread block is the last to leave its part of a tile. Everybody has written his, and is at a barrier since.
+FA2_DEVICE bool is_last_to_come(CombineBuffer& buffer, const CacheParams& params, const Sharing& sharing) {
+  if (threadIdx.x == 0) {
+    const uint32_t before = atom_acq_rel_inc(params.counters + sharing.first, sharing.count - 1);
+    buffer.is_last = before == static_cast<uint32_t>(sharing.count - 1);
+  }
+  __syncthreads();  // it is known, and the parts of all are seen by all
+  return buffer.is_last;
+}
+
+// What all have left of a tile, a warp every kNumWarps-th: O, m and l of this thread's rows as if the warp had computed them.
+template <int kMTiles, int kOTiles>
+FA2_DEVICE void read_parts(const CacheParams& params, const Sharing& sharing, int rows, Accumulator<kMTiles, kOTiles>& acc_o,
+                           float (&max)[kMTiles][2], float (&sum)[kMTiles][2]) {
+  acc_o.clear();
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i) max[i][0] = max[i][1] = -kInfinity, sum[i][0] = sum[i][1] = 0.f;
+  for (int p = warp_id(); p < sharing.count; p += kNumWarps) {
+    const float* lse = params.partial_lse + part_row(sharing, sharing.first + p) + accumulator_row();
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (accumulator_row() + row_of(i, 2 * h) < rows) max[i][h] = fmaxf(max[i][h], ld_cg_f32(lse + row_of(i, 2 * h)));
+  }
+  for (int p = warp_id(); p < sharing.count; p += kNumWarps) {
+    const int64_t place = part_row(sharing, sharing.first + p) + accumulator_row();
+    const float* out = params.partial_out + place * kHeadDimV + accumulator_col();
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (max[i][h] > -kInfinity) {  // there is such a row, and it sees a key
+          const float weight = ex2(ld_cg_f32(params.partial_lse + place + row_of(i, 2 * h)) - max[i][h]);
+          sum[i][h] += weight;
+#pragma unroll
+          for (int j = 0; j < kOTiles; ++j) {
+            const float2 x = ld_cg_v2_f32(out + row_of(i, 2 * h) * kHeadDimV + 8 * j);
+            acc_o.x[i][j][2 * h] += weight * x.x;
+            acc_o.x[i][j][2 * h + 1] += weight * x.y;
+          }
+        }
+  }
+}
+
+// Leaves 4 columns of a row of a part.
+FA2_DEVICE void store_part(const CacheParams& params, int64_t place, int col, const float4& x, float lse_log2) {
+  *reinterpret_cast<float4*>(params.partial_out + place * kHeadDimV + col) = x;
+  if (col == 0) params.partial_lse[place] = lse_log2;
+}

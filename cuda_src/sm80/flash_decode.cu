@@ -1,0 +1,178 @@
+// Attention of a few queries over the keys of a cache, at the speed of the memory: every GPU from sm_80 on.
+//
+//   O = softmax(scale * Q K^T) V,   lse = log(sum(exp(scale * Q K^T)))
+//
+// All query heads of a key head are rows of one tile, kBlockM at most, and nobody reads a key twice for them. The keys of all tiles are
+// cut into equal shares, one for each thread block (work_list.cuh). In a thread block each warp takes every kNumWarps-th slice of
+// kBlockN keys, through a ring of its own, and no warp waits for another:
+//
+//   wait for the slice    S = Q K^T   P = exp(scale * S - m)   O = diag(alpha) O + P V    load another into its place
+//
+// The ring does not run dry at the end of a tile: the slices of the next one are on their way by then. Q is in registers. Where a tile
+// ends, in a thread block, its warps add up what they have, and where several thread blocks share it the last of them adds up theirs
+// (combine.cuh).
+#include "common/combine.cuh"
+#include "common/score.cuh"
+#include "sm80/key_stream.cuh"
+
+static_assert(sizeof(CacheParams) == kParamsBytes, "kernels/params.py and common/cache.cuh differ");
+
+constexpr int kMTiles = kBlockM / 16;
+constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
+constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
+
+// What the thread block works on. Registers are for the products: it is read again when they are done.
+struct Work {
+  Walk walk;
+  SeenKeys seen;
+  Slices slices, part;  // all of the tile's, and this thread block's
+  int rows;
+};
+
+struct SharedMemory {
+  Slot ring[kNumWarps][kSlots];
+  Tile<kBlockM, kHeadDim> q;
+  CombineBuffer combine;
+  KeyStream streams[kNumWarps];
+  Work work;
+};
+static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/sm80/flash_decode.py and this struct differ");
+
+// Q of a tile, zeros where there is no row or column. All threads.
+FA2_DEVICE void load_q(Tile<kBlockM, kHeadDim>& tile, const CacheParams& params, const Work& work) {
+  const Walk& walk = work.walk;
+  constexpr int kChunks = kHeadDim / 8;
+  for (int i = threadIdx.x; i < kBlockM * kChunks; i += kNumThreads) {
+    const int row = i / kChunks, col = i % kChunks * 8;
+    const PackedRow packed = packed_row(params, walk.head(), walk.block() * kBlockM + row);
+    const Element* gmem = params.q + row_offset(params.q_strides, walk.sequence, walk.b, packed) + col;
+    Element* smem = tile.data + row * tile.kRowElements + col;
+    if constexpr (kAligned) {
+      const bool exists = row < work.rows && col < params.head_dim;
+      *reinterpret_cast<uint4*>(smem) = exists ? *reinterpret_cast<const uint4*>(gmem) : uint4{0, 0, 0, 0};
+    } else {
+      for (int j = 0; j < 8; ++j) smem[j] = row < work.rows && col + j < params.head_dim ? gmem[j] : Element{0};
+    }
+  }
+}
+
+// Q as the A operand: its first kQStepsInRegs blocks of 16 columns stay in registers.
+struct QOperand {
+  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
+  Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
+
+  FA2_DEVICE void keep() {
+#pragma unroll
+    for (int k = 0; k < kQStepsInRegs; ++k)
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
+  }
+  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
+    if (k < kQStepsInRegs) {
+      kept.load(r, i, k);
+    } else {
+      smem.load(r, i, k);
+    }
+  }
+};
+
+// Four columns of a row of out, and its lse.
+FA2_DEVICE void store_row(const CacheParams& params, const Walk& walk, int row, int col, const float4& x, float lse_log2) {
+  const PackedRow packed = packed_row(params, walk.head(), walk.block() * kBlockM + row);
+  Element* out = params.out + row_offset(params.out_strides, walk.sequence, walk.b, packed) + col;
+  const uint2 elements{cvt_pack<Element>(x.x, x.y), cvt_pack<Element>(x.z, x.w)};
+  if constexpr (kAligned) {
+    if (col < params.head_dim_v) *reinterpret_cast<uint2*>(out) = elements;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (col + i < params.head_dim_v)
+        out[i] = Element{static_cast<uint16_t>((i < 2 ? elements.x : elements.y) >> 16 * (i % 2))};
+  }
+  if (col == 0) params.lse[row_offset(params.lse_strides, walk.sequence, walk.b, packed)] = lse_log2 * kLn2;
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const __grid_constant__ CacheParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  fill_rows_of_no_sequence(params);
+  const Share share = share_of(params, blockIdx.x, gridDim.x);
+  if (share.size == 0) return;
+  Walk walk(params, share);
+  Slot* ring = smem.ring[warp_id()];
+  auto load_slice = [&](KeyStream& stream, int slot) {
+    stream.load(params, share, ring[slot]);
+    cp_async_commit_group();
+  };
+  {
+    KeyStream stream(params, share, walk);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) load_slice(stream, i);
+    if (lane_id() == 0) smem.streams[warp_id()] = stream;
+  }
+  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
+  int slot = 0;
+  for (; walk.start < share.size; walk.next(params, share)) {
+    Work work;
+    work.walk = walk;
+    work.seen = seen_keys(params, walk.sequence, walk.block());
+    work.slices = slices_of(work.seen), work.part = walk.part_of(work.slices, share);
+    work.rows = min(kBlockM, walk.sequence.seqlen_q * params.group.value - walk.block() * kBlockM);
+    // Others have its slices; or there are none, and it is theirs.
+    if (work.part.count() == 0 && (work.slices.count() > 0 || walk.start < 0)) continue;
+    if (threadIdx.x == 0) smem.work = work;
+    load_q(smem.q, params, work);
+    __syncthreads();  // Q is there, and what the work is
+    QOperand operand_q{operand_a(smem.q, 0, 0)};
+    operand_q.keep();
+
+    Softmax<kMTiles> softmax;
+    Accumulator<kMTiles, kOTiles> acc_o;
+    acc_o.clear();
+    const int end = work.part.end, all_from = work.seen.all_from, all_to = work.seen.all_to;
+    for (int n = work.part.begin + warp_id(); n < end; n += kNumWarps) {
+      cp_async_wait_group<kSlots - 1>();
+      __syncwarp();  // the slice is there, every lane's part of it, and where the stream goes on
+      Accumulator<kMTiles, kSTiles> acc_s;
+      acc_s.clear();
+      gemm<kHeadSteps>(acc_s, operand_q, operand_b_transposed(ring[slot].k, 0, 0));
+      modify_scores(acc_s, params.scale_softmax_log2);
+      const int first_key = n * kBlockN;
+      if (first_key < all_from || first_key + kBlockN > all_to) {
+        const Walk& own = smem.work.walk;
+        mask_packed_scores(acc_s, params, own.sequence, own.block() * kBlockM + accumulator_row(), first_key + accumulator_col());
+      }
+      softmax.update(acc_s, acc_o, scale_log2);
+      gemm<kKeySteps>(acc_o, to_fragments(acc_s), operand_b(ring[slot].v, 0, 0));
+      KeyStream stream = smem.streams[warp_id()];
+      __syncwarp();  // every lane is done with the slice, and has read where the stream goes on
+      load_slice(stream, slot);
+      if (lane_id() == 0) smem.streams[warp_id()] = stream;
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+    }
+
+    work = smem.work, walk = work.walk;
+    float max[kMTiles][2], sum[kMTiles][2];
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        max[i][h] = softmax.max[i][h] == -kInfinity ? -kInfinity : softmax.scaled(softmax.max[i][h], scale_log2);
+        sum[i][h] = row_sum(softmax.sum[i][h]);
+      }
+    const bool is_whole = work.part.count() == work.slices.count();
+    const Sharing shared = is_whole ? Sharing{0, 1} : sharing(share, walk.start, work.slices.count());
+    const int64_t place = part_row(shared, blockIdx.x);
+    for (bool is_final = is_whole;; is_final = true) {
+      add_up_warps(smem.combine, acc_o, max, sum, work.rows, [&](int row, int col, const float4& x, float lse_log2) {
+        if (is_final) {
+          store_row(params, walk, row, col, x, lse_log2);
+        } else {
+          store_part(params, place + row, col, x, lse_log2);
+        }
+      });
+      if (is_final || !is_last_to_come(smem.combine, params, shared)) break;
+      read_parts(params, shared, work.rows, acc_o, max, sum);
+    }
+  }
+  cp_async_wait_group<0>();
+}

@@ -1,0 +1,149 @@
+"""CacheProblem: what a call on a cache computes on a GPU, frozen and printable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from fa2cupy.cached.call import ARRAYS, Call
+from fa2cupy.errors import InvalidArgument
+from fa2cupy.frameworks.base import TensorRef, contiguous_strides
+
+__all__ = ["CacheProblem", "Strides"]
+
+Strides = tuple[int, int, int]  # in elements, between (batch, row, head) neighbours
+
+_MAX_GPU_SCALE = 2e38  # the kernels take it times log2(e) as float32
+_MAX_ROWS = 2**30
+_STRIDED = ("q", "k_cache", "v_cache", "out", "k_new", "v_new")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheProblem:
+    """One call, in bshd order whatever the user's layout.
+
+    batch: sequences; seqlen_q: queries of each, of packed ones all of them. rows: of the cache, pages or sequences;
+    page: keys of one; tables: rows that a sequence may have one of, of the cache or of the table of pages; width: the
+    most pages of a sequence; entries: of `indices`.
+    arrays: the names of `cached.call.ARRAYS` that are there, out and lse_out among them. by_number: cache_seqlens is one
+    number, handed over in place of a pointer.
+    left, right: ends of the band of keys that a query sees, at most the lengths.
+    strides: of q, the caches, out and new keys; lse_out as (batch, row, head), too. aligned: of all of them every row
+    starts at a multiple of 16 bytes and head dims are multiples of 8.
+    """
+
+    batch: int
+    seqlen_q: int
+    num_heads: int
+    num_heads_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    kv_dtype: str
+    rows: int
+    page: int
+    tables: int
+    width: int
+    entries: int
+    arrays: tuple[str, ...]
+    by_number: bool
+    left: int
+    right: int
+    softmax_scale: float
+    strides: tuple[tuple[str, Strides], ...]
+    aligned: bool
+    seqlen_new: int | None = None
+    split_size: int | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        return "cu_seqlens_q" in self.arrays
+
+    @property
+    def is_paged(self) -> bool:
+        return "block_table" in self.arrays or "indptr" in self.arrays
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.num_heads // max(1, self.num_heads_k)
+
+    @property
+    def packed_rows(self) -> int:
+        """Of a sequence, at most: its queries times the heads that share a key head."""
+        return self.seqlen_q * self.group
+
+    def __str__(self) -> str:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values if value is not None)})"
+
+    @classmethod
+    def of(cls, call: Call) -> CacheProblem:
+        cache, options = call.cache, call.options
+        scale = options.get("softmax_scale")
+        scale = cache.head_dim**-0.5 if scale is None else scale
+        if abs(scale) > _MAX_GPU_SCALE:
+            raise InvalidArgument(
+                f"softmax_scale={scale!r} is not supported on a GPU: at most {_MAX_GPU_SCALE} in magnitude"
+            )
+        rows = call.seqlen_q * call.num_heads
+        if rows > _MAX_ROWS:
+            raise InvalidArgument(
+                f"q has {call.seqlen_q} x {call.num_heads} rows and heads, which is not supported on a GPU: at most "
+                f"{_MAX_ROWS}"
+            )
+        refs = {name: cache.framework.ref(array, name) for name, array in call.arrays.items()}
+        for name in ("out", "lse_out"):
+            if name not in refs:
+                shape = call.shape(name)
+                refs[name] = TensorRef(0, shape, contiguous_strides(shape), call.dtype, cache.device, None)
+        strides = {name: _bshd(refs[name], cache.layout) for name in _STRIDED if name in refs}
+        lse = refs["lse_out"]
+        batch, head, row = _numbers((1,) * (3 - len(lse.shape)) + lse.shape, (0,) * (3 - len(lse.shape)) + lse.strides)
+        aligned = cache.head_dim % 8 == 0 and cache.head_dim_v % 8 == 0
+        for name in strides:
+            per_chunk = 16 if cache.is_quantised and name in ("k_cache", "v_cache") else 8
+            aligned &= refs[name].ptr % 16 == 0 and all(s % per_chunk == 0 for s in strides[name])
+        strides["lse_out"] = batch, row, head
+        left, right = options.get("window_size") or (-1, -1)
+        right = 0 if options.get("causal") else right
+        return cls(
+            batch=call.batch,
+            seqlen_q=call.seqlen_q,
+            num_heads=call.num_heads,
+            num_heads_k=cache.num_heads_k,
+            head_dim=cache.head_dim,
+            head_dim_v=cache.head_dim_v,
+            dtype=call.dtype,
+            kv_dtype=cache.dtype,
+            rows=cache.rows,
+            page=cache.page,
+            tables=cache.rows if cache.tables is None else cache.tables,
+            width=cache.width,
+            entries=refs["indices"].shape[0] if "indices" in refs else 0,
+            arrays=tuple(name for name in ARRAYS if name in refs),
+            by_number="cache_seqlens" in call.numbers,
+            left=cache.capacity if left < 0 else min(left, cache.capacity),
+            right=call.seqlen_q if right < 0 else min(right, call.seqlen_q),
+            softmax_scale=scale,
+            strides=tuple(strides.items()),
+            aligned=bool(aligned),
+            seqlen_new=call.seqlen_new,
+            split_size=options.get("split_size"),
+        )
+
+
+def _bshd(ref: TensorRef, layout: str) -> Strides:
+    """(batch, row, head) strides; a packed array has 0 for the batch that it has not."""
+    if len(ref.shape) == 3:
+        row, head, _ = _numbers(ref.shape, ref.strides)
+        return 0, row, head
+    batch, first, second, _ = _numbers(ref.shape, ref.strides)
+    return (batch, first, second) if layout == "bshd" else (batch, second, first)
+
+
+def _numbers(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """0 in place of those that mean nothing: of dimensions of size 1, and of empty arrays."""
+    if math.prod(shape) == 0:
+        return (0,) * len(shape)
+    return tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))

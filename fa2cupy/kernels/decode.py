@@ -1,0 +1,54 @@
+"""Plans for attention on a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa2cupy.cached.problem import CacheProblem
+from fa2cupy.jit.driver import DeviceInfo
+from fa2cupy.kernels import launch as launching
+from fa2cupy.kernels.launch import KernelLaunch, Launchable
+from fa2cupy.kernels.sm80 import flash_decode
+from fa2cupy.kernels.sm80.flash_decode import DecodeTile
+from fa2cupy.kernels.tiles import padded_head_dim
+
+__all__ = ["DecodePlan", "plan_decode"]
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How a problem is computed: launches in stream order. Pointers: those of `cached.call.ARRAYS`, the workspace, and
+    `counters` ints that are 0 before and after.
+    """
+
+    problem: CacheProblem
+    launches: tuple[KernelLaunch, ...]
+    workspace_bytes: int
+    counters: int
+    tile: DecodeTile
+
+    def __str__(self) -> str:
+        lines = [
+            f"{type(self).__name__}({self.problem}",
+            f"  workspace: {self.workspace_bytes} bytes, {self.counters} counters",
+            f"  {self.tile}",
+        ]
+        for each in self.launches:
+            defines = " ".join(f"{key[4:].lower()}={value}" for key, value in each.defines.items())
+            lines.append(f"  {each.name} {each.arch} {each.config} {defines}")
+        return "\n".join(lines) + ")"
+
+    def bind(self, device_index: int) -> Launchable:
+        """What launches all kernels, compiled and loaded on a device: `launch.bind`."""
+        return launching.bind(self.launches, device_index, str(self))
+
+
+def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | None = None) -> DecodePlan:
+    """How to compute `problem` on `device`. Needs no GPU. tile: in place of the tables', for tuning."""
+    tile = tile or flash_decode.rows(problem, device)[0]
+    blocks = device.sm_count
+    launches: tuple[KernelLaunch, ...] = ()
+    if problem.seqlen_q * problem.num_heads > 0 and (problem.batch > 0 or problem.is_packed):
+        launches += (flash_decode.launch(problem, device, tile),)
+    workspace = flash_decode.workspace_bytes(tile, blocks, padded_head_dim(problem.head_dim_v))
+    return DecodePlan(problem, launches, workspace if launches else 0, blocks, tile)
