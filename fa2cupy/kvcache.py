@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fa2cupy import dynamo
+from fa2cupy.cached import repeated
 from fa2cupy.cached.arguments import Given, given
 from fa2cupy.cached.cache import Cache
 from fa2cupy.cached.call import Call
-from fa2cupy.errors import InvalidArgument
+from fa2cupy.cached.repeated import Fixed
 from fa2cupy.keywords import KEYWORDS, signature
 
 __all__ = ["KVCache", "attention_with_kvcache"]
@@ -39,7 +41,8 @@ class KVCache:
     """
 
     def __init__(self, k: Any, v: Any, *positional: object, **keywords: Any) -> None:
-        self._cache = Cache.of(k, v, given("KVCache", positional, keywords), ("k", "v"))
+        self._cache = cache = Cache.of(k, v, given("KVCache", positional, keywords), ("k", "v"))
+        self._fixed = Fixed.of(cache.framework, cache.arrays, (cache.layout, cache.dtype, *cache.numbers.items()))
 
     def __repr__(self) -> str:
         cache = self._cache
@@ -82,7 +85,11 @@ class KVCache:
 
         Where and when, Lengths, Raises: as `attention`. There are no gradients.
         """
-        return _attend(self._cache, q, given("KVCache.attend", positional, keywords))
+        if self._fixed is not None and not positional:
+            results = repeated.attend(self._fixed, q, keywords)
+            if results is not None:
+                return results if keywords.get("return_lse") else results[0]
+        return _attend(self._cache, self._fixed, q, keywords, given("KVCache.attend", positional, keywords))
 
 
 @dynamo.leave
@@ -93,11 +100,21 @@ def attention_with_kvcache(
     num_heads, head_dim), the caches (batch or pages, seqlen or page_size, num_heads_k, head_dim). causal=True is
     bottom-right aligned. The keywords are those of `KVCache` and of its `attend`.
     """
-    everything = given("attention_with_kvcache", positional, keywords)
     new = {name: array for name, array in (("k", k), ("v", v)) if array is not None}
-    of_cache = {name for name, keyword in KEYWORDS.items() if "KVCache" in keyword.functions}
-    cache = Cache.of(k_cache, v_cache, _only(everything, of_cache), ("k_cache", "v_cache"))
-    return _attend(cache, q, _without(everything, of_cache).both(Given(new)))
+    of_call = new | {name: value for name, value in keywords.items() if name not in _OF_CACHE}
+    fixed = None
+    if not positional:
+        arrays = {"k_cache": k_cache, "v_cache": v_cache}
+        fixed = Fixed.of_keywords(arrays, {name: keywords[name] for name in _OF_CACHE if name in keywords})
+        results = None if fixed is None else repeated.attend(fixed, q, of_call)
+        if results is not None:
+            return results if keywords.get("return_lse") else results[0]
+    everything = given("attention_with_kvcache", positional, keywords)
+    cache = Cache.of(k_cache, v_cache, _only(everything, _OF_CACHE), ("k_cache", "v_cache"))
+    return _attend(cache, fixed, q, of_call, _without(everything, _OF_CACHE).both(Given(new)))
+
+
+_OF_CACHE = {name for name, keyword in KEYWORDS.items() if "KVCache" in keyword.functions}
 
 
 def _only(all_given: Given, names: set[str]) -> Given:
@@ -112,13 +129,15 @@ def _parts(all_given: Given) -> tuple[Any, Any, Any]:
     return all_given.arrays, all_given.options, all_given.numbers
 
 
-def _attend(cache: Cache, q: Any, all_given: Given) -> Any:
-    call = Call.of(cache, q, all_given, all_given.arrays.get("workspace"))
-    if cache.device.kind != "cpu":
-        raise InvalidArgument("a KV cache on a GPU is not supported yet: pass arrays on the CPU")
-    from fa2cupy.cached import host
+def _attend(cache: Cache, fixed: Fixed | None, q: Any, keywords: Mapping[str, Any], all_given: Given) -> Any:
+    workspace = all_given.arrays.get("workspace")
+    call = Call.of(cache, q, all_given, workspace)
+    if cache.device.kind == "cpu":
+        from fa2cupy.cached import host
 
-    out, lse = host.attend(call)
+        out, lse = host.attend(call)
+    else:
+        out, lse = repeated.first(fixed, call, keywords, workspace)
     return (out, lse) if all_given.options.get("return_lse") else out
 
 

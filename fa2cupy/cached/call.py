@@ -17,12 +17,18 @@ from fa2cupy.frameworks.overlap import has_duplicates
 from fa2cupy.prepared import check_overlap, workspace_block
 from fa2cupy.problem import MAX_LENGTH
 
-__all__ = ["ARRAYS", "Call"]
+__all__ = ["ARRAYS", "LENGTHS", "OF_CACHE", "OF_CALL", "Call"]
 
-# All arrays of a call, in the order of its pointers. The new keys and values are k_new and v_new here.
-ARRAYS = (
-    "q", "k_cache", "v_cache", "out", "lse_out", "k_new", "v_new", "block_table", "indptr", "indices", "k_scale",
-    "v_scale", "cache_seqlens", "seqused_k", "cache_batch_idx", "leftpad_k", "rotary_cos", "rotary_sin", "cu_seqlens_q",
+# All arrays of a call, in the order of its pointers: those of the cache, then those of the call, where new keys and
+# values are k_new and v_new.
+OF_CACHE = ("k_cache", "v_cache", "block_table", "indptr", "indices", "k_scale", "v_scale")
+OF_CALL = (
+    "q", "out", "lse_out", "k_new", "v_new", "cache_seqlens", "seqused_k", "cache_batch_idx", "leftpad_k",
+    "rotary_cos", "rotary_sin", "cu_seqlens_q",
+)  # fmt: skip
+ARRAYS = OF_CACHE + OF_CALL
+LENGTHS = (
+    "block_table", "indptr", "indices", "cache_seqlens", "seqused_k", "cache_batch_idx", "leftpad_k", "cu_seqlens_q",
 )  # fmt: skip
 _OUTPUTS = ("out", "lse_out")
 _DTYPES = {"cuda": ("float16", "bfloat16"), "cpu": ("float16", "bfloat16", "float32", "float64")}

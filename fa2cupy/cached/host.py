@@ -10,17 +10,13 @@ import numpy.typing as npt
 
 from fa2cupy import cpu, env
 from fa2cupy.cached import rows
-from fa2cupy.cached.call import Call
+from fa2cupy.cached.call import LENGTHS, Call
 from fa2cupy.cached.formats import dequantised, numbers, quantised, rotated, rounded
 from fa2cupy.cached.rows import Sequence, Sizes
 
 Array = npt.NDArray[Any]
 
 __all__ = ["attend"]
-
-_LENGTHS = (
-    "block_table", "indptr", "indices", "cache_seqlens", "seqused_k", "cache_batch_idx", "leftpad_k", "cu_seqlens_q",
-)  # fmt: skip
 
 
 def attend(call: Call) -> tuple[Any, Any]:
@@ -49,7 +45,7 @@ class _Host:
             call.batch, call.seqlen_q, call.seqlen_new or 0, cache.rows, cache.page, cache.width, call.is_packed,
             len(call.arrays["rotary_cos"]) if "rotary_cos" in call.arrays else 0,
         )  # fmt: skip
-        self.lengths = {name: self._numpy(name) for name in _LENGTHS if name in call.arrays}
+        self.lengths = {name: self._numpy(name) for name in LENGTHS if name in call.arrays}
         self._k, self._v = self._bshd("k_cache"), self._bshd("v_cache")
         self._q = self._bshd("q")
         self._new = {name: self._bshd(name) for name in ("k_new", "v_new") if name in call.arrays}

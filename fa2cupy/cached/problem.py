@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from fa2cupy.cached.call import ARRAYS, Call
@@ -25,8 +26,8 @@ class CacheProblem:
     batch: sequences; seqlen_q: queries of each, of packed ones all of them. rows: of the cache, pages or sequences;
     page: keys of one; tables: rows that a sequence may have one of, of the cache or of the table of pages; width: the
     most pages of a sequence; entries: of `indices`.
-    arrays: the names of `cached.call.ARRAYS` that are there, out and lse_out among them. by_number: cache_seqlens is one
-    number, handed over in place of a pointer.
+    arrays: the names of `cached.call.ARRAYS` that are there, out and lse_out among them. by_number: cache_seqlens is
+    one number, handed over in place of a pointer.
     left, right: ends of the band of keys that a query sees, at most the lengths.
     strides: of q, the caches, out and new keys; lse_out as (batch, row, head), too. aligned: of all of them every row
     starts at a multiple of 16 bytes and head dims are multiples of 8.
@@ -78,7 +79,8 @@ class CacheProblem:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values if value is not None)})"
 
     @classmethod
-    def of(cls, call: Call) -> CacheProblem:
+    def of(cls, call: Call, copied: Collection[str] = ()) -> CacheProblem:
+        """copied: names of arrays of which the kernels get C-contiguous copies."""
         cache, options = call.cache, call.options
         scale = options.get("softmax_scale")
         scale = cache.head_dim**-0.5 if scale is None else scale
@@ -93,10 +95,9 @@ class CacheProblem:
                 f"{_MAX_ROWS}"
             )
         refs = {name: cache.framework.ref(array, name) for name, array in call.arrays.items()}
-        for name in ("out", "lse_out"):
-            if name not in refs:
-                shape = call.shape(name)
-                refs[name] = TensorRef(0, shape, contiguous_strides(shape), call.dtype, cache.device, None)
+        for name in {"out", "lse_out"} - refs.keys() | set(copied):
+            shape = call.shape(name) if name in ("out", "lse_out") else refs[name].shape
+            refs[name] = TensorRef(0, shape, contiguous_strides(shape), call.dtype, cache.device, None)
         strides = {name: _bshd(refs[name], cache.layout) for name in _STRIDED if name in refs}
         lse = refs["lse_out"]
         batch, head, row = _numbers((1,) * (3 - len(lse.shape)) + lse.shape, (0,) * (3 - len(lse.shape)) + lse.strides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa2cupy.cached.problem import CacheProblem
+from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import launch as launching
 from fa2cupy.kernels.launch import KernelLaunch, Launchable
@@ -45,6 +46,13 @@ class DecodePlan:
 
 def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | None = None) -> DecodePlan:
     """How to compute `problem` on `device`. Needs no GPU. tile: in place of the tables', for tuning."""
+    for name, is_there in (
+        ("k", problem.seqlen_new is not None),
+        ("kv_dtype", problem.kv_dtype != problem.dtype),
+        ("split_size", problem.split_size is not None),
+    ):
+        if is_there:
+            raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
     tile = tile or flash_decode.rows(problem, device)[0]
     blocks = device.sm_count
     launches: tuple[KernelLaunch, ...] = ()

@@ -125,7 +125,7 @@ def execute(
     seed: int = 1,
 ) -> tuple[dict[str, bytes], set[run.Site]]:
     """Run the plan's launches into poisoned results and workspace; the bits, and the synchronisations reached."""
-    for name, tensor in prepared.tensors.items():
+    for tensor in prepared.tensors.values():
         tensor.poison()
     for name, bits in prepared.caches.items():
         cache = getattr(prepared.drawn, name)

@@ -16,7 +16,17 @@ from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Pointer
 from fa2cupy.kernels.params import Strides3
 from fa2cupy.kernels.tiles import SHARED_MEMORY, padded_head_dim, rows_for, shared_memory_class, tile_bytes
 
-__all__ = ["DECODE_TILES", "ROW", "CacheParams", "DecodeTile", "Divisor", "compile_jobs", "launch", "rows", "workspace_bytes"]
+__all__ = [
+    "DECODE_TILES",
+    "ROW",
+    "CacheParams",
+    "DecodeTile",
+    "Divisor",
+    "compile_jobs",
+    "launch",
+    "rows",
+    "workspace_bytes",
+]
 
 _KERNEL = ("sm80/flash_decode.cu", "flash_decode")
 _COMBINED_ROWS = 4  # of combine.cuh
