@@ -112,8 +112,8 @@ enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences an
 
 // Attention on a cache (cache.cuh)
 #ifdef FA2_SLOTS
-enum { kSlots = FA2_SLOTS };      // slices of keys and values that a warp has on their way or in use
-enum { kPaged = FA2_PAGED };      // keys lie in pages: 1 of any size, 2 of whole slices
+enum { kSlots = FA2_SLOTS };  // slices of keys and values that a warp has on their way or in use
+enum { kScattered = FA2_SCATTERED };  // where a sequence's keys lie: 0 together, 1 each anywhere, 2 each slice anywhere
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

@@ -52,7 +52,7 @@ class alignas(16) KeyStream {
 
   // The place of a key that there is.
   FA2_DEVICE KeyPlace place_of(const CacheParams& params, int key) const {
-    if constexpr (!kPaged) {
+    if constexpr (!kScattered) {
       return {walk_.sequence.row, key};
     } else {
       const int page = params.page.quotient(key);
@@ -65,7 +65,7 @@ class alignas(16) KeyStream {
     const int first = slice_ * kBlockN;
     // Lane i looks up key i of the slice; of a page of whole slices one is all.
     KeyPlace own{0, 0};
-    if (kPaged == 1) {
+    if (kScattered == 1) {
       const int key = first + lane_id() % kBlockN;
       if (first_key_ <= key && key < end_key_) own = place_of(params, key);
     } else {
@@ -87,8 +87,8 @@ class alignas(16) KeyStream {
 #pragma unroll
     for (int pass = 0; pass < kBlockN; pass += kRowsPerPass) {
       const int row = pass + lane_row;
-      const int page = kPaged == 1 ? __shfl_sync(0xffffffffu, own.row, row) : own.row;
-      const int inside = kPaged == 1 ? __shfl_sync(0xffffffffu, own.inside, row) : own.inside + row;
+      const int page = kScattered == 1 ? __shfl_sync(0xffffffffu, own.row, row) : own.row;
+      const int inside = kScattered == 1 ? __shfl_sync(0xffffffffu, own.inside, row) : own.inside + row;
       const bool there = first_key_ <= first + row && first + row < end_key_;
       const Element* source = gmem + (there ? page * strides.batch + inside * strides.row : 0) + lane_col;
 #pragma unroll

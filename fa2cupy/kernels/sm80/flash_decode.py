@@ -181,11 +181,11 @@ def launch(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile) -> Kerne
     for field, name in (("q", "q"), ("k", "k_cache"), ("v", "v_cache"), ("out", "out"), ("lse", "lse_out")):
         setattr(params, f"{field}_strides", Strides3(*strides[name]))
     shared = tile.shared_mem_bytes(head_dim, head_dim_v)
-    paged = 0 if not problem.is_paged else 2 if problem.page % tile.block_n == 0 else 1
+    scattered = 0 if not problem.is_paged else 2 if problem.page % tile.block_n == 0 else 1
     return KernelLaunch(
         *_KERNEL,
         common.arch_of(device),
-        _defines(tile, problem.dtype, head_dim, head_dim_v, problem.aligned, paged, problem.softmax_scale <= 0),
+        _defines(tile, problem.dtype, head_dim, head_dim_v, problem.aligned, scattered, problem.softmax_scale <= 0),
         LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared),
         bytes(params),
         tuple(pointers),
@@ -200,7 +200,7 @@ def common_arrays() -> tuple[str, ...]:
 
 
 def _defines(
-    tile: DecodeTile, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, paged: int, scale_first: bool
+    tile: DecodeTile, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, scattered: int, scale_first: bool
 ) -> dict[str, int | str]:
     own_v = 0 if head_dim_v == head_dim else head_dim_v
     return common.common_defines(dtype, head_dim, own_v, aligned) | {
@@ -209,7 +209,7 @@ def _defines(
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_SLOTS": tile.slots,
         "FA2_Q_STEPS_IN_REGS": min(tile.q_steps_in_regs, head_dim // 16),
-        "FA2_PAGED": paged,
+        "FA2_SCATTERED": scattered,
         "FA2_CAUSAL": 0,  # it is an end of the band
         "FA2_SCALE_FIRST": int(scale_first),
         "FA2_PARAMS_BYTES": ctypes.sizeof(CacheParams),
@@ -223,12 +223,12 @@ def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
         CompileJob(
             *_KERNEL,
             arch,
-            _defines(tile, dtype, tile.head_dim, tile.head_dim, True, paged, False),
+            _defines(tile, dtype, tile.head_dim, tile.head_dim, True, scattered, False),
             f"decode {dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps} "
-            f"{('rows', 'pages', 'pages of slices')[paged]}",
+            f"{('rows', 'pages', 'pages of slices')[scattered]}",
             tile.shared_mem_bytes(tile.head_dim),
             tile.spill_bytes,
         )
         for tile in DECODE_TILES[shared_memory_class(SHARED_MEMORY[arch])]
-        for paged in (0, 1, 2)
+        for scattered in (0, 1, 2)
     ]
