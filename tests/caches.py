@@ -150,6 +150,7 @@ def turned(x: np.ndarray, positions: np.ndarray, cos: np.ndarray, sin: np.ndarra
 
 
 def draw(case: CacheCase) -> Drawn:
+    assert case.capacity % (case.page or 1) == 0, "the last page has room for more than the capacity"
     rng = np.random.default_rng(case.seed)
     num_heads, num_heads_k = case.heads
     widths = {"k": case.head_dim, "v": case.head_dim_v or case.head_dim}

@@ -39,19 +39,46 @@ struct CacheParams {
   int rows, table_rows, table_width, table_entries;  // entries: of a table with starts
   Divisor page, group;  // keys of a page (of a row without pages), query heads of a key head
   int left, right;       // the band of keys that a query sees (visit.cuh); at most the lengths
+  int seqlen_new;        // new keys of each sequence, behind those of the cache; below 0: as many as it has queries
   float scale_softmax_log2;
 };
 
-// What a sequence has: keys [first, end) of row `row` of the cache or of the table, queries [first_q, first_q + seqlen_q).
+// New keys, where they still have to be written to the cache (append.cuh).
+struct NewKeysParams {
+  const Element* k_new;  // (batch, seqlen_new, num_heads_k, head_dim); with starts_q (total, num_heads_k, head_dim), batch stride 0
+  const Element* v_new;  // likewise, head_dim_v
+  Element* k_to;         // the cache
+  Element* v_to;
+  Strides k_new_strides, v_new_strides;
+};
+
+// Queries and new keys are turned by their positions (rotary.cuh).
+struct TurnParams {
+  const void* cos;  // (positions, half), Element or float32
+  const void* sin;
+  int half, positions;   // pairs of columns
+  int neighbours;        // whether a pair is columns 2 i and 2 i + 1, not i and i + half
+  int is_float;
+  int each;              // whether a query follows the one before, or all stand where the first new key does
+};
+
+using DecodeParams = Composed<CacheParams, Part<kNewKeys, NewKeysParams>, Part<kTurned, TurnParams>>;
+
+// What a sequence has: keys [first, end) of row `row` of the cache or of the table, those from `before` on new, and queries [first_q,
+// first_q + seqlen_q). New key i is key before + i.
 struct CachedSequence {
-  int row, first, end;
+  int row, first, before, end;
   int first_q, seqlen_q;
 };
 
 FA2_DEVICE int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
+FA2_DEVICE int new_keys(const CacheParams& params, const CachedSequence& sequence) {
+  return params.seqlen_new < 0 ? sequence.seqlen_q : params.seqlen_new;
+}
+
 FA2_DEVICE CachedSequence cached_sequence(const CacheParams& params, int b) {
-  CachedSequence sequence{b, 0, 0, 0, params.seqlen_q};
+  CachedSequence sequence{b, 0, 0, 0, 0, params.seqlen_q};
   if (params.starts_q) {
     sequence.first_q = clamp(params.starts_q[b], 0, params.seqlen_q);
     sequence.seqlen_q = clamp(params.starts_q[b + 1], sequence.first_q, params.seqlen_q) - sequence.first_q;
@@ -66,19 +93,30 @@ FA2_DEVICE CachedSequence cached_sequence(const CacheParams& params, int b) {
   }
   if (params.seqused) {
     sequence.end = clamp(params.seqused[b], 0, room);
-  } else if (params.seqlens) {
-    sequence.end = clamp(params.seqlens[b], 0, room);
+    sequence.before = sequence.end - new_keys(params, sequence);
   } else {
-    sequence.end = params.seqlens_number < 0 ? room : min(static_cast<int>(params.seqlens_number), room);
+    sequence.before = params.seqlens_number < 0 ? room : min(static_cast<int>(params.seqlens_number), room);
+    if (params.seqlens) sequence.before = clamp(params.seqlens[b], 0, room);
+    sequence.end = min(sequence.before + new_keys(params, sequence), room);
   }
   if (params.leftpad) sequence.first = clamp(params.leftpad[b], 0, sequence.end);
   return sequence;
 }
 
-// Where the table has the pages of row `row`.
-FA2_DEVICE const int* table_row(const CacheParams& params, int row) {
-  if (params.table_starts) return params.table + clamp(params.table_starts[row], 0, params.table_entries);
-  return params.table + static_cast<int64_t>(row) * params.table_width;
+// Where a key of a sequence is: a row of the cache (its own, or a page; -1 for a number that is no page's), and the row in there.
+struct KeyPlace {
+  int row, inside;
+};
+FA2_DEVICE KeyPlace place_of(const CacheParams& params, const CachedSequence& sequence, int key) {
+  if constexpr (!kScattered) {
+    return {sequence.row, key};
+  } else {
+    const int* table = params.table + static_cast<int64_t>(sequence.row) * params.table_width;
+    if (params.table_starts) table = params.table + clamp(params.table_starts[sequence.row], 0, params.table_entries);
+    const int page = params.page.quotient(key);
+    const int row = table[page];
+    return {0 <= row && row < params.rows ? row : -1, key - page * params.page.value};
+  }
 }
 
 // Query `query` of a sequence sees its keys [key_begin, key_end).

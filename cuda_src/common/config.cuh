@@ -111,6 +111,16 @@ enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences an
 #endif
 
 // Attention on a cache (cache.cuh)
+#ifdef FA2_NEW_KEYS
+enum { kNewKeys = FA2_NEW_KEYS };  // new keys come with the call and are written to the cache
+#else
+enum { kNewKeys = 0 };
+#endif
+#ifdef FA2_TURNED
+enum { kTurned = FA2_TURNED };  // queries and new keys are turned by their positions
+#else
+enum { kTurned = 0 };
+#endif
 #ifdef FA2_SLOTS
 enum { kSlots = FA2_SLOTS };  // slices of keys and values that a warp has on their way or in use
 enum { kScattered = FA2_SCATTERED };  // where a sequence's keys lie: 0 together, 1 each anywhere, 2 each slice anywhere

@@ -15,7 +15,7 @@
 #include "common/score.cuh"
 #include "sm80/key_stream.cuh"
 
-static_assert(sizeof(CacheParams) == kParamsBytes, "kernels/params.py and common/cache.cuh differ");
+static_assert(sizeof(DecodeParams) == kParamsBytes, "kernels/params.py and common/cache.cuh differ");
 
 constexpr int kMTiles = kBlockM / 16;
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
@@ -39,20 +39,22 @@ struct SharedMemory {
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/sm80/flash_decode.py and this struct differ");
 
 // Q of a tile, zeros where there is no row or column. All threads.
-FA2_DEVICE void load_q(Tile<kBlockM, kHeadDim>& tile, const CacheParams& params, const Work& work) {
+template <typename Params>
+FA2_DEVICE void load_q(Tile<kBlockM, kHeadDim>& tile, const Params& params, const Work& work) {
   const Walk& walk = work.walk;
   constexpr int kChunks = kHeadDim / 8;
   for (int i = threadIdx.x; i < kBlockM * kChunks; i += kNumThreads) {
     const int row = i / kChunks, col = i % kChunks * 8;
     const PackedRow packed = packed_row(params, walk.head(), walk.block() * kBlockM + row);
-    const Element* gmem = params.q + row_offset(params.q_strides, walk.sequence, walk.b, packed) + col;
-    Element* smem = tile.data + row * tile.kRowElements + col;
-    if constexpr (kAligned) {
-      const bool exists = row < work.rows && col < params.head_dim;
-      *reinterpret_cast<uint4*>(smem) = exists ? *reinterpret_cast<const uint4*>(gmem) : uint4{0, 0, 0, 0};
-    } else {
-      for (int j = 0; j < 8; ++j) smem[j] = row < work.rows && col + j < params.head_dim ? gmem[j] : Element{0};
+    const Element* gmem = params.q + row_offset(params.q_strides, walk.sequence, walk.b, packed);
+    Chunk chunk{{0, 0, 0, 0}};
+    if (row < work.rows) {
+      int position = 0;
+      if constexpr (kTurned) position = walk.sequence.before + (params.each ? packed.query : 0);
+      chunk = read_chunk<kTurned>(params, gmem, position, col, params.head_dim);
     }
+    *reinterpret_cast<uint4*>(tile.data + row * tile.kRowElements + col) =
+        uint4{chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
   }
 }
 
@@ -77,7 +79,7 @@ struct QOperand {
 };
 
 // Four columns of a row of out, and its lse.
-FA2_DEVICE void store_row(const CacheParams& params, const Walk& walk, int row, int col, const float4& x, float lse_log2) {
+FA2_DEVICE void store_row(const DecodeParams& params, const Walk& walk, int row, int col, const float4& x, float lse_log2) {
   const PackedRow packed = packed_row(params, walk.head(), walk.block() * kBlockM + row);
   Element* out = params.out + row_offset(params.out_strides, walk.sequence, walk.b, packed) + col;
   const uint2 elements{cvt_pack<Element>(x.x, x.y), cvt_pack<Element>(x.z, x.w)};
@@ -92,11 +94,11 @@ FA2_DEVICE void store_row(const CacheParams& params, const Walk& walk, int row, 
   if (col == 0) params.lse[row_offset(params.lse_strides, walk.sequence, walk.b, packed)] = lse_log2 * kLn2;
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const __grid_constant__ CacheParams params) {
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const __grid_constant__ DecodeParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   fill_rows_of_no_sequence(params);
   const Share share = share_of(params, blockIdx.x, gridDim.x);
-  if (share.size == 0) return;
+  if (share.size == 0) return append_new_keys(params);
   Walk walk(params, share);
   Slot* ring = smem.ring[warp_id()];
   auto load_slice = [&](KeyStream& stream, int slot) {
@@ -109,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     for (int i = 0; i < kSlots; ++i) load_slice(stream, i);
     if (lane_id() == 0) smem.streams[warp_id()] = stream;
   }
+  append_new_keys(params);  // while the first slices are on their way
   const float scale_log2 = exponent_scale(params.scale_softmax_log2);
   int slot = 0;
   for (; walk.start < share.size; walk.next(params, share)) {

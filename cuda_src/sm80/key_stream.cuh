@@ -2,6 +2,7 @@
 // 16 bytes of a row, wherever that lies. A slice's rows that are none of the tile's keys become 0 and are not read.
 #pragma once
 
+#include "common/append.cuh"
 #include "common/work_list.cuh"
 #include "sm80/tile.cuh"
 
@@ -10,10 +11,6 @@ struct Slot {
   Tile<kBlockN, kHeadDimV> v;
 };
 
-// Where a row of the cache is that has a key: (its row, or page; the row in there).
-struct KeyPlace {
-  int row, inside;
-};
 
 // Its state is the same in all lanes and lies in shared memory between two slices: registers are for the products.
 class alignas(16) KeyStream {
@@ -23,7 +20,8 @@ class alignas(16) KeyStream {
   FA2_DEVICE KeyStream(const CacheParams& params, const Share& share, const Walk& walk) : walk_(walk) { enter(params, share); }
 
   // The next slice into a slot that the warp is done with, or nothing if there is none.
-  FA2_DEVICE void load(const CacheParams& params, const Share& share, Slot& slot) {
+  template <typename Params>
+  FA2_DEVICE void load(const Params& params, const Share& share, Slot& slot) {
     if (slice_ >= end_) {
       if (walk_.start >= share.size) return;
       walk_.next(params, share);
@@ -50,35 +48,37 @@ class alignas(16) KeyStream {
     }
   }
 
-  // The place of a key that there is.
-  FA2_DEVICE KeyPlace place_of(const CacheParams& params, int key) const {
-    if constexpr (!kScattered) {
-      return {walk_.sequence.row, key};
-    } else {
-      const int page = params.page.quotient(key);
-      const int row = table_row(params, walk_.sequence.row)[page];
-      return {static_cast<uint32_t>(row) < static_cast<uint32_t>(params.rows) ? row : 0, key - page * params.page.value};
-    }
-  }
-
-  FA2_DEVICE void copy(const CacheParams& params, Slot& slot) {
+  template <typename Params>
+  FA2_DEVICE void copy(const Params& params, Slot& slot) {
     const int first = slice_ * kBlockN;
-    // Lane i looks up key i of the slice; of a page of whole slices one is all.
+    // Where the keys of the cache end that the slice may have; behind are new ones.
+    const int cached = kNewKeys ? min(end_key_, walk_.sequence.before) : end_key_;
+    // Lane i looks up key i of the slice; where whole slices are together, one is all.
     KeyPlace own{0, 0};
-    if (kScattered == 1) {
-      const int key = first + lane_id() % kBlockN;
-      if (first_key_ <= key && key < end_key_) own = place_of(params, key);
-    } else {
-      own = place_of(params, max(first, first_key_));
-      own.inside -= max(first, first_key_) - first;
+    const int key = kScattered == 1 ? first + lane_id() % kBlockN : max(first, first_key_);
+    if (first_key_ <= key && key < cached) {
+      own = place_of(params, walk_.sequence, key);
+      own.row = max(own.row, 0);
+      if (kScattered != 1) own.inside -= key - first;
     }
     const int head = walk_.head();
-    copy_rows(slot.k, params.k + head * params.k_strides.head, params.k_strides, params.head_dim, first, own);
-    copy_rows(slot.v, params.v + head * params.v_strides.head, params.v_strides, params.head_dim_v, first, own);
+    copy_rows(slot.k, params.k + head * params.k_strides.head, params.k_strides, params.head_dim, first, cached, own);
+    copy_rows(slot.v, params.v + head * params.v_strides.head, params.v_strides, params.head_dim_v, first, cached, own);
+    if constexpr (kNewKeys) {
+      if (first + kBlockN > cached && cached < end_key_) {
+        const int index = first - walk_.sequence.before;
+        take_new<kTurned>(slot.k, new_row(params.k_new, params.k_new_strides, walk_.sequence, walk_.b, index, head),
+                          params.k_new_strides.row, params.head_dim, first, cached, params);
+        take_new<false>(slot.v, new_row(params.v_new, params.v_new_strides, walk_.sequence, walk_.b, index, head),
+                        params.v_new_strides.row, params.head_dim_v, first, cached, params);
+      }
+    }
   }
 
+  // Rows [first, first + kBlockN) of the keys, as far as the tile has them and they lie in the cache, below `cached`; the others 0. New
+  // ones are left out.
   template <int kCols>
-  FA2_DEVICE void copy_rows(Tile<kBlockN, kCols>& tile, const Element* gmem, const Strides& strides, int cols, int first,
+  FA2_DEVICE void copy_rows(Tile<kBlockN, kCols>& tile, const Element* gmem, const Strides& strides, int cols, int first, int cached,
                             const KeyPlace& own) const {
     constexpr int kLanesPerRow = kCols % 64 == 0 ? 8 : kCols % 32 == 0 ? 4 : 2;
     constexpr int kRowsPerPass = 32 / kLanesPerRow;
@@ -86,11 +86,12 @@ class alignas(16) KeyStream {
     const uint32_t target = smem_address(tile.data) + lane_row * tile.kRowBytes + lane_col * 2;
 #pragma unroll
     for (int pass = 0; pass < kBlockN; pass += kRowsPerPass) {
-      const int row = pass + lane_row;
-      const int page = kScattered == 1 ? __shfl_sync(0xffffffffu, own.row, row) : own.row;
+      const int row = pass + lane_row, key = first + row;
+      const int place = kScattered == 1 ? __shfl_sync(0xffffffffu, own.row, row) : own.row;
       const int inside = kScattered == 1 ? __shfl_sync(0xffffffffu, own.inside, row) : own.inside + row;
-      const bool there = first_key_ <= first + row && first + row < end_key_;
-      const Element* source = gmem + (there ? page * strides.batch + inside * strides.row : 0) + lane_col;
+      const bool there = first_key_ <= key && key < cached;
+      if (kNewKeys && first_key_ <= key && cached <= key && key < end_key_) continue;
+      const Element* source = gmem + (there ? place * strides.batch + inside * strides.row : 0) + lane_col;
 #pragma unroll
       for (int col = 0; col < kCols; col += 8 * kLanesPerRow) {
         const bool exists = there && lane_col + col < cols;
@@ -103,6 +104,20 @@ class alignas(16) KeyStream {
                 there && lane_col + col + i < cols ? source[col + i] : Element{0};
         }
       }
+    }
+  }
+
+  // The new ones, from where they came: `gmem` is where the one would be that is the slice's first key.
+  template <bool kIsTurned, int kCols, typename Params>
+  FA2_DEVICE void take_new(Tile<kBlockN, kCols>& tile, const Element* gmem, int64_t row_stride, int cols, int first, int cached,
+                           const Params& params) const {
+    constexpr int kChunks = kCols / 8;
+    const int from = max(max(cached, first_key_) - first, 0), to = min(end_key_ - first, kBlockN);
+    for (int i = from * kChunks + lane_id(); i < to * kChunks; i += 32) {
+      const int row = i / kChunks, col = i % kChunks * 8;
+      const Chunk chunk = read_chunk<kIsTurned>(params, gmem + row * row_stride, first + row, col, cols);
+      *reinterpret_cast<uint4*>(tile.data + row * tile.kRowElements + col) =
+          uint4{chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
     }
   }
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 from fa2cupy.cached.call import ARRAYS, Call
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.frameworks.base import TensorRef, contiguous_strides
 
-__all__ = ["CacheProblem", "Strides"]
+__all__ = ["CacheProblem", "Rotary", "Strides"]
 
 Strides = tuple[int, int, int]  # in elements, between (batch, row, head) neighbours
 
 _MAX_GPU_SCALE = 2e38  # the kernels take it times log2(e) as float32
 _MAX_ROWS = 2**30
 _STRIDED = ("q", "k_cache", "v_cache", "out", "k_new", "v_new")
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """half: pairs of columns that are turned. positions: rows of the tables. neighbours: "interleaved". is_float: the
+    tables are float32, not of q's dtype. each: queries follow each other, and do not all stand at the first new key.
+    """
+
+    half: int
+    positions: int
+    neighbours: bool
+    is_float: bool
+    each: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class CacheProblem:
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
     seqlen_new: int | None = None
+    rotary: Rotary | None = None
     split_size: int | None = None
 
     @property
@@ -130,8 +144,21 @@ class CacheProblem:
             strides=tuple(strides.items()),
             aligned=bool(aligned),
             seqlen_new=call.seqlen_new,
+            rotary=_rotary(call, refs) if "rotary_cos" in refs else None,
             split_size=options.get("split_size"),
         )
+
+
+def _rotary(call: Call, refs: Mapping[str, TensorRef]) -> Rotary:
+    positions, half = refs["rotary_cos"].shape
+    options = call.options
+    return Rotary(
+        half,
+        positions,
+        options["rotary_style"] == "interleaved",
+        refs["rotary_cos"].dtype == "float32",
+        bool(options.get("causal")) or "window_size" in options,
+    )
 
 
 def _bshd(ref: TensorRef, layout: str) -> Strides:

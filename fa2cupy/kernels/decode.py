@@ -11,9 +11,13 @@ from fa2cupy.kernels import launch as launching
 from fa2cupy.kernels.launch import KernelLaunch, Launchable
 from fa2cupy.kernels.sm80 import flash_decode
 from fa2cupy.kernels.sm80.flash_decode import DecodeTile
+from fa2cupy.kernels.smxx import append_keys
 from fa2cupy.kernels.tiles import padded_head_dim
 
 __all__ = ["DecodePlan", "plan_decode"]
+
+# New keys of a sequence beyond which a kernel of its own writes them: each tile that sees them would turn them again.
+_MANY_NEW_KEYS = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,6 @@ class DecodePlan:
 def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | None = None) -> DecodePlan:
     """How to compute `problem` on `device`. Needs no GPU. tile: in place of the tables', for tuning."""
     for name, is_there in (
-        ("k", problem.seqlen_new is not None),
         ("kv_dtype", problem.kv_dtype != problem.dtype),
         ("split_size", problem.split_size is not None),
     ):
@@ -55,8 +58,13 @@ def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | No
             raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
     tile = tile or flash_decode.rows(problem, device)[0]
     blocks = device.sm_count
+    new = problem.seqlen_new or 0
+    mean = new // max(1, problem.batch) if problem.is_packed else new
+    alone = mean > _MANY_NEW_KEYS  # who computes with them reads them in the cache
     launches: tuple[KernelLaunch, ...] = ()
-    if problem.seqlen_q * problem.num_heads > 0 and (problem.batch > 0 or problem.is_packed):
-        launches += (flash_decode.launch(problem, device, tile),)
+    if new > 0 and (alone or problem.num_heads == 0):
+        launches += (append_keys.launch(problem, device),)
+    if problem.seqlen_q * problem.num_heads > 0 or (new > 0 and not launches):
+        launches += (flash_decode.launch(problem, device, tile, new_keys=new > 0 and not launches),)
     workspace = flash_decode.workspace_bytes(tile, blocks, padded_head_dim(problem.head_dim_v))
     return DecodePlan(problem, launches, workspace if launches else 0, blocks, tile)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import math
-from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fa2cupy.cached.call import ARRAYS
 from fa2cupy.cached.problem import CacheProblem
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
-from fa2cupy.kernels import common
+from fa2cupy.kernels import cache_params, common
+from fa2cupy.kernels.cache_params import CacheParams, NewKeysParams, TurnParams
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Pointer
-from fa2cupy.kernels.params import Strides3
+from fa2cupy.kernels.params import composed
 from fa2cupy.kernels.tiles import SHARED_MEMORY, padded_head_dim, rows_for, shared_memory_class, tile_bytes
 
 __all__ = [
     "DECODE_TILES",
     "ROW",
-    "CacheParams",
     "DecodeTile",
-    "Divisor",
     "compile_jobs",
+    "feature_defines",
     "launch",
     "rows",
     "workspace_bytes",
@@ -88,42 +87,6 @@ DECODE_TILES: dict[int, tuple[DecodeTile, ...]] = {
 ROW = DecodeTile
 
 
-class Divisor(ctypes.Structure):
-    """The twin of the struct in cuda_src/common/cache.cuh."""
-
-    _fields_ = (("factor", c_uint32), ("shift", c_int32), ("value", c_int32))
-
-    @classmethod
-    def by(cls, value: int) -> Divisor:
-        """x // value of any x in [0, 2^31) is x * factor >> shift."""
-        value = max(1, value)
-        shift = 31 + (value - 1).bit_length()
-        return cls(-(-(1 << shift) // value), shift, value)
-
-
-_LENGTHS = (("seqlens", "cache_seqlens"), ("seqused", "seqused_k"), ("batch_idx", "cache_batch_idx"),
-            ("leftpad", "leftpad_k"), ("starts_q", "cu_seqlens_q"))  # fmt: skip
-
-
-class CacheParams(ctypes.Structure):
-    """The twin of the struct in cuda_src/common/cache.cuh."""
-
-    _fields_ = (
-        *((name, c_uint64) for name in ("q", "k", "v", "out", "lse", "table", "table_starts")),
-        *((name, c_uint64) for name, _ in _LENGTHS),
-        *((name, c_uint64) for name in ("partial_out", "partial_lse", "counters")),
-        ("seqlens_number", c_int64),
-        *((f"{name}_strides", Strides3) for name in ("q", "k", "v", "out", "lse")),
-        *((name, c_int32) for name in ("batch", "seqlen_q", "num_heads", "num_heads_k", "head_dim", "head_dim_v")),
-        *((name, c_int32) for name in ("rows", "table_rows", "table_width", "table_entries")),
-        ("page", Divisor),
-        ("group", Divisor),
-        ("left", c_int32),
-        ("right", c_int32),
-        ("scale_softmax_log2", c_float),
-    )
-
-
 def rows(problem: CacheProblem, device: DeviceInfo) -> list[DecodeTile]:
     """Of the smallest head_dim that is large enough, the best first: the fewest blocks of packed rows, then the fewest
     rows that are none."""
@@ -138,65 +101,46 @@ def workspace_bytes(tile: DecodeTile, blocks: int, head_dim_v: int) -> int:
     return 2 * blocks * tile.block_m * (head_dim_v + 1) * 4
 
 
-def launch(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile) -> KernelLaunch:
-    """Pointers: those of `cached.call.ARRAYS`, then the workspace, then the counters, one int for each thread block."""
+def launch(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile, *, new_keys: bool) -> KernelLaunch:
+    """Pointers: those of `cached.call.ARRAYS`, then the workspace, then the counters, one int for each thread block.
+    new_keys: whether it writes new keys to the cache.
+    """
     head_dim, head_dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
-    blocks = device.sm_count
-    names = {name: position for position, name in enumerate(common_arrays())}
-    places = {
-        "q": ("q", 0), "k": ("k_cache", 0), "v": ("v_cache", 0), "out": ("out", 0), "lse": ("lse_out", 0),
-        **{field: (name, 0) for field, name in _LENGTHS if name in problem.arrays},
-    }  # fmt: skip
-    if "block_table" in problem.arrays:
-        places["table"] = "block_table", 0
-    elif "indptr" in problem.arrays:
-        places |= {"table": ("indices", 0), "table_starts": ("indptr", 0)}
-    if problem.by_number:
-        places["seqlens_number"] = "cache_seqlens", 0
-    pointers = [Pointer(getattr(CacheParams, field).offset, names[name], add) for field, (name, add) in places.items()]
+    blocks, turned = device.sm_count, problem.rotary is not None
+    params, pointers = cache_params.packed(problem, new_keys=new_keys, turned=turned)
     lse_offset = 2 * blocks * tile.block_m * head_dim_v * 4
-    for field, position, add in (
-        ("partial_out", len(names), 0), ("partial_lse", len(names), lse_offset), ("counters", len(names) + 1, 0),
-    ):  # fmt: skip
-        pointers.append(Pointer(getattr(CacheParams, field).offset, position, add))
-    params = CacheParams(
-        seqlens_number=-1,
-        batch=problem.batch,
-        seqlen_q=problem.seqlen_q,
-        num_heads=problem.num_heads,
-        num_heads_k=problem.num_heads_k,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
-        rows=problem.rows,
-        table_rows=problem.tables,
-        table_width=problem.width,
-        table_entries=problem.entries,
-        page=Divisor.by(problem.page),
-        group=Divisor.by(problem.group),
-        left=problem.left,
-        right=problem.right,
-        scale_softmax_log2=problem.softmax_scale * math.log2(math.e),
+    workspace = len(ARRAYS)
+    pointers += [
+        Pointer(CacheParams.partial_out.offset, workspace, 0),
+        Pointer(CacheParams.partial_lse.offset, workspace, lse_offset),
+        Pointer(CacheParams.counters.offset, workspace + 1, 0),
+    ]
+    scattered = cache_params.scattered(problem, tile.block_n)
+    defines = _defines(
+        tile, problem.dtype, head_dim, head_dim_v, problem.aligned, scattered, problem.softmax_scale <= 0
     )
-    strides = dict(problem.strides)
-    for field, name in (("q", "q"), ("k", "k_cache"), ("v", "v_cache"), ("out", "out"), ("lse", "lse_out")):
-        setattr(params, f"{field}_strides", Strides3(*strides[name]))
-    shared = tile.shared_mem_bytes(head_dim, head_dim_v)
-    scattered = 0 if not problem.is_paged else 2 if problem.page % tile.block_n == 0 else 1
+    defines |= feature_defines(new_keys, turned)
     return KernelLaunch(
         *_KERNEL,
         common.arch_of(device),
-        _defines(tile, problem.dtype, head_dim, head_dim_v, problem.aligned, scattered, problem.softmax_scale <= 0),
-        LaunchConfig((blocks, 1, 1), (32 * tile.num_warps, 1, 1), shared_mem_bytes=shared),
+        defines,
+        LaunchConfig(
+            (blocks, 1, 1),
+            (32 * tile.num_warps, 1, 1),
+            shared_mem_bytes=tile.shared_mem_bytes(head_dim, head_dim_v),
+        ),
         bytes(params),
         tuple(pointers),
     )
 
 
-def common_arrays() -> tuple[str, ...]:
-    """Of a call's pointers."""
-    from fa2cupy.cached.call import ARRAYS
-
-    return ARRAYS
+def feature_defines(new_keys: bool, turned: bool) -> dict[str, int | str]:
+    """Of what is there."""
+    blocks = (NewKeysParams,) * new_keys + (TurnParams,) * turned
+    defines: dict[str, int | str] = {"FA2_NEW_KEYS": 1} if new_keys else {}
+    if turned:
+        defines["FA2_TURNED"] = 1
+    return defines | {"FA2_PARAMS_BYTES": ctypes.sizeof(composed(CacheParams, blocks) if blocks else CacheParams)}
 
 
 def _defines(
@@ -212,7 +156,6 @@ def _defines(
         "FA2_SCATTERED": scattered,
         "FA2_CAUSAL": 0,  # it is an end of the band
         "FA2_SCALE_FIRST": int(scale_first),
-        "FA2_PARAMS_BYTES": ctypes.sizeof(CacheParams),
         "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
     }
 
@@ -223,12 +166,12 @@ def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
         CompileJob(
             *_KERNEL,
             arch,
-            _defines(tile, dtype, tile.head_dim, tile.head_dim, True, scattered, False),
+            _defines(tile, dtype, tile.head_dim, tile.head_dim, True, scattered, False) | feature_defines(new, turned),
             f"decode {dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps} "
-            f"{('rows', 'pages', 'pages of slices')[scattered]}",
+            f"{('rows', 'pages', 'pages of slices')[scattered]}" + " new" * new + " turned" * turned,
             tile.shared_mem_bytes(tile.head_dim),
             tile.spill_bytes,
         )
         for tile in DECODE_TILES[shared_memory_class(SHARED_MEMORY[arch])]
-        for scattered in (0, 1, 2)
+        for scattered, new, turned in ((0, False, False), (1, False, False), (2, False, False), (1, True, True))
     ]
