@@ -30,8 +30,8 @@ struct CacheParams {
   const int* leftpad;    // first key in use
   const int* starts_q;   // (batch + 1,)
   // Workspaces: parts of tiles that several thread blocks share (combine.cuh).
-  float* partial_out;    // (2 * blocks, kBlockM, kHeadDimV)
-  float* partial_lse;    // (2 * blocks, kBlockM)
+  float* partial_out;    // (parts, part_rows, kHeadDimV): 2 * blocks parts, or with kFixedParts as many as there can be
+  float* partial_lse;    // (parts, part_rows)
   int* counters;         // (blocks,): 0 before and after
   int64_t seqlens_number;  // for all sequences, where seqlens is null; below 0: as many as there is room for
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
@@ -40,6 +40,8 @@ struct CacheParams {
   Divisor page, group;  // keys of a page (of a row without pages), query heads of a key head
   int left, right;       // the band of keys that a query sees (visit.cuh); at most the lengths
   int seqlen_new;        // new keys of each sequence, behind those of the cache; below 0: as many as it has queries
+  int part_rows;         // rows of a part
+  int part_slices;       // with kFixedParts: slices of a part
   float scale_softmax_log2;
 };
 

@@ -82,26 +82,35 @@ FA2_DEVICE void add_up_warps(CombineBuffer& buffer, const Accumulator<kMTiles, k
   }
 }
 
-// The thread blocks that share a tile: `first`, and `count` - 1 that follow.
-struct Sharing {
-  int first, count;
+// The parts of a tile, `count` of them, and where in the workspace they are; and how many thread blocks share it, the first of which is
+// `first`.
+struct Parts {
+  int count, first, sharers;
+  int64_t unit;  // with kFixedParts: of part 0, among all
+  FA2_DEVICE int64_t place(const CacheParams& params, int part) const {
+    // Of the two parts that a thread block may leave otherwise: that of the tile that it begins, or of the one that it goes on with.
+    const int64_t slot = kFixedParts ? unit + part : 2 * (first + part) + (part == 0);
+    return slot * params.part_rows;
+  }
+  // Whether the thread block has the part after this one, too (kFixedParts).
+  FA2_DEVICE bool has_next(int part, const Walk& walk, const Share& share) const {
+    return part + 1 < count && walk.start + part + 1 < share.size;
+  }
 };
-FA2_DEVICE Sharing sharing(const Share& share, int start, int slices) {
-  const int64_t begin = share.from + start;
-  const int first = owner_of(begin, share.total, gridDim.x);
-  return {first, owner_of(begin + slices - 1, share.total, gridDim.x) - first + 1};
+FA2_DEVICE Parts parts_of_tile(const CacheParams& params, const Share& share, const Walk& walk, const Slices& slices) {
+  const int64_t unit = share.from + walk.start;
+  const int units = kFixedParts ? parts_of(params, slices) : slices.count();
+  const int first = owner_of(unit, share.total, gridDim.x);
+  const int sharers = owner_of(unit + units - 1, share.total, gridDim.x) - first + 1;
+  return {kFixedParts ? units : sharers, first, sharers, unit};
 }
 
-// Of the two parts that a thread block may leave: that of the tile that it begins, or of the one that it goes on with.
-FA2_DEVICE int64_t part_row(const Sharing& sharing, int block) {
-  return static_cast<int64_t>(2 * block + (block == sharing.first)) * kBlockM;
-}
-
-// Whether this thread block is the last to leave its part of a tile. Everybody has written his, and is at a barrier since.
-FA2_DEVICE bool is_last_to_come(CombineBuffer& buffer, const CacheParams& params, const Sharing& sharing) {
+// Whether this thread block is the last to leave its parts of a tile. All its threads have written theirs, and are at a barrier since.
+FA2_DEVICE bool is_last_to_come(CombineBuffer& buffer, const CacheParams& params, const Parts& parts) {
+  if (kFixedParts && parts.sharers == 1) return true;  // the counter is another tile's
   if (threadIdx.x == 0) {
-    const uint32_t before = atom_acq_rel_inc(params.counters + sharing.first, sharing.count - 1);
-    buffer.is_last = before == static_cast<uint32_t>(sharing.count - 1);
+    const uint32_t before = atom_acq_rel_inc(params.counters + parts.first, parts.sharers - 1);
+    buffer.is_last = before == static_cast<uint32_t>(parts.sharers - 1);
   }
   __syncthreads();  // it is known, and the parts of all are seen by all
   return buffer.is_last;
@@ -109,21 +118,21 @@ FA2_DEVICE bool is_last_to_come(CombineBuffer& buffer, const CacheParams& params
 
 // What all have left of a tile, a warp every kNumWarps-th: O, m and l of this thread's rows as if the warp had computed them.
 template <int kMTiles, int kOTiles>
-FA2_DEVICE void read_parts(const CacheParams& params, const Sharing& sharing, int rows, Accumulator<kMTiles, kOTiles>& acc_o,
+FA2_DEVICE void read_parts(const CacheParams& params, const Parts& parts, int rows, Accumulator<kMTiles, kOTiles>& acc_o,
                            float (&max)[kMTiles][2], float (&sum)[kMTiles][2]) {
   acc_o.clear();
 #pragma unroll
   for (int i = 0; i < kMTiles; ++i) max[i][0] = max[i][1] = -kInfinity, sum[i][0] = sum[i][1] = 0.f;
-  for (int p = warp_id(); p < sharing.count; p += kNumWarps) {
-    const float* lse = params.partial_lse + part_row(sharing, sharing.first + p) + accumulator_row();
+  for (int p = warp_id(); p < parts.count; p += kNumWarps) {
+    const float* lse = params.partial_lse + parts.place(params, p) + accumulator_row();
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (accumulator_row() + row_of(i, 2 * h) < rows) max[i][h] = fmaxf(max[i][h], ld_cg_f32(lse + row_of(i, 2 * h)));
   }
-  for (int p = warp_id(); p < sharing.count; p += kNumWarps) {
-    const int64_t place = part_row(sharing, sharing.first + p) + accumulator_row();
+  for (int p = warp_id(); p < parts.count; p += kNumWarps) {
+    const int64_t place = parts.place(params, p) + accumulator_row();
     const float* out = params.partial_out + place * kHeadDimV + accumulator_col();
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)

@@ -121,6 +121,11 @@ enum { kTurned = FA2_TURNED };  // queries and new keys are turned by their posi
 #else
 enum { kTurned = 0 };
 #endif
+#ifdef FA2_FIXED_PARTS
+enum { kFixedParts = FA2_FIXED_PARTS };  // keys are cut where the call says, not where the shares of thread blocks end
+#else
+enum { kFixedParts = 0 };
+#endif
 #ifdef FA2_SLOTS
 enum { kSlots = FA2_SLOTS };  // slices of keys and values that a warp has on their way or in use
 enum { kScattered = FA2_SCATTERED };  // where a sequence's keys lie: 0 together, 1 each anywhere, 2 each slice anywhere

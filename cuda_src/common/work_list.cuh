@@ -6,6 +6,9 @@
 // neighbouring thread blocks, and every thread block has at most two of those, its first and its last.
 //
 // Nobody hands out anything: every warp reads the lengths and finds the same shares.
+//
+// With kFixedParts a tile counts as its parts, of part_slices slices each and cut at multiples of that many, and shares are whole parts:
+// what is computed together does not depend on the other sequences, nor on how many thread blocks there are.
 #pragma once
 
 #include "common/cache.cuh"
@@ -22,13 +25,31 @@ FA2_DEVICE Slices slices_of(const SeenKeys& seen) {
   return {begin, seen.begin < seen.end ? ceil_div(seen.end, kBlockN) : begin};
 }
 
+// Parts of so many slices, with kFixedParts; one if there are none.
+FA2_DEVICE int parts_of(const CacheParams& params, const Slices& slices) {
+  if (slices.count() == 0) return 1;
+  return ceil_div(slices.end, params.part_slices) - slices.begin / params.part_slices;
+}
+
 // What a tile of a sequence with `blocks` blocks of rows counts as: its slices, of several blocks the most that one can have.
 FA2_DEVICE int tile_cost(const CacheParams& params, const CachedSequence& sequence, int blocks) {
-  if (blocks == 1) return kTileCost + slices_of(seen_keys(params, sequence, 0)).count();
-  const int begin = cached_key_begin(params, sequence, 0), end = cached_key_end(params, sequence, sequence.seqlen_q - 1);
-  const int64_t queries = params.group.quotient(kBlockM - 1) + 2;
-  const int64_t most = (queries + params.left + params.right) / kBlockN + 2;
-  return kTileCost + static_cast<int>(min(most, static_cast<int64_t>(slices_of({begin, end, begin, end}).count())));
+  Slices slices;
+  if (blocks == 1) {
+    slices = slices_of(seen_keys(params, sequence, 0));
+  } else {
+    const int begin = cached_key_begin(params, sequence, 0), end = cached_key_end(params, sequence, sequence.seqlen_q - 1);
+    slices = slices_of({begin, end, begin, end});
+    if constexpr (!kFixedParts) {
+      const int64_t queries = params.group.quotient(kBlockM - 1) + 2;
+      const int64_t most = (queries + params.left + params.right) / kBlockN + 2;
+      slices.end = slices.begin + static_cast<int>(min(most, static_cast<int64_t>(slices.count())));
+    }
+  }
+  if constexpr (kFixedParts) {
+    return parts_of(params, slices);
+  } else {
+    return kTileCost + slices.count();
+  }
 }
 
 FA2_DEVICE int64_t sequence_cost(const CacheParams& params, int b) {
@@ -63,11 +84,11 @@ FA2_DEVICE int owner_of(int64_t place, int64_t total, int blocks) {
   return static_cast<int>(((place + 1) * blocks - 1) / total);
 }
 
-// The tiles of a share, in order. `start` is where the tile begins, from the start of the share on: below 0 if others have a part of
-// it that comes before.
+// The tiles of a share, in order; with kFixedParts part by part. `start` is where the tile begins, from the start of the share on: below
+// 0 if others have something of it that comes before.
 struct Walk {
   CachedSequence sequence;
-  int b, tile, blocks, cost, start;
+  int b, tile, blocks, cost, start, part;
 
   Walk() = default;
 
@@ -101,10 +122,15 @@ struct Walk {
     const int64_t inside = share.from - before;
     tile = static_cast<int>(inside / cost);
     start = static_cast<int>(static_cast<int64_t>(tile) * cost - inside);
+    part = kFixedParts ? -start : 0;
   }
 
-  // The next tile, if the share has more.
+  // The next tile, or part, if the share has more.
   FA2_DEVICE void next(const CacheParams& params, const Share& share) {
+    if constexpr (kFixedParts) {
+      if (++part < cost && start + part < share.size) return;
+      part = 0;
+    }
     start += cost;
     if (start >= share.size || ++tile < params.num_heads_k * blocks) return;
     tile = 0;
@@ -117,9 +143,17 @@ struct Walk {
   FA2_DEVICE int head() const { return blocks == 1 ? tile : tile / blocks; }
   FA2_DEVICE int block() const { return blocks == 1 ? 0 : tile % blocks; }
 
-  // Those of the tile's slices that are in the share.
-  FA2_DEVICE Slices part_of(const Slices& slices, const Share& share) const {
-    const int begin = max(0, -start), end = min(share.size - start, slices.count());
-    return {slices.begin + begin, slices.begin + max(begin, end)};
+  // Those of the tile's slices that are in the share; or the part's.
+  FA2_DEVICE Slices part_of(const CacheParams& params, const Slices& slices, const Share& share) const {
+    if constexpr (kFixedParts) {
+      const int first = (slices.begin / params.part_slices + part) * params.part_slices;
+      const int begin = max(slices.begin, first);
+      return {begin, max(begin, min(slices.end, first + params.part_slices))};
+    } else {
+      const int begin = max(0, -start), end = min(share.size - start, slices.count());
+      return {slices.begin + begin, slices.begin + max(begin, end)};
+    }
   }
+  // Whether a tile without a key is this thread block's.
+  FA2_DEVICE bool is_first() const { return kFixedParts ? part == 0 : start >= 0; }
 };

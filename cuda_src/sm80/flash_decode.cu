@@ -21,12 +21,14 @@ constexpr int kMTiles = kBlockM / 16;
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
 
-// What the thread block works on. Registers are for the products: it is read again when they are done.
+// What the thread block works on. Registers are for the products: whatever is not needed with them is read from here.
 struct Work {
   Walk walk;
-  SeenKeys seen;
-  Slices slices, part;  // all of the tile's, and this thread block's
+  Slices part;  // of the tile's slices
   int rows;
+  bool is_whole;  // that is all of them; else what follows says where what becomes of it goes
+  Parts parts;
+  int number;  // of the part, among these
 };
 
 struct SharedMemory {
@@ -115,13 +117,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
   const float scale_log2 = exponent_scale(params.scale_softmax_log2);
   int slot = 0;
   for (; walk.start < share.size; walk.next(params, share)) {
+    const SeenKeys seen = seen_keys(params, walk.sequence, walk.block());
+    const Slices slices = slices_of(seen);
     Work work;
-    work.walk = walk;
-    work.seen = seen_keys(params, walk.sequence, walk.block());
-    work.slices = slices_of(work.seen), work.part = walk.part_of(work.slices, share);
-    work.rows = min(kBlockM, walk.sequence.seqlen_q * params.group.value - walk.block() * kBlockM);
+    work.walk = walk, work.part = walk.part_of(params, slices, share);
     // Others have its slices; or there are none, and it is theirs.
-    if (work.part.count() == 0 && (work.slices.count() > 0 || walk.start < 0)) continue;
+    if (work.part.count() == 0 && (slices.count() > 0 || !walk.is_first())) continue;
+    work.rows = min(kBlockM, walk.sequence.seqlen_q * params.group.value - walk.block() * kBlockM);
+    work.is_whole = work.part.count() == slices.count();
+    work.parts = work.is_whole ? Parts{} : parts_of_tile(params, share, walk, slices);
+    work.number = kFixedParts ? walk.part : static_cast<int>(blockIdx.x) - work.parts.first;
     if (threadIdx.x == 0) smem.work = work;
     load_q(smem.q, params, work);
     __syncthreads();  // Q is there, and what the work is
@@ -131,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     Softmax<kMTiles> softmax;
     Accumulator<kMTiles, kOTiles> acc_o;
     acc_o.clear();
-    const int end = work.part.end, all_from = work.seen.all_from, all_to = work.seen.all_to;
+    const int end = work.part.end, all_from = seen.all_from, all_to = seen.all_to;
     for (int n = work.part.begin + warp_id(); n < end; n += kNumWarps) {
       cp_async_wait_group<kSlots - 1>();
       __syncwarp();  // the slice is there, every lane's part of it, and where the stream goes on
@@ -153,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
       slot = slot + 1 == kSlots ? 0 : slot + 1;
     }
 
-    work = smem.work, walk = work.walk;
+    const Work& done = smem.work;
     float max[kMTiles][2], sum[kMTiles][2];
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
@@ -162,20 +167,20 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
         max[i][h] = softmax.max[i][h] == -kInfinity ? -kInfinity : softmax.scaled(softmax.max[i][h], scale_log2);
         sum[i][h] = row_sum(softmax.sum[i][h]);
       }
-    const bool is_whole = work.part.count() == work.slices.count();
-    const Sharing shared = is_whole ? Sharing{0, 1} : sharing(share, walk.start, work.slices.count());
-    const int64_t place = part_row(shared, blockIdx.x);
-    for (bool is_final = is_whole;; is_final = true) {
-      add_up_warps(smem.combine, acc_o, max, sum, work.rows, [&](int row, int col, const float4& x, float lse_log2) {
+    for (bool is_final = done.is_whole;; is_final = true) {
+      add_up_warps(smem.combine, acc_o, max, sum, done.rows, [&](int row, int col, const float4& x, float lse_log2) {
         if (is_final) {
-          store_row(params, walk, row, col, x, lse_log2);
+          store_row(params, done.walk, row, col, x, lse_log2);
         } else {
-          store_part(params, place + row, col, x, lse_log2);
+          store_part(params, done.parts.place(params, done.number) + row, col, x, lse_log2);
         }
       });
-      if (is_final || !is_last_to_come(smem.combine, params, shared)) break;
-      read_parts(params, shared, work.rows, acc_o, max, sum);
+      if (is_final || (kFixedParts && done.parts.has_next(done.number, done.walk, share))) break;
+      if (!is_last_to_come(smem.combine, params, done.parts)) break;
+      read_parts(params, done.parts, done.rows, acc_o, max, sum);
     }
+    walk = done.walk;
+    __syncthreads();  // everybody knows where to go on
   }
   cp_async_wait_group<0>();
 }

@@ -38,7 +38,7 @@ class alignas(16) KeyStream {
     slice_ = end_ = 0;
     while (walk_.start < share.size) {
       const SeenKeys seen = seen_keys(params, walk_.sequence, walk_.block());
-      const Slices part = walk_.part_of(slices_of(seen), share);
+      const Slices part = walk_.part_of(params, slices_of(seen), share);
       if (part.begin + warp_id() < part.end) {
         slice_ = part.begin + warp_id(), end_ = part.end;
         first_key_ = seen.begin, end_key_ = seen.end;
@@ -67,10 +67,11 @@ class alignas(16) KeyStream {
     if constexpr (kNewKeys) {
       if (first + kBlockN > cached && cached < end_key_) {
         const int index = first - walk_.sequence.before;
+        const int from = max(max(cached, first_key_) - first, 0), to = min(end_key_ - first, kBlockN);
         take_new<kTurned>(slot.k, new_row(params.k_new, params.k_new_strides, walk_.sequence, walk_.b, index, head),
-                          params.k_new_strides.row, params.head_dim, first, cached, params);
+                          params.k_new_strides.row, params.head_dim, first, from, to, params);
         take_new<false>(slot.v, new_row(params.v_new, params.v_new_strides, walk_.sequence, walk_.b, index, head),
-                        params.v_new_strides.row, params.head_dim_v, first, cached, params);
+                        params.v_new_strides.row, params.head_dim_v, first, from, to, params);
       }
     }
   }
@@ -109,10 +110,9 @@ class alignas(16) KeyStream {
 
   // The new ones, from where they came: `gmem` is where the one would be that is the slice's first key.
   template <bool kIsTurned, int kCols, typename Params>
-  FA2_DEVICE void take_new(Tile<kBlockN, kCols>& tile, const Element* gmem, int64_t row_stride, int cols, int first, int cached,
-                           const Params& params) const {
+  static FA2_OUTLINED void take_new(Tile<kBlockN, kCols>& tile, const Element* gmem, int64_t row_stride, int cols, int first, int from,
+                                    int to, const Params& params) {
     constexpr int kChunks = kCols / 8;
-    const int from = max(max(cached, first_key_) - first, 0), to = min(end_key_ - first, kBlockN);
     for (int i = from * kChunks + lane_id(); i < to * kChunks; i += 32) {
       const int row = i / kChunks, col = i % kChunks * 8;
       const Chunk chunk = read_chunk<kIsTurned>(params, gmem + row * row_stride, first + row, col, cols);

@@ -44,7 +44,7 @@ class CacheParams(ctypes.Structure):
         *((name, c_int32) for name in ("rows", "table_rows", "table_width", "table_entries")),
         ("page", Divisor),
         ("group", Divisor),
-        *((name, c_int32) for name in ("left", "right", "seqlen_new")),
+        *((name, c_int32) for name in ("left", "right", "seqlen_new", "part_rows", "part_slices")),
         ("scale_softmax_log2", c_float),
     )
 

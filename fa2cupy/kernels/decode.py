@@ -10,9 +10,8 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import launch as launching
 from fa2cupy.kernels.launch import KernelLaunch, Launchable
 from fa2cupy.kernels.sm80 import flash_decode
-from fa2cupy.kernels.sm80.flash_decode import DecodeTile
+from fa2cupy.kernels.sm80.flash_decode import DecodeTile, Parts
 from fa2cupy.kernels.smxx import append_keys
-from fa2cupy.kernels.tiles import padded_head_dim
 
 __all__ = ["DecodePlan", "plan_decode"]
 
@@ -50,14 +49,10 @@ class DecodePlan:
 
 def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | None = None) -> DecodePlan:
     """How to compute `problem` on `device`. Needs no GPU. tile: in place of the tables', for tuning."""
-    for name, is_there in (
-        ("kv_dtype", problem.kv_dtype != problem.dtype),
-        ("split_size", problem.split_size is not None),
-    ):
+    for name, is_there in (("kv_dtype", problem.kv_dtype != problem.dtype),):
         if is_there:
             raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
     tile = tile or flash_decode.rows(problem, device)[0]
-    blocks = device.sm_count
     new = problem.seqlen_new or 0
     mean = new // max(1, problem.batch) if problem.is_packed else new
     alone = mean > _MANY_NEW_KEYS  # who computes with them reads them in the cache
@@ -66,5 +61,5 @@ def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | No
         launches += (append_keys.launch(problem, device),)
     if problem.seqlen_q * problem.num_heads > 0 or (new > 0 and not launches):
         launches += (flash_decode.launch(problem, device, tile, new_keys=new > 0 and not launches),)
-    workspace = flash_decode.workspace_bytes(tile, blocks, padded_head_dim(problem.head_dim_v))
-    return DecodePlan(problem, launches, workspace if launches else 0, blocks, tile)
+    workspace = Parts.of(problem, device, tile).bytes if launches else 0
+    return DecodePlan(problem, launches, workspace, device.sm_count, tile)

@@ -20,16 +20,16 @@ __all__ = [
     "DECODE_TILES",
     "ROW",
     "DecodeTile",
+    "Parts",
     "compile_jobs",
     "feature_defines",
     "launch",
     "rows",
-    "workspace_bytes",
 ]
 
 _KERNEL = ("sm80/flash_decode.cu", "flash_decode")
 _COMBINED_ROWS = 4  # of combine.cuh
-_STREAM_BYTES, _WORK_BYTES = 64, 80  # of a KeyStream, and of Work
+_STREAM_BYTES, _WORK_BYTES = 64, 96  # of a KeyStream, and of Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +89,40 @@ ROW = DecodeTile
 
 def rows(problem: CacheProblem, device: DeviceInfo) -> list[DecodeTile]:
     """Of the smallest head_dim that is large enough, the best first: the fewest blocks of packed rows, then the fewest
-    rows that are none."""
+    rows that are none. With split_size the batch has no say in it.
+    """
     table = DECODE_TILES[shared_memory_class(device.shared_mem_optin)]
     served = rows_for(table, max(problem.head_dim, problem.head_dim_v))
-    mean = problem.packed_rows // max(1, problem.batch) if problem.is_packed else problem.packed_rows
-    return sorted(served, key=lambda tile: (-(-mean // tile.block_m), tile.block_m))
+    wanted = problem.packed_rows
+    if problem.is_packed:
+        wanted = problem.group if problem.split_size else wanted // max(1, problem.batch)
+    return sorted(served, key=lambda tile: (-(-wanted // tile.block_m), tile.block_m))
 
 
-def workspace_bytes(tile: DecodeTile, blocks: int, head_dim_v: int) -> int:
-    """Of the parts that thread blocks leave."""
-    return 2 * blocks * tile.block_m * (head_dim_v + 1) * 4
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What thread blocks leave of tiles in the workspace: parts of so many rows of O, then their lse."""
+
+    count: int
+    rows: int
+    head_dim_v: int
+
+    @classmethod
+    def of(cls, problem: CacheProblem, device: DeviceInfo, tile: DecodeTile) -> Parts:
+        count = 2 * device.sm_count
+        if problem.split_size is not None:
+            blocks = -(-problem.packed_rows // tile.block_m)
+            blocks = blocks + problem.batch if problem.is_packed else blocks * problem.batch
+            count = blocks * problem.num_heads_k * max(1, -(-problem.page * problem.width // problem.split_size))
+        return cls(count, min(tile.block_m, problem.packed_rows), padded_head_dim(problem.head_dim_v))
+
+    @property
+    def lse_offset(self) -> int:
+        return 4 * self.count * self.rows * self.head_dim_v
+
+    @property
+    def bytes(self) -> int:
+        return self.lse_offset + 4 * self.count * self.rows
 
 
 def launch(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile, *, new_keys: bool) -> KernelLaunch:
@@ -108,11 +132,13 @@ def launch(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile, *, new_k
     head_dim, head_dim_v = padded_head_dim(problem.head_dim), padded_head_dim(problem.head_dim_v)
     blocks, turned = device.sm_count, problem.rotary is not None
     params, pointers = cache_params.packed(problem, new_keys=new_keys, turned=turned)
-    lse_offset = 2 * blocks * tile.block_m * head_dim_v * 4
+    parts = Parts.of(problem, device, tile)
+    setattr(params, "part_rows", parts.rows)  # noqa: B010 - of a part
+    setattr(params, "part_slices", (problem.split_size or 0) // tile.block_n)  # noqa: B010 - of a part
     workspace = len(ARRAYS)
     pointers += [
         Pointer(CacheParams.partial_out.offset, workspace, 0),
-        Pointer(CacheParams.partial_lse.offset, workspace, lse_offset),
+        Pointer(CacheParams.partial_lse.offset, workspace, parts.lse_offset),
         Pointer(CacheParams.counters.offset, workspace + 1, 0),
     ]
     scattered = cache_params.scattered(problem, tile.block_n)
@@ -120,6 +146,8 @@ def launch(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile, *, new_k
         tile, problem.dtype, head_dim, head_dim_v, problem.aligned, scattered, problem.softmax_scale <= 0
     )
     defines |= feature_defines(new_keys, turned)
+    if problem.split_size is not None:
+        defines["FA2_FIXED_PARTS"] = 1
     return KernelLaunch(
         *_KERNEL,
         common.arch_of(device),
