@@ -2,7 +2,7 @@
 // written to it: who needs a new key takes it from where it came from.
 #pragma once
 
-#include "common/rotary.cuh"
+#include "common/quantised.cuh"
 
 // Row of new key `index` of a sequence, of one of the two arrays. Packed, new keys stand where their queries do; else first_q is 0.
 FA2_DEVICE const Element* new_row(const Element* array, const Strides& strides, const CachedSequence& sequence, int b, int index, int head) {
@@ -18,12 +18,18 @@ FA2_DEVICE void append_key(const Params& params, const CachedSequence& sequence,
   const Element* k = new_row(params.k_new, params.k_new_strides, sequence, b, index, head);
   const Element* v = new_row(params.v_new, params.v_new_strides, sequence, b, index, head);
   const Strides &ks = params.k_strides, &vs = params.v_strides;
-  Element* k_to = params.k_to + place.row * ks.batch + place.inside * ks.row + head * ks.head;
-  Element* v_to = params.v_to + place.row * vs.batch + place.inside * vs.row + head * vs.head;
-  for (int col = lane_id() * 8; col < params.head_dim; col += 256)
-    write_chunk(k_to, read_chunk<kTurned>(params, k, key, col, params.head_dim), col, params.head_dim);
-  for (int col = lane_id() * 8; col < params.head_dim_v; col += 256)
-    write_chunk(v_to, read_chunk<false>(params, v, key, col, params.head_dim_v), col, params.head_dim_v);
+  Stored* k_to = params.k_to + place.row * ks.batch + place.inside * ks.row + head * ks.head;
+  Stored* v_to = params.v_to + place.row * vs.batch + place.inside * vs.row + head * vs.head;
+  const int col = lane_id() * 8;  // 32 lanes are 256 columns
+  const Chunk k_chunk = read_chunk<kTurned>(params, k, key, col, params.head_dim);
+  const Chunk v_chunk = read_chunk<false>(params, v, key, col, params.head_dim_v);
+  if constexpr (kQuantised > 0) {
+    write_bytes(k_to, quantise_chunk(k_chunk, scale_of<false>(params, place.row, b, head)), col, params.head_dim);
+    write_bytes(v_to, quantise_chunk(v_chunk, scale_of<true>(params, place.row, b, head)), col, params.head_dim_v);
+  } else {
+    write_chunk(k_to, k_chunk, col, params.head_dim);
+    write_chunk(v_to, v_chunk, col, params.head_dim_v);
+  }
 }
 
 // Whose row of packed new keys it is: the last sequence that starts there or before.

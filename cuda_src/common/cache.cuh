@@ -15,10 +15,21 @@ struct Divisor {
   FA2_DEVICE int quotient(int x) const { return static_cast<int>(static_cast<uint64_t>(x) * factor >> shift); }
 };
 
+// What the cache holds.
+template <bool kIsByte>
+struct StoredOf {
+  using Type = Element;
+};
+template <>
+struct StoredOf<true> {
+  using Type = unsigned char;
+};
+using Stored = StoredOf<(kQuantised > 0)>::Type;
+
 struct CacheParams {
   const Element* q;      // (batch, seqlen_q, num_heads, head_dim); with starts_q (total, num_heads, head_dim), batch stride 0
-  const Element* k;      // (rows, page, num_heads_k, head_dim): a row is a sequence's, or a page
-  const Element* v;      // (rows, page, num_heads_k, head_dim_v)
+  const Stored* k;       // (rows, page, num_heads_k, head_dim): a row is a sequence's, or a page
+  const Stored* v;       // (rows, page, num_heads_k, head_dim_v)
   Element* out;          // (batch, seqlen_q, num_heads, head_dim_v)
   float* lse;            // (batch, num_heads, seqlen_q), natural logarithm
   const int* table;      // page numbers, or null
@@ -49,8 +60,8 @@ struct CacheParams {
 struct NewKeysParams {
   const Element* k_new;  // (batch, seqlen_new, num_heads_k, head_dim); with starts_q (total, num_heads_k, head_dim), batch stride 0
   const Element* v_new;  // likewise, head_dim_v
-  Element* k_to;         // the cache
-  Element* v_to;
+  Stored* k_to;          // the cache
+  Stored* v_to;
   Strides k_new_strides, v_new_strides;
 };
 
@@ -64,7 +75,16 @@ struct TurnParams {
   int each;              // whether a query follows the one before, or all stand where the first new key does
 };
 
-using DecodeParams = Composed<CacheParams, Part<kNewKeys, NewKeysParams>, Part<kTurned, TurnParams>>;
+// What 8 bits are multiplied by (quantised.cuh): numbers, or arrays with strides along pages, sequences and heads.
+struct ScaleParams {
+  const float* k_scale;  // or null
+  const float* v_scale;
+  float k_number, v_number;
+  int k_page, k_batch, k_head, v_page, v_batch, v_head;
+};
+
+using DecodeParams =
+    Composed<CacheParams, Part<kNewKeys, NewKeysParams>, Part<kTurned, TurnParams>, Part<(kQuantised > 0), ScaleParams>>;
 
 // What a sequence has: keys [first, end) of row `row` of the cache or of the table, those from `before` on new, and queries [first_q,
 // first_q + seqlen_q). New key i is key before + i.

@@ -18,6 +18,30 @@ struct CombineBuffer {
 };
 
 
+// Of the two tiles of 8 columns from column 16 m on, a thread has 4 columns of a row: two pairs, 8 apart. Where values are widened bytes
+// (sm80/key_bytes.cuh) they are neighbours, the even ones in the first tile and the odd ones in the second.
+template <int kOTiles>
+FA2_DEVICE void write_columns(float* row, const float (&o)[kOTiles][4], int m, int h, float factor) {
+  const float(&a)[4] = o[2 * m], (&b)[4] = o[2 * m + 1];
+  if constexpr (kQuantised > 0) {
+    *reinterpret_cast<float4*>(row + 16 * m + 2 * accumulator_col()) =
+        float4{a[2 * h] * factor, b[2 * h] * factor, a[2 * h + 1] * factor, b[2 * h + 1] * factor};
+  } else {
+    *reinterpret_cast<float2*>(row + 16 * m + accumulator_col()) = float2{a[2 * h] * factor, a[2 * h + 1] * factor};
+    *reinterpret_cast<float2*>(row + 16 * m + 8 + accumulator_col()) = float2{b[2 * h] * factor, b[2 * h + 1] * factor};
+  }
+}
+template <int kOTiles>
+FA2_DEVICE void add_columns(float (&o)[kOTiles][4], const float* row, int m, int h, float factor) {
+  float(&a)[4] = o[2 * m], (&b)[4] = o[2 * m + 1];
+  const int col = 16 * m + (kQuantised > 0 ? 2 : 1) * accumulator_col();
+  const float2 first = ld_cg_v2_f32(row + col), second = ld_cg_v2_f32(row + col + (kQuantised > 0 ? 2 : 8));
+  a[2 * h] += factor * first.x;
+  (kQuantised > 0 ? b[2 * h] : a[2 * h + 1]) += factor * first.y;
+  (kQuantised > 0 ? a[2 * h + 1] : b[2 * h]) += factor * second.x;
+  b[2 * h + 1] += factor * second.y;
+}
+
 // A row's m and l over all warps.
 struct RowTotal {
   float max, sum;
@@ -61,9 +85,7 @@ FA2_DEVICE void add_up_warps(CombineBuffer& buffer, const Accumulator<kMTiles, k
         for (int w = 0; w < kNumWarps; ++w) largest = fmaxf(largest, buffer.max[w][row]);
         const float weight = max[i][h] == -kInfinity ? 0.f : ex2(max[i][h] - largest);
 #pragma unroll
-        for (int j = 0; j < kOTiles; ++j)
-          *reinterpret_cast<float2*>(&buffer.out[warp][place][8 * j + accumulator_col()]) =
-              float2{acc_o.x[i][j][2 * h] * weight, acc_o.x[i][j][2 * h + 1] * weight};
+        for (int m = 0; m < kOTiles / 2; ++m) write_columns(buffer.out[warp][place], acc_o.x[i], m, h, weight);
       }
     __syncthreads();  // these rows of all warps are there
     for (int e = threadIdx.x; e < min(kCombinedRows, rows - first) * (kHeadDimV / 4); e += kNumThreads) {
@@ -133,7 +155,7 @@ FA2_DEVICE void read_parts(const CacheParams& params, const Parts& parts, int ro
   }
   for (int p = warp_id(); p < parts.count; p += kNumWarps) {
     const int64_t place = parts.place(params, p) + accumulator_row();
-    const float* out = params.partial_out + place * kHeadDimV + accumulator_col();
+    const float* out = params.partial_out + place * kHeadDimV;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -142,11 +164,7 @@ FA2_DEVICE void read_parts(const CacheParams& params, const Parts& parts, int ro
           const float weight = ex2(ld_cg_f32(params.partial_lse + place + row_of(i, 2 * h)) - max[i][h]);
           sum[i][h] += weight;
 #pragma unroll
-          for (int j = 0; j < kOTiles; ++j) {
-            const float2 x = ld_cg_v2_f32(out + row_of(i, 2 * h) * kHeadDimV + 8 * j);
-            acc_o.x[i][j][2 * h] += weight * x.x;
-            acc_o.x[i][j][2 * h + 1] += weight * x.y;
-          }
+          for (int m = 0; m < kOTiles / 2; ++m) add_columns(acc_o.x[i], out + row_of(i, 2 * h) * kHeadDimV, m, h, weight);
         }
   }
 }

@@ -48,6 +48,37 @@ FA2_DEVICE uint32_t cvt_pack<bf16_t>(float lo, float hi) {
   return packed;
 }
 
+// cvt.rn.f16x2.e4m3x2: two numbers of 8 bits, exactly. sm_89 and newer (PTX ISA 9.7.9.21)
+FA2_DEVICE uint32_t cvt_f16x2_e4m3x2(uint32_t pair) {
+  uint32_t x;
+  asm("{\n.reg .b16 low;\ncvt.u16.u32 low, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(x) : "r"(pair));
+  return x;
+}
+// sub.f16x2 (PTX ISA 9.7.4.2)
+FA2_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+// prmt.b32: bytes of x (0 to 3) and y (4 to 7), the lowest first by the lowest digit of the selector (PTX ISA 9.7.9.7)
+FA2_DEVICE uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(x), "r"(y), "r"(selector));
+  return bytes;
+}
+// div.rn.f32
+FA2_DEVICE float div_rn(float x, float y) {
+  float quotient;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+  return quotient;
+}
+// cvt.rni.s32.f32: to nearest, ties to even
+FA2_DEVICE int cvt_rni(float x) {
+  int nearest;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(nearest) : "f"(x));
+  return nearest;
+}
+
 FA2_DEVICE float to_float(half_t x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

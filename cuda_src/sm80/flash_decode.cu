@@ -37,12 +37,14 @@ struct SharedMemory {
   CombineBuffer combine;
   KeyStream streams[kNumWarps];
   Work work;
+  float q_factor[kQuantised > 0 ? kBlockM : 1];  // what the rows of Q were divided by
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/sm80/flash_decode.py and this struct differ");
 
-// Q of a tile, zeros where there is no row or column. All threads.
+// Q of a tile, zeros where there is no row or column. All threads. For bytes (sm80/key_bytes.cuh) it becomes float16, each row of
+// bfloat16 divided by a power of two that its largest element is not above.
 template <typename Params>
-FA2_DEVICE void load_q(Tile<kBlockM, kHeadDim>& tile, const Params& params, const Work& work) {
+FA2_DEVICE void load_q(SharedMemory& smem, const Params& params, const Work& work) {
   const Walk& walk = work.walk;
   constexpr int kChunks = kHeadDim / 8;
   for (int i = threadIdx.x; i < kBlockM * kChunks; i += kNumThreads) {
@@ -55,8 +57,19 @@ FA2_DEVICE void load_q(Tile<kBlockM, kHeadDim>& tile, const Params& params, cons
       if constexpr (kTurned) position = walk.sequence.before + (params.each ? packed.query : 0);
       chunk = read_chunk<kTurned>(params, gmem, position, col, params.head_dim);
     }
-    *reinterpret_cast<uint4*>(tile.data + row * tile.kRowElements + col) =
-        uint4{chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
+    Element* target = smem.q.data + row * smem.q.kRowElements;
+    if constexpr (kQuantised == 0) {
+      *reinterpret_cast<uint4*>(target + col) = uint4{chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
+    } else {
+      const float factor = row < work.rows ? power_of_row(gmem, params.head_dim) : 1.f;
+      if (col == 0) smem.q_factor[row] = factor;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t pair = chunk.pairs[j];
+        const float x = to_float(Element{static_cast<uint16_t>(pair)}), y = to_float(Element{static_cast<uint16_t>(pair >> 16)});
+        *reinterpret_cast<uint32_t*>(target + place_of_column(col + 2 * j)) = cvt_pack<half_t>(x / factor, y / factor);
+      }
+    }
   }
 }
 
@@ -80,8 +93,56 @@ struct QOperand {
   }
 };
 
+// What a tile's scores, or its results, are still to be multiplied by.
+template <bool kOfValues, typename Params>
+FA2_DEVICE float factor_of_tile(const Params& params, const Walk& walk) {
+  if constexpr (kQuantised == 0) {
+    return 1.f;
+  } else if constexpr (kScaleOfPage) {
+    return kWidenedUnit;
+  } else {
+    return kWidenedUnit * scale_of<kOfValues>(params, 0, walk.b, walk.head());
+  }
+}
+
+// S = Q K^T
+template <typename AnySlot>
+FA2_DEVICE void multiply_keys(Accumulator<kMTiles, kSTiles>& acc_s, const QOperand& q, const SharedMemory& smem, const AnySlot& slot) {
+  acc_s.clear();
+  if constexpr (kQuantised == 0) {
+    gemm<kHeadSteps>(acc_s, q, operand_b_transposed(slot.k, 0, 0));
+  } else {
+    gemm_keys(acc_s, q, slot.k);
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float factor = smem.q_factor[accumulator_row() + row_of(i, e)];
+#pragma unroll
+        for (int j = 0; j < kSTiles; ++j) acc_s.x[i][j][e] *= factor;
+      }
+    multiply_columns<false>(acc_s, slot);
+  }
+}
+
+// O += P V
+template <typename AnySlot>
+FA2_DEVICE void multiply_values(Accumulator<kMTiles, kOTiles>& acc_o, Accumulator<kMTiles, kSTiles>& acc_p, const AnySlot& slot) {
+  if constexpr (kQuantised == 0) {
+    gemm<kKeySteps>(acc_o, to_fragments(acc_p), operand_b(slot.v, 0, 0));
+  } else {
+    multiply_columns<true>(acc_p, slot);
+    gemm_values(acc_o, to_half_fragments(acc_p), slot.v);
+  }
+}
+
 // Four columns of a row of out, and its lse.
-FA2_DEVICE void store_row(const DecodeParams& params, const Walk& walk, int row, int col, const float4& x, float lse_log2) {
+template <typename Params>
+FA2_DEVICE void store_row(const Params& params, const Walk& walk, int row, int col, float4 x, float lse_log2) {
+  if constexpr (kQuantised > 0) {
+    const float factor = factor_of_tile<true>(params, walk);
+    x = float4{x.x * factor, x.y * factor, x.z * factor, x.w * factor};
+  }
   const PackedRow packed = packed_row(params, walk.head(), walk.block() * kBlockM + row);
   Element* out = params.out + row_offset(params.out_strides, walk.sequence, walk.b, packed) + col;
   const uint2 elements{cvt_pack<Element>(x.x, x.y), cvt_pack<Element>(x.z, x.w)};
@@ -114,7 +175,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     if (lane_id() == 0) smem.streams[warp_id()] = stream;
   }
   append_new_keys(params);  // while the first slices are on their way
-  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
   int slot = 0;
   for (; walk.start < share.size; walk.next(params, share)) {
     const SeenKeys seen = seen_keys(params, walk.sequence, walk.block());
@@ -128,10 +188,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     work.parts = work.is_whole ? Parts{} : parts_of_tile(params, share, walk, slices);
     work.number = kFixedParts ? walk.part : static_cast<int>(blockIdx.x) - work.parts.first;
     if (threadIdx.x == 0) smem.work = work;
-    load_q(smem.q, params, work);
+    load_q(smem, params, work);
     __syncthreads();  // Q is there, and what the work is
     QOperand operand_q{operand_a(smem.q, 0, 0)};
     operand_q.keep();
+    const float tile_scale = params.scale_softmax_log2 * factor_of_tile<false>(params, walk);
+    const float scale_log2 = exponent_scale(tile_scale);
 
     Softmax<kMTiles> softmax;
     Accumulator<kMTiles, kOTiles> acc_o;
@@ -141,16 +203,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
       cp_async_wait_group<kSlots - 1>();
       __syncwarp();  // the slice is there, every lane's part of it, and where the stream goes on
       Accumulator<kMTiles, kSTiles> acc_s;
-      acc_s.clear();
-      gemm<kHeadSteps>(acc_s, operand_q, operand_b_transposed(ring[slot].k, 0, 0));
-      modify_scores(acc_s, params.scale_softmax_log2);
+      multiply_keys(acc_s, operand_q, smem, ring[slot]);
+      modify_scores(acc_s, tile_scale);
       const int first_key = n * kBlockN;
       if (first_key < all_from || first_key + kBlockN > all_to) {
         const Walk& own = smem.work.walk;
         mask_packed_scores(acc_s, params, own.sequence, own.block() * kBlockM + accumulator_row(), first_key + accumulator_col());
       }
       softmax.update(acc_s, acc_o, scale_log2);
-      gemm<kKeySteps>(acc_o, to_fragments(acc_s), operand_b(ring[slot].v, 0, 0));
+      multiply_values(acc_o, acc_s, ring[slot]);
       KeyStream stream = smem.streams[warp_id()];
       __syncwarp();  // every lane is done with the slice, and has read where the stream goes on
       load_slice(stream, slot);

@@ -4,13 +4,47 @@
 
 #include "common/append.cuh"
 #include "common/work_list.cuh"
-#include "sm80/tile.cuh"
+#include "sm80/key_bytes.cuh"
 
-struct Slot {
+template <bool kIsByte>
+struct SlotOf {
   Tile<kBlockN, kHeadDim> k;
   Tile<kBlockN, kHeadDimV> v;
 };
+template <>
+struct SlotOf<true> {
+  ByteTile<kBlockN, kHeadDim> k;
+  ByteTile<kBlockN, kHeadDimV> v;
+};
+// And what each key's elements are multiplied by, where that is not the same for all.
+template <bool kIsGiven>
+struct SlotScales {};
+template <>
+struct SlotScales<true> {
+  float k_scale[kBlockN], v_scale[kBlockN];
+};
+struct Slot : SlotOf<(kQuantised > 0)>, SlotScales<kScaleOfPage> {};
 
+// S or P, whose columns are keys, times the scales of keys or of values, where each key has its own.
+template <bool kOfValues, int kMTiles, int kNTiles, typename AnySlot>
+FA2_DEVICE void multiply_columns(Accumulator<kMTiles, kNTiles>& acc, const AnySlot& slot) {
+  if constexpr (kScaleOfPage) {
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = accumulator_col() + col_of(j, e);
+        float scale;
+        if constexpr (kOfValues) {
+          scale = slot.v_scale[key];
+        } else {
+          scale = slot.k_scale[key];
+        }
+#pragma unroll
+        for (int i = 0; i < kMTiles; ++i) acc.x[i][j][e] *= scale, acc.x[i][j][e + 2] *= scale;
+      }
+  }
+}
 
 // Its state is the same in all lanes and lies in shared memory between two slices: registers are for the products.
 class alignas(16) KeyStream {
@@ -56,35 +90,49 @@ class alignas(16) KeyStream {
     // Lane i looks up key i of the slice; where whole slices are together, one is all.
     KeyPlace own{0, 0};
     const int key = kScattered == 1 ? first + lane_id() % kBlockN : max(first, first_key_);
-    if (first_key_ <= key && key < cached) {
+    if (first_key_ <= key && key < (kScaleOfPage ? end_key_ : cached)) {
       own = place_of(params, walk_.sequence, key);
       own.row = max(own.row, 0);
       if (kScattered != 1) own.inside -= key - first;
     }
     const int head = walk_.head();
+    note_scales(params, slot, first, own.row, head);
     copy_rows(slot.k, params.k + head * params.k_strides.head, params.k_strides, params.head_dim, first, cached, own);
     copy_rows(slot.v, params.v + head * params.v_strides.head, params.v_strides, params.head_dim_v, first, cached, own);
     if constexpr (kNewKeys) {
       if (first + kBlockN > cached && cached < end_key_) {
         const int index = first - walk_.sequence.before;
         const int from = max(max(cached, first_key_) - first, 0), to = min(end_key_ - first, kBlockN);
-        take_new<kTurned>(slot.k, new_row(params.k_new, params.k_new_strides, walk_.sequence, walk_.b, index, head),
-                          params.k_new_strides.row, params.head_dim, first, from, to, params);
-        take_new<false>(slot.v, new_row(params.v_new, params.v_new_strides, walk_.sequence, walk_.b, index, head),
-                        params.v_new_strides.row, params.head_dim_v, first, from, to, params);
+        take_new<false>(slot.k, new_row(params.k_new, params.k_new_strides, walk_.sequence, walk_.b, index, head),
+                        params.k_new_strides.row, params.head_dim, first, from, to, walk_.sequence, walk_.b, head, params);
+        take_new<true>(slot.v, new_row(params.v_new, params.v_new_strides, walk_.sequence, walk_.b, index, head),
+                       params.v_new_strides.row, params.head_dim_v, first, from, to, walk_.sequence, walk_.b, head, params);
+      }
+    }
+  }
+
+  // What each key is multiplied by, by its page: that of lane i's key, or of all.
+  template <typename Params, typename AnySlot>
+  FA2_DEVICE void note_scales(const Params& params, AnySlot& slot, int first, int page, int head) const {
+    if constexpr (kScaleOfPage) {
+      for (int i = lane_id(); i < kBlockN; i += 32) {
+        const bool there = first_key_ <= first + i && first + i < end_key_;
+        slot.k_scale[i] = there ? scale_of<false>(params, page, walk_.b, head) : 0.f;
+        slot.v_scale[i] = there ? scale_of<true>(params, page, walk_.b, head) : 0.f;
       }
     }
   }
 
   // Rows [first, first + kBlockN) of the keys, as far as the tile has them and they lie in the cache, below `cached`; the others 0. New
   // ones are left out.
-  template <int kCols>
-  FA2_DEVICE void copy_rows(Tile<kBlockN, kCols>& tile, const Element* gmem, const Strides& strides, int cols, int first, int cached,
+  template <typename AnyTile>
+  FA2_DEVICE void copy_rows(AnyTile& tile, const Stored* gmem, const Strides& strides, int cols, int first, int cached,
                             const KeyPlace& own) const {
-    constexpr int kLanesPerRow = kCols % 64 == 0 ? 8 : kCols % 32 == 0 ? 4 : 2;
+    constexpr int kChunk = 16 / sizeof(Stored), kCols = AnyTile::kCols;  // columns
+    constexpr int kLanesPerRow = kCols % (8 * kChunk) == 0 ? 8 : kCols % (4 * kChunk) == 0 ? 4 : 2;
     constexpr int kRowsPerPass = 32 / kLanesPerRow;
-    const int lane_row = lane_id() / kLanesPerRow, lane_col = lane_id() % kLanesPerRow * 8;
-    const uint32_t target = smem_address(tile.data) + lane_row * tile.kRowBytes + lane_col * 2;
+    const int lane_row = lane_id() / kLanesPerRow, lane_col = lane_id() % kLanesPerRow * kChunk;
+    const uint32_t target = smem_address(tile.data) + lane_row * tile.kRowBytes + lane_id() % kLanesPerRow * 16;
 #pragma unroll
     for (int pass = 0; pass < kBlockN; pass += kRowsPerPass) {
       const int row = pass + lane_row, key = first + row;
@@ -92,32 +140,38 @@ class alignas(16) KeyStream {
       const int inside = kScattered == 1 ? __shfl_sync(0xffffffffu, own.inside, row) : own.inside + row;
       const bool there = first_key_ <= key && key < cached;
       if (kNewKeys && first_key_ <= key && cached <= key && key < end_key_) continue;
-      const Element* source = gmem + (there ? place * strides.batch + inside * strides.row : 0) + lane_col;
+      const Stored* source = gmem + (there ? place * strides.batch + inside * strides.row : 0) + lane_col;
 #pragma unroll
-      for (int col = 0; col < kCols; col += 8 * kLanesPerRow) {
-        const bool exists = there && lane_col + col < cols;
+      for (int col = 0; col < kCols; col += kChunk * kLanesPerRow) {
         if constexpr (kAligned) {
-          cp_async_16(target + pass * tile.kRowBytes + col * 2, source + col, exists ? 16 : 0);
+          const bool exists = there && lane_col + col < cols;
+          // The last chunk of bytes may have 8 columns only.
+          const int bytes = kQuantised > 0 && cols - lane_col - col < 16 ? 8 : 16;
+          cp_async_16(target + pass * tile.kRowBytes + col * sizeof(Stored), source + col, exists ? bytes : 0);
         } else {
+          Stored* smem = reinterpret_cast<Stored*>(reinterpret_cast<unsigned char*>(tile.data) + row * tile.kRowBytes) + lane_col + col;
 #pragma unroll
-          for (int i = 0; i < 8; ++i)
-            tile.data[row * tile.kRowElements + lane_col + col + i] =
-                there && lane_col + col + i < cols ? source[col + i] : Element{0};
+          for (int i = 0; i < kChunk; ++i) smem[i] = there && lane_col + col + i < cols ? source[col + i] : Stored{0};
         }
       }
     }
   }
 
   // The new ones, from where they came: `gmem` is where the one would be that is the slice's first key.
-  template <bool kIsTurned, int kCols, typename Params>
-  static FA2_OUTLINED void take_new(Tile<kBlockN, kCols>& tile, const Element* gmem, int64_t row_stride, int cols, int first, int from,
-                                    int to, const Params& params) {
-    constexpr int kChunks = kCols / 8;
+  template <bool kOfValues, typename AnyTile, typename Params>
+  static FA2_OUTLINED void take_new(AnyTile& tile, const Element* gmem, int64_t row_stride, int cols, int first, int from, int to,
+                                    CachedSequence sequence, int b, int head, const Params& params) {
+    constexpr int kChunks = AnyTile::kCols / 8;
     for (int i = from * kChunks + lane_id(); i < to * kChunks; i += 32) {
-      const int row = i / kChunks, col = i % kChunks * 8;
-      const Chunk chunk = read_chunk<kIsTurned>(params, gmem + row * row_stride, first + row, col, cols);
-      *reinterpret_cast<uint4*>(tile.data + row * tile.kRowElements + col) =
-          uint4{chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
+      const int row = i / kChunks, col = i % kChunks * 8, key = first + row;
+      const Chunk chunk = read_chunk<(kTurned && !kOfValues)>(params, gmem + row * row_stride, key, col, cols);
+      unsigned char* smem = reinterpret_cast<unsigned char*>(tile.data) + row * tile.kRowBytes + col * sizeof(Stored);
+      if constexpr (kQuantised > 0) {
+        const int page = kScaleOfPage ? max(place_of(params, sequence, key).row, 0) : 0;
+        *reinterpret_cast<uint2*>(smem) = quantise_chunk(chunk, scale_of<kOfValues>(params, page, b, head));
+      } else {
+        *reinterpret_cast<uint4*>(smem) = uint4{chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
+      }
     }
   }
 

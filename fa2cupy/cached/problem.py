@@ -7,11 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 from fa2cupy.cached.call import ARRAYS, Call
+from fa2cupy.checks import KV_DTYPES
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.frameworks.base import TensorRef, contiguous_strides
 
 __all__ = ["CacheProblem", "Rotary", "Strides"]
 
+# Of keys or values of 8 bits: a number, or strides along pages, sequences and heads.
+Scale = tuple[float, tuple[int, int, int]]
 Strides = tuple[int, int, int]  # in elements, between (batch, row, head) neighbours
 
 _MAX_GPU_SCALE = 2e38  # the kernels take it times log2(e) as float32
@@ -41,6 +44,7 @@ class CacheProblem:
     most pages of a sequence; entries: of `indices`.
     arrays: the names of `cached.call.ARRAYS` that are there, out and lse_out among them. by_number: cache_seqlens is
     one number, handed over in place of a pointer.
+    scales: of keys and values of 8 bits.
     left, right: ends of the band of keys that a query sees, at most the lengths.
     strides: of q, the caches, out and new keys; lse_out as (batch, row, head), too. aligned: of all of them every row
     starts at a multiple of 16 bytes and head dims are multiples of 8.
@@ -68,7 +72,16 @@ class CacheProblem:
     aligned: bool
     seqlen_new: int | None = None
     rotary: Rotary | None = None
+    scales: tuple[Scale, Scale] = ((1.0, (0, 0, 0)), (1.0, (0, 0, 0)))
     split_size: int | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.kv_dtype in KV_DTYPES
+
+    @property
+    def has_scale_of_page(self) -> bool:
+        return any(along[0] for _, along in self.scales)
 
     @property
     def is_packed(self) -> bool:
@@ -145,6 +158,7 @@ class CacheProblem:
             aligned=bool(aligned),
             seqlen_new=call.seqlen_new,
             rotary=_rotary(call, refs) if "rotary_cos" in refs else None,
+            scales=(_scale(call, refs, "k_scale"), _scale(call, refs, "v_scale")),
             split_size=options.get("split_size"),
         )
 
@@ -159,6 +173,14 @@ def _rotary(call: Call, refs: Mapping[str, TensorRef]) -> Rotary:
         refs["rotary_cos"].dtype == "float32",
         bool(options.get("causal")) or "window_size" in options,
     )
+
+
+def _scale(call: Call, refs: Mapping[str, TensorRef], name: str) -> Scale:
+    if name not in refs:
+        return float(call.numbers.get(name, 1.0)), (0, 0, 0)
+    shape = refs[name].shape
+    heads = shape[-1]
+    return 1.0, (heads if len(shape) == 3 else 0, heads if len(shape) == 2 else 0, 1)
 
 
 def _bshd(ref: TensorRef, layout: str) -> Strides:

@@ -12,7 +12,9 @@ from fa2cupy.cached.problem import CacheProblem
 from fa2cupy.kernels.launch import Pointer
 from fa2cupy.kernels.params import Strides3, composed
 
-__all__ = ["CacheParams", "Divisor", "NewKeysParams", "TurnParams", "packed", "scattered"]
+__all__ = [
+    "CacheParams", "Divisor", "NewKeysParams", "ScaleParams", "TurnParams", "feature_defines", "packed", "scattered",
+]  # fmt: skip
 
 
 class Divisor(ctypes.Structure):
@@ -49,6 +51,9 @@ class CacheParams(ctypes.Structure):
     )
 
 
+_ALONG = {name: tuple(f"{name}_{along}" for along in ("page", "batch", "head")) for name in "kv"}
+
+
 class NewKeysParams(ctypes.Structure):
     _fields_ = (
         *((name, c_uint64) for name in ("k_new", "v_new", "k_to", "v_to")),
@@ -63,16 +68,41 @@ class TurnParams(ctypes.Structure):
     )
 
 
+class ScaleParams(ctypes.Structure):
+    _fields_ = (
+        *((name, c_uint64) for name in ("k_scale", "v_scale")),
+        *((name, c_float) for name in ("k_number", "v_number")),
+        *((field, c_int32) for name in "kv" for field in _ALONG[name]),
+    )
+
+
+def blocks_of(problem: CacheProblem, *, new_keys: bool) -> tuple[type[ctypes.Structure], ...]:
+    """The blocks behind `CacheParams`, in their order. new_keys: whether new keys are written."""
+    parts = ((new_keys, NewKeysParams), (problem.rotary is not None, TurnParams), (problem.is_quantised, ScaleParams))
+    return tuple(block for is_there, block in parts if is_there)
+
+
+def feature_defines(problem: CacheProblem, arch: str, *, new_keys: bool) -> dict[str, int | str]:
+    """What kernels are compiled with for what is there; with the size of the struct."""
+    blocks = blocks_of(problem, new_keys=new_keys)
+    defines: dict[str, int | str] = {"FA2_NEW_KEYS": 1} if new_keys else {}
+    if problem.rotary is not None:
+        defines["FA2_TURNED"] = 1
+    if problem.is_quantised:
+        defines["FA2_QUANTISED"] = 1 + (problem.kv_dtype == "int8")
+        defines["FA2_SCALE_OF_PAGE"] = int(problem.has_scale_of_page)
+        defines["FA2_CVT_E4M3"] = int(int(arch.removeprefix("sm_")) >= 89)
+    return defines | {"FA2_PARAMS_BYTES": ctypes.sizeof(composed(CacheParams, blocks) if blocks else CacheParams)}
+
+
 def scattered(problem: CacheProblem, block_n: int) -> int:
     """kScattered: where the keys of a sequence lie, for slices of so many."""
     return 0 if not problem.is_paged else 2 if problem.page % block_n == 0 else 1
 
 
-def packed(problem: CacheProblem, *, new_keys: bool, turned: bool) -> tuple[ctypes.Structure, list[Pointer]]:
-    """The struct of a kernel, less its pointers and workspaces, and its pointers. new_keys, turned: whether it has the
-    blocks of new keys, and of rotary.
-    """
-    blocks = (NewKeysParams,) * new_keys + (TurnParams,) * turned
+def packed(problem: CacheProblem, *, new_keys: bool) -> tuple[ctypes.Structure, list[Pointer]]:
+    """The struct of a kernel, less its pointers and workspaces, and its pointers. new_keys: whether it writes them."""
+    blocks, turned = blocks_of(problem, new_keys=new_keys), problem.rotary is not None
     struct = composed(CacheParams, blocks) if blocks else CacheParams
     new = problem.seqlen_new
     params = struct()
@@ -99,8 +129,10 @@ def packed(problem: CacheProblem, *, new_keys: bool, turned: bool) -> tuple[ctyp
     strides = dict(problem.strides)
     for field, name in (*_STRIDED.items(), *((n, n) for n in ("k_new", "v_new") if new_keys)):
         setattr(params, f"{field}_strides", Strides3(*strides[name]))
-    if turned:
-        assert problem.rotary is not None
+    for name, number, along in (("k", *problem.scales[0]), ("v", *problem.scales[1])) if problem.is_quantised else ():
+        for field, value in ((f"{name}_number", number), *zip(_ALONG[name], along, strict=True)):
+            setattr(params, field, value)
+    if problem.rotary is not None:
         for field in ("half", "positions", "neighbours", "is_float", "each"):
             setattr(params, field, int(getattr(problem.rotary, field)))
     places = dict(_places(problem, new_keys, turned))
@@ -123,6 +155,7 @@ def _places(problem: CacheProblem, new_keys: bool, turned: bool) -> Iterator[tup
         yield from (("k_new", "k_new"), ("v_new", "v_new"), ("k_to", "k_cache"), ("v_to", "v_cache"))
     if turned:
         yield from (("cos", "rotary_cos"), ("sin", "rotary_sin"))
+    yield from ((name, name) for name in ("k_scale", "v_scale") if name in problem.arrays)
 
 
 def _offset(struct: type[ctypes.Structure], field: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa2cupy.cached.problem import CacheProblem
-from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import launch as launching
 from fa2cupy.kernels.launch import KernelLaunch, Launchable
@@ -49,9 +48,6 @@ class DecodePlan:
 
 def plan_decode(problem: CacheProblem, device: DeviceInfo, tile: DecodeTile | None = None) -> DecodePlan:
     """How to compute `problem` on `device`. Needs no GPU. tile: in place of the tables', for tuning."""
-    for name, is_there in (("kv_dtype", problem.kv_dtype != problem.dtype),):
-        if is_there:
-            raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
     tile = tile or flash_decode.rows(problem, device)[0]
     new = problem.seqlen_new or 0
     mean = new // max(1, problem.batch) if problem.is_packed else new

@@ -7,7 +7,6 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import cache_params, common
 from fa2cupy.kernels.launch import KernelLaunch
-from fa2cupy.kernels.sm80 import flash_decode
 
 __all__ = ["launch"]
 
@@ -18,8 +17,8 @@ _BLOCKS = 4  # of a multiprocessor, at most
 
 def launch(problem: CacheProblem, device: DeviceInfo) -> KernelLaunch:
     """Before the kernel that computes with them."""
-    turned = problem.rotary is not None
-    params, pointers = cache_params.packed(problem, new_keys=True, turned=turned)
+    arch = common.arch_of(device)
+    params, pointers = cache_params.packed(problem, new_keys=True)
     keys = (problem.seqlen_new or 0) * problem.num_heads_k * (1 if problem.is_packed else problem.batch)
     defines = common.common_defines(problem.dtype, 16, 0, problem.aligned) | {
         "FA2_BLOCK_M": 16,
@@ -31,8 +30,8 @@ def launch(problem: CacheProblem, device: DeviceInfo) -> KernelLaunch:
     }
     return KernelLaunch(
         *_KERNEL,
-        common.arch_of(device),
-        defines | flash_decode.feature_defines(True, turned),
+        arch,
+        defines | cache_params.feature_defines(problem, arch, new_keys=True),
         LaunchConfig((max(1, min(-(-keys // _WARPS), _BLOCKS * device.sm_count)), 1, 1), (32 * _WARPS, 1, 1)),
         bytes(params),
         tuple(pointers),
