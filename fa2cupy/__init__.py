@@ -13,7 +13,9 @@ from fa2cupy.attention import (
     backward_workspace_bytes,
     forward_workspace_bytes,
 )
+from fa2cupy.block_mask import BlockMask
 from fa2cupy.counts import report
+from fa2cupy.dropout import dropout_mask
 from fa2cupy.errors import (
     CompilationError,
     Fa2Error,
@@ -27,11 +29,13 @@ from fa2cupy.errors import (
 )
 from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
 from fa2cupy.kvcache import KVCache, attention_with_kvcache
+from fa2cupy.lse import convert_lse
 from fa2cupy.merge import merge_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "CompilationError",
     "Fa2Error",
     "Fa2Warning",
@@ -47,6 +51,8 @@ __all__ = [
     "attention_vjp",
     "attention_with_kvcache",
     "backward_workspace_bytes",
+    "convert_lse",
+    "dropout_mask",
     "forward_workspace_bytes",
     "install_as_flash_attn",
     "merge_attention",

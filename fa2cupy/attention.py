@@ -15,10 +15,10 @@ from fa2cupy import doors, dynamo, prepared
 from fa2cupy.calls import call, with_seed
 from fa2cupy.checks import check_flag
 from fa2cupy.frameworks.jax import is_traced
-from fa2cupy.keywords import not_through_torch, public
+from fa2cupy.keywords import asked, not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given, gradients
-from fa2cupy.spec import LENGTHS
+from fa2cupy.spec import CARRIED
 
 __all__ = [
     "attention",
@@ -79,6 +79,9 @@ def attention(
             ones first, or uint32 (2,), a seed alone. What is dropped depends on these, the number of the sequence, the
             query head, i and j only, counted from a sequence's first stored row (of segments, the batch row's):
             `dropout_mask` says what. Without dropout_p it is not used.
+        mask: bool, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), True where a query sees a key; with causal,
+            windows and lengths. Or a `BlockMask`, of these lengths, which has its own causal and window. With a packed
+            q either is over the packed rows, and its batch is 1.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: packed sequences. q is then (total_q, num_heads, head_dim), and
             k and v are (total_k, num_heads_k, ...). Sequence b has the rows from cu_seqlens[b] on that come before
             cu_seqlens[b + 1]. With one of the two the other side is dense, a row of the batch for each sequence.
@@ -186,15 +189,18 @@ def _with_extra(
     """`attention` with arrays beyond q, k, v and outputs, the last ones, called `extra`."""
     q, k, v, out, lse_out, *more = arrays
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
-        way, others = doors.torch_way(q, k, v), [name for name in extra if name not in LENGTHS]
+        way, others = doors.torch_way(q, k, v), [name for name in extra if name not in CARRIED]
+        if way is not None and not others:
+            way, carried = doors.torch_extra(way, q, dict(zip(extra, more, strict=True)))
+            arrays = [q, k, v, out, lse_out, *carried.values()]
         if way is STRAIGHT:
             if not others:  # of these a gradient may be wanted: `call` asks
                 operation = ASKED[operation]
         elif way is not None:
             if others:
-                raise not_through_torch("dropout_p" if others[0] == "dropout_seed" else others[0])
+                raise not_through_torch(asked(others[0]))
             options = (*options[:4], deterministic, options[5])
-            return way(q, k, v, options, return_lse, dict(zip(extra, more, strict=True)))
+            return way(q, k, v, options, return_lse, carried)
     if deterministic and any(map(is_traced, (q, k, v))):
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:
@@ -233,8 +239,8 @@ def attention_backward(
         q, k, v: what `attention` was called with.
         out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs); of a
             packed q (num_heads, total_q).
-        causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, layout, dtype: as
-            they were given to `attention`.
+        causal, window_size, softmax_scale, softcap, alibi_slopes, mask, sinks, dropout_p, dropout_seed, layout, dtype:
+            as they were given to `attention`.
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, segment_ids, max_seqlen_q, max_seqlen_k: likewise.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
         dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.

@@ -4,6 +4,8 @@
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, overload
 
+from fa2cupy.block_mask import BlockMask
+
 __all__ = [
     "attention",
     "attention_backward",
@@ -31,6 +33,7 @@ def attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -61,6 +64,7 @@ def attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -91,6 +95,7 @@ def attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -121,6 +126,7 @@ def attention_vjp(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -151,6 +157,7 @@ def attention_vjp(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -181,6 +188,7 @@ def attention_vjp(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -214,6 +222,7 @@ def attention_backward(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -250,6 +259,7 @@ def attention_backward(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -282,6 +292,7 @@ def forward_workspace_bytes(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,
@@ -307,6 +318,7 @@ def backward_workspace_bytes(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: A | None = None,
+    mask: A | BlockMask | None = None,
     sinks: A | None = None,
     dropout_p: float = 0.0,
     dropout_seed: A | tuple[int, int] | None = None,

@@ -12,6 +12,7 @@ from fa2cupy.frameworks import framework_of
 from fa2cupy.operations import Operation
 from fa2cupy.options import RawOptions
 from fa2cupy.prepared import PREPARED, framework_by_type, signature_key
+from fa2cupy.spec import MASK_ARRAYS
 
 __all__ = ["call", "with_seed"]
 
@@ -36,10 +37,18 @@ def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOp
 
 
 def with_seed(arrays: list[Any], extra: tuple[str, ...], like: Any) -> list[Any]:
-    """`arrays`, the last ones called `extra`, with two numbers for dropout_seed as an array in kind with `like`."""
+    """`arrays`, the last ones called `extra`, with what is no array in kind with `like` made one: two numbers for
+    dropout_seed, a BlockMask of another library's arrays.
+    """
     if "dropout_seed" in extra:
         place = len(arrays) - len(extra) + extra.index("dropout_seed")
         framework = framework_of(like) if isinstance(arrays[place], tuple) else None
         if framework is not None:
             arrays[place] = framework.seed(arrays[place], like)
+    if MASK_ARRAYS[0] in extra:
+        from fa2cupy.block_mask.arrays import in_kind
+
+        first = len(arrays) - len(extra) + extra.index(MASK_ARRAYS[0])
+        own = slice(first, first + len(MASK_ARRAYS))
+        arrays[own] = in_kind(arrays[own], like)
     return arrays

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, UnsupportedDevice
 
 __all__ = [
+    "BESIDE_BLOCK_MASK",
     "BHSD_OF_PACKED",
     "DECLARED",
     "FLOAT32_ON_GPU",
@@ -69,14 +70,13 @@ SEGMENTS_OF_PACKED = Declared(
     InvalidArgument,
     "segment_ids is given beside cu_seqlens, which say where sequences are already: give one of them",
 )
+BESIDE_BLOCK_MASK = Declared(
+    "a BlockMask with `causal=` or `window_size=`",
+    "it has its own: give them to the BlockMask",
+    InvalidArgument,
+    "{name}={value} is given beside a BlockMask, which has its own: give it to the BlockMask",
+)
 _TO_COME = (
-    Declared(
-        "a BlockMask with `causal=` or `window_size=`",
-        "it has its own: give them to the BlockMask",
-        InvalidArgument,
-        "{name}={value} is given beside a BlockMask, which has its own: give it to the BlockMask",
-        "mask",
-    ),
     Declared(
         "dropout with a KVCache",
         "a cache serves inference",
@@ -93,4 +93,6 @@ _TO_COME = (
     ),
 )
 
-DECLARED = (FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, *_TO_COME)
+DECLARED = (
+    FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, BESIDE_BLOCK_MASK, *_TO_COME,
+)  # fmt: skip

@@ -39,7 +39,15 @@ from fa2cupy.prepared import (
     signature_key,
     workspace_block,
 )
-from fa2cupy.problem import ARRAY_RULES, AttentionProblem, Sizes, check_array, check_dtypes, with_features
+from fa2cupy.problem import (
+    ARRAY_RULES,
+    AttentionProblem,
+    Sizes,
+    check_array,
+    check_block_mask,
+    check_dtypes,
+    with_features,
+)
 from fa2cupy.spec import LENGTHS
 
 __all__ = ["first_call"]
@@ -76,8 +84,11 @@ def first_call(operation: Operation, raw_arrays: list[Any], workspace: Any, raw_
             block = workspace_block(framework, workspace, device, 0)
             blocks = [(name, refs[name].ptr, framework.extent(array)) for name, array in arrays.items()]
             check_overlap([*blocks, block], {"workspace"})
-        compute = host.backward if operation.is_backward else host.forward
-        results = compute(framework, arrays, sizes, dtype, options, operation.extra, operation.swapped)
+        how = sizes, dtype, options, operation.extra, operation.swapped
+        if operation.is_backward:
+            results = host.backward(framework, arrays, *how, operation.further)
+        else:
+            results = host.forward(framework, arrays, *how)
         for array in given.values():
             framework.written(array)
         return results
@@ -154,6 +165,9 @@ def _check_arrays(operation: Operation, refs: Mapping[str, TensorRef], options: 
         sizes.check_shape(name, ref.shape, options.layout)
     for name in operation.extra:
         check_array(name, refs[name], sizes, dtype)
+    block_mask = dict(options.features).get("mask")
+    if block_mask is not None:
+        check_block_mask(block_mask, sizes)
     for name in operation.further:
         if name in refs:
             sizes.check_shape(name, refs[name].shape, options.layout)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fa2cupy import cpu, env, sequences
+from fa2cupy.cpu_mask import mask_of
 from fa2cupy.frameworks.base import Framework, swap
 from fa2cupy.options import Options
 from fa2cupy.problem import Sizes, softmax_scale
@@ -44,19 +45,22 @@ class _Host:
             array = self._framework.to_numpy(self._arrays[name]).view(bits)
         else:
             shape = self._sizes.shape(name, self._options.layout)
-            if self._swapped and len(shape) == 4 and name != "lse_out":
+            if self._swapped and len(shape) == 4:
                 array = np.empty(swap(shape), bits).transpose(0, 2, 1, 3)
             else:
                 array = np.empty(shape, bits)
             self._new[name] = array
-        in_order = self._options.layout == "bshd" or array.ndim == 3
+        in_order = self._options.layout == "bshd" or array.ndim != 4
         return array if in_order else array.transpose(0, 2, 1, 3)
 
     def features(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Options by keyword, and those of the arrays `names` that are of one sequence like any other."""
         arrays = {name: self._framework.to_numpy(self._arrays[name]) for name in names if name not in LENGTHS}
         scale = softmax_scale(self._sizes, self._options)
-        return {"causal": self._options.causal, "softmax_scale": scale, **dict(self._options.features), **arrays}
+        options = {"causal": self._options.causal, "softmax_scale": scale, **dict(self._options.features)}
+        given = {name: value for name, value in (options | arrays).items() if name.startswith("mask")}
+        features = {name: value for name, value in (options | arrays).items() if name not in given}
+        return {**features, "mask": mask_of(given, self._sizes.seqlen_q, self._sizes.seqlen_k)} if given else features
 
     def lengths(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Those arrays of `names` that say where sequences lie."""
@@ -72,6 +76,8 @@ class _Host:
         return self._framework.from_numpy(self._new[name], self._dtype_of(name), self._arrays["q"])
 
     def _dtype_of(self, name: str) -> str:
+        if name == "dsinks":
+            return self._framework.dtype(self._arrays["sinks"])
         if name in ("lse", "lse_out"):
             return "float64" if self._dtype == "float64" else "float32"
         return self._dtype
@@ -105,14 +111,15 @@ def backward(
     options: Options,
     extra: tuple[str, ...] = (),
     swapped: bool = False,
+    further: tuple[str, ...] = (),
 ) -> list[Any]:
-    """dq, dk, dv of dout, q, k, v, out, lse and the `extra` arrays."""
+    """dq, dk, dv of dout, q, k, v, out, lse and the `extra` arrays, and behind them the gradients called `further`."""
     host = _Host(framework, arrays, sizes, dtype, options, swapped)
     inputs = [host.tensor(name) for name in ("dout", "q", "k", "v", "out", "lse")]
-    dq, dk, dv = (host.tensor(name) for name in ("dq", "dk", "dv"))
+    outputs = {name: host.tensor(name) for name in ("dq", "dk", "dv", *further)}
     lengths, features = host.lengths(extra), host.features(extra)
+    compute: Callable[..., Any] = cpu.backward
     if lengths:
-        sequences.backward(*inputs, lengths=lengths, dq=dq, dk=dk, dv=dv, **features)
-    else:
-        cpu.backward(*inputs, dq=dq, dk=dk, dv=dv, **features)
-    return [host.result(name) for name in ("dq", "dk", "dv")]
+        compute, features["lengths"] = sequences.backward, lengths
+    compute(*inputs, **outputs, **features)
+    return [host.result(name) for name in outputs]

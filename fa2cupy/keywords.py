@@ -32,6 +32,7 @@ from fa2cupy.checks import (
     shown,
 )
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+from fa2cupy.spec import MASK_ARRAYS
 
 __all__ = [
     "CACHE_FUNCTIONS",
@@ -40,6 +41,7 @@ __all__ = [
     "OTHER_NAMES",
     "Keyword",
     "arrays_in_order",
+    "asked",
     "is_neutral",
     "not_supported",
     "not_through_torch",
@@ -80,8 +82,8 @@ class Keyword:
     type: its annotation. functions: those that take it. meaning: one line, for the table in docs/usage.md.
     since: the version that has it, None for one to come. neutral: values that mean the same as leaving it out.
     check: makes of (name, value) what the call goes on with, None for nothing, or raises; None for an array, which is
-    checked as one. arrays: names of the arrays that it is for, which `check` makes of the value. output: of a gradient
-    beside dq, dk and dv. hint: checked, and then forgotten: nothing depends on it.
+    checked as one. arrays: names of the arrays that it is for, which `check` makes of the value. hint: checked, and
+    then forgotten: nothing depends on it.
     """
 
     name: str
@@ -93,7 +95,6 @@ class Keyword:
     neutral: tuple[object, ...] = (None,)
     check: Callable[[str, Any], Any] | None = None
     arrays: tuple[str, ...] = ()
-    output: bool = False
     hint: bool = False
 
 
@@ -128,7 +129,8 @@ _TABLE = (
     ),
     Keyword(
         "mask", "A | BlockMask | None", None, (*_ALL, *_PROBABILITIES),
-        "True where a query attends to a key, or a BlockMask",
+        "True where a query attends to a key, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), or a BlockMask",
+        "0.2", arrays=("mask", *MASK_ARRAYS),
     ),
     Keyword(
         "sinks", "A | None", None, (*_ALL, *_ATTEND), "logits that take part in the softmax only; (num_heads,)", "0.2"
@@ -200,8 +202,8 @@ _TABLE = (
     Keyword("dq", "A | None", None, _BACKWARD, "where to put the gradient of q", "0.1"),
     Keyword("dk", "A | None", None, _BACKWARD, "where to put the gradient of k", "0.1"),
     Keyword("dv", "A | None", None, _BACKWARD, "where to put the gradient of v", "0.1"),
-    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias", output=True),
-    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks", "0.2", output=True),
+    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias"),
+    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks", "0.2"),
     Keyword(
         "workspace", "A | None", None, (*_FORWARD, *_BACKWARD, *_ATTEND),
         "one block of memory of at least `forward_workspace_bytes`, `backward_workspace_bytes`", "0.1",
@@ -234,13 +236,20 @@ _TABLE = (
         check=check_split_size,
     ),
     Keyword("reduce", "str | None", None, _PROBABILITIES, '"received", "entropy", "max" or "mean_heads"'),
-    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", neutral=()),
-    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", neutral=()),
-    Keyword("like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"), "an array whose device is taken"),
-    Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
+    Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", "0.2", ()),
+    Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", "0.2", ()),
+    Keyword(
+        "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
+        "an array whose framework and device are taken", "0.2",
+    ),
+    Keyword(
+        "arrays", "dict[str, A] | None", None, ("BlockMask.from_mask_mod", "ScoreMod"),
+        "arrays and numbers that a function uses, by the names of its variables", "0.2",
+    ),
     Keyword(
         "max_partial", "int | None", None,
-        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"), "room for partial blocks",
+        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"),
+        "room for so many blocks that are seen in part; more are an error", "0.2",
     ),
 )  # fmt: skip
 
@@ -250,6 +259,13 @@ KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
 def arrays_in_order() -> list[str]:
     """Names of keywords, or of the arrays that one is for, in the table's order: that of a call's pointers."""
     return [name for keyword in KEYWORDS.values() for name in keyword.arrays or (keyword.name,)]
+
+
+def asked(array: str) -> str:
+    """The keyword by which a call asks for what an array of this name belongs to."""
+    if array == "dropout_seed":
+        return "dropout_p"
+    return next(keyword.name for keyword in KEYWORDS.values() if array in (keyword.arrays or (keyword.name,)))
 
 
 # What keywords are called elsewhere: (ours, a remark). Hints, not aliases.

@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,11 +69,7 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
         return _merge(jax.numpy, outs, lses, jax.lax.stop_gradient, jax.lax.convert_element_type)
     import numpy as np
 
-    namespace: Any = np
-    if framework.name == "CuPy":
-        import cupy
-
-        namespace = cupy
+    namespace = importlib.import_module(framework.namespace)
     with np.errstate(divide="ignore"):
         return _merge(namespace, outs, lses, lambda x: x, lambda x, dtype: x.astype(dtype))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fa2cupy.checks import GRADIENTS, check_grad_of, check_hint
-from fa2cupy.declared import RIGHT_OF_CAUSAL
-from fa2cupy.errors import InvalidArgument
+from fa2cupy.block_mask import BlockMask
+from fa2cupy.checks import GRADIENTS, check_grad_of, check_hint, shown
+from fa2cupy.declared import BESIDE_BLOCK_MASK, RIGHT_OF_CAUSAL
+from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
+from fa2cupy.spec import MASK_ARRAYS
 
 __all__ = ["Options", "RawOptions", "given", "gradients"]
 
@@ -56,6 +58,11 @@ class Options:
         window = dict(features).get("window_size")
         if options.causal and window is not None and window[1] > 0:
             raise RIGHT_OF_CAUSAL.error(value=window)
+        if "mask" in dict(features):  # a BlockMask's shape
+            if options.causal:
+                raise BESIDE_BLOCK_MASK.error(name="causal", value=True)
+            if window is not None:
+                raise BESIDE_BLOCK_MASK.error(name="window_size", value=window)
         return options
 
     def dtype_of(self, ref: TensorRef) -> str:
@@ -97,6 +104,11 @@ def given(
             raise not_supported(function, keyword, value)
         if keyword.hint:
             check_hint(name, value)
+        elif isinstance(value, BlockMask):
+            if name != "mask":
+                raise InvalidType(f"{name} is a BlockMask: mask= takes one")
+            extra.extend(zip(MASK_ARRAYS, value.lists.arrays(), strict=True))
+            features.append((name, value.shape))
         elif keyword.check is None:
             extra.append((name, value))
         elif keyword.arrays:
@@ -105,20 +117,20 @@ def given(
             checked = keyword.check(name, value)
             if checked is not None:
                 features.append((name, checked))
-    _match_seed(extra, features)
+    _match_seed(extra, features, keywords)
     if not extra and not features:
         return (), arrays, options
     names = tuple(name for name, _ in extra)
     return names, [*arrays, *(array for _, array in extra)], (*options[:5], tuple(features))
 
 
-def _match_seed(extra: list[tuple[str, Any]], features: list[tuple[str, Any]]) -> None:
+def _match_seed(extra: list[tuple[str, Any]], features: list[tuple[str, Any]], keywords: dict[str, Any]) -> None:
     """A seed goes with a probability: one that nothing is dropped by is left out, of both."""
-    p = dict(features).get("dropout_p")
-    if p is None:
+    if "dropout_p" not in dict(features):
         extra[:] = [each for each in extra if each[0] != "dropout_seed"]
     elif "dropout_seed" not in dict(extra):
-        raise InvalidArgument(f"dropout_p={p} is given without dropout_seed=(seed, offset), which is needed")
+        p = shown("dropout_p", keywords["dropout_p"])
+        raise InvalidArgument(f"{p} is given without dropout_seed=(seed, offset), which is needed")
 
 
 def gradients(keywords: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:

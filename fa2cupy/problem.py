@@ -11,9 +11,10 @@ from fa2cupy.checks import SEED_DTYPES, SEED_SHAPES
 from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
+from fa2cupy.keywords import asked
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
-from fa2cupy.spec import LENGTHS, LengthsSpec, SoftmaxSpec, Spec, WindowSpec
+from fa2cupy.spec import LENGTHS, MASK_ARRAYS, LengthsSpec, ScoreSpec, SinksSpec, SoftmaxSpec, Spec, WindowSpec
 
 __all__ = [
     "ARRAY_RULES",
@@ -24,7 +25,9 @@ __all__ = [
     "AttentionProblem",
     "Sizes",
     "Strides",
+    "broadcasts",
     "check_array",
+    "check_block_mask",
     "check_dtypes",
     "softmax_scale",
     "with_features",
@@ -76,14 +79,15 @@ class ArrayRule:
     """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
 
     shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
-    dtypes: likewise, by the problem's dtype. strided: the kernels take any strides of it; of the others they get
-    C-contiguous arrays.
+    fits: says it instead, where these are many. dtypes: likewise, by the problem's dtype. strided: the kernels take any
+    strides of it; of the others they get C-contiguous arrays.
     """
 
     expected: str
     shapes: Callable[[Sizes], Collection[tuple[int, ...]]]
     dtypes: Callable[[str], Collection[str]]
     strided: bool = False
+    fits: Callable[[tuple[int, ...], Sizes], bool] | None = None
 
 
 def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> ArrayRule:
@@ -97,6 +101,27 @@ def _dtypes_of_sinks(dtype: str) -> tuple[str, ...]:
     return "float32", *of_q
 
 
+def _mask_shape(sizes: Sizes) -> tuple[int, ...]:
+    """Of packed queries over all of them, whose sequence a mask need not know."""
+    return 1 if sizes.packed_q else sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k
+
+
+def broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether an array of that shape broadcasts to the whole one."""
+    own = whole[len(whole) - len(shape) :]
+    return len(shape) <= len(whole) and all(n == m or n == 1 for n, m in zip(shape, own, strict=True))
+
+
+def check_block_mask(shape: tuple[int, int, int, int], sizes: Sizes) -> None:
+    """InvalidArgument unless a BlockMask of that shape is for these lengths."""
+    wanted = _mask_shape(sizes)
+    if shape[2:] != wanted[2:] or not broadcasts(shape, wanted):
+        hint = ", over the packed rows" if sizes.packed_q or sizes.packed_k else ""
+        raise InvalidArgument(
+            f"mask is a BlockMask of shape {shape}: {wanted} is needed{hint}, of which batch and num_heads may be 1"
+        )
+
+
 # By name: of the keyword, or where one stands for two arrays, of the array.
 ARRAY_RULES: dict[str, ArrayRule] = {
     "alibi_slopes": ArrayRule(
@@ -104,6 +129,17 @@ ARRAY_RULES: dict[str, ArrayRule] = {
         lambda sizes: ((sizes.num_heads,), (sizes.batch, sizes.num_heads)),
         lambda dtype: ("float32", "float64") if dtype == "float64" else ("float32",),
     ),
+    "mask": ArrayRule(
+        "a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)",
+        lambda sizes: (_mask_shape(sizes),),
+        lambda dtype: ("bool",),
+        strided=True,
+        fits=lambda shape, sizes: broadcasts(shape, _mask_shape(sizes)),
+    ),
+    **{
+        name: ArrayRule("a BlockMask's own", lambda sizes: (), lambda dtype: ("int32",), fits=lambda shape, sizes: True)
+        for name in MASK_ARRAYS
+    },
     "sinks": ArrayRule("(num_heads,)", lambda sizes: ((sizes.num_heads,),), _dtypes_of_sinks),
     "dropout_seed": ArrayRule("(2,) or (4,)", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES),
     **{name: _integers("(batch + 1,)", lambda sizes: (sizes.batch + 1,)) for name in STARTS},
@@ -146,10 +182,31 @@ def _with_lengths(name: str, problem: AttentionProblem, ref: TensorRef) -> Atten
     return replace(problem, lengths=replace(lengths, **{name: True}))
 
 
+def _score(problem: AttentionProblem) -> ScoreSpec:
+    return problem.score or ScoreSpec(problem.softmax_scale)
+
+
+def _alibi_strides(ref: TensorRef) -> tuple[int, int]:
+    """Along batch and heads; 0 for a batch that is not there."""
+    strides = [0 if n == 1 else stride for n, stride in zip(ref.shape, ref.strides, strict=True)]
+    return (strides[0], strides[1]) if len(strides) == 2 else (0, strides[0])
+
+
+def _with_gradient_of_sinks(problem: AttentionProblem) -> AttentionProblem:
+    assert problem.sinks is not None
+    return replace(problem, sinks=replace(problem.sinks, gradient=True))
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "window_size": lambda problem, window: _with_window(problem, *window),
+    "softcap": lambda problem, softcap: replace(problem, score=replace(_score(problem), softcap=softcap)),
+    "alibi_slopes": lambda problem, ref: replace(problem, score=replace(_score(problem), alibi=_alibi_strides(ref))),
+    "sinks": lambda problem, ref: replace(
+        problem, sinks=SinksSpec(ref.dtype != "float32", "dq" in dict(problem.strides))
+    ),
+    "dsinks": lambda problem, ref: _with_gradient_of_sinks(problem),
     **{name: functools.partial(_with_lengths, name) for name in LENGTHS},
     "dlse": lambda problem, ref: replace(
         problem, softmax=SoftmaxSpec(_kernel_strides("lse", ref, "bshd"), problem.empty_rows)
@@ -164,7 +221,9 @@ def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> Attent
     """
     for name, value in sorted(given.items(), key=lambda item: item[0] not in LENGTHS):
         if name not in SPECS:
-            raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
+            raise InvalidArgument(
+                f"{asked(name)} is not supported on a GPU yet: leave it out, or pass arrays on the CPU"
+            )
         problem = SPECS[name](problem, value)
     arrays = [name for spec in problem.specs for name in spec.arrays()]
     assert arrays == [name for name in given if name in ARRAY_RULES], "fields in another order than the table"
@@ -176,7 +235,7 @@ def check_array(name: str, ref: TensorRef, sizes: Sizes, dtype: str) -> None:
     rule = ARRAY_RULES[name]
     if name.startswith("segment") and (sizes.packed_q or sizes.packed_k):
         raise SEGMENTS_OF_PACKED.error()
-    if ref.shape not in rule.shapes(sizes):
+    if not (rule.fits(ref.shape, sizes) if rule.fits else ref.shape in rule.shapes(sizes)):
         here = " or ".join(str(tuple(shape)) for shape in rule.shapes(sizes))
         raise InvalidArgument(f"{name} has shape {ref.shape}: {rule.expected} is needed, here {here}")
     if ref.dtype not in rule.dtypes(dtype):
@@ -210,6 +269,8 @@ class AttentionProblem:
     strides: tuple[tuple[str, Strides], ...]
     aligned: bool
     window: WindowSpec | None = None
+    score: ScoreSpec | None = None
+    sinks: SinksSpec | None = None
     lengths: LengthsSpec | None = None
     softmax: SoftmaxSpec | None = None
 
@@ -246,6 +307,11 @@ class AttentionProblem:
     def extra_arrays(self) -> tuple[str, ...]:
         """Names of the arrays beyond those of dense attention, in the order of a call's pointers."""
         return tuple(name for spec in self.specs for name in spec.arrays())
+
+    @property
+    def extra_results(self) -> tuple[str, ...]:
+        """Names of what a backward writes beyond dq, dk and dv, likewise."""
+        return tuple(name for spec in self.specs for name in spec.results())
 
     def __str__(self) -> str:
         """Only what is there."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fa2cupy import cpu
+from fa2cupy.cpu_scores import Place
 from fa2cupy.errors import InvalidArgument
 
 Array = npt.NDArray[Any]
@@ -23,6 +24,9 @@ __all__ = ["Sequence", "backward", "check", "forward", "sequences"]
 class Sequence(NamedTuple):
     """Rows [first, first + length) of row `batch` of the batch, of the queries and of the keys. A packed side is one
     row.
+
+    number: the sequence's, of segments that of their row of the batch. skipped: rows of that sequence, or of that row,
+    before the first.
     """
 
     batch_q: int
@@ -31,6 +35,9 @@ class Sequence(NamedTuple):
     batch_k: int
     first_k: int
     length_k: int
+    number: int
+    skipped_q: int
+    skipped_k: int
 
     @property
     def queries(self) -> tuple[slice, slice]:
@@ -41,8 +48,11 @@ class Sequence(NamedTuple):
         return slice(self.batch_k, self.batch_k + 1), slice(self.first_k, self.first_k + self.length_k)
 
 
-def sequences(lengths: Mapping[str, Array], batch: int, seqlen_q: int, seqlen_k: int) -> list[Sequence]:
-    """Those that have a query and a key. Lengths are clamped: whatever the arrays hold, no row beyond them is meant.
+def sequences(
+    lengths: Mapping[str, Array], batch: int, seqlen_q: int, seqlen_k: int, without_keys: bool = False
+) -> list[Sequence]:
+    """Those that have a query and a key, or, with `without_keys`, a query. Lengths are clamped: whatever the arrays
+    hold, no row beyond them is meant.
 
     lengths: arrays of integers, by the names in `spec.LENGTHS`. batch: number of sequences, of segments of rows of
     them; seqlen: rows of the arrays, of a packed side all.
@@ -50,18 +60,20 @@ def sequences(lengths: Mapping[str, Array], batch: int, seqlen_q: int, seqlen_k:
     rows = _rows(lengths, batch, seqlen_q, seqlen_k)
     if "segment_ids_q" in lengths:
         rows = _segments(lengths["segment_ids_q"], lengths["segment_ids_k"], rows)
-    return [row for row in rows if row.length_q and row.length_k]
+    return [row for row in rows if row.length_q and (row.length_k or without_keys)]
 
 
 def _rows(lengths: Mapping[str, Array], batch: int, seqlen_q: int, seqlen_k: int) -> Iterator[Sequence]:
     """One for each number of a sequence, empty ones too."""
     first_q, end_q = _side(lengths.get("cu_seqlens_q"), lengths.get("seqused_q"), batch, seqlen_q)
     first_k, end_k = _side(lengths.get("cu_seqlens_k"), lengths.get("seqused_k"), batch, seqlen_k)
+    numbers, skipped = np.arange(batch), np.zeros(batch, np.int64)
     if "leftpad_k" in lengths:
-        first_k = first_k + np.clip(lengths["leftpad_k"].astype(np.int64), 0, end_k - first_k)
-    numbers = np.arange(batch)
+        skipped = np.clip(lengths["leftpad_k"].astype(np.int64), 0, end_k - first_k)
+        first_k = first_k + skipped
     batch_q, batch_k = (numbers * (name not in lengths) for name in ("cu_seqlens_q", "cu_seqlens_k"))
-    table = np.stack([batch_q, first_q, end_q - first_q, batch_k, first_k, end_k - first_k], axis=1)
+    sides = [batch_q, first_q, end_q - first_q, batch_k, first_k, end_k - first_k]
+    table = np.stack([*sides, numbers, np.zeros_like(skipped), skipped], axis=1)
     return (Sequence(*row) for row in table.tolist())
 
 
@@ -84,7 +96,7 @@ def _segments(ids_q: Array, ids_k: Array, rows: Iterator[Sequence]) -> Iterator[
         runs_k = _runs(ids_k[row.batch_k], row.first_k, row.length_k)
         for number, (first_q, length_q) in runs_q.items():
             first_k, length_k = runs_k.get(number, (0, 0))
-            yield Sequence(row.batch_q, first_q, length_q, row.batch_k, first_k, length_k)
+            yield Sequence(row.batch_q, first_q, length_q, row.batch_k, first_k, length_k, row.number, first_q, first_k)
 
 
 def _runs(ids: Array, first: int, length: int) -> dict[int, tuple[int, int]]:
@@ -163,13 +175,15 @@ def forward(
     q: Array, k: Array, v: Array, *, lengths: Mapping[str, Array], out: Array, lse: Array, **options: Any
 ) -> None:
     """As `cpu.forward` for each sequence. Packed arrays are (total, heads, d), lse then (heads, total) as q is."""
-    table = _table(q, k, lengths)
+    table = _table(q, k, lengths, options)
     q, out, lse = _with_batch(lengths, "q", q, out, lse)
     k, v = _with_batch(lengths, "k", k, v)
     out[...], lse[...] = 0, -np.inf
     for each in table:
         own, theirs = each.queries, each.keys
-        cpu.forward(q[own], k[theirs], v[theirs], out=out[own], lse=lse[own[0], :, own[1]], **options)
+        cpu.forward(
+            q[own], k[theirs], v[theirs], out=out[own], lse=lse[own[0], :, own[1]], **_options_of(each, options)
+        )
 
 
 def backward(
@@ -185,29 +199,51 @@ def backward(
     dk: Array,
     dv: Array,
     dlse: Array | None = None,
+    dsinks: Array | None = None,
     **options: Any,
 ) -> None:
-    """As `cpu.backward` for each sequence."""
-    table = _table(q, k, lengths)
+    """As `cpu.backward` for each sequence; dsinks over all of them."""
+    table = _table(q, k, lengths, options)
     dout, q, out, lse, dq = _with_batch(lengths, "q", dout, q, out, lse, dq)
     k, v, dk, dv = _with_batch(lengths, "k", k, v, dk, dv)
     if dlse is not None:
         (dlse,) = _with_batch(lengths, "q", dlse)
     dq[...], dk[...], dv[...] = 0, 0, 0
+    own_dsinks = None if dsinks is None else np.zeros(len(dsinks))
+    total = np.zeros(0 if dsinks is None else len(dsinks))
     for each in table:
         own, theirs = each.queries, each.keys
         rows = own[0], slice(None), own[1]
         cpu.backward(
             dout[own], q[own], k[theirs], v[theirs], out[own], lse[rows],
-            dq=dq[own], dk=dk[theirs], dv=dv[theirs], dlse=None if dlse is None else dlse[rows], **options,
+            dq=dq[own], dk=dk[theirs], dv=dv[theirs], dlse=None if dlse is None else dlse[rows], dsinks=own_dsinks,
+            **_options_of(each, options),
         )  # fmt: skip
+        if own_dsinks is not None:
+            total += own_dsinks
+    if dsinks is not None:
+        cpu.store(total, dsinks)
 
 
-def _table(q: Array, k: Array, lengths: Mapping[str, Array]) -> list[Sequence]:
+def _options_of(each: Sequence, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cpu.py` is told of one sequence."""
+    slopes = options.get("alibi_slopes")
+    own: dict[str, Any] = {}
+    if slopes is not None and slopes.ndim > 1:
+        own["alibi_slopes"] = slopes[each.number : each.number + 1]
+    mask = options.get("mask")
+    if mask is not None:
+        own["mask"] = mask.below(each.batch_q, each.first_q, each.first_k)
+    return {**options, **own, "place": Place(each.number, each.skipped_q, each.skipped_k)}
+
+
+def _table(q: Array, k: Array, lengths: Mapping[str, Array], options: Mapping[str, Any]) -> list[Sequence]:
+    """With sinks a sequence without keys has a lse too."""
     packed_q, packed_k = (name in lengths for name in ("cu_seqlens_q", "cu_seqlens_k"))
     starts = lengths["cu_seqlens_q" if packed_q else "cu_seqlens_k"] if packed_q or packed_k else None
     batch = len(q) if starts is None else len(starts) - 1
-    return sequences(lengths, batch, q.shape[not packed_q], k.shape[not packed_k])
+    with_sinks = options.get("sinks") is not None
+    return sequences(lengths, batch, q.shape[not packed_q], k.shape[not packed_k], with_sinks)
 
 
 def _with_batch(lengths: Mapping[str, Array], side: str, *arrays: Array) -> tuple[Array, ...]:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 __all__ = [
+    "CARRIED",
+    "DIFFERENTIABLE",
+    "FINDING",
     "LENGTHS",
     "LISTING",
+    "MASK_ARRAYS",
+    "OF_SINKS",
+    "PREPROCESS",
     "DlseParams",
     "LengthsParams",
     "LengthsSpec",
     "Row",
+    "ScoreParams",
+    "ScoreSpec",
+    "SinksGradientParams",
+    "SinksParams",
+    "SinksSpec",
     "SoftmaxSpec",
     "Spec",
     "WindowParams",
@@ -20,12 +32,16 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+FINDING = "smxx/find_segments.cu"  # who finds segments before
+PREPROCESS = "smxx/flash_bwd_preprocess.cu"
+OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 
 
 class Row(Protocol):
     """What all rows of tile tables have. block_m query rows x block_n keys; note: the reason, with its measurement.
 
-    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row.
+    family: 'sm80' or 'sm90', as FA2CUPY_KERNEL calls the kernel of this row. room: registers are left for what hooks of
+    scores keep.
     """
 
     @property
@@ -40,6 +56,8 @@ class Row(Protocol):
     def num_warps(self) -> int: ...
     @property
     def note(self) -> str: ...
+    @property
+    def room(self) -> bool: ...
 
 
 class Spec:
@@ -71,9 +89,19 @@ class Spec:
         """
         return ()
 
+    def results(self) -> tuple[str, ...]:
+        """Names of what a backward writes beyond the dense gradients: behind these among the pointers of a call. Each
+        is a field of its block.
+        """
+        return ()
+
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
         return ""
+
+
+# Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
+_TINY_SCALE = 1e-30
 
 
 class WindowParams(ctypes.Structure):
@@ -95,7 +123,7 @@ class WindowSpec(Spec):
     only_drops: bool = False
 
     def reaches(self, source: str) -> bool:
-        return not self.only_drops and (source == LISTING or not source.startswith("smxx/"))
+        return not self.only_drops and (source in (LISTING, OF_SINKS) or not source.startswith("smxx/"))
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_BAND": 1}
@@ -104,11 +132,115 @@ class WindowSpec(Spec):
         return WindowParams(self.left, self.right)
 
 
+class ScoreParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("alibi_slopes", ctypes.c_uint64),
+        ("alibi_batch_stride", ctypes.c_int64),
+        ("alibi_head_stride", ctypes.c_int64),
+        ("softcap_factor", ctypes.c_float),
+        ("softcap_log2", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSpec(Spec):
+    """What becomes of scores, which are softmax_scale * q . k.
+
+    softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is
+    taken off; its strides in elements along batch and heads, None without.
+    """
+
+    softmax_scale: float
+    softcap: float | None = None
+    alibi: tuple[int, int] | None = None
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/")
+
+    def defines(self) -> dict[str, int | str]:
+        defines: dict[str, int | str] = {}
+        if self.softcap is not None:  # has the scale in it
+            defines |= {"FA2_SOFTCAP": 1, "FA2_SCALE_FIRST": 0}
+        elif self.softmax_scale < _TINY_SCALE:
+            defines["FA2_SCALE_FIRST"] = 1
+        return defines if self.alibi is None else {**defines, "FA2_ALIBI": 1}
+
+    def params(self) -> ScoreParams:
+        batch, head = self.alibi or (0, 0)
+        if self.softcap is None:
+            return ScoreParams(0, batch, head)
+        return ScoreParams(0, batch, head, self.softmax_scale / self.softcap, self.softcap * math.log2(math.e))
+
+    def arrays(self) -> tuple[str, ...]:
+        return () if self.alibi is None else ("alibi_slopes",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for scores that become others"
+
+
+class SinksParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (("sinks", ctypes.c_uint64), ("sinks_are_16_bit", ctypes.c_int32))
+
+
+class SinksGradientParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("sinks", ctypes.c_uint64),
+        ("dsinks", ctypes.c_uint64),
+        ("sink_sums", ctypes.c_uint64),
+        ("sinks_are_16_bit", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SinksSpec(Spec):
+    """A logit of each query head that takes part in the softmax of its rows, and in nothing else.
+
+    sixteen_bit: of the problem's dtype; else float32. of_backward: there lse has them in it, and nobody else need know,
+    unless their gradient is wanted.
+    """
+
+    sixteen_bit: bool
+    of_backward: bool = False
+    gradient: bool = False
+
+    def reaches(self, source: str) -> bool:
+        if self.of_backward:
+            return self.gradient and source in (PREPROCESS, OF_SINKS)
+        return source.endswith("/flash_fwd.cu") or source in (LISTING, "smxx/fill_unseen.cu")
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_SINKS": 1}
+
+    def params(self) -> SinksParams | SinksGradientParams:
+        if self.of_backward:
+            return SinksGradientParams(sinks_are_16_bit=self.sixteen_bit)
+        return SinksParams(0, self.sixteen_bit)
+
+    def arrays(self) -> tuple[str, ...]:
+        """(num_heads,), contiguous."""
+        return ("sinks",)
+
+    def results(self) -> tuple[str, ...]:
+        return ("dsinks",) if self.gradient else ()
+
+
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one
 # for the queries and one for the keys, which may be the same array.
 LENGTHS = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k", "segment_ids_q", "segment_ids_k",
 )  # fmt: skip
+
+
+# The arrays that torch's operators carry as arguments of their own, in the order of the keywords; and of these the ones
+# that may have a gradient.
+CARRIED = ("alibi_slopes", "sinks", "dropout_seed", *LENGTHS)
+DIFFERENTIABLE = ("sinks",)
 
 
 class LengthsParams(ctypes.Structure):
@@ -134,8 +266,10 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Only who makes lists of tiles looks at the arrays; what others are told is `kernels.listed.Lists`."""
-        return source == LISTING
+        """Who makes lists of tiles looks at the arrays, who finds segments before, and who asks for rows that are in no
+        tile; what others are told is `kernels.listed.Lists`.
+        """
+        return source in (LISTING, OF_SINKS) or (self.segments and source == FINDING)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)
@@ -153,6 +287,12 @@ class LengthsSpec(Spec):
         seqlen).
         """
         return tuple(name for name in LENGTHS if getattr(self, "segments" if name.startswith("segment") else name))
+
+
+# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
+MASK_ARRAYS = (
+    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
+)  # fmt: skip
 
 
 class DlseParams(ctypes.Structure):
@@ -179,7 +319,7 @@ class SoftmaxSpec(Spec):
     empty: int = 0
 
     def reaches(self, source: str) -> bool:
-        return source == "smxx/flash_bwd_preprocess.cu"
+        return source in (PREPROCESS, OF_SINKS)
 
     def defines(self) -> dict[str, int | str]:
         return {"FA2_DLSE": 1}

@@ -25,7 +25,8 @@ class CacheCase:
 
     page: keys of a page, None without pages; table: how pages are found. capacity: of each sequence. by: which array
     says how many keys there are, None: all of the capacity. rotary: (rotary_dim, style, dtype of its tables). scales:
-    shapes of k_scale and v_scale, by name. spare: rows of the cache, or pages, that are nobody's.
+    shapes of k_scale and v_scale, by name. slopes: shape of alibi_slopes, "head" or "batch"; sinks:
+    their dtype. spare: rows of the cache, or pages, that are nobody's.
     """
 
     before: tuple[int, ...]
@@ -48,6 +49,9 @@ class CacheCase:
     rotary: tuple[int, str, str] | None = None
     kv_dtype: str | None = None
     scales: tuple[str, str] = ("head", "number")
+    softcap: float | None = None
+    slopes: str | None = None
+    sinks: str | None = None
     spare: int = 2
     seed: int = 0
 
@@ -223,6 +227,11 @@ def draw(case: CacheCase) -> Drawn:
     for name, scale in scales.items():
         if scale is not None:
             arrays[f"{name}_scale"] = scale
+    if case.slopes is not None:
+        shape = (num_heads,) if case.slopes == "head" else (case.batch, num_heads)
+        arrays["alibi_slopes"] = (rng.random(shape) * 0.3).astype("float64" if case.dtype == "float64" else "float32")
+    if case.sinks is not None:
+        arrays["sinks"] = store(rng.standard_normal(num_heads) + 2, case.sinks)
     drawn.arrays = arrays
     return drawn
 
@@ -298,12 +307,19 @@ def expect(drawn: Drawn) -> list[reference.Expected]:
     """Of each sequence: its queries over its keys."""
     case = drawn.case
     expected = []
-    for q, k, v in zip(drawn.turned_q, drawn.keys, drawn.values, strict=True):
+    slopes, sinks = drawn.arrays.get("alibi_slopes"), drawn.arrays.get("sinks")
+    for b, (q, k, v) in enumerate(zip(drawn.turned_q, drawn.keys, drawn.values, strict=True)):
+        features = reference.Features(
+            softcap=case.softcap,
+            slopes=slopes if slopes is None or slopes.ndim == 1 else slopes[b : b + 1],
+            sinks=sinks,
+        )
         expected.append(
             reference.expect(
-                q[None], k[None], v[None], causal=case.causal, scale=case.scale, window=case.window, dtype=case.dtype
+                q[None], k[None], v[None], causal=case.causal, scale=case.scale, window=case.window, features=features,
+                dtype=case.dtype,
             )
-        )
+        )  # fmt: skip
     return expected
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.reference import Bound, Expected, Inputs, as_float64, dtype_name, expect, store
+from tests.reference import Bound, Expected, Features, Inputs, as_float64, dtype_name, expect, round_to, store
+from tests.scores import features_of
 
 FORMS = ("packed", "q packed", "k packed", "dense", "segments", "segment pairs")
 
@@ -24,12 +25,18 @@ SMALL = ((2, 3), (0, 0), (0, 0), (1, 0), (0, 1), (0, 0), (1, 1), (0, 0))  # more
 
 
 class Place(NamedTuple):
-    """A sequence: its rows of q in row `batch_q` of the batch, and those of k."""
+    """A sequence: its rows of q in row `batch_q` of the batch, and those of k.
+
+    number: of its slopes and of what dropout drops, in which row `first_q` is its first query, `first_k` its first key.
+    """
 
     batch_q: int
     rows_q: list[int]
     batch_k: int
     rows_k: list[int]
+    number: int
+    first_q: int
+    first_k: int
 
 
 class Case(NamedTuple):
@@ -42,9 +49,13 @@ class Case(NamedTuple):
 def places(lengths: Mapping[str, Any], batch: int, seqlen_q: int, seqlen_k: int) -> list[Place]:
     """Every sequence, empty ones too, from arrays that are right."""
 
+    def first(side: str, b: int) -> int:
+        starts = lengths.get(f"cu_seqlens_{side}")
+        return 0 if starts is None else int(starts[b])
+
     def rows(side: str, seqlen: int, b: int) -> list[int]:
         starts, used = lengths.get(f"cu_seqlens_{side}"), lengths.get(f"seqused_{side}")
-        start, end = (0, seqlen) if starts is None else (int(starts[b]), int(starts[b + 1]))
+        start, end = first(side, b), seqlen if starts is None else int(starts[b + 1])
         end = end if used is None else start + int(used[b])
         pad = int(lengths["leftpad_k"][b]) if side == "k" and "leftpad_k" in lengths else 0
         return list(range(start + pad, end))
@@ -54,14 +65,14 @@ def places(lengths: Mapping[str, Any], batch: int, seqlen_q: int, seqlen_k: int)
         batch_q, batch_k = (0 if f"cu_seqlens_{side}" in lengths else b for side in "qk")
         rows_q, rows_k = rows("q", seqlen_q, b), rows("k", seqlen_k, b)
         if "segment_ids" not in lengths:
-            found.append(Place(batch_q, rows_q, batch_k, rows_k))
+            found.append(Place(batch_q, rows_q, batch_k, rows_k, b, first("q", b), first("k", b)))
             continue
         ids = lengths["segment_ids"]
         ids_q, ids_k = ids if isinstance(ids, tuple) else (ids, ids)
         for number in sorted({int(ids_q[b][row]) for row in rows_q} | {int(ids_k[b][row]) for row in rows_k}):
             if number >= 0:
                 own = [row for row in rows_q if ids_q[b][row] == number]
-                found.append(Place(b, own, b, [row for row in rows_k if ids_k[b][row] == number]))
+                found.append(Place(b, own, b, [row for row in rows_k if ids_k[b][row] == number], b, 0, 0))
     return found
 
 
@@ -166,13 +177,16 @@ def expect_sequences(
     out: Any = None,
     dlse: Any = None,
     dtype: str = "",
+    features: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Expected:
     """`expect` of every sequence by itself, put together; of rows of no sequence out 0, lse -inf, gradients 0.
 
     out: what the backward is given, dlse: the gradient of lse, both as `expect` has them; options: causal, window,
-    scale. The floors are the largest of all sequences'.
+    scale; features: as `attention` is given them (tests/scores.py). The floors are the largest of all sequences', of
+    dsinks, which adds them up, the sum.
     """
+    features = features or {}
     dtype = dtype or dtype_name(inputs.q)
     q, k, v, dout = (_batched(x, 3) for x in inputs)
     lse = np.full((*q.shape[:1], q.shape[2], q.shape[1]), -np.inf)
@@ -180,25 +194,58 @@ def expect_sequences(
     rounds = dtype in ("float16", "bfloat16")
     models = {name: np.zeros(x.shape) for name, x in whole.items()} if rounds else {}
     floors = dict.fromkeys(whole, 0.0)
-    for place in places_of(inputs, lengths):
-        if not place.rows_q or not place.rows_k:
+    sinks = features.get("sinks")
+    if sinks is not None:
+        whole["dsinks"], floors["dsinks"] = np.zeros(len(sinks)), 0.0
+        models |= {"dsinks": np.zeros(len(sinks))} if rounds else {}
+    all_places = places_of(inputs, lengths)
+    keep = features_of(
+        features, max((place.number + 1 for place in all_places), default=0), q.shape[2], q.shape[1], k.shape[1]
+    ).keep
+    for place in all_places:
+        if not place.rows_q or (not place.rows_k and sinks is None):
             continue
         own, theirs = (place.batch_q, place.rows_q), (place.batch_k, place.rows_k)
         found = expect(
             q[own][None], k[theirs][None], v[theirs][None], dout[own][None], dtype=dtype,
             out=None if out is None else _batched(out, 3)[own][None],
-            dlse=None if dlse is None else _batched(dlse, 2)[place.batch_q][:, place.rows_q][None], **options,
+            dlse=None if dlse is None else _batched(dlse, 2)[place.batch_q][:, place.rows_q][None],
+            features=_features_of_one(features, place, keep), **options,
         )  # fmt: skip
         lse[place.batch_q][:, place.rows_q] = found.lse[0]
         for name, bound in found.bounds.items():
+            if name == "dsinks":
+                whole[name] += bound.ref
+                floors[name] += bound.floor
+                if bound.model is not None:
+                    models[name] += bound.model
+                continue
             rows = own if name in ("out", "dq") else theirs
             whole[name][rows] = bound.ref[0]
             if bound.model is not None:
                 models[name][rows] = bound.model[0]
             floors[name] = max(floors[name], bound.floor)
     bounds = {}
+    if sinks is not None and rounds and dtype_name(sinks) == dtype:
+        models["dsinks"] = round_to(models["dsinks"], dtype)
     for name, array in whole.items():
+        if name == "dsinks":
+            bounds[name] = Bound(array, models.get(name), floors[name])
+            continue
         packed = {"out": inputs.q, "dq": inputs.q, "dk": inputs.k, "dv": inputs.k}[name].ndim == 3
         of = models.get(name)
         bounds[name] = Bound(*(x[0] if packed and x is not None else x for x in (array, of)), floors[name])
     return Expected(lse=as_float64(lse[0] if inputs.q.ndim == 3 else lse), bounds=bounds)
+
+
+def _features_of_one(features: Mapping[str, Any], place: Place, keep: Any) -> Features:
+    """Those of a sequence. keep: of all of them, in whole arrays."""
+    slopes, sinks = features.get("alibi_slopes"), features.get("sinks")
+    if slopes is not None and slopes.ndim == 2:
+        slopes = slopes[place.number : place.number + 1]
+    if keep is not None:
+        rows = np.array(place.rows_q, int)[:, None] - place.first_q
+        keep = keep[place.number][:, rows, np.array(place.rows_k, int) - place.first_k][None]
+    sinks = None if sinks is None else as_float64(sinks)  # nothing rounded before all are added up
+    p = features.get("dropout_p", 0.0)
+    return Features(features.get("softcap"), slopes, sinks, round(p * 2**15) / 2**15, keep)

@@ -163,6 +163,23 @@ def visible_keys(seqlen_q: int, seqlen_k: int, causal: bool, window: Window = No
     return sees & ((j >= beside - left) | (left < 0)) & ((j <= beside + right) | (right < 0))
 
 
+class Features(NamedTuple):
+    """What goes beyond a plain softmax, each as the function under test is given it, but for `keep`: which P dropout
+    keeps, bool (batch, heads, seqlen_q, seqlen_k). slopes: (heads,) or (batch, heads); sinks: (heads,); mask: True
+    where a query sees a key, of the shape of `keep` or what broadcasts to it.
+    """
+
+    softcap: float | None = None
+    slopes: Array | None = None
+    sinks: Array | None = None
+    dropout_p: float = 0.0
+    keep: Array | None = None
+    mask: Array | None = None
+
+
+PLAIN = Features()
+
+
 def attention_reference(
     q: Array,
     k: Array,
@@ -171,10 +188,11 @@ def attention_reference(
     scale: float | None = None,
     *,
     window: Window = None,
+    features: Features = PLAIN,
     xp: Any = np,
 ) -> tuple[Array, Array]:
     """out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q), in float64."""
-    return _by_slab(q, k, v, None, causal, scale, "float64", xp, window=window)[:2]
+    return _by_slab(q, k, v, None, causal, scale, "float64", xp, window=window, features=features)[:2]
 
 
 def attention_by_scipy(
@@ -211,10 +229,11 @@ def attention_backward_reference(
     *,
     window: Window = None,
     dlse: Array | None = None,
+    features: Features = PLAIN,
     xp: Any = np,
 ) -> tuple[Array, Array, Array]:
     """dq, dk, dv in float64; dk and dv have the heads of k. dlse: the gradient of lse, of its shape; None is 0."""
-    return _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window)[2:5]
+    return _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window, features=features)[2:5]
 
 
 def attention_backward_model(
@@ -245,8 +264,11 @@ def _by_slab(
     saved: Array | None = None,
     dlse: Array | None = None,
     window: Window = None,
+    features: Features = PLAIN,
 ) -> tuple[Array, ...]:
-    """out, lse, dq, dk, dv, max|dP + dlse|: a slab is some of the batch x num_heads_k groups of heads of a key head."""
+    """out, lse, dq, dk, dv, max|dP + dlse|, dsinks, the sum of its terms' magnitudes: a slab is some of the batch x
+    num_heads_k groups of heads of a key head.
+    """
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     group = num_heads // max(num_heads_k, 1)
@@ -260,17 +282,37 @@ def _by_slab(
     def merge(x: Array, seqlen: int, heads: int, width: int) -> Array:
         return x.reshape(batch, heads, seqlen, width).swapaxes(1, 2)
 
+    def of_rows(x: Array) -> Array:
+        """(heads,) or (batch, heads) -> (batch, seqlen_q, heads, 1)"""
+        x = xp.broadcast_to(as_float64(x, xp), (batch, num_heads))
+        return xp.broadcast_to(x[:, None, :, None], (batch, seqlen_q, num_heads, 1))
+
     if dlse is not None:  # like a row of one column
         dlse = as_float64(dlse, xp)[..., None].swapaxes(1, 2)
     rows = (None if x is None else split(x, group) for x in (dout, saved, dlse))
-    slabs = split(q, group), split(k, 1), split(v, 1), *rows
+    slopes, sinks = (None if x is None else split(of_rows(x), group) for x in (features.slopes, features.sinks))
+    keep = features.keep
+    keep = keep if keep is None else keep.reshape(batch * num_heads_k, group * seqlen_q, seqlen_k)
+    own = features.mask
+    if own is not None:
+        whole = xp.broadcast_to(own, (batch, num_heads, seqlen_q, seqlen_k))
+        own = whole.reshape(batch * num_heads_k, group * seqlen_q, seqlen_k)
+    slabs = split(q, group), split(k, 1), split(v, 1), *rows, slopes, sinks, keep, own
     visible = np.tile(visible_keys(seqlen_q, seqlen_k, causal, window), (group, 1))
     mask = xp.asarray(visible) if xp.__name__ != "torch" else xp.as_tensor(visible, device=slabs[0].device)
+    beside = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+    distance = np.tile(abs(beside - np.arange(seqlen_k)[None, :]), (group, 1)).astype(np.float64)
+    if xp.__name__ == "torch":
+        distance = xp.as_tensor(distance, device=slabs[0].device)
     step = max(1, _MAX_SCORES // max(1, visible.size))
+    r = 1 / (1 - features.dropout_p)
     parts = [
-        _slab(*(None if x is None else x[n : n + step] for x in slabs), mask, scale, dtype, xp)
+        _slab(
+            *(None if x is None else x[n : n + step] for x in slabs),
+            mask, xp.asarray(distance), scale, features.softcap, r, dtype, xp,
+        )
         for n in range(0, max(1, batch * num_heads_k), step)  # also when there is none: an empty slab has the shapes
-    ]
+    ]  # fmt: skip
     out, lse, dq, dk, dv = (
         None if part[0] is None else xp.concatenate(part) for part in list(zip(*parts, strict=True))[:5]
     )
@@ -280,7 +322,14 @@ def _by_slab(
     dq = merge(dq, seqlen_q, num_heads, head_dim)
     dk = merge(dk, seqlen_k, num_heads_k, head_dim)
     dv = merge(dv, seqlen_k, num_heads_k, head_dim_v)
-    return out, lse, dq, dk, dv, max(part[5] for part in parts)
+    largest = max(part[5] for part in parts)
+    if sinks is None:
+        return out, lse, dq, dk, dv, largest, None, 0.0
+    terms = xp.concatenate([part[6] for part in parts]).reshape(batch, num_heads, seqlen_q)
+    of_row, sinks_dtype = terms.sum(2), dtype_name(features.sinks)
+    dsinks = of_row.sum(0)
+    dsinks = round_to(dsinks, sinks_dtype, xp) if sinks_dtype == dtype else dsinks
+    return out, lse, dq, dk, dv, largest, dsinks, _largest(abs(terms).sum(2).sum(0), xp)
 
 
 def _slab(
@@ -290,48 +339,71 @@ def _slab(
     dO: Array | None,
     O: Array | None,
     dlse: Array | None,
+    slope: Array | None,
+    sink: Array | None,
+    keep: Array | None,
+    own_mask: Array | None,
     mask: Array,
+    distance: Array,
     scale: float,
+    softcap: float | None,
+    r: float,
     dtype: str,
     xp: Any,
 ) -> tuple[Array, ...]:
-    """out, lse, dq, dk, dv, max|dP + dlse| of Q (n, rows, d), K (n, seqlen_k, d), V (n, seqlen_k, dv), dO, O
-    (n, rows, dv) and dlse (n, rows, 1)."""
+    """out, lse, dq, dk, dv, max|dP + dlse|, terms of dsinks of Q (n, rows, d), K (n, seqlen_k, d), V (n, seqlen_k, dv),
+    dO, O (n, rows, dv), dlse, slope, sink (n, rows, 1) and keep (n, rows, seqlen_k). What dropout keeps is r times as
+    much: 1 without.
+    """
 
     def rounded(x: Array) -> Array:
         return round_to(x, dtype, xp)
 
-    sees = mask.any(-1)[
-        :, None
-    ]  # rows without a key take no part: whatever they hold, NaN too, must not reach the rest
+    def kept(x: Array) -> Array:
+        return x if keep is None else xp.where(keep, x, 0.0)
+
+    mask = mask if own_mask is None else mask & own_mask
+    # Rows without a key take no part: whatever they hold, NaN too, must not reach the rest; nor keys without a query.
+    sees, seen = mask.any(-1)[..., None], mask.any(-2)[..., None]
     Q = xp.where(sees, Q, 0.0)
-    seen = mask.any(0)[:, None]  # and keys without a query likewise
     K, V = xp.where(seen, K, 0.0), xp.where(seen, V, 0.0)
     with np.errstate(all="ignore"):
-        S = xp.where(mask, (Q @ K.swapaxes(1, 2)) * scale, -np.inf)
+        S, derivative = (Q @ K.swapaxes(1, 2)) * scale, 1.0
+        if softcap is not None:
+            t = xp.tanh(S / softcap)
+            S, derivative = softcap * t, 1 - t * t
+        if slope is not None:
+            S = S - slope * distance
+        S = xp.where(mask, S, -np.inf)
         m = xp.amax(S, axis=-1, keepdims=True) if S.shape[-1] else xp.sum(S, axis=-1, keepdims=True)
         m = xp.where(sees, m, 0.0)
         P = xp.exp(S - m)
         l = xp.sum(P, axis=-1, keepdims=True)
-        out = rounded(xp.where(sees, (rounded(P) @ V) / xp.where(sees, l, 1.0), 0.0))
         lse = xp.where(sees, m + xp.log(xp.where(sees, l, 1.0)), -np.inf)
+        lse = lse if sink is None else xp.logaddexp(lse, sink)
+        share = xp.where(sees, 1 / xp.where(sees, l, 1.0) if sink is None else xp.exp(m - lse), 0.0)
+        out = rounded(xp.where(sees, (rounded(kept(P)) @ V) * (share * r), 0.0))
         lse = lse if dtype == "float64" else round_to(lse, "float32", xp)
         if dO is None:
             return out, lse[..., 0], None, None, None, 0.0
         dO = xp.where(sees, dO, 0.0)
         P = xp.exp(S - xp.where(sees, lse, 0.0))
-        dP = dO @ V.swapaxes(1, 2)
+        dP = kept(dO @ V.swapaxes(1, 2)) * r
         O = out if O is None else xp.where(sees, O, 0.0)
         D = xp.sum(dO * O, axis=-1, keepdims=True)
+        terms = None
+        if sink is not None:
+            of_row = -D if dlse is None else dlse - D
+            terms = xp.where(xp.isinf(sink), 0.0, xp.exp(sink - xp.where(xp.isinf(sink), 0.0, lse)) * of_row)
         if dlse is not None:
             dlse = xp.where(sees, dlse, 0.0)
             D = D - dlse
-        dS = rounded(P * (dP - D))
+        dS = rounded(P * (dP - D) * derivative)
         dq = rounded(scale * (dS @ K))
         dk = rounded(scale * (dS.swapaxes(1, 2) @ Q))
-        dv = rounded(rounded(P).swapaxes(1, 2) @ dO)
+        dv = rounded(r * (rounded(kept(P)).swapaxes(1, 2) @ dO))
         dP = dP if dlse is None else dP + dlse
-        return out, lse[..., 0], dq, dk, dv, _largest(xp.where(mask, dP, 0.0), xp)
+        return out, lse[..., 0], dq, dk, dv, _largest(xp.where(mask, dP, 0.0), xp), terms
 
 
 def _largest(x: Array, xp: Any = np) -> float:
@@ -434,13 +506,13 @@ class Bound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What `expect` found: bounds for "out", "dq", "dk", "dv" (the last three if it had dout), and the lse."""
+    """What `expect` found: bounds for "out", "dq", "dk", "dv", "dsinks" (the last ones if it had dout), and the lse."""
 
     lse: np.ndarray
     bounds: dict[str, Bound]
 
     def check(self, *, lse: Array | None = None, **outputs: Array) -> dict[str, Comparison]:
-        """`compare` the given ones of out, lse, dq, dk and dv."""
+        """`compare` the given ones of out, lse, dq, dk, dv and dsinks."""
         if lse is not None:
             compare_lse(lse, self.lse)
         return {name: compare(name, got, *self.bounds[name]) for name, got in outputs.items()}
@@ -457,6 +529,7 @@ def expect(
     window: Window = None,
     out: Array | None = None,
     dlse: Array | None = None,
+    features: Features = PLAIN,
     dtype: str = "",
     xp: Any = np,
 ) -> Expected:
@@ -468,19 +541,22 @@ def expect(
     result, and in small cases the one is now and then twice the other (7 of 10,000 honest outputs fail `compare`).
     """
     dtype = dtype or dtype_name(q)
-    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window)
+    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window, features=features)
     rounds = dtype in ("float16", "bfloat16")
-    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse, window) if rounds else None
+    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse, window, features) if rounds else None
     unit = 1e-13 if dtype == "float64" else 1e-5
-    magnitudes = {"out": _largest(as_float64(v, xp), xp)}
+    r = 1 / (1 - features.dropout_p)
+    magnitudes = {"out": r * _largest(as_float64(v, xp), xp)}
     if dout is not None:
         scale = abs(q.shape[3] ** -0.5 if scale is None else scale)
         sees = visible_keys(q.shape[1], k.shape[1], causal, window).any(-1)
         first = int(np.argmax(sees)) if sees.any() else q.shape[1]
         magnitudes["dq"] = scale * ref[5] * _largest(as_float64(k, xp), xp)
         magnitudes["dk"] = scale * ref[5] * _largest(as_float64(q[:, first:], xp), xp)
-        magnitudes["dv"] = _largest(as_float64(dout[:, first:], xp), xp)
-    place = {"out": 0, "dq": 2, "dk": 3, "dv": 4}
+        magnitudes["dv"] = r * _largest(as_float64(dout[:, first:], xp), xp)
+        if features.sinks is not None:
+            magnitudes["dsinks"] = ref[7]
+    place = {"out": 0, "dq": 2, "dk": 3, "dv": 4, "dsinks": 6}
     return Expected(
         lse=as_float64(ref[1]),
         bounds={

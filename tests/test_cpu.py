@@ -295,7 +295,7 @@ def test_ties_are_rounded_to_even(dtype, ulp):
 def test_nan_of_any_bits_stays_nan(bits):
     """Adding a half to the bits of a NaN and cutting them off could leave a zero."""
     out = np.zeros((1, 1, 1, 1), np.uint16)
-    cpu._store(np.full(out.shape, bits, np.uint32).view(np.float32), out)
+    cpu.store(np.full(out.shape, bits, np.uint32).view(np.float32), out)
     assert np.isnan(as_float64(out)).all()
 
 

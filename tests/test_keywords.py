@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fractions
 import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,11 +17,15 @@ import fa2cupy
 from fa2cupy import cpu, doors, keywords, problem
 from fa2cupy.checks import check_scale
 from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.frameworks import CUPY
+from fa2cupy.kernels import planner
 from fa2cupy.keywords import FUNCTIONS, KEYWORDS, OTHER_NAMES, Keyword
+from fa2cupy.options import given
 from fa2cupy.prepared import PREPARED
 from fa2cupy.problem import ArrayRule, AttentionProblem
 from fa2cupy.spec import Spec
-from tests.fake_gpu import FakeGpu, cupy_array
+from tests.dlpack_producer import Producer
+from tests.fake_gpu import FakeGpu, cupy_array, host_view
 
 PACKAGE = Path(fa2cupy.__file__).parent
 TO_COME = [name for name, keyword in KEYWORDS.items() if not keyword.since]
@@ -203,6 +208,150 @@ def test_causal_makes_the_right_end_of_a_window(function: str) -> None:
         call(function, causal=True, window_size=window)
 
 
+_NONE_OF_IT: dict[str, list[tuple[Any, type[Exception], str]]] = {
+    "softcap": [
+        (-1.0, InvalidArgument, "softcap=-1.0 is not supported: a number above 0, or None or 0.0 for none"),
+        (float("nan"), InvalidArgument, "softcap=nan is not supported: it must be finite"),
+        (float("inf"), InvalidArgument, "it must be finite"),
+        (True, InvalidType, "softcap=True is a bool"),
+        ("30", InvalidType, "softcap='30' is a str"),
+        (np.ones(1), InvalidType, "softcap is a numpy.ndarray: a Python number is needed"),
+    ],
+    "dropout_p": [
+        (-1e-9, InvalidArgument, "dropout_p=-1e-09 is not supported: at least 0 and, rounded to a"),
+        (1.0, InvalidArgument, "dropout_p=1.0 is not supported"),
+        (1 - 2**-17, InvalidArgument, "below 1"),
+        (1.5, InvalidArgument, "dropout_p=1.5 is not supported"),
+        (float("nan"), InvalidArgument, "dropout_p=nan is not supported"),
+        (-float("inf"), InvalidArgument, "dropout_p=-inf is not supported"),
+        (True, InvalidType, "dropout_p=True is a bool"),
+        ("0.1", InvalidType, "dropout_p='0.1' is a str"),
+        (np.ones(1), InvalidType, "dropout_p is a numpy.ndarray"),
+        (0.1, InvalidArgument, "dropout_p=0.1 is given without dropout_seed=(seed, offset), which"),
+    ],
+    "dropout_seed": [
+        (7, InvalidType, "dropout_seed=7 is a int: (seed, offset), two ints, or an array of them"),
+        ((1,), InvalidType, "dropout_seed=(1,) is a tuple"),
+        ((1, 2, 3), InvalidType, "is a tuple: (seed, offset)"),
+        ((1.0, 2), InvalidType, "holds a float"),
+        ((True, 2), InvalidType, "holds a bool"),
+        ((1, 2**64), InvalidArgument, "holds a number of more than 64 bits"),
+        ((-(2**63) - 1, 0), InvalidArgument, "holds a number of more than 64 bits"),
+        ("12", InvalidType, "dropout_seed='12' is a str"),
+        (np.ones(3, np.int64), InvalidArgument, "dropout_seed has shape (3,) and dtype int64: (seed, offset)"),
+        (np.ones((), np.int64), InvalidArgument, "dropout_seed has shape () and dtype int64"),
+        (np.ones(2, np.int32), InvalidType, "dropout_seed has shape (2,) and dtype int32"),
+        (np.ones(2), InvalidType, "dtype float64"),
+    ],
+    "alibi_slopes": [
+        (np.ones(3, np.float32), InvalidArgument, "(num_heads,) or (batch, num_heads) is needed, here (2,) or (1, 2)"),
+        (np.ones((2, 2), np.float32), InvalidArgument, "alibi_slopes has shape (2, 2)"),
+        (np.ones(2), InvalidType, "alibi_slopes has dtype float64: float32 is needed"),
+        (np.ones(2, np.float16), InvalidType, "alibi_slopes has dtype float16: float32 is needed"),
+        (0.5, InvalidType, "alibi_slopes is a float: an array of CuPy, PyTorch, JAX or NumPy"),
+    ],
+    "sinks": [
+        (np.ones(3, np.float32), InvalidArgument, "sinks has shape (3,): (num_heads,) is needed, here (2,)"),
+        (np.ones((1, 2), np.float32), InvalidArgument, "sinks has shape (1, 2)"),
+        (np.ones(2), InvalidType, "sinks has dtype float64: float32 or float16 is needed"),
+        (np.ones(2, ml_dtypes.bfloat16), InvalidType, "sinks has dtype bfloat16: float32 or float16 is needed"),
+        (1.0, InvalidType, "sinks is a float"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", _NONE_OF_IT)
+def test_features_that_are_none(name: str, function: str) -> None:
+    """A seed is looked at, too, where nothing is dropped."""
+    for value, kind, words in _NONE_OF_IT[name]:
+        with pytest.raises(kind) as caught:
+            call(function, **{name: value})
+        assert words in str(caught.value), value
+
+
+def test_values_become_what_the_rest_goes_on_with() -> None:
+    q = [Q, Q, Q]
+    plain = (False, None, "bshd", None, False, ())
+
+    def features(**keywords: Any) -> tuple[Any, ...]:
+        names, arrays, options = given("attention", q, plain, (), keywords)
+        return names, arrays[3:], options[5]
+
+    for value in (30, np.float32(30), np.int64(30), fractions.Fraction(30)):
+        names, _, ((name, softcap),) = features(softcap=value)
+        assert (names, name, type(softcap), softcap) == ((), "softcap", float, 30.0)
+    for p, steps in (
+        (0.1, 3277),
+        (np.float32(0.5), 16384),
+        (1 / 65536 + 1e-9, 1),
+        (1 - 2**-15, 32767),
+        (1.5 / 2**15, 2),
+    ):
+        names, arrays, features_ = features(dropout_p=p, dropout_seed=(2**64 - 1, -(2**63)))
+        assert (names, arrays) == (("dropout_seed",), [(-1, -(2**63))]) and features_ == (("dropout_p", steps / 2**15),)
+    nothing = ((), [], ())
+    for p in (None, 0.0, 1e-6, 1 / 65536, np.float16(0)):
+        assert features(dropout_p=p, dropout_seed=(1, 2)) == nothing
+    assert features(dropout_seed=np.ones(2, np.int64)) == nothing
+    seed = np.ones(4, np.uint32)
+    names, arrays, _ = features(sinks=Q, dropout_seed=seed, dropout_p=0.5, alibi_slopes=seed, seqused_k=Q)
+    assert names == ("alibi_slopes", "sinks", "dropout_seed", "seqused_k") and arrays[2] is seed
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind", "words"),
+    [
+        ({"grad_of": "sinks"}, InvalidType, "grad_of='sinks' is a str: a tuple of names, as ('sinks',), is needed"),
+        ({"grad_of": ("q",)}, InvalidArgument, "grad_of=('q',) names 'q': 'sinks' is possible"),
+        ({"grad_of": ("bias",)}, InvalidArgument, "names 'bias': 'sinks' is possible"),
+        ({"grad_of": (1,)}, InvalidType, "grad_of=(1,) is a tuple"),
+        ({"grad_of": ("sinks", "sinks"), "sinks": 1}, InvalidArgument, "names 'sinks' twice"),
+        ({"grad_of": ("sinks",)}, InvalidArgument, "grad_of=('sinks',) names 'sinks', and sinks is not given"),
+        ({"grad_of": ["sinks"], "sinks": None}, InvalidArgument, "and sinks is not given"),
+        ({"dsinks": np.ones(2, np.float32)}, InvalidArgument, "dsinks is given, and grad_of does not name 'sinks'"),
+        ({"dsinks": np.ones(2), "sinks": np.ones(2)}, InvalidArgument, "dsinks is given, and grad_of does not"),
+    ],
+)
+def test_gradients_that_are_none(keywords: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind) as caught:
+        call("attention_backward", **keywords)
+    assert words in str(caught.value)
+
+
+def test_where_the_gradient_of_sinks_may_go() -> None:
+    sinks = np.ones(2, np.float32)
+    for wrong, kind, words in (
+        (np.ones(3, np.float32), InvalidArgument, r"dsinks has shape \(3,\): \(2,\) is needed"),
+        (np.ones(2, np.float16), InvalidType, "dsinks has dtype float16 but sinks has float32: they must be the same"),
+        (sinks, InvalidArgument, "dsinks shares memory with sinks"),
+        ([1.0, 2.0], InvalidType, "dsinks is a list"),
+    ):
+        with pytest.raises(kind, match=words):
+            call("attention_backward", sinks=sinks, grad_of=("sinks",), dsinks=wrong)
+    own = np.ones(2, np.float32)
+    assert call("attention_backward", sinks=sinks, grad_of=("sinks",), dsinks=own)[3] is own
+    assert len(call("attention_backward", sinks=sinks)) == len(call("attention_backward", grad_of=[])) == 3
+
+
+def test_sinks_in_the_bits_of_bfloat16() -> None:
+    """uint16, as q, k and v may be: in and out."""
+    bits = np.full((1, 3, 2, 8), 0x3F80, np.uint16)
+    sinks = np.array([0x3F80, 0xC000], np.uint16)  # 1, -2
+    out, lse = fa2cupy.attention(bits, bits, bits, dtype="bfloat16", sinks=sinks, return_lse=True)
+    wide = np.array([1, -2], np.float32)
+    _, expected = fa2cupy.attention(bits, bits, bits, dtype="bfloat16", sinks=wide, return_lse=True)
+    assert (lse == expected).all()
+    *_, dsinks = fa2cupy.attention_backward(
+        bits, bits, bits, bits, out, lse, dtype="bfloat16", sinks=sinks, grad_of=("sinks",)
+    )
+    *_, same = fa2cupy.attention_backward(
+        bits, bits, bits, bits, out, lse, dtype="bfloat16", sinks=wide, grad_of=("sinks",)
+    )
+    assert dsinks.dtype == np.uint16
+    np.testing.assert_allclose((dsinks.astype(np.uint32) << 16).view(np.float32), same, rtol=2**-8)
+
+
 def test_a_window_is_counted_from_the_last_key() -> None:
     rng = np.random.default_rng(5)
     q, k, v = rng.standard_normal((1, 2, 1, 8)), *rng.standard_normal((2, 1, 5, 1, 8))
@@ -225,8 +374,8 @@ def test_the_pullback_has_the_window() -> None:
 
 def test_no_array_is_printed() -> None:
     """repr of an array on a GPU would wait for it, and be long."""
-    with pytest.raises(InvalidArgument, match=r"^mask, a numpy.ndarray, is not supported yet: leave it out"):
-        call("attention", mask=np.ones((3, 3), bool))
+    with pytest.raises(InvalidArgument, match=r"^bias, a numpy.ndarray, is not supported yet: leave it out"):
+        call("attention", bias=np.ones((1, 1, 3, 3)))
 
 
 def test_deterministic_concerns_gradients(gpu: FakeGpu) -> None:
@@ -254,8 +403,8 @@ def test_deterministic_concerns_gradients(gpu: FakeGpu) -> None:
         ("attention", "lse", "did you mean 'lse_out'?"),
         ("attention", "dropout", "did you mean 'dropout_p'?"),
         ("attention", "dropout_rate", "did you mean 'dropout_p'?"),
-        ("attention", "attn_mask", "did you mean 'mask' or 'bias', not supported yet? (mask is for booleans"),
-        ("attention", "block_mask", "did you mean 'mask', not supported yet?"),
+        ("attention", "attn_mask", "did you mean 'mask' or 'bias'? (mask is for booleans"),
+        ("attention", "block_mask", "did you mean 'mask'?"),
         ("attention", "key_padding_mask", "did you mean 'seqused_k' or 'mask'"),
         ("attention", "s_aux", "did you mean 'sinks'"),
         ("attention", "learnable_sink", "did you mean 'sinks'"),
@@ -286,7 +435,7 @@ def test_no_hint_is_better_than_a_wrong_one(name: str) -> None:
     with pytest.raises(InvalidType) as caught:
         call("attention", **{name: 1})
     hint = str(caught.value).partition("did you mean ")[2]
-    assert hint.partition("?")[0] == {"outt": "'out'", "mas": "'mask', not supported yet"}.get(name, "")
+    assert hint.partition("?")[0] == {"outt": "'out'", "mas": "'mask'"}.get(name, "")
 
 
 def test_other_names_are_not_ours() -> None:
@@ -444,3 +593,161 @@ def test_a_forward_may_need_a_workspace(gpu: FakeGpu) -> None:
     with pytest.raises(InvalidArgument, match=r"out=, workspace= must be given \(workspace: 512 bytes\)"):
         fa2cupy.attention(q, q, q)
     assert fa2cupy.forward_workspace_bytes(Q, Q, Q) == 0  # on the CPU
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# softcap, ALiBi, sinks and dropout on the way to a GPU
+
+
+def _on_a_gpu(gpu: FakeGpu) -> dict[str, Any]:
+    gpu.compute = False
+    q, lse = cupy_array((2, 5, 4, 16), np.float16), cupy_array((2, 4, 5), np.float32)
+    return {"dout": q, "q": q, "k": q, "v": q, "out": q, "lse": lse}
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"softcap": 2.0}, {"alibi_slopes": (4,)}, {"sinks": (4,)},
+        {"dropout_p": 0.1, "dropout_seed": np.int64}, {"grad_of": ("sinks",), "sinks": (4,)},
+    ],
+    ids=lambda keywords: next(iter(keywords)),
+)  # fmt: skip
+def test_on_a_gpu_they_are_refused_until_kernels_have_them(
+    keywords: dict[str, Any], gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a name that SPECS may have: whatever it has not, no plan is made without."""
+    arrays = _on_a_gpu(gpu)
+    for name in ("softcap", "alibi_slopes", "sinks", "dropout_p", "dropout_seed", "dsinks"):
+        monkeypatch.delitem(problem.SPECS, name, raising=False)
+    for name, value in list(keywords.items()):
+        if isinstance(value, tuple) and name != "grad_of":
+            keywords = keywords | {name: cupy_array(value, np.float32)}
+        elif value is np.int64:
+            keywords = keywords | {name: cupy_array((2,), np.int64)}
+    with pytest.raises(InvalidArgument, match=r"^(softcap|alibi_slopes|sinks|dropout_p) is not supported on a GPU yet"):
+        if "grad_of" in keywords:
+            fa2cupy.attention_backward(**arrays, **keywords)
+        else:
+            fa2cupy.attention(arrays["q"], arrays["k"], arrays["v"], **keywords)
+    assert not gpu.plans and not gpu.launches
+
+
+def test_neutral_values_make_no_other_plan(gpu: FakeGpu) -> None:
+    arrays = _on_a_gpu(gpu)
+    q = arrays["q"]
+    fa2cupy.attention(q, q, q)
+    fa2cupy.attention_backward(**arrays)
+    known, plans = len(PREPARED), len(gpu.plans)
+    for neutral in (
+        {"softcap": 0.0},
+        {"dropout_p": 0.0, "dropout_seed": (1, 2)},
+        {"dropout_p": 1e-9},
+        {"sinks": None},
+    ):
+        fa2cupy.attention(q, q, q, **neutral)
+        fa2cupy.attention_backward(**arrays, **neutral)
+    fa2cupy.attention_backward(**arrays, grad_of=(), dsinks=None)
+    assert (len(PREPARED), len(gpu.plans)) == (known, plans)
+
+
+def test_pointers_of_a_further_gradient(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind dv, in front of the extra inputs: given, and allocated."""
+    arrays = _on_a_gpu(gpu)
+    seen: list[tuple[int, ...]] = []
+    plans: list[Any] = []
+
+    def bound_plan(name: str, problem: AttentionProblem, *rest: Any) -> tuple[Any, int]:
+        plans.append(problem)
+        return lambda pointers, stream: seen.append(pointers), 512
+
+    bound_plan.cache_clear = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(planner, "bound_plan", bound_plan)
+
+    def with_sinks(problem: AttentionProblem, ref: Any) -> AttentionProblem:
+        return Problem.having(problem, offsets=Sinks(ref.dtype))
+
+    def with_gradient(problem: AttentionProblem, ref: Any) -> AttentionProblem:
+        assert (ref.shape, ref.strides, ref.dtype) == ((4,), (1,), "float32")
+        return problem
+
+    monkeypatch.setitem(problem.SPECS, "sinks", with_sinks)
+    monkeypatch.setitem(problem.SPECS, "dsinks", with_gradient)
+    sinks, own = cupy_array((4,), np.float32), cupy_array((4,), np.float32)
+    for given_array in (None, own):
+        *dense, dsinks = fa2cupy.attention_backward(**arrays, sinks=sinks, grad_of=("sinks",), dsinks=given_array)
+        inputs = [arrays[name].data.ptr for name in ("dout", "q", "k", "v", "out", "lse")]
+        outputs = [x.data.ptr for x in (*dense, dsinks)]
+        assert list(seen[-1][:-1]) == [*inputs, *outputs, sinks.data.ptr]
+        assert (dsinks.shape, dsinks.dtype) == ((4,), np.float32) and (given_array is None or dsinks is own)
+        assert "dsinks" not in dict(plans[-1].strides)
+    assert len(plans) == 2
+    strided = cupy_array((8,), np.float32)[::2]
+    fa2cupy.attention_backward(**arrays, sinks=strided, grad_of=("sinks",))
+    assert seen[-1][10] != strided.data.ptr  # a copy without gaps
+
+
+@dataclass(frozen=True)
+class Sinks(Spec):
+    dtype: str
+
+    def arrays(self) -> tuple[str, ...]:
+        return ("sinks",)
+
+
+def test_two_numbers_become_an_array_on_the_device(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.compute = False
+    q = cupy_array((2, 5, 4, 16), np.float16, 1)
+    made: list[Any] = []
+
+    def seed(numbers: tuple[int, int], like: Any) -> Any:
+        assert like is q
+        made.append(cupy_array((2,), np.int64, 1))
+        host_view(made[-1])[:] = numbers
+        return made[-1]
+
+    def with_p(problem: AttentionProblem, p: float) -> AttentionProblem:
+        return Problem.having(problem, lift=Lift(p))
+
+    def with_seed(problem: AttentionProblem, ref: Any) -> AttentionProblem:
+        return Problem.having(problem, lift=problem.lift, offsets=Seed(ref.dtype))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(CUPY, "seed", seed)
+    monkeypatch.setitem(problem.SPECS, "dropout_p", with_p)
+    monkeypatch.setitem(problem.SPECS, "dropout_seed", with_seed)
+    for numbers in ((5, 2**64 - 1), (6, 7)):
+        fa2cupy.attention(q, q, q, dropout_p=0.5, dropout_seed=numbers)
+        assert gpu.last.pointers["dropout_seed"] == made[-1].data.ptr
+    assert host_view(made[0]).tolist() == [5, -1] and len(PREPARED) == len(gpu.plans) == 1
+    own = cupy_array((4,), np.uint32, 1)
+    fa2cupy.attention(q, q, q, dropout_p=0.5, dropout_seed=own)
+    assert gpu.last.pointers["dropout_seed"] == own.data.ptr and len(gpu.plans) == 2
+    _, pullback = fa2cupy.attention_vjp(q, q, q, dropout_p=0.5, dropout_seed=(1, 2))
+    before = len(made)
+    pullback(q)
+    assert len(made) == before  # the forward's
+
+
+@dataclass(frozen=True)
+class Seed(Spec):
+    dtype: str
+
+    def arrays(self) -> tuple[str, ...]:
+        return ("dropout_seed",)
+
+
+def test_two_numbers_inside_a_capture(gpu: FakeGpu) -> None:
+    q = cupy_array((2, 5, 4, 16), np.float16)
+    gpu.capturing = True
+    with pytest.raises(
+        InvalidArgument,
+        match=r"^dropout_seed=\(1, 2\) becomes an array, which CuPy cannot allocate inside a CUDA graph",
+    ):
+        fa2cupy.attention(q, q, q, out=q, dropout_p=0.5, dropout_seed=(1, 2))
+
+
+def test_two_numbers_beside_arrays_of_another_library() -> None:
+    """Of which nothing is known but __dlpack__: they become NumPy's, and the seed too."""
+    q = np.random.default_rng(0).standard_normal((1, 3, 2, 8))
+    out = fa2cupy.attention(*(Producer(x) for x in (q, q, q)), dropout_p=0.5, dropout_seed=(1, 2))
+    assert (out == fa2cupy.attention(q, q, q, dropout_p=0.5, dropout_seed=(1, 2))).all()

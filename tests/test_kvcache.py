@@ -41,6 +41,7 @@ def keywords_of(drawn: Drawn) -> tuple[dict[str, Any], dict[str, Any]]:
     if case.kv_dtype:
         of_cache["kv_dtype"] = case.kv_dtype
     of_call |= {"causal": case.causal, "window_size": case.window, "softmax_scale": case.scale}
+    of_call["softcap"] = case.softcap
     return of_cache | {"layout": case.layout}, of_call
 
 
@@ -81,6 +82,9 @@ _FACTORS = {
     "rotary": (None, (32, "neox"), (12, "interleaved"), (2, "neox"), (30, "interleaved")),
     "kv_dtype": (None, FLOAT8, INT8),
     "scales": (("none", "number"), ("head", "batch"), ("page", "page")),
+    "softcap": (None, 3.0),
+    "slopes": (None, "head", "batch"),
+    "sinks": (False, True),
     "heads": ((4, 4), (6, 3), (4, 1)),
     "head_dims": ((32, 32), (40, 24), (33, 7)),
     "dtype": ("float16", "bfloat16", "float32"),
@@ -111,7 +115,9 @@ def _case(choice: dict[str, Any], seed: int = 0) -> CacheCase:
         choice["dtype"], choice["page"], choice["table"], capacity, choice["layout"],
         choice["by"], str(mask).startswith("causal"), window, None,
         tuple(min(5, length) for length in before) if choice["leftpad"] else None, choice["batch_idx"],
-        rotary and (*rotary, ("float32", choice["dtype"])[seed % 2]), choice["kv_dtype"], choice["scales"], seed=seed,
+        rotary and (*rotary, ("float32", choice["dtype"])[seed % 2]), choice["kv_dtype"], choice["scales"],
+        softcap=choice["softcap"], slopes=choice["slopes"],
+        sinks=(None, ("float32", choice["dtype"])[seed % 2])[choice["sinks"]], seed=seed,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import itertools
+import re
 from typing import Any
 
 import ml_dtypes
@@ -65,7 +66,7 @@ def test_fields() -> None:
         "lse": (20, 5, 1),
     }
     assert not problem().causal
-    assert "seqlen_q=5" in str(p) and str(p) == repr(p).replace(", window=None, lengths=None, softmax=None", "")
+    assert "seqlen_q=5" in str(p) and str(p) == re.sub(r", \w+=None", "", repr(p))
     assert hash(p) == hash(problem(causal=True))
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.batch = 3  # type: ignore[misc]

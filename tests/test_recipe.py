@@ -47,12 +47,12 @@ EDITS: dict[str, list[tuple[str, str]]] = {
             '        layout: "bshd", or',
             '        lift: a number that is added to every score.\n        layout: "bshd", or',
         ),
-        ("softmax_scale, layout, dtype: as", "softmax_scale, lift, layout, dtype: as"),
+        ("softmax_scale, softcap, alibi", "softmax_scale, lift, softcap, alibi"),
     ],
     "fa2cupy/cpu.py": [
         ("    softmax_scale: float,\n", "    softmax_scale: float,\n    lift: float = 0.0,\n"),
         ("    out[:, :first] = 0\n", "    L += lift\n    out[:, :first] = 0\n"),
-        ("_split_lse(L, scale)", "_split_lse(L - lift, scale)"),
+        ("_split_lse(L, tiles", "_split_lse(L - lift, tiles"),
     ],
     "fa2cupy/spec.py": [
         ("__all__ = [", '__all__ = ["Lift", '),

@@ -84,7 +84,8 @@ struct ScaleParams {
 };
 
 using DecodeParams =
-    Composed<CacheParams, Part<kNewKeys, NewKeysParams>, Part<kTurned, TurnParams>, Part<(kQuantised > 0), ScaleParams>>;
+    Composed<CacheParams, Part<kNewKeys, NewKeysParams>, Part<kTurned, TurnParams>, Part<(kQuantised > 0), ScaleParams>,
+             Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>>;
 
 // What a sequence has: keys [first, end) of row `row` of the cache or of the table, those from `before` on new, and queries [first_q,
 // first_q + seqlen_q). New key i is key before + i.

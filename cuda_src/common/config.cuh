@@ -87,6 +87,23 @@ enum { kBand = FA2_BAND };  // a query sees a band of keys, whose two ends are p
 enum { kBand = 0 };
 #endif
 
+#ifdef FA2_SOFTCAP
+enum { kSoftcap = FA2_SOFTCAP };  // scores become softcap * tanh(score / softcap)
+#else
+enum { kSoftcap = 0 };
+#endif
+#ifdef FA2_ALIBI
+enum { kAlibi = FA2_ALIBI };  // and lose a head's slope for each key of distance
+#else
+enum { kAlibi = 0 };
+#endif
+
+#ifdef FA2_SINKS
+enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
+#else
+enum { kOwnLogit = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
@@ -102,6 +119,22 @@ enum { kUnseenRows = 0 };
 enum { kListed = FA2_LISTED };
 #else
 enum { kListed = 0 };
+#endif
+#ifdef FA2_SEGMENTS
+enum { kSegments = FA2_SEGMENTS };  // sequences are what smxx/find_segments.cu found, not what arrays of lengths say
+#else
+enum { kSegments = 0 };
+#endif
+#ifdef FA2_SHORT
+// The list is of whole sequences, whose keys are one block: a thread block takes one by itself, and dQ is no sum.
+enum { kShort = FA2_SHORT };
+#else
+enum { kShort = 0 };
+#endif
+#ifdef FA2_REPEAT
+enum { kRepeat = FA2_REPEAT };  // there may be more tiles than thread blocks: each takes every so many-th
+#else
+enum { kRepeat = 0 };
 #endif
 #ifdef FA2_POSITIONED
 enum { kPositioned = FA2_POSITIONED };  // tiles of a list say which rows of their sequence they are

@@ -20,6 +20,29 @@ struct WindowParams {
   int left, right;  // each at most 2^30
 };
 
+// What becomes of scores (score.cuh).
+struct ScoreParams {
+  const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
+  int64_t alibi_batch_stride, alibi_head_stride;  // its strides
+  float softcap_factor;  // softmax_scale / softcap; kSoftcap
+  float softcap_log2;    // softcap * log2(e)
+};
+enum { kScores = kSoftcap || kAlibi };  // scores become others
+
+// A logit of each query head that takes part in the softmax of its rows, and in nothing else.
+struct SinksParams {
+  const void* sinks;  // (num_heads,): float32, or Element
+  int sinks_are_16_bit;
+};
+// And its gradient. sink_sums: a workspace, (batch, num_heads, m_blocks, warps), of a list (num_heads, tiles_of_head_q, warps): a part
+// of the gradient from the rows of each warp of flash_bwd_preprocess.
+struct SinksGradientParams {
+  const void* sinks;
+  void* dsinks;
+  float* sink_sums;
+  int sinks_are_16_bit;
+};
+
 // The struct of a kernel with the blocks behind it that there are, in this order. Without any it is the struct itself: an empty base
 // would make some plain kernels of sm80/flash_bwd.cu others.
 template <bool kGiven, typename Block>
@@ -64,7 +87,8 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
+                               Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -76,7 +100,8 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
+                                  Part<kOwnLogit, SinksParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -111,8 +136,8 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
@@ -131,20 +156,22 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
-  float* lse;     // (batch, num_heads, seqlen): likewise -inf; or null
+  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kOwnLogit the sink); or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
+using FillUnseenParams = Composed<FillParams, Part<kOwnLogit, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
-  int* counts;  // (2,)
-  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse.
+  int* counts;  // (2,), of segments (4,)
+  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kOwnLogit the
+  // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
   float* lse;
   Element* dk;
@@ -154,4 +181,21 @@ struct ListTilesParams {
   int num_heads, num_heads_k;
   int cols_out, cols_dk, cols_dv;
 };
-using ListTilesBandParams = Composed<ListTilesParams, Part<kBand, WindowParams>, Part<true, LengthsParams>>;
+using ListTilesBandParams =
+    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kOwnLogit, SinksParams>, Part<true, LengthsParams>,
+             Part<kSegments, SegmentParams>>;
+
+struct FindParams {
+  int rows_q, rows_k;  // of each row of the batch
+};
+using FindSegmentsParams = Composed<FindParams, Part<true, LengthsParams>, Part<true, SegmentParams>>;
+
+// Of flash_bwd_sinks. A thread block for each head.
+struct SinksBwdParams {
+  int batch, num_heads;
+  int tiles_of_head;  // of queries, in each row of the batch; of a list at most. 0: nothing was summed up
+  int sums_of_tile;
+};
+using SinksBwdBandParams =
+    Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>, Part<kListed, LengthsParams>,
+             Part<kDlse, DlseParams>, Part<kListed, ListParams>, Part<kSegments, SegmentParams>>;

@@ -32,6 +32,13 @@ FA2_DEVICE float rcp(float x) {
   return y;
 }
 
+// tanh.approx.f32 (PTX ISA 9.7.3.24)
+FA2_DEVICE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // cvt.rn.{f16x2,bf16x2}.f32: two floats rounded to nearest even, `lo` in the lower half (PTX ISA 9.7.9.21)
 template <typename T>
 FA2_DEVICE uint32_t cvt_pack(float lo, float hi);

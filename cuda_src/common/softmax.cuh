@@ -15,10 +15,23 @@ FA2_DEVICE float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// What is taken off the exponents of a thread's part of a row in a block, and is not in the accumulator (score.cuh).
+template <int kMTiles, bool kGiven>
+struct RowShiftOf {
+  FA2_DEVICE float of(int, int) const { return 0.f; }
+};
+template <int kMTiles>
+struct RowShiftOf<kMTiles, true> {
+  float x[kMTiles][2];
+  FA2_DEVICE float of(int i, int h) const { return x[i][h]; }
+};
+template <int kMTiles>
+using RowShift = RowShiftOf<kMTiles, kAlibi>;
+
 // Running statistics of the rows that a thread has a part of: two for each 16 rows of its warp.
 template <int kMTiles>
 struct Softmax {
-  float max[kMTiles][2];  // m: the score that the exponents are taken relative to, not yet scaled
+  float max[kMTiles][2];  // m: the score that the exponents are taken relative to, not yet scaled; with a shift, scaled
   float sum[kMTiles][2];  // l: sum of exp2(scale_log2 * (s - m)); this thread's columns only, until finish()
 
   FA2_DEVICE Softmax() {
@@ -33,15 +46,17 @@ struct Softmax {
   // m, which grows rarer from block to block. (To let P outgrow 1 first would be rarer still, but then the largest P is not
   // exactly 1 any more, and its rounding shows: up to 15% more error.)
   template <int kSTiles, int kOTiles>
-  FA2_DEVICE void update(Accumulator<kMTiles, kSTiles>& acc_s, Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2) {
+  FA2_DEVICE void update(Accumulator<kMTiles, kSTiles>& acc_s, Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2,
+                         const RowShift<kMTiles>& shift) {
     float new_max[kMTiles][2];
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float m = max[i][h];
+        float m = kAlibi ? -kInfinity : max[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j) m = fmaxf(m, fmaxf(acc_s.x[i][j][2 * h], acc_s.x[i][j][2 * h + 1]));
+        if constexpr (kAlibi) m = fmaxf(max[i][h], fmaf(m, scale_log2, -shift.of(i, h)));
         new_max[i][h] = row_max(m);
       }
 #pragma unroll
@@ -51,7 +66,8 @@ struct Softmax {
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float m_scaled = scaled_max(max[i][h], scale_log2);
+        float m_scaled = scaled_max(max[i][h], scale_log2);
+        if constexpr (kAlibi) m_scaled += shift.of(i, h);
         float l = sum[i][h];
 #pragma unroll
         for (int j = 0; j < kSTiles; ++j)
@@ -67,7 +83,7 @@ struct Softmax {
 
   // m * scale_log2, rounded: __fmul_rn, or the compiler would fuse it into what follows. P, alpha and lse take the same
   // number; rounding it in two ways would show.
-  static FA2_DEVICE float scaled(float m, float scale_log2) { return __fmul_rn(m, scale_log2); }
+  static FA2_DEVICE float scaled(float m, float scale_log2) { return kAlibi ? m : __fmul_rn(m, scale_log2); }
 
   // The same in an exponent: a row that has seen no key yet has m = -inf, and any finite number makes its P exp2(-inf) = 0.
   static FA2_DEVICE float scaled_max(float m, float scale_log2) { return m == -kInfinity ? 0.f : scaled(m, scale_log2); }
@@ -90,19 +106,21 @@ struct Softmax {
   // The same in two parts, for an O that is still being computed when S is there: S becomes P, l moves to the new m, and
   // alpha is what O has to be multiplied by.
   template <int kSTiles>
-  FA2_DEVICE void exponentiate(Accumulator<1, kSTiles>& acc_s, float (&alpha)[2], float scale_log2) {
+  FA2_DEVICE void exponentiate(Accumulator<1, kSTiles>& acc_s, float (&alpha)[2], float scale_log2, const RowShift<1>& shift) {
     // One row after the other: the second one's maximum is found between the exponentials of the first. ptxas would find
     // both first, so the second one is made to depend on the first.
     float minus_infinity = -kInfinity;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float m = fmaxf(max[0][h], minus_infinity);
+      float m = kAlibi ? minus_infinity : fmaxf(max[0][h], minus_infinity);
 #pragma unroll
       for (int j = 0; j < kSTiles; ++j) m = fmaxf(fmaxf(m, acc_s.x[0][j][2 * h]), acc_s.x[0][j][2 * h + 1]);
+      if constexpr (kAlibi) m = fmaxf(max[0][h], fmaf(m, scale_log2, -shift.of(0, h)));
       m = row_max(m);
       minus_infinity = minus_infinity_after(m);
-      const float m_scaled = scaled_max(m, scale_log2);
+      float m_scaled = scaled_max(m, scale_log2);
       alpha[h] = ex2(scaled(max[0][h], scale_log2) - m_scaled);
+      if constexpr (kAlibi) m_scaled += shift.of(0, h);
       max[0][h] = m;
       float l = sum[0][h] * alpha[h];
 #pragma unroll
@@ -125,15 +143,16 @@ struct Softmax {
   }
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row. Of one that has seen no key (l = 0; kUnseenRows) O
-  // stays 0, and lse is -inf.
+  // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that.
   template <int kOTiles>
-  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o) {
+  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink) {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[i][h] = row_sum(sum[i][h]);
-        const float inverse = kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]);
+        const float alpha = add_sink(i, h, scale_log2, sink);
+        const float inverse = alpha * (kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]));
 #pragma unroll
         for (int j = 0; j < kOTiles; ++j)
 #pragma unroll
@@ -141,6 +160,21 @@ struct Softmax {
       }
   }
   FA2_DEVICE float lse(int i, int h, float scale_log2) const {
-    return (scaled(max[i][h], scale_log2) + lg2(sum[i][h])) * kLn2;
+    return ((kOwnLogit ? max[i][h] : scaled(max[i][h], scale_log2)) + lg2(sum[i][h])) * kLn2;
+  }
+
+  // l of a row gains exp2(sink * log2(e) - m), and m, from here on scaled, becomes the larger of both. Returns what O has to be
+  // multiplied by for that.
+  FA2_DEVICE float add_sink(int i, int h, float scale_log2, float sink) {
+    if constexpr (kOwnLogit) {
+      const float m = scaled(max[i][h], scale_log2), sink_log2 = __fmul_rn(sink, kLog2E);
+      max[i][h] = fmaxf(m, sink_log2);
+      const float m_finite = max[i][h] == -kInfinity ? 0.f : max[i][h];
+      const float alpha = ex2(m - m_finite);
+      sum[i][h] = sum[i][h] * alpha + ex2(sink_log2 - m_finite);
+      return alpha;
+    } else {
+      return 1.f;
+    }
   }
 };

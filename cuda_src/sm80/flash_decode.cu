@@ -12,7 +12,7 @@
 // ends, in a thread block, its warps add up what they have, and where several thread blocks share it the last of them adds up theirs
 // (combine.cuh).
 #include "common/combine.cuh"
-#include "common/score.cuh"
+#include "common/packed_scores.cuh"
 #include "sm80/key_stream.cuh"
 
 static_assert(sizeof(DecodeParams) == kParamsBytes, "kernels/params.py and common/cache.cuh differ");
@@ -144,6 +144,8 @@ FA2_DEVICE void store_row(const Params& params, const Walk& walk, int row, int c
     x = float4{x.x * factor, x.y * factor, x.z * factor, x.w * factor};
   }
   const PackedRow packed = packed_row(params, walk.head(), walk.block() * kBlockM + row);
+  const float of_own = with_own_logit(params, packed.head, lse_log2);
+  if constexpr (kOwnLogit) x = float4{x.x * of_own, x.y * of_own, x.z * of_own, x.w * of_own};
   Element* out = params.out + row_offset(params.out_strides, walk.sequence, walk.b, packed) + col;
   const uint2 elements{cvt_pack<Element>(x.x, x.y), cvt_pack<Element>(x.z, x.w)};
   if constexpr (kAligned) {
@@ -192,8 +194,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     __syncthreads();  // Q is there, and what the work is
     QOperand operand_q{operand_a(smem.q, 0, 0)};
     operand_q.keep();
-    const float tile_scale = params.scale_softmax_log2 * factor_of_tile<false>(params, walk);
-    const float scale_log2 = exponent_scale(tile_scale);
+    const float factor = factor_of_tile<false>(params, walk), scale_log2 = packed_exponent_scale(params, factor);
+    const int row = walk.block() * kBlockM + accumulator_row();  // this thread's first, among those of the sequence
+    const auto slopes = row_slopes<kMTiles>(params, walk.b, walk.head(), row);
 
     Softmax<kMTiles> softmax;
     Accumulator<kMTiles, kOTiles> acc_o;
@@ -204,13 +207,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
       __syncwarp();  // the slice is there, every lane's part of it, and where the stream goes on
       Accumulator<kMTiles, kSTiles> acc_s;
       multiply_keys(acc_s, operand_q, smem, ring[slot]);
-      modify_scores(acc_s, tile_scale);
       const int first_key = n * kBlockN;
+      const CachedSequence& sequence = smem.work.walk.sequence;
+      const auto shift = modify_packed_scores(acc_s, params, factor, slopes, sequence, row, first_key + accumulator_col());
       if (first_key < all_from || first_key + kBlockN > all_to) {
-        const Walk& own = smem.work.walk;
-        mask_packed_scores(acc_s, params, own.sequence, own.block() * kBlockM + accumulator_row(), first_key + accumulator_col());
+        mask_packed_scores(acc_s, params, sequence, row, first_key + accumulator_col());
       }
-      softmax.update(acc_s, acc_o, scale_log2);
+      softmax.update(acc_s, acc_o, scale_log2, shift);
       multiply_values(acc_o, acc_s, ring[slot]);
       KeyStream stream = smem.streams[warp_id()];
       __syncwarp();  // every lane is done with the slice, and has read where the stream goes on

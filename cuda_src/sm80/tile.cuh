@@ -187,6 +187,19 @@ FA2_DEVICE Fragments<kMTiles, kNTiles / 2> to_fragments(const Accumulator<kMTile
   return frag;
 }
 
+// tile[row.., col..] = what has been rounded already.
+template <int kMTiles, int kSteps, int kRows, int kCols>
+FA2_DEVICE void store_fragments(Tile<kRows, kCols>& tile, int row, int col, const Fragments<kMTiles, kSteps>& frag) {
+  const uint32_t target = block_address(tile, row + accumulator_row(), col + accumulator_col());
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        st_shared_b32(target + (16 * i + r % 2 * 8) * tile.kRowBytes + (2 * k + r / 2) * 16, frag.r[i][k][r]);
+}
+
 // tile[row.., col..] = acc, rounded.
 template <int kMTiles, int kNTiles, int kRows, int kCols>
 FA2_DEVICE void store_accumulator(Tile<kRows, kCols>& tile, int row, int col, const Accumulator<kMTiles, kNTiles>& acc) {

@@ -101,6 +101,24 @@ FA2_DEVICE void load_statistics(float (&statistics)[kBlockM], const TensorMap& m
   cp_async_bulk_tensor_4d_load(statistics, map, barrier, 0, static_cast<int>(step.tile), 0, 0);
 }
 
+// What says that copies have brought keys and blocks of queries (or of their gradients), and a float for each query.
+template <int kBuffers>
+struct Loads {
+  alignas(128) float statistics[kBuffers][kBlockM];
+  // full: the bytes have landed. empty: every reader is done with them.
+  uint64_t keys_full, keys_empty, full[kBuffers], empty[kBuffers];
+};
+template <int kBuffers>
+FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
+  mbarrier_init(loads.keys_full, 1);
+  mbarrier_init(loads.keys_empty, readers_of_keys);
+#pragma unroll
+  for (int i = 0; i < kBuffers; ++i) {
+    mbarrier_init(loads.full[i], 1);
+    mbarrier_init(loads.empty[i], 5);  // each warp of compute_scores, one of sum_gradient
+  }
+}
+
 // Without a mask all key blocks of a head begin with the same query block, and add to the same dQ at a time. Staggered, each
 // pair of them begins with another one (causal ones do so by themselves). The two thread blocks of a pair read the same queries
 // at the same time, and are faster by 3 to 5% than each on its own.

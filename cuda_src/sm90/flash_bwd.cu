@@ -32,8 +32,8 @@ constexpr int kKStages = 2;  // the next tile's first S is computed before this 
 constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
 static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
 
-// A warpgroup's part of dQ: 64 rows and 64 columns. Of the last columns fewer may leave.
-constexpr int kDqCols = 64, kDqColParts = ceil_div(kHeadDim, kDqCols);
+// A warpgroup's part of dQ: 64 rows and 64 columns, or half of them. Of the last columns fewer may leave.
+constexpr int kDqCols = kDqUnit, kDqColParts = ceil_div(kHeadDim, kDqCols);
 static_assert(kDqWarps == 4 * kKeyGroups && kDqWarpsD == kDqColParts && kDqMTiles == 1, "one part for each warpgroup");
 
 struct SharedMemory {
@@ -160,10 +160,11 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& param
   }
 }
 
-// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row.
-template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float scale_log2, const Sequence& sequence,
-                            int key, int first_query) {
+// P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. `key`: of this thread's first row. kPackEarly: P goes
+// into `packed`, rounded, and its derivative stays.
+template <bool kMasked, bool kBothSides>
+FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const float (&lse_log2)[kBlockM],
+                            const Scores<true>& scores, const Sequence& sequence, int key, int first_query) {
   const Position<true> position{first_query + accumulator_col(), key};
   const int keys[2] = {position.key(0, 0, 0), position.key(0, 0, 2)};
   const int begin[2] = {query_begin(sequence, keys[0]) - position.first_query,
@@ -172,13 +173,30 @@ FA2_DEVICE void recompute_p(AccS& acc, const float (&lse_log2)[kBlockM], float s
 #pragma unroll
   for (int j = 0; j < kBlockM / 8; ++j) {
     const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + 8 * j + accumulator_col());
+    float rounded[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float p = ex2(fmaf(acc.x[0][j][e], scale_log2, e % 2 == 0 ? -lse.x : -lse.y));
+      float derivative = 1.f;
+      float p = scores.p<kBothSides>(acc.x[0][j][e], e % 2 == 0 ? -lse.x : -lse.y, 0, j, e, derivative);
       const bool hidden = col_of(j, e) < begin[e / 2] || (kBand && col_of(j, e) >= end[e / 2]);
-      acc.x[0][j][e] = kMasked && hidden ? 0.f : p;
+      p = kMasked && hidden ? 0.f : p;
+      acc.x[0][j][e] = kCurved ? p * derivative : p;
+      rounded[e] = p;
+    }
+    if constexpr (kPackEarly) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) packed.r[j / 2][j % 2 * 2 + h] = cvt_pack<Element>(rounded[2 * h], rounded[2 * h + 1]);
     }
   }
+}
+
+template <bool kMasked>
+FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const float (&lse_log2)[kBlockM],
+                            const Scores<true>& scores, const Sequence& sequence, int key, int first_query) {
+  if constexpr (kAnySide) {
+    if (scores.keys == Keys::kAround) return recompute_p<kMasked, true>(acc, packed, lse_log2, scores, sequence, key, first_query);
+  }
+  recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, key, first_query);
 }
 
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
@@ -240,6 +258,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   if (kListed && !any) return;  // the host knows only how many tiles there are at most
   Step step(shape, work);
   bool first = true;  // step of its tile
+  HeadScores of_head = head_scores(params, query_batch(work), step.head);
   auto next_step = [&] {
     first = step.left == 1;
     if (first) {
@@ -248,6 +267,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     } else {
       step.advance(work);
     }
+    of_head = head_scores(params, query_batch(work), step.head);
   };
   auto issue_dv = [&] {  // dV += P^T dO
     wgmma_fence();
@@ -284,10 +304,11 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     const Sequence& sequence = sequence_of_tile(shape, work, params);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
+    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, {first_query + accumulator_col(), key});
     if (step.m_block < mask_to_of(work, step.m_block)) {
-      recompute_p<true>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, sequence, key, first_query);
+      recompute_p<true>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
     } else {
-      recompute_p<false>(acc_s, smem.lse_log2[ring.stage], params.scale_softmax_log2, sequence, key, first_query);
+      recompute_p<false>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
     }
     pin(acc_s);
     wgmma_wait_group<0>();  // dP(m)
@@ -297,7 +318,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     keep(acc_dp, position);
     differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage] + accumulator_col());
     keep(acc_s, position);
-    to_fragments(frag_p, acc_s);
+    if constexpr (!kPackEarly) to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn
     auto announce_ds = [&] {

@@ -45,13 +45,6 @@ constexpr int kParts = kHeadDim > 192 ? 2 : 1, kPartsV = kHeadDimV > 192 ? 2 : 1
 constexpr int kQBuffers = kStages * kParts, kDoutBuffers = kStages * kPartsV - (kPartsV > 1);
 constexpr int kPBuffers = kParts > 1 ? 1 : 2;
 
-// What says that copies have brought keys and blocks of queries (or of their gradients), and a float for each query.
-template <int kBuffers>
-struct Loads {
-  alignas(128) float statistics[kBuffers][kBlockM];
-  // full: the bytes have landed. empty: every reader is done with them.
-  uint64_t keys_full, keys_empty, full[kBuffers], empty[kBuffers];
-};
 struct SharedMemory {
   Panels<kBlockN, kHeadDim> k;
   Panels<kBlockN, kHeadDimV> v;
@@ -175,9 +168,17 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const int stage = count % 2, q_stage = stage * kParts, p_stage = kPBuffers > 1 ? stage : 0;
     const uint32_t p_parity = kPBuffers > 1 ? count / 2 % 2 : stage;
     const int query = step.m_block * kBlockM + row;
+    const HeadScores of_head = head_scores(params, query_batch(work), step.head);
+    Fragments<kKeySteps> packed;
     auto half_of_p = [&](int h) {
-      recompute_p(acc_s, h, smem.q_loads.statistics[q_stage][row + 8 * h], params.scale_softmax_log2);
-      if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of_tile(shape, work, params), {query, key});
+      const float lse_log2 = smem.q_loads.statistics[q_stage][row + 8 * h];
+      if constexpr (kScores) {
+        recompute_p(acc_s, packed, h, lse_log2, params, of_head, sequence_of_tile(shape, work, params), {query, key},
+                    step.m_block < mask_to_of(work, step.m_block));
+      } else {
+        recompute_p(acc_s, h, lse_log2, params.scale_softmax_log2);
+        if (step.m_block < mask_to_of(work, step.m_block)) mask_p(acc_s, h, sequence_of_tile(shape, work, params), {query, key});
+      }
       pin(acc_s);
     };
     issue_dp(False{});
@@ -185,7 +186,11 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     issue_dp(True{});
     half_of_p(1);
     mbarrier_wait(smem.p_empty[p_stage], p_parity ^ 1);  // released by sum_gradient
-    store_accumulator(smem.p[p_stage], warp_row, acc_s);
+    if constexpr (kPackEarly) {
+      store_fragments(smem.p[p_stage], warp_row, packed);
+    } else {
+      store_accumulator(smem.p[p_stage], warp_row, acc_s);
+    }
     const int dout_stage = (dout.stage + kDoutBuffers - kPartsV) % kDoutBuffers;  // of this step's dO
     const float* statistics = smem.dout_loads.statistics[dout_stage];
     const float softmax_d[2] = {statistics[row], statistics[row + 8]};
@@ -407,17 +412,6 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& param
         mbarrier_arrive(smem.dq_turn[turn]);
       }
     }
-  }
-}
-
-template <int kBuffers>
-FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
-  mbarrier_init(loads.keys_full, 1);
-  mbarrier_init(loads.keys_empty, readers_of_keys);
-#pragma unroll
-  for (int i = 0; i < kBuffers; ++i) {
-    mbarrier_init(loads.full[i], 1);
-    mbarrier_init(loads.empty[i], 5);  // each warp of compute_scores, one of sum_gradient
   }
 }
 

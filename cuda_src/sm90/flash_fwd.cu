@@ -19,6 +19,7 @@
 #include "common/schedule.cuh"
 #include "common/score.cuh"
 #include "common/softmax.cuh"
+#include "common/statistics.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/tile.cuh"
 
@@ -63,7 +64,7 @@ using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
 
 // A tile: query block m_block of a head, and the key blocks that it meets, the last of them first.
-struct Work : QueryTile {
+struct Work : QueryTile, HeadScores {
   KeyVisit visit;
 };
 
@@ -79,14 +80,16 @@ struct Tiles {
     if constexpr (kListed) {
       const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
       if (tile.head < 0) return false;
-      work = {tile, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
+      const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
+      work = {tile, of_head, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
     } else {
       const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
       if (linear >= m_blocks * rows) return false;
       const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
       const int sections_left = sections_after(linear, m_blocks, rows, shape);
       const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
-      work = {{m_block, tile.head, tile.batch}, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+      const HeadScores of_head = head_scores(params, tile.batch, tile.head);
+      work = {{m_block, tile.head, tile.batch}, of_head, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
     }
     return true;
   }
@@ -153,7 +156,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   const Shape& shape = params.shape;
   const int group_row = group * 64, warp_row = group_row + warp_id() % 4 * 16, row = warp_row + accumulator_row();
   const bool leader = threadIdx.x % 128 == 0;
-  const float scale_log2 = exponent_scale(params.scale_softmax_log2);
+  const float scale_log2 = exponent_scale<kScaleFirst>(params);
   Ring<kQStages> q;
   Ring<kKvStages> k, v;
   uint32_t o_parity = 0;
@@ -178,7 +181,6 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     pin(acc_s);
     if (leader) mbarrier_arrive(smem.k_empty[k.stage]);
     k.advance();
-    modify_scores(acc_s, params.scale_softmax_log2);
   };
   auto finish_o = [&] {
     pin(acc_o);
@@ -191,15 +193,19 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   auto position_of = [&](const Work& work, int n) {
     return Position<false>{work.m_block * kBlockM + row, n * kBlockN + accumulator_col()};
   };
+  auto modify = [&](const Work& work, int n) {
+    return modify_scores(acc_s, params, work, sequence_of_tile(shape, work, params), position_of(work, n));
+  };
   auto mask = [&](const Work& work, int n) {
     mask_scores(acc_s, sequence_of_tile(shape, work, params), position_of(work, n));
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
+    const RowShift<1> shift = modify(work, work.visit.end - 1);
     if (work.visit.end - 1 >= work.visit.mask_from) mask(work, work.visit.end - 1);
     softmax = Softmax<1>();
     float alpha[2];
-    softmax.exponentiate(acc_s, alpha, scale_log2);
+    softmax.exponentiate(acc_s, alpha, scale_log2, shift);
     keep(acc_s, position_of(work, work.visit.end - 1));
   };
   auto start_tile = [&](const Work& work) {
@@ -212,8 +218,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     to_fragments(frag_p, acc_s);
   };
   // O = diag(l)^-1 O of a tile, whose Q was at `stage`
-  auto finish_tile = [&](const Work& work, Softmax<1>& done, int stage) {
-    done.finish(acc_o);
+  auto finish_tile = [&](const Work& work, Softmax<1>& done, float logit, int stage) {
+    done.finish(acc_o, scale_log2, logit);
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
@@ -257,9 +263,10 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       wgmma_wait_group<1>();  // S(n)
       finish_s();
       if (n == work.visit.begin) release_q();
+      const RowShift<1> shift = modify(work, n);
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
-      softmax.exponentiate(acc_s, alpha, scale_log2);
+      softmax.exponentiate(acc_s, alpha, scale_log2, shift);
       keep(acc_s, position_of(work, n));
       pin(acc_s);             // what can be done of P(n) before the wait is not left for after it
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
@@ -278,6 +285,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
     const int done_stage = q.stage;
+    const float logit = own_logit(params, work.head);  // read beside the product
     bool more_after = false;
     q.advance();
     if (kAhead && more) {
@@ -301,7 +309,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
-    finish_tile(work, done, done_stage);
+    finish_tile(work, done, logit, done_stage);
     if (!more) break;
     work = next;
     if (kAhead) {

@@ -20,7 +20,6 @@ __all__ = ["ROTARY_STYLES", "Given", "given"]
 
 ROTARY_STYLES = ("neox", "interleaved")
 _MAX_LENGTH = 2**30
-_LATER = ("softcap", "sinks", "alibi_slopes")  # which `attention` has
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def given(function: str, positional: tuple[object, ...], keywords: Mapping[str, 
         value = keywords.get(name)
         if name not in keywords or (name != "causal" and is_neutral(keyword, value)):
             continue
-        if not keyword.since or name in _LATER:
+        if not keyword.since:
             raise not_supported(function, keyword, value)
         if name == "rotary":
             arrays["rotary_cos"], arrays["rotary_sin"], options["rotary_style"] = _rotary(value)

@@ -15,7 +15,8 @@ from fa2cupy.first_call import _one_framework as one_framework
 from fa2cupy.frameworks.base import TensorRef, describe
 from fa2cupy.frameworks.overlap import has_duplicates
 from fa2cupy.prepared import check_overlap, workspace_block
-from fa2cupy.problem import MAX_LENGTH
+from fa2cupy.problem import MAX_LENGTH, check_array
+from fa2cupy.sizes import Sizes
 
 __all__ = ["ARRAYS", "LENGTHS", "OF_CACHE", "OF_CALL", "Call"]
 
@@ -24,7 +25,7 @@ __all__ = ["ARRAYS", "LENGTHS", "OF_CACHE", "OF_CALL", "Call"]
 OF_CACHE = ("k_cache", "v_cache", "block_table", "indptr", "indices", "k_scale", "v_scale")
 OF_CALL = (
     "q", "out", "lse_out", "k_new", "v_new", "cache_seqlens", "seqused_k", "cache_batch_idx", "leftpad_k",
-    "rotary_cos", "rotary_sin", "cu_seqlens_q",
+    "rotary_cos", "rotary_sin", "cu_seqlens_q", "alibi_slopes", "sinks",
 )  # fmt: skip
 ARRAYS = OF_CACHE + OF_CALL
 LENGTHS = (
@@ -116,6 +117,15 @@ class Call:
             return length, heads, width
         return (self.batch, length, heads, width) if cache.layout == "bshd" else (self.batch, heads, length, width)
 
+    @property
+    def sizes(self) -> Sizes:
+        """As `attention` has them, of all of the cache."""
+        cache = self.cache
+        return Sizes(
+            self.batch, self.seqlen_q, cache.capacity, self.num_heads, cache.num_heads_k,
+            cache.head_dim, cache.head_dim_v, self.is_packed,
+        )  # fmt: skip
+
     def _check_shapes(self, refs: Mapping[str, TensorRef]) -> None:
         cache, batch = self.cache, self.batch
         for name in ("q", "k_new", "v_new", *_OUTPUTS):
@@ -154,6 +164,9 @@ class Call:
                 "indptr is given without cache_seqlens or seqused_k, which say how many keys are in use: give one of "
                 "them"
             )
+        for name in ("alibi_slopes", "sinks"):
+            if name in refs:
+                check_array(name, refs[name], self.sizes, self.dtype)
         if "rotary_cos" in refs:
             self._check_rotary(refs["rotary_cos"], refs["rotary_sin"])
 

@@ -58,6 +58,9 @@ class _Host:
         self._turns_each = options.get("causal", False) or "window_size" in options
         names = ("causal", "window_size", "softcap")
         self._options = {"causal": False, **{name: options[name] for name in names if name in options}}
+        self._slopes = self._numpy("alibi_slopes") if "alibi_slopes" in call.arrays else None
+        if "sinks" in call.arrays:
+            self._options["sinks"] = self._numpy("sinks")
         self._options["softmax_scale"] = cache.head_dim**-0.5 if scale is None else scale
 
     def compute(self, index: int, sequence: Sequence) -> None:
@@ -72,7 +75,10 @@ class _Host:
         k = self._read(self._k, "k_scale", index, sequence, positions)
         v = self._read(self._v, "v_scale", index, sequence, positions)
         out, lse = self.out[sequence.batch_q, own][None], self.lse[sequence.batch_q, :, own][None]
-        cpu.forward(q[None], k[None], v[None], out=out, lse=lse, **self._options)
+        slopes = self._slopes
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[index : index + 1]
+        cpu.forward(q[None], k[None], v[None], alibi_slopes=slopes, out=out, lse=lse, **self._options)
 
     def _append(self, index: int, sequence: Sequence) -> None:
         """New keys and values to where there is room for them."""

@@ -214,7 +214,7 @@ def _copies(framework: GpuFramework, arrays: Mapping[str, Any]) -> list[tuple[in
         if name in LENGTHS:
             if framework.dtype(array) != "int32" or not _is_contiguous(framework, array):
                 copies.append((_PLACES[name], framework.as_int32))
-        elif name in ("k_scale", "v_scale", "rotary_cos", "rotary_sin"):
+        elif name in ("k_scale", "v_scale", "rotary_cos", "rotary_sin", "sinks"):
             if not _is_contiguous(framework, array):
                 copies.append((_PLACES[name], framework.contiguous))
         elif name in ("q", "k_new", "v_new") and not (

@@ -10,6 +10,7 @@ from fa2cupy.cached.call import ARRAYS, Call
 from fa2cupy.checks import KV_DTYPES
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.frameworks.base import TensorRef, contiguous_strides
+from fa2cupy.spec import ScoreSpec, SinksSpec
 
 __all__ = ["CacheProblem", "Rotary", "Strides"]
 
@@ -44,7 +45,7 @@ class CacheProblem:
     most pages of a sequence; entries: of `indices`.
     arrays: the names of `cached.call.ARRAYS` that are there, out and lse_out among them. by_number: cache_seqlens is
     one number, handed over in place of a pointer.
-    scales: of keys and values of 8 bits.
+    scales: of keys and values of 8 bits. score, sinks: as in `AttentionProblem`.
     left, right: ends of the band of keys that a query sees, at most the lengths.
     strides: of q, the caches, out and new keys; lse_out as (batch, row, head), too. aligned: of all of them every row
     starts at a multiple of 16 bytes and head dims are multiples of 8.
@@ -73,6 +74,8 @@ class CacheProblem:
     seqlen_new: int | None = None
     rotary: Rotary | None = None
     scales: tuple[Scale, Scale] = ((1.0, (0, 0, 0)), (1.0, (0, 0, 0)))
+    score: ScoreSpec | None = None
+    sinks: SinksSpec | None = None
     split_size: int | None = None
 
     @property
@@ -159,6 +162,8 @@ class CacheProblem:
             seqlen_new=call.seqlen_new,
             rotary=_rotary(call, refs) if "rotary_cos" in refs else None,
             scales=(_scale(call, refs, "k_scale"), _scale(call, refs, "v_scale")),
+            score=_score(call, refs, scale),
+            sinks=SinksSpec(refs["sinks"].dtype != "float32") if "sinks" in refs else None,
             split_size=options.get("split_size"),
         )
 
@@ -173,6 +178,15 @@ def _rotary(call: Call, refs: Mapping[str, TensorRef]) -> Rotary:
         refs["rotary_cos"].dtype == "float32",
         bool(options.get("causal")) or "window_size" in options,
     )
+
+
+def _score(call: Call, refs: Mapping[str, TensorRef], scale: float) -> ScoreSpec | None:
+    """What becomes of scores, if anything does."""
+    softcap, strides = call.options.get("softcap"), None
+    if "alibi_slopes" in refs:
+        along = _numbers(refs["alibi_slopes"].shape, refs["alibi_slopes"].strides)
+        strides = (along[0], along[1]) if len(along) == 2 else (0, along[0])
+    return None if softcap is None and strides is None else ScoreSpec(scale, softcap, strides)
 
 
 def _scale(call: Call, refs: Mapping[str, TensorRef], name: str) -> Scale:

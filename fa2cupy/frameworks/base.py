@@ -30,7 +30,7 @@ __all__ = [
 # A workspace is one block, this aligned (bytes). CuPy's and torch's allocators align to 512.
 WORKSPACE_ALIGNMENT = 256
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
 ITEMSIZE |= {"uint32": 4, "uint64": 8}  # of a dropout_seed
 ITEMSIZE |= {"uint8": 1, "int8": 1, "float8_e4m3fn": 1}  # of caches
 
@@ -83,9 +83,12 @@ def describe(array: object) -> str:
 
 
 class Framework(ABC):
-    """What one array library does differently. `name` is how an error message calls it."""
+    """What one array library does differently. `name` is how an error message calls it, `namespace` the module with
+    its functions of arrays.
+    """
 
     name: str
+    namespace: str
 
     @abstractmethod
     def check(self, array: Any, argument: str) -> None:
@@ -135,6 +138,14 @@ class Framework(ABC):
         same bytes.
         """
 
+    @abstractmethod
+    def to_host(self, array: Any) -> np.ndarray:
+        """A copy in NumPy, after everything on the current stream."""
+
+    @abstractmethod
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        """The array on the device of `like`, which may be any array of this library."""
+
     def extent(self, array: Any) -> Extent:
         return Extent.of(self.shape(array), self.byte_strides(array), self.itemsize(array))
 
@@ -180,10 +191,6 @@ class GpuFramework(Framework):
     @abstractmethod
     def as_int32(self, array: Any) -> Any:
         """A C-contiguous copy of integers, queued on the current stream; those beyond int32 become its ends."""
-
-    @abstractmethod
-    def to_host(self, array: Any) -> np.ndarray:
-        """A copy in NumPy, after everything on the current stream."""
 
     @abstractmethod
     def is_capturing(self, stream: int, device_index: int) -> bool:

@@ -22,6 +22,7 @@ class _Cupy(Numpy, GpuFramework):
     """CuPy arrays: dtypes and strides are NumPy's, memory and streams are CUDA's."""
 
     name = "CuPy"
+    namespace = "cupy"
     allocates_in_capture = False
 
     def check(self, array: Any, argument: str) -> None:
@@ -79,6 +80,10 @@ class _Cupy(Numpy, GpuFramework):
 
     def to_host(self, array: Any) -> np.ndarray:
         return cast("np.ndarray", array.get())
+
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        with like.device:
+            return sys.modules["cupy"].asarray(array)
 
     @property
     def address(self) -> Callable[[Any], int]:

@@ -39,6 +39,7 @@ def immutable(name: str) -> InvalidArgument:
 
 class _Jax(Framework):
     name = "JAX"
+    namespace = "jax.numpy"
 
     def check(self, array: Any, argument: str) -> None:
         if not isinstance(array.dtype, np.dtype):
@@ -78,6 +79,13 @@ class _Jax(Framework):
 
     def pointer(self, array: Any, argument: str) -> int:
         return 0  # known to XLA's callback only, which aligns buffers to 64 bytes or more
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return np.array(array)
+
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        jax = sys.modules["jax"]
+        return jax.numpy.asarray(array) if is_traced(like) else jax.device_put(array, next(iter(like.devices())))
 
     def seed(self, numbers: tuple[int, int], like: Any) -> Any:
         words = np.array(numbers, "<i8").view("<u4")  # JAX may have no numbers of 64 bits

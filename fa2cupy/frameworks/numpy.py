@@ -14,6 +14,7 @@ __all__ = ["NUMPY", "Numpy"]
 
 class Numpy(Framework):
     name = "NumPy"
+    namespace = "numpy"
 
     def check(self, array: np.ndarray, argument: str) -> None:
         if isinstance(array, np.ma.MaskedArray):
@@ -42,6 +43,12 @@ class Numpy(Framework):
 
     def seed(self, numbers: tuple[int, int], like: Any) -> Any:
         return np.array(numbers, np.int64)
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return np.array(array)
+
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        return array
 
     def from_numpy(self, array: np.ndarray, dtype: str, like: np.ndarray) -> np.ndarray:
         return array.view(like.dtype) if dtype == "bfloat16" else array

@@ -31,6 +31,7 @@ def fx_tracing() -> Callable[[], bool]:
 
 class _Torch(GpuFramework):
     name = "PyTorch"
+    namespace = "torch"
 
     def check(self, array: Any, argument: str) -> None:
         torch = sys.modules["torch"]
@@ -129,6 +130,9 @@ class _Torch(GpuFramework):
 
     def to_host(self, array: Any) -> np.ndarray:
         return cast("np.ndarray", array.detach().cpu().numpy())
+
+    def from_host(self, array: np.ndarray, like: Any) -> Any:
+        return sys.modules["torch"].from_numpy(array).to(like.device)
 
     @functools.cached_property
     def _watchers(self) -> tuple[Callable[[], bool], Callable[[], bool], Callable[[], bool], Any]:

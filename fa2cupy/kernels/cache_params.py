@@ -11,6 +11,7 @@ from fa2cupy.cached.call import ARRAYS
 from fa2cupy.cached.problem import CacheProblem
 from fa2cupy.kernels.launch import Pointer
 from fa2cupy.kernels.params import Strides3, composed
+from fa2cupy.spec import ScoreParams, SinksParams
 
 __all__ = [
     "CacheParams", "Divisor", "NewKeysParams", "ScaleParams", "TurnParams", "feature_defines", "packed", "scattered",
@@ -76,15 +77,21 @@ class ScaleParams(ctypes.Structure):
     )
 
 
-def blocks_of(problem: CacheProblem, *, new_keys: bool) -> tuple[type[ctypes.Structure], ...]:
-    """The blocks behind `CacheParams`, in their order. new_keys: whether new keys are written."""
-    parts = ((new_keys, NewKeysParams), (problem.rotary is not None, TurnParams), (problem.is_quantised, ScaleParams))
+def blocks_of(problem: CacheProblem, *, new_keys: bool, scores: bool = True) -> tuple[type[ctypes.Structure], ...]:
+    """The blocks behind `CacheParams`, in their order. new_keys, scores: whether it has to do with any."""
+    parts = (
+        (new_keys, NewKeysParams),
+        (problem.rotary is not None, TurnParams),
+        (problem.is_quantised, ScaleParams),
+        (scores and problem.score is not None, ScoreParams),
+        (scores and problem.sinks is not None, SinksParams),
+    )
     return tuple(block for is_there, block in parts if is_there)
 
 
-def feature_defines(problem: CacheProblem, arch: str, *, new_keys: bool) -> dict[str, int | str]:
+def feature_defines(problem: CacheProblem, arch: str, *, new_keys: bool, scores: bool = True) -> dict[str, int | str]:
     """What kernels are compiled with for what is there; with the size of the struct."""
-    blocks = blocks_of(problem, new_keys=new_keys)
+    blocks = blocks_of(problem, new_keys=new_keys, scores=scores)
     defines: dict[str, int | str] = {"FA2_NEW_KEYS": 1} if new_keys else {}
     if problem.rotary is not None:
         defines["FA2_TURNED"] = 1
@@ -92,6 +99,8 @@ def feature_defines(problem: CacheProblem, arch: str, *, new_keys: bool) -> dict
         defines["FA2_QUANTISED"] = 1 + (problem.kv_dtype == "int8")
         defines["FA2_SCALE_OF_PAGE"] = int(problem.has_scale_of_page)
         defines["FA2_CVT_E4M3"] = int(int(arch.removeprefix("sm_")) >= 89)
+    for spec in (problem.score, problem.sinks) if scores else ():
+        defines |= {} if spec is None else spec.defines()
     return defines | {"FA2_PARAMS_BYTES": ctypes.sizeof(composed(CacheParams, blocks) if blocks else CacheParams)}
 
 
@@ -100,12 +109,15 @@ def scattered(problem: CacheProblem, block_n: int) -> int:
     return 0 if not problem.is_paged else 2 if problem.page % block_n == 0 else 1
 
 
-def packed(problem: CacheProblem, *, new_keys: bool) -> tuple[ctypes.Structure, list[Pointer]]:
-    """The struct of a kernel, less its pointers and workspaces, and its pointers. new_keys: whether it writes them."""
-    blocks, turned = blocks_of(problem, new_keys=new_keys), problem.rotary is not None
+def packed(problem: CacheProblem, *, new_keys: bool, scores: bool = True) -> tuple[ctypes.Structure, list[Pointer]]:
+    """The struct of a kernel, less its pointers and workspaces, and its pointers. new_keys, scores: as `blocks_of`."""
+    blocks, turned = blocks_of(problem, new_keys=new_keys, scores=scores), problem.rotary is not None
     struct = composed(CacheParams, blocks) if blocks else CacheParams
     new = problem.seqlen_new
     params = struct()
+    for spec in (problem.score, problem.sinks) if scores else ():
+        if spec is not None:
+            setattr(params, type(spec.params()).__name__, spec.params())
     for field, value in (
         ("seqlens_number", -1),
         ("batch", problem.batch),
@@ -136,6 +148,7 @@ def packed(problem: CacheProblem, *, new_keys: bool) -> tuple[ctypes.Structure, 
         for field in ("half", "positions", "neighbours", "is_float", "each"):
             setattr(params, field, int(getattr(problem.rotary, field)))
     places = dict(_places(problem, new_keys, turned))
+    places |= {name: name for name in ("alibi_slopes", "sinks") if scores and name in problem.arrays}
     return params, [
         Pointer(_offset(struct, field), ARRAYS.index(name), 0) for field, name in places.items() if name in ARRAYS
     ]

@@ -57,7 +57,7 @@ class ForwardPlan(Plan):
 
 @dataclass(frozen=True)
 class BackwardPlan(Plan):
-    """Pointers: dout, q, k, v, out, lse, dq, dk, dv, the arrays of specs, workspace.
+    """Pointers: dout, q, k, v, out, lse, dq, dk, dv, the results and arrays of specs, workspace.
 
     splits: thread blocks among which the queries that meet a key block, of all its query heads, are shared out.
     """

@@ -15,6 +15,7 @@ from fa2cupy import env, sequences
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import JAX
 from fa2cupy.frameworks.jax import immutable, in_host_memory, is_traced
+from fa2cupy.keywords import asked
 from fa2cupy.operations import FORWARD, FORWARD_OUT, Operation
 from fa2cupy.options import Options, RawOptions
 from fa2cupy.prepared import remember, remember_plain, signature_key
@@ -44,8 +45,7 @@ def first_call(
     """
     for name in operation.extra:
         if name not in by_array.ROLES:
-            asked = "dropout_p" if name == "dropout_seed" else name
-            raise InvalidArgument(f"{asked} is not supported yet for JAX arrays: leave it out")
+            raise InvalidArgument(f"{asked(name)} is not supported yet for JAX arrays: leave it out")
     inputs = [arrays[name] for name in (*operation.inputs, *operation.extra)]
     in_host = any(map(in_host_memory, inputs))
     check, from_the_start = checks

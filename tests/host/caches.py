@@ -73,6 +73,7 @@ def arguments(drawn: Drawn) -> tuple[Any, Any, Any, dict[str, Any], dict[str, An
         of_cache["kv_dtype"] = case.kv_dtype
         stored = tuple(x.view(np.int8 if case.kv_dtype == INT8 else np.uint8) for x in stored)
     every |= {"causal": case.causal, "window_size": case.window, "softmax_scale": case.scale}
+    every["softcap"] = case.softcap
     k, v = (array(x) for x in stored)
     return array(drawn.q), k, v, of_cache, every
 

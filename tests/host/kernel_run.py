@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem
 from fa2cupy.spec import SoftmaxSpec
-from tests import reference
+from tests import reference, scores
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Case
 from tests.host import build, run, sanitized, tensor_map
@@ -35,7 +36,8 @@ class HostCase:
     """A case and the GPU that its plan is made for.
 
     flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
-    dlse: the backward is given a gradient of lse, too.
+    dlse: the backward is given a gradient of lse, too. sinks: their dtype, "float32" or the case's, or none; and
+    whether the backward is to make their gradient. scores: what becomes of them, of `tests.scores.NAMES`.
     """
 
     case: Case
@@ -43,10 +45,35 @@ class HostCase:
     flip: bool = False
     tile: FwdTileSm90 | None = None
     dlse: bool = False
+    sinks: str = ""
+    dsinks: bool = True
+    scores: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "") + " dlse" * self.dlse
+        own += "".join(f" {name}" for name in self.scores)
+        own += f" sinks {self.sinks}" + " without dsinks" * (not self.dsinks) if self.sinks else ""
         return f"{self.case} {self.arch}" + own
+
+    def results(self, backward: bool) -> tuple[str, ...]:
+        if not backward:
+            return ("out", "lse")
+        return ("dq", "dk", "dv") + ("dsinks",) * bool(self.sinks and self.dsinks)
+
+    def extra(self, backward: bool) -> tuple[str, ...]:
+        """Inputs beyond those of dense attention, in the order of a call."""
+        alibi = ("alibi_slopes",) * any(name.startswith("alibi") for name in self.scores)
+        return (*alibi, *("sinks",) * bool(self.sinks), *("dlse",) * (backward and self.dlse))
+
+    def features(self) -> dict[str, Any]:
+        """Of scores, as keywords of `attention`."""
+        case = self.case
+        return scores.draw_features(self.scores, case.seed, case.batch, case.heads[0], case.dtype)
+
+    def names(self, backward: bool) -> tuple[str, ...]:
+        """Of the arrays of a call, in the order of its pointers."""
+        dense = BACKWARD if backward else FORWARD
+        return (*dense, *(name for name in self.results(backward) if name not in dense), *self.extra(backward))
 
 
 @functools.cache
@@ -122,18 +149,17 @@ class Prepared:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("dq", "dk", "dv") if self.backward else ("out", "lse")
+        return self.host_case.results(self.backward)
 
 
-_EXPECTED: dict[tuple[Case, bool, bool], reference.Expected] = {}  # a case is run on several GPUs, and with each plant
+_EXPECTED: dict[tuple[object, ...], reference.Expected] = {}  # a case is run on several GPUs, and with each plant
 _MAX_EXPECTED = 64
 
 
 def prepare(host_case: HostCase, backward: bool) -> Prepared:
     """Inputs, outputs, plan and reference of a case. Queries that see no key hold NaN, and keys that no query sees."""
     case = host_case.case
-    names = (BACKWARD if backward else FORWARD) + ("dlse",) * host_case.dlse
-    tensors = {name: _tensor(host_case, name) for name in names}
+    tensors = {name: _tensor(host_case, name) for name in host_case.names(backward)}
     numbers = reference.make_inputs(
         case.seed,
         case.seqlen_q,
@@ -155,11 +181,18 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         view[...] = bits[:, :, :1] if case.expanded and name in ("k", "v") else bits
         view[:, : empty if name in ("q", "dout") else empty_keys] = 0xFFFF
         values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
-    if host_case.dlse:  # NaN of rows that see no key, as of their q and dout
+    if host_case.sinks:
+        values["sinks"] = sinks_of(case.seed, case.heads[0], host_case.sinks)
+        tensors["sinks"].values[...] = values["sinks"].view(tensors["sinks"].values.dtype)
+    if "dlse" in tensors:  # NaN of rows that see no key, as of their q and dout; unless it is the sink that they see
         dlse = tensors["dlse"].values
         dlse[...] = np.random.default_rng(case.seed).standard_normal(dlse.shape)
-        dlse[:, :, :empty] = np.nan
-    key = (case, backward, host_case.dlse)  # all that the values depend on
+        if not host_case.sinks:
+            dlse[:, :, :empty] = np.nan
+    features = host_case.features()
+    if "alibi_slopes" in features:
+        tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
+    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores)  # all that the values depend on
     if key not in _EXPECTED:
         if len(_EXPECTED) >= _MAX_EXPECTED:
             _EXPECTED.clear()
@@ -171,7 +204,8 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
             causal=case.causal,
             scale=case.softmax_scale,
             window=case.window,
-            dlse=tensors["dlse"].values if host_case.dlse else None,
+            dlse=tensors["dlse"].values if "dlse" in tensors else None,
+            features=reference.Features(features.get("softcap"), features.get("alibi_slopes"), values.get("sinks")),
         )
     expected = _EXPECTED[key]
     if backward:
@@ -182,11 +216,16 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         tensors["lse"].values[...] = expected.lse
     options = Options.checked(case.causal, case.softmax_scale, case.layout, None, case.deterministic)
     refs = {name: tensor.ref() for name, tensor in tensors.items()}
-    dense = {name: ref for name, ref in refs.items() if name != "dlse"}
+    dense = {name: ref for name, ref in refs.items() if name in (BACKWARD if backward else FORWARD)}
     problem = AttentionProblem.from_refs(dense, gpu_cases.sizes_of(case), case.dtype, options)
     if case.window is not None:
         problem = SPECS["window_size"](problem, case.window)
-    if host_case.dlse:
+    if "softcap" in features:
+        problem = SPECS["softcap"](problem, features["softcap"])
+    for name in ("alibi_slopes", "sinks", "dsinks"):
+        if name in refs:
+            problem = SPECS[name](problem, refs[name])
+    if "dlse" in tensors:
         batch, head, row = tensors["dlse"].strides
         problem = dataclasses.replace(problem, softmax=SoftmaxSpec((batch, head, row), empty))
     gpu = device(host_case.arch)
@@ -198,12 +237,27 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     return prepared
 
 
+def sinks_of(seed: int, heads: int, dtype: str) -> np.ndarray:
+    """A sink of each head, as the storage of that dtype: about as large as scores; of four heads one is none, and one
+    much larger than all scores."""
+    values = np.random.default_rng(seed).standard_normal(heads) + 1
+    values[1::4], values[2::4] = -np.inf, 30
+    return reference.store(values, dtype)
+
+
 def _bshd(values: np.ndarray, layout: str) -> np.ndarray:
     return values if layout == "bshd" else values.swapaxes(1, 2)
 
 
 def _tensor(host_case: HostCase, name: str) -> Tensor:
     case = host_case.case
+    if name == "alibi_slopes":
+        heads = case.heads[0]
+        if "alibi of batch" in host_case.scores:  # heads outermost: any strides will do
+            return Tensor((case.batch, heads), (1, case.batch), "float32")
+        return Tensor((heads,), (1,), "float32")
+    if name in ("sinks", "dsinks"):
+        return Tensor((case.heads[0],), (1,), host_case.sinks)
     if name == "dlse":  # seqlen outermost: any strides will do
         batch, heads = case.batch, case.heads[0]
         return Tensor((batch, heads, case.seqlen_q), (1, batch, batch * heads), "float32")
@@ -233,7 +287,7 @@ def execute(
     outputs = {name: prepared.tensors[name] for name in prepared.results}
     for tensor in outputs.values():
         tensor.poison()
-    names = (BACKWARD if prepared.backward else FORWARD) + ("dlse",) * prepared.host_case.dlse
+    names = prepared.host_case.names(prepared.backward)
     pointers = tuple(prepared.tensors[name].pointer for name in names)
     sites = run_plan(
         prepared.plan, pointers, prepared.workspace, schedule, plant=plant, mutation=mutation, seed=seed
@@ -251,20 +305,35 @@ def run_plan(
     mutation: Mutation | None = None,
     seed: int = 1,
 ) -> set[run.Site]:
-    """All launches of a plan, into a poisoned workspace, whose pointer is the last; the synchronisations reached.
+    """All launches of a plan, as `run_launches`."""
+    pointers = (*pointers, workspace.pointer)
+    return run_launches(plan.launches, pointers, workspace, schedule, plant=plant, mutation=mutation, seed=seed)
+
+
+def run_launches(
+    launches: Sequence[KernelLaunch],
+    pointers: tuple[int, ...],
+    workspace: Tensor,
+    schedule: Schedule,
+    *,
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+    seed: int = 1,
+) -> set[run.Site]:
+    """Into a poisoned workspace, whose pointer is the last; the synchronisations reached.
 
     What a launch has written there may come late to one that overlaps it: when that one waits for it.
     """
     workspace.poison()
     sites: set[run.Site] = set()
     before = workspace.bits()
-    for launch in plan.launches:
+    for launch in launches:
         after = workspace.bits()
         late = None
         if launch.config.overlaps_previous:
             late = workspace.address, after
             workspace.fill(before)
-        sites.update(_launch(launch, (*pointers, workspace.pointer), schedule, plant, mutation, seed, late))
+        sites.update(_launch(launch, pointers, schedule, plant, mutation, seed, late))
         before = after
     return sites
 
@@ -296,8 +365,10 @@ def judge(prepared: Prepared, known: frozenset[str] = frozenset()) -> None:
     for name in (name for name in prepared.results if name not in known):
         tensor = prepared.tensors[name]
         assert tensor.untouched_outside(), f"{name}: something outside the array was written"
-        if name == "lse":
+        if tensor.dtype == "float32":  # lse, dsinks
             got[name] = tensor.values
+        elif name == "dsinks":
+            got[name] = tensor.values.view(np.float16) if tensor.dtype == "float16" else tensor.values
         else:
             view = _bshd(tensor.values, case.layout)
             got[name] = view if case.dtype == "bfloat16" else view.view(np.float16)

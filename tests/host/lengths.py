@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +15,10 @@ from fa2cupy.kernels import Plan, plan_backward, plan_forward
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from fa2cupy.spec import LengthsSpec
-from tests import reference
+from tests import reference, scores
 from tests.host import run
 from tests.host.build import Mutation
-from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan
+from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan, sinks_of
 from tests.host.run import Schedule
 
 ARRAYS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
@@ -29,7 +31,11 @@ def starts(*lengths: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The arrays of a call, each None where there is none. rows_q, rows_k: of all, or of each row of the batch."""
+    """The arrays of a call, each None where there is none. rows_q, rows_k: of all, or of each row of the batch.
+
+    segment_ids: of the queries and of the keys, a tuple for each row of the batch; then `sequences` are the segments
+    that have a query.
+    """
 
     rows_q: int
     rows_k: int
@@ -41,29 +47,69 @@ class Lengths:
     leftpad_k: tuple[int, ...] | None = None
     causal: bool = False
     window: tuple[int, int] | None = None
+    segment_ids: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
 
     @property
     def spec(self) -> LengthsSpec:
         given = {name: getattr(self, name) is not None for name in ARRAYS}
+        if self.segment_ids is not None:
+            return LengthsSpec(self.problem_batch * min(self.rows_q, self.rows_k), segments=True, **given)
         return LengthsSpec(self.sequences, **given)
+
+    @property
+    def problem_batch(self) -> int:
+        """As a call counts it: sequences, or rows of segments."""
+        return self.sequences if self.segment_ids is None else len(self.segment_ids[0])
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """int32, by name."""
-        return {name: np.array(getattr(self, name), np.int32) for name in self.spec.arrays()}
+        ids = dict(zip(("segment_ids_q", "segment_ids_k"), self.segment_ids or (), strict=False))
+        return {name: np.array(ids.get(name) or getattr(self, name), np.int32) for name in self.spec.arrays()}
 
     def is_packed(self, side: str) -> bool:
         return getattr(self, f"cu_seqlens_{side}") is not None
 
     def batch(self, side: str) -> int:
-        return 1 if self.is_packed(side) else self.sequences
+        return 1 if self.is_packed(side) else self.problem_batch
 
     def row(self, side: str, sequence: int) -> int:
         """The row of the batch that a sequence is in."""
+        if self.segment_ids is not None:
+            return self._segments[sequence][0]
         return 0 if self.is_packed(side) else sequence
+
+    @functools.cached_property
+    def _segments(self) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """Of each segment: its row of the batch, and (first row, length) of the queries and of the keys; last those
+        without keys.
+        """
+        assert self.segment_ids is not None
+        found, keyless = [], []
+        for b, (ids_q, ids_k) in enumerate(zip(*self.segment_ids, strict=True)):
+            first_k = self.leftpad_k[b] if self.leftpad_k else 0
+            sides = []
+            for ids, first, used in ((ids_q, 0, self.seqused_q), (ids_k, first_k, self.seqused_k)):
+                rows: dict[int, list[int]] = {}
+                for row in range(first, used[b] if used else len(ids)):
+                    rows.setdefault(ids[row], []).append(row)
+                sides.append(rows)
+            for number, queries in sides[0].items():
+                keys = sides[1].get(number)
+                if number >= 0 and keys:
+                    found.append((b, (queries[0], len(queries)), (keys[0], len(keys))))
+                elif number >= 0:
+                    keyless.append((b, (queries[0], len(queries)), (0, 0)))
+        return found + keyless
+
+    def number(self, sequence: int) -> int:
+        """By which arrays for each row of the batch know a sequence."""
+        return sequence if self.segment_ids is None else self._segments[sequence][0]
 
     def runs(self, side: str) -> list[tuple[int, int]]:
         """(first row, length) of each sequence on a side, of right lengths."""
+        if self.segment_ids is not None:
+            return [segment["qk".index(side) + 1] for segment in self._segments]
         origins, used = getattr(self, f"cu_seqlens_{side}"), getattr(self, f"seqused_{side}")
         found = []
         for b in range(self.sequences):
@@ -81,6 +127,13 @@ class Lengths:
         left, right = self.window or (-1, -1)
         left, right = (1 << 20 if end < 0 else end for end in (left, 0 if self.causal else right))
         return np.asarray((distance >= -left) & (distance <= right))
+
+    def there(self, side: str) -> np.ndarray:
+        """(batch, rows) bool: rows of a sequence."""
+        found = np.zeros((self.batch(side), getattr(self, f"rows_{side}")), bool)
+        for b, (first, length) in enumerate(self.runs(side)):
+            found[self.row(side, b), first : first + length] = True
+        return found
 
     def seen(self, side: str) -> np.ndarray:
         """(batch, rows) bool: queries that see a key, or keys that a query sees."""
@@ -117,10 +170,37 @@ def lengths_of(
     return Lengths(lengths["q"], lengths["k"], len(full), causal=causal, window=window, **given)
 
 
+def segments_of(
+    *rows: tuple[tuple[int, ...], ...],
+    reverse_keys: bool = False,
+    used: dict[str, tuple[int, ...]] | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Lengths:
+    """Of rows of the batch, each of segments (queries, keys, padding behind both), 0 where it is left out; rows end in
+    padding. reverse_keys: the keys of a row come in the other order. used: seqused_q, seqused_k, leftpad_k.
+    """
+    sides: list[list[list[int]]] = []
+    for axis in (0, 1):
+        found = []
+        for number, row in enumerate(rows):
+            runs = []
+            for place, segment in enumerate(row):
+                own = (7919 * place + 3 * number) % 100003  # equal numbers in other rows, in no order
+                runs.append([own] * segment[axis] + [-1 - place] * sum(segment[2:]))
+            found.append(list(itertools.chain(*reversed(runs) if axis and reverse_keys else runs)))
+        sides.append(found)
+    lengths = [max(len(ids) for ids in side) for side in sides]
+    padded = (tuple(tuple(x + [-9] * (n - len(x))) for x in side) for side, n in zip(sides, lengths, strict=True))
+    whole = Lengths(*lengths, 0, causal=causal, window=window, segment_ids=tuple(padded), **(used or {}))  # type: ignore[arg-type]
+    return dataclasses.replace(whole, sequences=len(whole._segments))
+
+
 @dataclass(frozen=True)
 class LengthsCase:
     """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows.
-    dlse: a backward is given a gradient of lse.
+    dlse: a backward is given a gradient of lse. sinks: their dtype, "float32" or the case's, or none. scores: what
+    becomes of them, of `tests.scores.NAMES`.
     """
 
     lengths: Lengths
@@ -135,6 +215,12 @@ class LengthsCase:
     family: str | None = None
     seed: int = 1
     dlse: bool = False
+    sinks: str = ""
+    scores: tuple[str, ...] = ()
+
+    def features(self) -> dict[str, Any]:
+        """Of scores, as keywords of `attention`."""
+        return scores.draw_features(self.scores, self.seed, self.lengths.problem_batch, self.heads[0], self.dtype)
 
     def __str__(self) -> str:
         texts = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
@@ -157,12 +243,17 @@ class Prepared:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("dq", "dk", "dv") if self.backward else ("out", "lse")
+        return ("dq", "dk", "dv") + ("dsinks",) * bool(self.case.sinks) if self.backward else ("out", "lse")
 
 
 def _tensor(case: LengthsCase, name: str) -> Tensor:
     """(batch, rows, heads, width) of the array, whatever its memory is; lse (batch, heads, rows)."""
     lengths = case.lengths
+    if name in ("sinks", "dsinks"):
+        return Tensor((case.heads[0],), (1,), case.sinks)
+    if name == "alibi_slopes":
+        shape = case.features()[name].shape
+        return Tensor(shape, (1, shape[0])[: len(shape)], "float32")  # of the batch, heads outermost
     side = "q" if name in _OF_QUERIES else "k"
     batch, rows = lengths.batch(side), getattr(lengths, f"rows_{side}")
     heads = case.heads[0] if side == "q" else case.heads[1]
@@ -178,25 +269,36 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
     """As a call makes it."""
     lengths = case.lengths
     sizes = Sizes(
-        lengths.sequences, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
+        lengths.problem_batch, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
         case.head_dim_v or case.head_dim, lengths.is_packed("q"), lengths.is_packed("k"),
     )  # fmt: skip
-    refs = {name: tensor.ref() for name, tensor in tensors.items() if name != "dlse"}  # of one row the stride is 0
+    refs = {name: tensor.ref() for name, tensor in tensors.items()}  # of one row the stride is 0
+    dense = {name: ref for name, ref in refs.items() if name in BACKWARD}
     options = Options.checked(lengths.causal, None, "bshd", None, case.deterministic)
-    problem = AttentionProblem.from_refs(refs, sizes, case.dtype, options)
+    problem = AttentionProblem.from_refs(dense, sizes, case.dtype, options)
     problem = dataclasses.replace(problem, lengths=lengths.spec)
     if lengths.window is not None:
         problem = SPECS["window_size"](problem, lengths.window)
-    return SPECS["dlse"](problem, tensors["dlse"].ref()) if "dlse" in tensors else problem
+    if "softcap" in case.features():
+        problem = SPECS["softcap"](problem, case.features()["softcap"])
+    for name in ("alibi_slopes", "sinks", "dsinks", "dlse"):
+        if name in refs:
+            problem = SPECS[name](problem, refs[name])
+    return problem
 
 
 def prepare(case: LengthsCase, backward: bool) -> Prepared:
     """Rows that belong to no sequence hold NaN, and so do queries that see no key, and keys that no query sees."""
     lengths = case.lengths
     names = (BACKWARD if backward else FORWARD) + ("dlse",) * (backward and case.dlse)
+    names += ("sinks",) * bool(case.sinks) + ("dsinks",) * (backward and bool(case.sinks))
+    features = case.features()
+    names += ("alibi_slopes",) * ("alibi_slopes" in features)
     tensors = {name: _tensor(case, name) for name in names}
+    if "alibi_slopes" in features:
+        tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
     numbers = reference.make_inputs(
-        case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.sequences),
+        case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.problem_batch),
         heads=case.heads, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
     )._asdict()  # fmt: skip
     for name in ("q", "k", "v", "dout"):
@@ -209,20 +311,28 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
             values[~lengths.seen(side)] = 0xFFFF
     if "dlse" in tensors:
         dlse = tensors["dlse"].values.swapaxes(1, 2)
-        seen = lengths.seen("q")
+        seen = lengths.seen("q") if not case.sinks else lengths.there("q")  # then it is the sink that they see
         dlse[seen] = np.random.default_rng(case.seed).standard_normal(dlse[seen].shape)
+    sinks = None
+    if case.sinks:
+        stored = sinks_of(case.seed, case.heads[0], case.sinks)
+        tensors["sinks"].values[...] = stored.view(tensors["sinks"].values.dtype)
+        sinks = reference.as_float64(stored)
     expected: list[reference.Expected | None] = []
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
-        if not sq or not sk:
+        if not sq or not (sk or case.sinks):
             expected.append(None)
             continue
         of = {
             name: _part(case, tensor, name, b, (first_q, sq) if name in _OF_QUERIES else (first_k, sk))
             for name, tensor in tensors.items()
+            if name not in ("alibi_slopes", "sinks", "dsinks")
         }
         want = reference.expect(
-            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window, dlse=of.get("dlse")
-        )
+            of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window,
+            dlse=of.get("dlse"),
+            features=reference.Features(features.get("softcap"), _slopes(features, lengths.number(b)), sinks),
+        )  # fmt: skip
         expected.append(want)
         if backward:
             model = want.bounds["out"].model
@@ -239,6 +349,11 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     prepared = Prepared(case, backward, tensors, lengths.arrays, plan, expected, workspace, {})
     prepared.inputs = {name: each.bits() for name, each in tensors.items() if name not in prepared.results}
     return prepared
+
+
+def _slopes(features: dict[str, Any], number: int) -> np.ndarray | None:
+    slopes = features.get("alibi_slopes")
+    return slopes if slopes is None or slopes.ndim == 1 else slopes[number]
 
 
 def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
@@ -265,6 +380,9 @@ def execute(
         prepared.tensors[name].poison()
     names = BACKWARD if prepared.backward else FORWARD
     pointers = tuple(prepared.tensors[name].pointer for name in names)
+    pointers += tuple(
+        prepared.tensors[name].pointer for name in ("dsinks", "alibi_slopes", "sinks") if name in prepared.tensors
+    )
     pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
     if "dlse" in prepared.tensors:
         pointers += (prepared.tensors["dlse"].pointer,)
@@ -285,11 +403,13 @@ def judge(prepared: Prepared) -> None:
     """AssertionError unless every sequence is right, and every row of none, or that sees nothing, is 0."""
     judge_memory(prepared)
     case, lengths = prepared.case, prepared.case.lengths
-    for name in prepared.results:
+    of_sequences = [name for name in prepared.results if name != "dsinks"]
+    for name in of_sequences:
         seen = lengths.seen("q" if name in _OF_QUERIES else "k")
         values = prepared.tensors[name].values
         if name == "lse":
-            assert (values.swapaxes(1, 2)[~seen] == -np.inf).all(), "lse: a row that sees no key is not -inf"
+            nobodys = ~(lengths.there("q") if case.sinks else seen)  # lse of the others is their sink, as expected
+            assert (values.swapaxes(1, 2)[nobodys] == -np.inf).all(), "lse: a row that sees no key is not -inf"
         else:
             assert not values[~seen].any(), f"{name}: a row that is not seen is not 0"
     for b, want in enumerate(prepared.expected):
@@ -298,12 +418,27 @@ def judge(prepared: Prepared) -> None:
         sides = {side: lengths.runs(side)[b] for side in "qk"}
         got = {
             name: _part(case, prepared.tensors[name], name, b, sides["q" if name in _OF_QUERIES else "k"])
-            for name in prepared.results
+            for name in of_sequences
         }
         try:
             want.check(**got)
         except AssertionError as error:
             raise AssertionError(f"sequence {b}: {error}") from error
+    if "dsinks" in prepared.results:
+        judge_dsinks(prepared)
+
+
+def judge_dsinks(prepared: Prepared) -> None:
+    """Of all sequences together."""
+    case = prepared.case
+    bounds = [want.bounds["dsinks"] for want in prepared.expected if want is not None]
+    ref, model = (np.sum([each[place] for each in bounds], axis=0) for place in (0, 1))
+    floor = sum(each.floor for each in bounds)
+    values = prepared.tensors["dsinks"].values
+    if case.sinks != "float32":
+        model = reference.round_to(model, case.sinks)
+        values = values if case.sinks == "bfloat16" else values.view(np.float16)
+    reference.compare("dsinks", values, ref, model, floor)
 
 
 def check(

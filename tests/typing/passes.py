@@ -18,6 +18,7 @@ def plain(q: X, k: X, v: X, wanted: bool) -> None:
     assert_type(fa2cupy.attention(q, k, v, seqused_k=used, leftpad_k=used, segment_ids=(starts, starts)), X)
     out, lse = fa2cupy.attention(q, k, v, return_lse=True)
     assert_type(fa2cupy.attention_backward(out, q, k, v, out, lse, deterministic=True, dq=None), tuple[X, X, X])
-    assert_type(fa2cupy.attention(q, k, v, softcap=30.0, alibi_slopes=q, sinks=q, dropout_p=0.1, dropout_seed=(1, 2)), X)
+    assert_type(fa2cupy.attention(q, k, v, softcap=30.0, alibi_slopes=q, sinks=q), X)
+    assert_type(fa2cupy.attention(q, k, v, dropout_p=0.1, dropout_seed=(1, 2)), X)
     assert_type(fa2cupy.attention_backward(out, q, k, v, out, lse, sinks=q, grad_of=("sinks",)), tuple[X, ...])
     assert_type(fa2cupy.backward_workspace_bytes(q, k, v) + fa2cupy.forward_workspace_bytes(q, k, v), int)

@@ -55,6 +55,7 @@ class BwdTile:
     cluster: ClassVar[int] = 1
     dq_parts: ClassVar[int] = 1  # all of them add in one turn
     dq_unit: ClassVar[int] = 16  # columns of dQ that no two warps share
+    room: ClassVar[bool] = True
 
     @property
     def dq_warps(self) -> int:
@@ -163,11 +164,11 @@ def _section_of_turns(work: Work, steps: int) -> int:
 
 
 def launch(whole: Backward, tile: BwdTile) -> KernelLaunch:
-    """A thread block for each share of a block of keys."""
+    """A thread block for each share of a block of keys, or for several short segments."""
     work, order = whole.work, whole.order
     side = whole.side_defines | backward.adding_defines(tile, order.cleared)
     main = _defines(tile, side, *whole.head_dims, work.problem.causal, work.deterministic, order.partial)
-    blocks = work.key_tiles * order.splits
+    blocks = work.blocks(work.key_tiles * order.splits, tile.num_warps)
     return whole.launch(
         _KERNEL, arch(work.device), main, backward.config(blocks, tile.num_warps, int(main["FA2_SHARED_BYTES"]))
     )

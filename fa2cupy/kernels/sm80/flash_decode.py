@@ -51,6 +51,7 @@ class DecodeTile:
     spill_bytes: int = 0
 
     family: ClassVar[str] = "sm80"
+    room: ClassVar[bool] = True
 
     def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0, scale_of_page: bool = False) -> int:
         """Of `SharedMemory` in sm80/flash_decode.cu; both are padded."""

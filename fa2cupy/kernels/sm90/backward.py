@@ -48,8 +48,17 @@ class BwdTileSm90(abc.ABC):
     head_dim_v: int = 0
 
     family: ClassVar[str] = "sm90"
-    dq_unit: ClassVar[int] = 64  # a panel
     cluster: ClassVar[int]
+
+    @property
+    def dq_unit(self) -> int:
+        """Columns of dQ that no two warps share: a panel."""
+        return 64
+
+    @property
+    def room(self) -> bool:
+        """Scores of 128 queries leave no registers."""
+        return self.block_m < 128
 
     @property
     @abc.abstractmethod
@@ -175,7 +184,7 @@ def launch(kernel: tuple[str, str], whole: Backward, tile: BwdTileSm90) -> Kerne
         {name: whole.pointers[name] for name in _PLAIN},
         whole.names,
         maps + _statistics_maps(whole),
-        work.lists,
+        (work.lists,),
     )
 
 

@@ -51,6 +51,11 @@ class BwdTileNarrow(BwdTileSm90):
     def dq_warps(self) -> int:
         return self.num_warps - 4
 
+    @property
+    def dq_unit(self) -> int:
+        """Columns of a warpgroup's dQ: a panel, or half of the only one."""
+        return 32 if self.head_dim <= 64 and self.block_m == 64 else 64
+
     def shared_mem_bytes(self) -> int:
         """Panels of 64 columns, dQ, the statistics, and the barriers."""
         panels, rows = -(-self.head_dim // 64), self.num_stages * self.block_m
@@ -64,6 +69,7 @@ class BwdTileNarrow(BwdTileSm90):
 # 128 keys, two warpgroups' worth of dK and dV: 128 queries where registers and shared memory allow, else 64.
 BWD_TILES_SM90: tuple[BwdTileNarrow, ...] = (
     BwdTileNarrow(64, 128, 128, 2, "211 KB"),
+    BwdTileNarrow(64, 64, 128, 2, "130 KB; has registers left for hooks"),
     BwdTileNarrow(96, 64, 128, 2, "226 KB: a panel and a half take two"),
     BwdTileNarrow(128, 64, 128, 2, "226 KB"),
 )

@@ -18,7 +18,7 @@ _BLOCKS = 4  # of a multiprocessor, at most
 def launch(problem: CacheProblem, device: DeviceInfo) -> KernelLaunch:
     """Before the kernel that computes with them."""
     arch = common.arch_of(device)
-    params, pointers = cache_params.packed(problem, new_keys=True)
+    params, pointers = cache_params.packed(problem, new_keys=True, scores=False)
     keys = (problem.seqlen_new or 0) * problem.num_heads_k * (1 if problem.is_packed else problem.batch)
     defines = common.common_defines(problem.dtype, 16, 0, problem.aligned) | {
         "FA2_BLOCK_M": 16,
@@ -31,7 +31,7 @@ def launch(problem: CacheProblem, device: DeviceInfo) -> KernelLaunch:
     return KernelLaunch(
         *_KERNEL,
         arch,
-        defines | cache_params.feature_defines(problem, arch, new_keys=True),
+        defines | cache_params.feature_defines(problem, arch, new_keys=True, scores=False),
         LaunchConfig((max(1, min(-(-keys // _WARPS), _BLOCKS * device.sm_count)), 1, 1), (32 * _WARPS, 1, 1)),
         bytes(params),
         tuple(pointers),

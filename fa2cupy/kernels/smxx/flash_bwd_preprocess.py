@@ -1,4 +1,5 @@
-"""Before the main kernel of a backward: cuda_src/smxx/flash_bwd_preprocess.cu, a block for each tile of queries."""
+"""Before the main kernel of a backward: cuda_src/smxx/flash_bwd_preprocess.cu, a block for each tile of queries, or for
+several short segments."""
 
 from __future__ import annotations
 
@@ -6,15 +7,15 @@ import ctypes
 import itertools
 
 from fa2cupy.kernels import backward, common
-from fa2cupy.kernels.backward import Backward, BwdRow, Defines
+from fa2cupy.kernels.backward import PREPROCESS_WARPS, Backward, BwdRow, Defines
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.params import BwdParams, composed
-from fa2cupy.spec import DlseParams, SoftmaxSpec
+from fa2cupy.spec import PREPROCESS, SinksSpec, SoftmaxSpec
 
 __all__ = ["compile_jobs", "launch"]
 
-_KERNEL = ("smxx/flash_bwd_preprocess.cu", "flash_bwd_preprocess")
-_WARPS = 8
+_KERNEL = (PREPROCESS, "flash_bwd_preprocess")
+_SPECS: dict[str, SinksSpec | SoftmaxSpec] = {"sinks": SinksSpec(False, True, True), "dlse": SoftmaxSpec((0, 0, 0))}
 
 
 def launch(whole: Backward) -> KernelLaunch:
@@ -23,27 +24,27 @@ def launch(whole: Backward) -> KernelLaunch:
         _KERNEL,
         common.arch_of(work.device),
         _defines(work.tile, whole.side_defines, whole.order.cleared),
-        backward.config(work.query_tiles, _WARPS),
+        backward.config(work.blocks(work.query_tiles, PREPROCESS_WARPS), PREPROCESS_WARPS),
+        whole.sink_sums,
     )
 
 
 def _defines(tile: BwdRow, side: Defines, cleared: bool) -> Defines:
-    return side | backward.adding_defines(tile, cleared) | {"FA2_NUM_WARPS": _WARPS}
+    return side | backward.adding_defines(tile, cleared) | {"FA2_NUM_WARPS": PREPROCESS_WARPS}
 
 
 def compile_jobs(arch: str, label: str, tile: BwdRow, side: Defines, cleared: backward.Cleared) -> list[CompileJob]:
-    """Beside a main kernel's jobs for a row: without a gradient of lse, and with one."""
-    size = ctypes.sizeof(composed(BwdParams, (DlseParams,)))
-    dlse = SoftmaxSpec((0, 0, 0)).defines() | {"FA2_PARAMS_BYTES": size}
+    """Beside a main kernel's jobs for a row: for nothing beyond dense attention; a gradient of lse, of sinks, both."""
     clears = sorted({clear for clear, *_ in backward.modes(cleared)})
-    return [
-        CompileJob(
-            *_KERNEL,
-            arch,
-            _defines(tile, side, clear) | (dlse if given else {}),
-            f"backward preprocess {label}" + " dlse" * given + " of zeros" * clear,
-            0,
-            0,
-        )
-        for given, clear in itertools.product((False, True), clears)
-    ]
+    jobs = []
+    for features, clear in itertools.product(("", " dlse", " sinks", " sinks dlse"), clears):
+        defines = _defines(tile, side, clear)
+        specs = [_SPECS[name] for name in features.split()]
+        for spec in specs:
+            defines |= spec.defines()
+        if specs:
+            blocks = tuple(type(spec.params()) for spec in specs)
+            defines["FA2_PARAMS_BYTES"] = ctypes.sizeof(composed(BwdParams, blocks))
+        kind = f"backward preprocess {label}{features}" + " of zeros" * clear
+        jobs.append(CompileJob(*_KERNEL, arch, defines, kind, 0, 0))
+    return jobs

@@ -6,6 +6,8 @@
 inline float ex2(float x) { return exp2f(x); }
 inline float lg2(float x) { return log2f(x); }
 inline float rcp(float x) { return 1.0f / x; }
+// To 17 bits, as it was seen on an H200.
+inline float tanh_approx(float x) { return __uint_as_float(__float_as_uint(tanhf(x)) & ~0x7fu); }
 inline float minus_infinity_after(float) { return -__builtin_inff(); }
 
 inline float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
