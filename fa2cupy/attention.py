@@ -18,7 +18,7 @@ from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.keywords import asked, not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given, gradients
-from fa2cupy.spec import LENGTHS
+from fa2cupy.spec import CARRIED
 
 __all__ = [
     "attention",
@@ -189,7 +189,10 @@ def _with_extra(
     """`attention` with arrays beyond q, k, v and outputs, the last ones, called `extra`."""
     q, k, v, out, lse_out, *more = arrays
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
-        way, others = doors.torch_way(q, k, v), [name for name in extra if name not in LENGTHS]
+        way, others = doors.torch_way(q, k, v), [name for name in extra if name not in CARRIED]
+        if way is not None and not others:
+            way, carried = doors.torch_extra(way, q, dict(zip(extra, more, strict=True)))
+            arrays = [q, k, v, out, lse_out, *carried.values()]
         if way is STRAIGHT:
             if not others:  # of these a gradient may be wanted: `call` asks
                 operation = ASKED[operation]
@@ -197,7 +200,7 @@ def _with_extra(
             if others:
                 raise not_through_torch(asked(others[0]))
             options = (*options[:4], deterministic, options[5])
-            return way(q, k, v, options, return_lse, dict(zip(extra, more, strict=True)))
+            return way(q, k, v, options, return_lse, carried)
     if deterministic and any(map(is_traced, (q, k, v))):
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:

@@ -95,9 +95,15 @@ def check_scale(name: str, value: Any) -> float | None:
     return scale
 
 
+def _known(value: Any) -> Any:
+    """A number. Of one that torch.compile does not know yet, float() would make no number, but this does: options are
+    part of a graph."""
+    return float.fromhex(value.hex()) if isinstance(value, float) else value
+
+
 def check_softcap(name: str, value: Any) -> float:
     """A finite number above 0; what is no softcap has been found neutral."""
-    softcap = check_scale(name, value)
+    softcap = check_scale(name, _known(value))
     assert softcap is not None
     if not softcap > 0:
         raise InvalidArgument(f"{shown(name, value)} is not supported: a number above 0, or None or 0.0 for none")
@@ -110,7 +116,7 @@ DROPOUT_STEPS = 2**15  # the kernels compare 15 random bits
 def check_dropout(name: str, value: Any) -> float | None:
     """A probability, rounded to a multiple of 2^-15; None where that is 0."""
     try:
-        p = check_scale(name, value)
+        p = check_scale(name, _known(value))
     except InvalidArgument:  # not finite
         p = math.nan
     assert p is not None

@@ -73,8 +73,8 @@ class Keyword:
     type: its annotation. functions: those that take it. meaning: one line, for the table in docs/usage.md.
     since: the version that has it, None for one to come. neutral: values that mean the same as leaving it out.
     check: makes of (name, value) what the call goes on with, None for nothing, or raises; None for an array, which is
-    checked as one. arrays: names of the arrays that it is for, which `check` makes of the value. output: of a gradient
-    beside dq, dk and dv. hint: checked, and then forgotten: nothing depends on it.
+    checked as one. arrays: names of the arrays that it is for, which `check` makes of the value. hint: checked, and
+    then forgotten: nothing depends on it.
     """
 
     name: str
@@ -86,7 +86,6 @@ class Keyword:
     neutral: tuple[object, ...] = (None,)
     check: Callable[[str, Any], Any] | None = None
     arrays: tuple[str, ...] = ()
-    output: bool = False
     hint: bool = False
 
 
@@ -194,8 +193,8 @@ _TABLE = (
     Keyword("dq", "A | None", None, _BACKWARD, "where to put the gradient of q", "0.1"),
     Keyword("dk", "A | None", None, _BACKWARD, "where to put the gradient of k", "0.1"),
     Keyword("dv", "A | None", None, _BACKWARD, "where to put the gradient of v", "0.1"),
-    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias", output=True),
-    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks", "0.2", output=True),
+    Keyword("dbias", "A | None", None, _BACKWARD, "where to put the gradient of bias"),
+    Keyword("dsinks", "A | None", None, _BACKWARD, "where to put the gradient of sinks", "0.2"),
     Keyword(
         "workspace", "A | None", None, (*_FORWARD, *_BACKWARD, *_ATTEND),
         "one block of memory of at least `forward_workspace_bytes`, `backward_workspace_bytes`", "0.1",
@@ -217,10 +216,14 @@ _TABLE = (
         "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
         "an array whose framework and device are taken", "0.2",
     ),
-    Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
+    Keyword(
+        "arrays", "dict[str, A] | None", None, ("BlockMask.from_mask_mod", "ScoreMod"),
+        "arrays and numbers that a function uses, by the names of its variables", "0.2",
+    ),
     Keyword(
         "max_partial", "int | None", None,
-        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"), "room for partial blocks",
+        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"),
+        "room for so many blocks that are seen in part; more are an error", "0.2",
     ),
 )  # fmt: skip
 

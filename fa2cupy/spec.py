@@ -10,6 +10,9 @@ from typing import ClassVar, Protocol
 from fa2cupy.checks import DROPOUT_STEPS
 
 __all__ = [
+    "CARRIED",
+    "DIFFERENTIABLE",
+    "FINDING",
     "LENGTHS",
     "LISTING",
     "MASK_ARRAYS",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+FINDING = "smxx/find_segments.cu"  # who finds segments before
 PREPROCESS = "smxx/flash_bwd_preprocess.cu"
 OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 
@@ -137,8 +141,8 @@ class ScoreParams(ctypes.Structure):
 
     _fields_ = (
         ("alibi_slopes", ctypes.c_uint64),
-        ("alibi_batch", ctypes.c_int64),
-        ("alibi_head", ctypes.c_int64),
+        ("alibi_batch_stride", ctypes.c_int64),
+        ("alibi_head_stride", ctypes.c_int64),
         ("softcap_factor", ctypes.c_float),
         ("softcap_log2", ctypes.c_float),
     )
@@ -294,6 +298,12 @@ LENGTHS = (
 )  # fmt: skip
 
 
+# The arrays that torch's operators carry as arguments of their own, in the order of the keywords; and of these the ones
+# that may have a gradient.
+CARRIED = ("alibi_slopes", "sinks", "dropout_seed", *LENGTHS)
+DIFFERENTIABLE = ("sinks",)
+
+
 class LengthsParams(ctypes.Structure):
     """The twin of the struct in cuda_src/common/listed.cuh."""
 
@@ -317,10 +327,10 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Who makes lists of tiles looks at the arrays, and who asks for rows that are in none; what others are told is
-        `kernels.listed.Lists`.
+        """Who makes lists of tiles looks at the arrays, who finds segments before, and who asks for rows that are in no
+        tile; what others are told is `kernels.listed.Lists`.
         """
-        return source in (LISTING, OF_SINKS)
+        return source in (LISTING, OF_SINKS) or (self.segments and source == FINDING)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)

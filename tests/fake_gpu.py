@@ -103,14 +103,14 @@ class Launch:
 
     def run(self) -> None:
         p = self.problem
-        extra = ("workspace", *p.extra_arrays)
+        extra = ("workspace", *p.extra_arrays, *p.extra_results)
         arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name not in extra}
         if p.softmax is not None:
             shape = arrays["lse"].shape
             steps = tuple(4 * step for step in p.softmax.dlse)
             arrays["dlse"] = view(self.pointers["dlse"], shape, steps, np.float32)
         window = None if p.window is None else (p.window.left, p.window.right)
-        options = {"causal": p.causal, "softmax_scale": p.softmax_scale, "window_size": window}
+        options = {"causal": p.causal, "softmax_scale": p.softmax_scale, "window_size": window, **self.features()}
         compute = cpu.backward if "dout" in arrays else cpu.forward
         if p.lengths is not None:
             compute = sequences.backward if "dout" in arrays else sequences.forward
@@ -120,6 +120,20 @@ class Launch:
                 arrays[name] = x[0] if starts in lengths else x
             options["lengths"] = lengths
         compute(**arrays, **options)
+
+    def features(self) -> dict[str, Any]:
+        """What becomes of scores, and sinks."""
+        p, options = self.problem, dict[str, Any]()
+        if p.score is not None:
+            options["softcap"] = p.score.softcap
+            if p.score.alibi is not None:
+                steps = tuple(4 * step for step in p.score.alibi)
+                options["alibi_slopes"] = view(self.pointers["alibi_slopes"], (p.batch, p.num_heads), steps, np.float32)
+        if p.sinks is not None:
+            dtype = np.dtype((np.uint16 if p.dtype == "bfloat16" else p.dtype) if p.sinks.sixteen_bit else np.float32)
+            for name in (*p.sinks.arrays(), *p.sinks.results()):
+                options[name] = view(self.pointers[name], (p.num_heads,), (dtype.itemsize,), dtype)
+        return options
 
     def lengths(self, name: str) -> np.ndarray:
         p = self.problem

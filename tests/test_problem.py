@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import fractions
 import itertools
+import re
 from typing import Any
 
 import ml_dtypes

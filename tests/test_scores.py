@@ -12,6 +12,7 @@ from scipy import special
 import fa2cupy
 from fa2cupy import cpu
 from tests.covering import covering
+from tests.fake_gpu import FakeGpu, host_view, to_cupy
 from tests.lengths import FORMS, SMALL, dead_rows, draw, expect_sequences
 from tests.reference import Inputs, as_float64, expect, make_inputs, store
 from tests.scores import NAMES, draw_features, features_of
@@ -398,3 +399,42 @@ def test_pieces_of_the_keys_are_merged(names: tuple[str, ...]) -> None:
     np.testing.assert_allclose(sum(each[0] for each in gradients), dq, rtol=1e-11, atol=1e-13)
     for n, whole in ((1, dk), (2, dv)):
         np.testing.assert_allclose(np.concatenate([each[n] for each in gradients], 1), whole, rtol=1e-11, atol=1e-13)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What reaches a GPU
+
+
+@pytest.mark.parametrize("form", ["dense, bhsd", "packed", "q packed"])
+@pytest.mark.parametrize("names", [("softcap", "sinks"), ("alibi_slopes",), ("softcap", "alibi of batch", "sinks")])
+@pytest.mark.parametrize("seed", [2, 3])
+def test_what_a_gpu_is_told(names: tuple[str, ...], form: str, seed: int, gpu: FakeGpu) -> None:
+    """The front end's pointers, strides and shapes serve a computation with them alone: sinks of either dtype, slopes
+    with gaps.
+    """
+    case = draw(11, form.split(",")[0], pairs=_MIXED, dtype="float16", head_dim=8, head_dim_v=16)
+    q, k, v, dout = case.inputs
+    swapped = "bhsd" in form
+    if swapped:
+        case = case._replace(inputs=make_inputs(1, 20, 13, dtype="float16", batch=7, heads=(4, 2), head_dim=8))
+        q, k, v, dout = (x.swapaxes(1, 2) for x in case.inputs)
+    keywords = draw_features(names, seed, 7, 4, "float16")
+    theirs: dict[str, Any] = {name: to_cupy(x) if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
+    if "alibi_slopes" in theirs:
+        slopes = keywords["alibi_slopes"]
+        theirs["alibi_slopes"] = to_cupy(np.repeat(slopes, 2, axis=-1))[..., ::2]
+    theirs |= {name: to_cupy(x) for name, x in case.lengths.items()}
+    options: dict[str, Any] = {"causal": True, "layout": "bhsd" if swapped else "bshd"}
+    arrays = [to_cupy(x) for x in (q, k, v)]
+    out, lse = fa2cupy.attention(*arrays, return_lse=True, **options, **theirs)
+    dlse = np.random.default_rng(0).standard_normal(lse.shape).astype(np.float32)
+    wanted = ("sinks",) if "sinks" in names else ()
+    gradients = fa2cupy.attention_backward(
+        to_cupy(dout), *arrays, out, lse, dlse=to_cupy(dlse), grad_of=wanted, **options, **theirs
+    )
+    results = dict(zip(("out", "lse", *GRADIENTS, "dsinks"), map(host_view, (out, lse, *gradients)), strict=False))
+    results = {name: x.swapaxes(1, 2) if swapped and x.ndim == 4 else x for name, x in results.items()}
+    expect_sequences(case.inputs, case.lengths, causal=True, dlse=dlse, out=results["out"], features=keywords).check(
+        **results
+    )
+    assert len(gpu.plans) == 2 and len(gradients) == 3 + len(wanted)

@@ -97,9 +97,9 @@ enum { kAlibi = 0 };
 #endif
 
 #ifdef FA2_SINKS
-enum { kSinks = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
+enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
 #else
-enum { kSinks = 0 };
+enum { kOwnLogit = 0 };
 #endif
 
 #ifdef FA2_DROPOUT
@@ -128,6 +128,22 @@ enum { kUnseenRows = 0 };
 enum { kListed = FA2_LISTED };
 #else
 enum { kListed = 0 };
+#endif
+#ifdef FA2_SEGMENTS
+enum { kSegments = FA2_SEGMENTS };  // sequences are what smxx/find_segments.cu found, not what arrays of lengths say
+#else
+enum { kSegments = 0 };
+#endif
+#ifdef FA2_SHORT
+// The list is of whole sequences, whose keys are one block: a thread block takes one by itself, and dQ is no sum.
+enum { kShort = FA2_SHORT };
+#else
+enum { kShort = 0 };
+#endif
+#ifdef FA2_REPEAT
+enum { kRepeat = FA2_REPEAT };  // there may be more tiles than thread blocks: each takes every so many-th
+#else
+enum { kRepeat = 0 };
 #endif
 #ifdef FA2_POSITIONED
 enum { kPositioned = FA2_POSITIONED };  // tiles of a list say which rows of their sequence they are

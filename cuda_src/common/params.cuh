@@ -23,7 +23,7 @@ struct WindowParams {
 // What becomes of scores (score.cuh).
 struct ScoreParams {
   const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
-  int64_t alibi_batch, alibi_head;  // its strides
+  int64_t alibi_batch_stride, alibi_head_stride;  // its strides
   float softcap_factor;  // softmax_scale / softcap; kSoftcap
   float softcap_log2;    // softcap * log2(e)
 };
@@ -96,7 +96,7 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kSinks, SinksParams>,
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
                                Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
@@ -110,7 +110,7 @@ struct FwdTmaParams {
 };
 
 using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kSinks, SinksParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
+                                  Part<kOwnLogit, SinksParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -147,7 +147,7 @@ struct DlseParams {
 
 using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDropout, DropoutParams>,
                                Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kSinks, SinksGradientParams>, Part<kDropout, DropoutParams>,
+using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDropout, DropoutParams>,
                                   Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
@@ -172,17 +172,17 @@ using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
-  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kSinks the sink); or null
+  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kOwnLogit the sink); or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
-using FillSinksParams = Composed<FillParams, Part<kSinks, SinksParams>>;
+using FillUnseenParams = Composed<FillParams, Part<kOwnLogit, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
-  int* counts;  // (2,)
-  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kSinks the
+  int* counts;  // (2,), of segments (4,)
+  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kOwnLogit the
   // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
   float* lse;
@@ -194,7 +194,13 @@ struct ListTilesParams {
   int cols_out, cols_dk, cols_dv;
 };
 using ListTilesBandParams =
-    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kSinks, SinksParams>, Part<true, LengthsParams>>;
+    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kOwnLogit, SinksParams>, Part<true, LengthsParams>,
+             Part<kSegments, SegmentParams>>;
+
+struct FindParams {
+  int rows_q, rows_k;  // of each row of the batch
+};
+using FindSegmentsParams = Composed<FindParams, Part<true, LengthsParams>, Part<true, SegmentParams>>;
 
 // Of flash_bwd_sinks. A thread block for each head.
 struct SinksBwdParams {
@@ -202,5 +208,6 @@ struct SinksBwdParams {
   int tiles_of_head;  // of queries, in each row of the batch; of a list at most. 0: nothing was summed up
   int sums_of_tile;
 };
-using SinksBwdBandParams = Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>,
-                                    Part<kListed, LengthsParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using SinksBwdBandParams =
+    Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>, Part<kListed, LengthsParams>,
+             Part<kDlse, DlseParams>, Part<kListed, ListParams>, Part<kSegments, SegmentParams>>;

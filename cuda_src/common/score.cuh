@@ -27,16 +27,16 @@ FA2_DEVICE float tanh_of(float x) {
 
 // What a head's scores lose with each key of distance, in exponents of 2. Read for a tile, long before it is needed.
 template <bool kGiven>
-struct SlopeOf {};
+struct HeadScoresOf {};
 template <>
-struct SlopeOf<true> {
+struct HeadScoresOf<true> {
   float slope;
 };
-using Slope = SlopeOf<kAlibi>;
+using HeadScores = HeadScoresOf<kAlibi>;
 template <typename Params>
-FA2_DEVICE Slope slope_of(const Params& params, int batch, int head) {
+FA2_DEVICE HeadScores head_scores(const Params& params, int batch, int head) {
   if constexpr (kAlibi) {
-    return {params.alibi_slopes[batch * params.alibi_batch + head * params.alibi_head] * kLog2E};
+    return {params.alibi_slopes[batch * params.alibi_batch_stride + head * params.alibi_head_stride] * kLog2E};
   } else {
     return {};
   }
@@ -195,8 +195,8 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h,
 }
 template <int kNTiles, typename Packed, typename Params>
 FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, float lse_log2, const Params& params,
-                            const Slope& slope, const Sequence& sequence, const Position<false>& position, bool masked) {
-  const auto scores = Scores<false>::of<1, kNTiles>(params, slope, sequence, position);
+                            const HeadScores& of_head, const Sequence& sequence, const Position<false>& position, bool masked) {
+  const auto scores = Scores<false>::of<1, kNTiles>(params, of_head, sequence, position);
   const int query = position.query(0, 0, 2 * h);
   const int begin = masked ? key_begin(sequence, query) - position.first_key : 0;
   const int end = masked ? key_end(sequence, query) - position.first_key : 8 * kNTiles;

@@ -260,7 +260,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   if (kListed && !any) return;  // the host knows only how many tiles there are at most
   Step step(shape, work);
   bool first = true;  // step of its tile
-  Slope slope = slope_of(params, query_batch(work), step.head);
+  HeadScores of_head = head_scores(params, query_batch(work), step.head);
   auto next_step = [&] {
     first = step.left == 1;
     if (first) {
@@ -269,7 +269,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     } else {
       step.advance(work);
     }
-    slope = slope_of(params, query_batch(work), step.head);
+    of_head = head_scores(params, query_batch(work), step.head);
   };
   auto issue_dv = [&] {  // dV += P^T dO
     wgmma_fence();
@@ -312,7 +312,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     if (kDropout && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
     kept.draw(drawing, position);
     bar_sync(kept.before(drawing, kTurn + group), 128 * kKeyGroups);  // the other warpgroup has its dS
-    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, slope, sequence, position);
+    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, position);
     if (step.m_block < mask_to_of(work, step.m_block)) {
       recompute_p<true>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
     } else {

@@ -173,12 +173,12 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const int stage = count % 2, q_stage = stage * kParts, p_stage = kPBuffers > 1 ? stage : 0;
     const uint32_t p_parity = kPBuffers > 1 ? count / 2 % 2 : stage;
     const int query = step.m_block * kBlockM + row;
-    const Slope slope = slope_of(params, query_batch(work), step.head);
+    const HeadScores of_head = head_scores(params, query_batch(work), step.head);
     Fragments<kKeySteps> packed;
     auto half_of_p = [&](int h) {
       const float lse_log2 = smem.q_loads.statistics[q_stage][row + 8 * h];
       if constexpr (kScores) {
-        recompute_p(acc_s, packed, h, lse_log2, params, slope, sequence_of_tile(shape, work, params), {query, key},
+        recompute_p(acc_s, packed, h, lse_log2, params, of_head, sequence_of_tile(shape, work, params), {query, key},
                     step.m_block < mask_to_of(work, step.m_block));
       } else {
         recompute_p(acc_s, h, lse_log2, params.scale_softmax_log2);

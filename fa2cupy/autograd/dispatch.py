@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fa2cupy.autograd import sharding
-from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order
+from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order, refuse_gradients
 from fa2cupy.autograd.function import eager
 from fa2cupy.autograd.operators import forward_op
 from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
@@ -24,8 +24,9 @@ from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.operations import FORWARD, FORWARD_OUT, STRAIGHT
 from fa2cupy.options import Options
+from fa2cupy.spec import DIFFERENTIABLE
 
-__all__ = ["cast", "way"]
+__all__ = ["cast", "way", "with_extra"]
 
 # (q, k, v, options, return_lse, extra) -> out or (out, lse); options: those of a launch, with the deterministic of
 # gradients; extra: the arrays of other keywords, by name
@@ -46,6 +47,24 @@ def way(q: Any, k: Any, v: Any) -> Way | None:
         return eager
     straight: Way = STRAIGHT
     return straight
+
+
+def with_extra(way: Way | None, q: Any, extra: dict[str, Any]) -> tuple[Way | None, dict[str, Any]]:
+    """What `way` has found of q, k and v, and the arrays of other keywords, with these looked at as well: a seed of two
+    numbers becomes a tensor, and one of them may want a gradient, too."""
+    seed = extra.get("dropout_seed")
+    if isinstance(seed, tuple):
+        numbers = torch.full((2,), seed[0], dtype=torch.int64, device=q.device)  # no copy from the host, which waits
+        numbers[1:].fill_(seed[1])
+        extra = {**extra, "dropout_seed": numbers}
+    if is_grad_enabled() and _wants_gradient(extra) and way is STRAIGHT:
+        return eager, extra
+    return way, extra
+
+
+def _wants_gradient(extra: Extra) -> bool:
+    refuse_gradients(extra)
+    return any(name in extra and extra[name].requires_grad for name in DIFFERENTIABLE)
 
 
 def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
@@ -118,7 +137,7 @@ def _jagged(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, 
 
 def _autocast(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
     q, k, v = cast(q, k, v)
-    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _wants_gradient(extra)):
         return eager(q, k, v, options, return_lse, extra)
     return _straight(q, k, v, options, return_lse, extra)
 

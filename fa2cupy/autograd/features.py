@@ -11,9 +11,9 @@ from typing import Any
 
 from fa2cupy import dynamo
 from fa2cupy.errors import InvalidArgument
-from fa2cupy.spec import LENGTHS
+from fa2cupy.spec import CARRIED, DIFFERENTIABLE
 
-__all__ = ["NOTHING", "Extra", "by_name", "features_of", "features_text", "in_order"]
+__all__ = ["NOTHING", "Extra", "by_name", "features_of", "features_text", "in_order", "refuse_gradients"]
 
 # The arrays of keywords beyond q, k and v, by name, in the table's order.
 Extra = Mapping[str, Any]
@@ -44,9 +44,16 @@ def features_of(text: str) -> tuple[tuple[str, Any], ...]:
 
 def in_order(extra: Extra) -> tuple[Any, ...]:
     """Arrays as the last arguments of an operator, None for those that are not there."""
-    return tuple([extra.get(name) for name in LENGTHS]) if extra else ()
+    return tuple([extra.get(name) for name in CARRIED]) if extra else ()
+
+
+def refuse_gradients(extra: Extra) -> None:
+    """InvalidArgument if one of these arrays requires a gradient that nobody computes."""
+    for name, array in extra.items():
+        if name not in DIFFERENTIABLE and array.requires_grad:
+            raise InvalidArgument(f"{name} requires grad, and has no gradient here: pass {name}.detach()")
 
 
 def by_name(arrays: Sequence[Any]) -> dict[str, Any]:
     """The inverse; the dispatcher leaves out those at the end that are None."""
-    return {name: array for name, array in zip(LENGTHS, arrays, strict=False) if array is not None}
+    return {name: array for name, array in zip(CARRIED, arrays, strict=False) if array is not None}

@@ -13,6 +13,7 @@ from fa2cupy.autograd.known import KINDS, NO_KIND
 from fa2cupy.autograd.launching import launch_backward, launch_forward
 from fa2cupy.autograd.operators import backward_op
 from fa2cupy.autograd.watchers import are_watched, deterministic_algorithms, is_grad_enabled, is_plain
+from fa2cupy.spec import DIFFERENTIABLE
 
 __all__ = ["eager"]
 
@@ -49,7 +50,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         q, k, v, out, lse, *arrays = ctx.saved_tensors
-        nothing = (None,) * (2 if not ctx.names else 3 + len(arrays))  # for what is no q, k or v
+        nothing = (None,) * (2 if not ctx.names else 3)  # for what is no tensor
         options, kind = ctx.options, NO_KIND
         # With grad mode on (create_graph=True) the operator is taken: it says that there is no second derivative.
         watched = is_grad_enabled() or are_watched()
@@ -64,11 +65,23 @@ class _Attention(torch.autograd.Function):
                     return dq, dk, dv, *nothing
         if watched or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
             text, extra = features_text(options[5]), dict(zip(ctx.names, arrays, strict=True))
-            dq, dk, dv = backward_op(dout, q, k, v, out, lse, dlse, *options[:5], text, *in_order(extra))
+            dq, dk, dv, *further = backward_op(dout, q, k, v, out, lse, dlse, *options[:5], text, *in_order(extra))
+            gradients = dict(zip(DIFFERENTIABLE, further, strict=True))
+        elif not ctx.names:
+            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, kind=kind)
+            return dq, dk, dv, *nothing
         else:
             extra = dict(zip(ctx.names, arrays, strict=True))
-            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, extra, kind=kind)
-        return dq, dk, dv, *nothing
+            wanted = tuple(name for name, needed in _needed(ctx) if needed)
+            dq, dk, dv, *further = launch_backward(dout, q, k, v, out, lse, dlse, options, extra, wanted=wanted)
+            gradients = dict(zip(wanted, further, strict=True))
+        return dq, dk, dv, *nothing, *(gradients.get(name) if needed else None for name, needed in _needed(ctx))
+
+
+def _needed(ctx: Any) -> list[tuple[str, bool]]:
+    """The names of the further arrays, each with whether its gradient is wanted."""
+    count = len(ctx.names)
+    return list(zip(ctx.names, ctx.needs_input_grad[len(ctx.needs_input_grad) - count :], strict=True)) if count else []
 
 
 # Past torch's Python `apply`, which looks for torch.func: whoever comes here has looked.

@@ -32,20 +32,22 @@ def launch_forward(
 
 def launch_backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...],
-    extra: Extra = NOTHING, *, kind: Kind = NO_KIND,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dq, dk, dv. Torch's own switch is asked now, so that nothing which was compiled before has to know it.
+    extra: Extra = NOTHING, *, kind: Kind = NO_KIND, wanted: tuple[str, ...] = (),
+) -> tuple[Any, ...]:  # fmt: skip
+    """dq, dk, dv, and the gradients of the `wanted` arrays of `extra`.
 
-    kind: what learns from this call, the one of its `deterministic`, if it has no `extra`.
+    Torch's own switch is asked now, so that nothing which was compiled before has to know it. kind: what learns from
+    this call, the one of its `deterministic`, if it has no `extra`.
     """
     deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
     operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
     if extra:
-        operation, arrays = operation.extended(tuple(extra)), [*arrays, *extra.values()]
+        arrays = [*arrays, *(None for _ in wanted), *extra.values()]
+        operation = operation.extended(tuple(extra), tuple(f"d{name}" for name in wanted))
     if dlse is not None:
         operation, arrays = operation.extended(("dlse",)), [*arrays, dlse]
     launched = (*options[:4], deterministic, options[5])
-    dq, dk, dv = call(operation, arrays, None, launched)
+    dq, dk, dv, *further = call(operation, arrays, None, launched)
     if operation is _BACKWARD:
         kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), launched)
-    return dq, dk, dv
+    return dq, dk, dv, *further

@@ -14,21 +14,21 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction  # Function without what it does for torch.func
 from torch.utils.flop_counter import register_flop_formula
 
-from fa2cupy.autograd.features import by_name, features_of
+from fa2cupy.autograd.features import by_name, features_of, refuse_gradients
 from fa2cupy.autograd.launching import launch_backward, launch_forward
 from fa2cupy.autograd.watchers import in_forward_mode
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
-from fa2cupy.spec import LENGTHS
+from fa2cupy.spec import CARRIED, DIFFERENTIABLE
 
 __all__ = ["backward_op", "forward_op"]
 
 # features: the options beyond dense attention, as `features_text` writes them. Behind them the arrays beyond it.
 _OPTIONS = 'bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic, str features=""'
 _COUNT = 6  # of these
-_EXTRA = ", ".join(f"Tensor? {name}=None" for name in LENGTHS)
+_EXTRA = ", ".join(f"Tensor? {name}=None" for name in CARRIED)
 _BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dlse")
 
 _TAGS = tuple(
@@ -38,7 +38,7 @@ _library = torch.library.Library("fa2cupy", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, {_EXTRA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_OPTIONS}, {_EXTRA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_OPTIONS}, {_EXTRA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=_TAGS,
 )
 forward_op = torch.ops.fa2cupy.forward.default
@@ -54,11 +54,16 @@ def _forward(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
         return launch_forward(q, k, v, _launched(*rest[:_COUNT]), by_name(rest[_COUNT:]))
 
 
-def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *rest: Any) -> tuple[Any, Any, Any]:
+def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *rest: Any) -> tuple[Any, ...]:
+    """dq, dk, dv, and of the arrays in `DIFFERENTIABLE` that there are the gradients, of the others empty tensors."""
+    extra = by_name(rest[_COUNT:])
     with torch.no_grad():
-        return launch_backward(
-            dout, q, k, v, out, lse, dlse, _launched(*rest[:_COUNT]), by_name(rest[_COUNT:])
-        )  # fmt: skip
+        wanted = tuple(name for name in DIFFERENTIABLE if name in extra)
+        dq, dk, dv, *further = launch_backward(
+            dout, q, k, v, out, lse, dlse, _launched(*rest[:_COUNT]), extra, wanted=wanted
+        )
+        found = dict(zip(wanted, further, strict=True))
+        return dq, dk, dv, *(found[name] if name in found else q.new_empty(0) for name in DIFFERENTIABLE)
 
 
 def _launched(
@@ -85,12 +90,13 @@ def _forward_shapes(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
 
 
 @torch.library.register_fake("fa2cupy::backward", lib=_library)
-def _backward_shapes(*arguments: Any) -> tuple[Any, Any, Any]:
+def _backward_shapes(*arguments: Any) -> tuple[Any, ...]:
     count = len(_BACKWARD_TENSORS)
     tensors = dict(zip(_BACKWARD_TENSORS, arguments[:count], strict=True))
     _checked({name: tensor for name, tensor in tensors.items() if tensor is not None}, *arguments[count:])
-    dq, dk, dv = (tensors[name].new_empty(tensors[name].shape) for name in ("q", "k", "v"))
-    return dq, dk, dv
+    extra = by_name(arguments[count + _COUNT :])
+    like = [*(tensors[name] for name in ("q", "k", "v")), *(extra.get(name) for name in DIFFERENTIABLE)]
+    return tuple(tensors["q"].new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
 
 def _checked(
@@ -158,6 +164,9 @@ class _Function(_SingleLevelFunction):
         )
 
 
+_PLACE_OF_EXTRA = 1 + 3 + _COUNT  # behind grad_mode, q, k, v and the options
+
+
 class _Forward(_Function):
     @staticmethod
     def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
@@ -170,13 +179,19 @@ class _Forward(_Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
-        rest = (None,) * (len(ctx.needs_input_grad) - 4)
+        count = len(ctx.needs_input_grad)
         if dout is None and dlse is None:
-            return None, None, None, None, *rest
+            return (None,) * count
         q, k, v, out, lse, *extra = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        return None, *backward_op(dout, q, k, v, out, lse, dlse, *ctx.options, *extra), *rest
+        dq, dk, dv, *further = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options, *extra)
+        gradients = [None, dq, dk, dv, *(None,) * (count - 4)]
+        for name, gradient in zip(DIFFERENTIABLE, further, strict=True):
+            place = _PLACE_OF_EXTRA + CARRIED.index(name)
+            if place < count and ctx.needs_input_grad[place]:
+                gradients[place] = gradient
+        return tuple(gradients)
 
 
 class _Backward(_Function):
@@ -197,7 +212,10 @@ def _autograd_kernel(function: Any, operator: Any, count: int) -> Callable[..., 
 
     def kernel(*arguments: Any) -> Any:
         grad_mode = torch.is_grad_enabled()
-        if not _needs_graph(arguments[:count]):
+        extra = by_name(arguments[count + _COUNT :])
+        if grad_mode:
+            refuse_gradients(extra)
+        if not _needs_graph((*arguments[:count], *(extra.get(name) for name in DIFFERENTIABLE))):
             return _below_autograd(operator, arguments, grad_mode)
         with enable_single_level_autograd_function():  # under torch.func we are one level of it, as a C++ kernel is
             return function.apply(grad_mode, *arguments)
@@ -213,14 +231,26 @@ _library.impl("backward", _autograd_kernel(_Backward, backward_op, len(_BACKWARD
 # vmap, FLOP counters
 
 
+_OF_HEADS = ("alibi_slopes", "sinks")  # (num_heads,) of all sequences alike; slopes also (batch, num_heads)
+
+
 def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
     """The mapped dimension becomes part of the batch, which comes first in either layout and in lse."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
         size = info.batch_size
         end = count + _COUNT
         extra = by_name(arguments[end:])
+        if outputs > 2 and "sinks" in extra:
+            raise InvalidArgument("sinks is not supported under vmap of a gradient: make one call with a batch")
         for name in extra:
+            if name == "dropout_seed":
+                raise InvalidArgument(
+                    "dropout_seed is not supported under vmap: the problems would have to share a mask, or their order "
+                    "would decide; make one call with a batch"
+                )
             if name.startswith("cu_seqlens"):
                 raise InvalidArgument(
                     f"{name} is not supported under vmap: pack the sequences of all problems, or pass seqused"
@@ -229,17 +259,28 @@ def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
         def leading(x: Any, dim: int | None) -> Any:
             return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
+        def of_all(name: str, x: Any, dim: int | None) -> Any:
+            """An array of keywords for size * batch sequences; what is for every sequence stays so, if it can."""
+            if name not in _OF_HEADS or x.dim() - (dim is not None) > 1:
+                return leading(x, dim).flatten(0, 1)
+            if dim is None:
+                return x
+            if name == "sinks":
+                raise InvalidArgument("sinks is mapped by vmap, and there is one array for a call: make several calls")
+            return x.movedim(dim, 0)[:, None].expand(size, batch, -1).flatten(0, 1)
+
         tensors: list[Any] = [
             x if x is None else leading(x, dim) for x, dim in zip(arguments[:count], in_dims, strict=False)
         ]
         batch = tensors[0].shape[1]
         folded = (x if x is None else x.flatten(0, 1) for x in tensors)
         more = (
-            x if x is None else leading(x, dim).flatten(0, 1)
-            for x, dim in zip(arguments[end:], in_dims[end:], strict=False)
-        )  # fmt: skip
+            x if x is None else of_all(name, x, dim)
+            for name, x, dim in zip(CARRIED, arguments[end:], in_dims[end:], strict=False)
+        )
         results = operator(*folded, *arguments[count:end], *more)
-        return tuple(x.unflatten(0, (size, batch)) for x in results), (0,) * outputs
+        unfolded = tuple(x.unflatten(0, (size, batch)) for x in results[:outputs])
+        return (*unfolded, *results[outputs:]), (*(0,) * outputs, *(None,) * (len(results) - outputs))
 
     return rule
 

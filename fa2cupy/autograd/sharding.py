@@ -6,9 +6,11 @@ Nothing is imported until torch.distributed.tensor is there, which it is when th
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from fa2cupy import dynamo
+from fa2cupy.autograd.features import by_name
+from fa2cupy.spec import CARRIED, DIFFERENTIABLE
 
 __all__ = ["register"]
 
@@ -35,8 +37,8 @@ Placements = list[tuple[list[Any], list[Any]]]  # (of the outputs, of the inputs
 
 def _forward(q: Any, k: Any, v: Any, causal: bool, softmax_scale: Any, layout: str, *rest: Any) -> Placements:
     return [
-        ([queries, statistic], [queries, keys, keys] + [None] * 3 + _of_rest(rest, lengths))
-        for queries, keys, statistic, lengths in _choices((q, k, v), layout, rest)
+        ([split.queries, split.statistic], [split.queries, split.keys, split.keys] + [None] * 3 + split.of_rest(rest))
+        for split in _splits((q, k, v), layout, rest)
     ]
 
 
@@ -44,40 +46,75 @@ def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, causal: bool, softmax_scale: Any, layout: str,
     *rest: Any,
 ) -> Placements:  # fmt: skip
-    return [
-        (
-            [queries, keys, keys],
-            [queries, queries, keys, keys, queries, statistic, statistic if dlse is not None else None]
-            + [None] * 3
-            + _of_rest(rest, lengths),
-        )
-        for queries, keys, statistic, lengths in _choices((q, k, v), layout, rest)
-    ]
+    found = []
+    for split in _splits((q, k, v), layout, rest):
+        queries, keys, statistic = split.queries, split.keys, split.statistic
+        results = [queries, keys, keys, *split.gradients(rest)]
+        tensors = [queries, queries, keys, keys, queries, statistic, statistic if dlse is not None else None]
+        found.append((results, tensors + [None] * 3 + split.of_rest(rest)))
+    return found
 
 
-_OPTIONS = 3  # of those behind layout: dtype, deterministic, features; then come arrays, cu_seqlens_q and _k first
+_OPTIONS = 3  # of those behind layout: dtype, deterministic, features; then come the arrays
 
 
-def _of_rest(rest: tuple[Any, ...], lengths: Any) -> list[Any]:
-    """Placements of what stands behind layout."""
-    return [None if n < _OPTIONS or x is None else lengths for n, x in enumerate(rest)]
+def _arrays(rest: tuple[Any, ...]) -> dict[str, Any]:
+    return by_name(rest[_OPTIONS:])
 
 
-def _choices(specs: tuple[Any, ...], layout: str, rest: tuple[Any, ...]) -> list[tuple[Any, Any, Any, Any]]:
-    """(placement of q, out and their gradients; of k, v and theirs; of lse and dlse; of lengths) along one dimension of
-    the mesh. A packed side has no batch to be split.
+class _Split(NamedTuple):
+    """Placements along one dimension of the mesh: of q, out and their gradients; of k, v and theirs; of lse and dlse;
+    of arrays of the keywords, by whether they are of heads, of both, or of sequences alone.
     """
+
+    queries: Any
+    keys: Any
+    statistic: Any
+    of_heads: Any  # (num_heads,)
+    of_both: Any  # (batch, num_heads)
+    lengths: Any
+
+    def of_rest(self, rest: tuple[Any, ...]) -> list[Any]:
+        """What stands behind layout."""
+        arrays = _arrays(rest)
+        places = [self._of(name, arrays[name]) if name in arrays else None for name in CARRIED]
+        return [*(None,) * min(_OPTIONS, len(rest)), *places[: max(0, len(rest) - _OPTIONS)]]
+
+    def gradients(self, rest: tuple[Any, ...]) -> list[Any]:
+        """Of `DIFFERENTIABLE`: sums over the batch, where that is split."""
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        arrays, batch_is_split = _arrays(rest), self.queries == Shard(0) and self.of_both == Shard(0)
+        return [
+            Replicate() if name not in arrays else Partial() if batch_is_split else self.of_heads
+            for name in DIFFERENTIABLE
+        ]
+
+    def _of(self, name: str, spec: Any) -> Any:
+        if name not in ("alibi_slopes", "sinks"):
+            return self.lengths
+        return self.of_heads if len(spec.shape) == 1 else self.of_both
+
+
+def _splits(specs: tuple[Any, ...], layout: str, rest: tuple[Any, ...]) -> list[_Split]:
+    """A packed side has no batch to be split; of dropout nothing is, since a mask goes by the numbers of sequences and
+    heads, which a rank does not know."""
     from torch.distributed.tensor import Replicate, Shard
 
-    packed_q, packed_k = (len(rest) > n and rest[n] is not None for n in (_OPTIONS, _OPTIONS + 1))
+    arrays = _arrays(rest)
+    packed_q, packed_k = (name in arrays for name in ("cu_seqlens_q", "cu_seqlens_k"))
     heads = 2 if layout == "bshd" else 1
     heads_q, heads_k = (1 if packed else heads for packed in (packed_q, packed_k))
-    choices: list[tuple[Any, Any, Any, Any]] = [(Replicate(),) * 4]
+    whole = Replicate()
+    found = [_Split(*(whole,) * 6)]
+    if "dropout_seed" in arrays:
+        return found
     if not packed_q and not packed_k:
-        choices.append((Shard(0),) * 4)
+        found.append(_Split(Shard(0), Shard(0), Shard(0), whole, Shard(0), Shard(0)))
     if _heads_can_be_split(specs, heads_k, packed_q or packed_k):
-        choices.append((Shard(heads_q), Shard(heads_k), Shard(0 if packed_q else 1), Replicate()))
-    return choices
+        statistic = Shard(0 if packed_q else 1)
+        found.append(_Split(Shard(heads_q), Shard(heads_k), statistic, Shard(0), Shard(1), whole))
+    return found
 
 
 def _heads_can_be_split(specs: tuple[Any, ...], heads: int, packed: bool) -> bool:

@@ -17,6 +17,7 @@ from fa2cupy import cpu, problem
 from fa2cupy.errors import InvalidType
 from fa2cupy.keywords import FUNCTIONS, KEYWORDS, Keyword
 from fa2cupy.problem import ARRAY_RULES, ArrayRule
+from fa2cupy.spec import MASK_ARRAYS
 from fa2cupy.xla.arrays import ROLES
 from tests.frameworks.jax_problems import B, D, H, S, X, assert_close, theirs
 
@@ -72,7 +73,7 @@ def derived(attention: Any) -> Any:
 
 
 def test_every_array_has_roles() -> None:
-    to_come = {"alibi_slopes", "sinks", "dropout_seed"}  # refused by name: test_scores.py
+    to_come = {"alibi_slopes", "sinks", "dropout_seed", "mask", *MASK_ARRAYS}  # refused by name: test_scores.py
     assert set(ARRAY_RULES) - set(ROLES) == to_come
 
 

@@ -27,6 +27,7 @@ ARRAYS: dict[str, dict[str, Any]] = {
     "alibi_slopes": {"alibi_slopes": SLOPES},
     "sinks": {"sinks": SINKS},
     "dropout_p": {"dropout_p": 0.3, "dropout_seed": SEED},
+    "mask": {"mask": np.tri(S, dtype=np.bool_)},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -339,20 +339,35 @@ def run_plan(
     mutation: Mutation | None = None,
     seed: int = 1,
 ) -> set[run.Site]:
-    """All launches of a plan, into a poisoned workspace, whose pointer is the last; the synchronisations reached.
+    """All launches of a plan, as `run_launches`."""
+    pointers = (*pointers, workspace.pointer)
+    return run_launches(plan.launches, pointers, workspace, schedule, plant=plant, mutation=mutation, seed=seed)
+
+
+def run_launches(
+    launches: Sequence[KernelLaunch],
+    pointers: tuple[int, ...],
+    workspace: Tensor,
+    schedule: Schedule,
+    *,
+    plant: str | None = None,
+    mutation: Mutation | None = None,
+    seed: int = 1,
+) -> set[run.Site]:
+    """Into a poisoned workspace, whose pointer is the last; the synchronisations reached.
 
     What a launch has written there may come late to one that overlaps it: when that one waits for it.
     """
     workspace.poison()
     sites: set[run.Site] = set()
     before = workspace.bits()
-    for launch in plan.launches:
+    for launch in launches:
         after = workspace.bits()
         late = None
         if launch.config.overlaps_previous:
             late = workspace.address, after
             workspace.fill(before)
-        sites.update(_launch(launch, (*pointers, workspace.pointer), schedule, plant, mutation, seed, late))
+        sites.update(_launch(launch, pointers, schedule, plant, mutation, seed, late))
         before = after
     return sites
 
