@@ -209,7 +209,9 @@ def _with_gradient_of_sinks(problem: AttentionProblem) -> AttentionProblem:
 
 def _with_dropout(problem: AttentionProblem, p: float) -> AttentionProblem:
     lengths, rows = problem.lengths, (problem.empty_rows, problem.empty_keys)
-    moves = lengths is not None and (problem.causal or problem.window is not None or lengths.leftpad_k)
+    moves = lengths is not None and (
+        problem.causal or problem.window is not None or lengths.leftpad_k or lengths.segments
+    )
     return replace(problem, dropout=DropoutSpec(round(p * DROPOUT_STEPS), 0, *rows, moves))
 
 

@@ -143,8 +143,8 @@ struct Softmax {
   }
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row. Of one that has seen no key (l = 0; kUnseenRows) O
-  // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that. factor: of O
-  // besides, with kDropout.
+  // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that. factor: of
+  // O besides, with kDropout.
   template <int kOTiles>
   FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink, float factor) {
 #pragma unroll

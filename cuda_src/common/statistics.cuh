@@ -1,4 +1,4 @@
-// What a row's statistics take in beside its scores: a logit of its head's own (attention sinks), a gradient of lse, and how much
+// What a row's statistics take in beside its scores: a logit of its head's own (attention sinks), a gradient of lse, and what
 // dropout keeps. All are templates, since parameters that are not there must not be looked up.
 #pragma once
 
@@ -29,16 +29,6 @@ FA2_DEVICE float dlse_of(const Params& params, int batch, int head, int row) {
   }
 }
 
-// What part of P dropout keeps. As much of D goes with dS: the inverse of this is a factor of what is multiplied by dS.
-template <typename Params>
-FA2_DEVICE float part_kept(const Params& params) {
-  if constexpr (kDropout) {
-    return params.kept;
-  } else {
-    return 1.f;
-  }
-}
-
 // A part of the gradient of an own logit, of the rows of a warp: the sum of exp(sink - lse) * (dlse - D), to be summed over lanes.
 template <int kWarps, typename Params>
 FA2_DEVICE void store_own_logit_sum(const Params& params, int64_t tile, float sum) {
@@ -46,5 +36,15 @@ FA2_DEVICE void store_own_logit_sum(const Params& params, int64_t tile, float su
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     if (threadIdx.x % 32 == 0) params.sink_sums[tile * kWarps + threadIdx.x / 32] = sum;
+  }
+}
+
+// What part of P dropout keeps. As much of D goes with dS: the inverse of this is a factor of what is multiplied by dS.
+template <typename Params>
+FA2_DEVICE float part_kept(const Params& params) {
+  if constexpr (kDropout) {
+    return params.kept;
+  } else {
+    return 1.f;
   }
 }

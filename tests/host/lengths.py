@@ -345,9 +345,9 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
         }
         want = reference.expect(
             of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window,
-            dlse=of.get("dlse"), features=reference.Features(
-                features.get("softcap"), _slopes(features, lengths.number(b)), sinks, case.dropout[0],
-                _keep(case, b, sq, sk),
+            dlse=of.get("dlse"),
+            features=reference.Features(
+                features.get("softcap"), _slopes(features, lengths.number(b)), sinks, case.dropout[0], _keep(case, b)
             ),
         )  # fmt: skip
         expected.append(want)
@@ -373,15 +373,21 @@ def _slopes(features: dict[str, Any], number: int) -> np.ndarray | None:
     return slopes if slopes is None or slopes.ndim == 1 else slopes[number]
 
 
-def _keep(case: LengthsCase, sequence: int, seqlen_q: int, seqlen_k: int) -> np.ndarray | None:
-    """(1, heads, seqlen_q, seqlen_k) bool: what dropout keeps of a sequence, whose keys in front of those count."""
+def _keep(case: LengthsCase, sequence: int) -> np.ndarray | None:
+    """(1, heads, queries, keys) bool: what dropout keeps of a sequence. Rows in front of it count, of a segment those
+    of its row of the batch."""
     p, words = case.dropout
     if not p:
         return None
-    first = case.lengths.leftpad_k[sequence] if case.lengths.leftpad_k else 0
-    keys = slice(first, first + seqlen_k)
-    whole = keep_of(seed_of(case.seed, words), case.lengths.sequences, case.heads[0], slice(0, seqlen_q), keys, p)
-    return whole[sequence : sequence + 1]
+    lengths, number = case.lengths, case.lengths.number(sequence)
+    firsts = []
+    for side in "qk":
+        first, starts = lengths.runs(side)[sequence][0], getattr(lengths, f"cu_seqlens_{side}")
+        firsts.append(first - starts[sequence] if starts else first)
+    (first_q, first_k), seed = firsts, seed_of(case.seed, words)
+    sq, sk = (lengths.runs(side)[sequence][1] for side in "qk")
+    whole = keep_of(seed, number + 1, case.heads[0], slice(first_q, first_q + sq), slice(first_k, first_k + sk), p)
+    return whole[number : number + 1]
 
 
 def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
