@@ -105,9 +105,9 @@ enum { kOwnLogit = 0 };
 #endif
 
 #ifdef FA2_DROPOUT
-enum { kDropout = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
+enum { kDrops = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
 #else
-enum { kDropout = 0 };
+enum { kDrops = 0 };
 #endif
 #ifdef FA2_ONE_BY_ONE
 enum { kOneByOne = FA2_ONE_BY_ONE };  // it may have to be drawn element by element

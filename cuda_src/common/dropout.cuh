@@ -49,12 +49,12 @@ struct DrawingOf<true> {
   uint32_t threshold;      // DropoutParams
   int in_front_q, in_front_k;  // rows of the sequence in front of those that the kernel counts
 };
-using Drawing = DrawingOf<kDropout>;
+using Drawing = DrawingOf<kDrops>;
 
 // `tile`: of a list, or whoever has its fields; of a shape, what says which row of the batch it is.
 template <typename Params, typename Tile>
 FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) {
-  if constexpr (kDropout) {
+  if constexpr (kDrops) {
     const uint32_t* seed = params.dropout_seed;
     uint4 counter{0, 0, static_cast<uint32_t>(query_batch(tile)), static_cast<uint32_t>(head)};
     if (params.words >= 4) counter.x = seed[2], counter.y = seed[3];
@@ -70,7 +70,7 @@ FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) 
 // What is left of P is as much too small: O, and with it all that has been multiplied by P, has to be multiplied by this.
 template <typename Params>
 FA2_DEVICE float inverse_of_kept(const Params& params) {
-  if constexpr (kDropout) {
+  if constexpr (kDrops) {
     return params.inverse;
   } else {
     return 1.f;
@@ -112,6 +112,7 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
 
   // x, but not before the bits are there: ptxas computes them where they are used, behind whatever waits in between, unless something
   // in front of that needs them.
+  template <typename Drawing>
   FA2_DEVICE int before(const Drawing& drawing, int x) const {
     uint32_t all = 0;
 #pragma unroll
@@ -140,6 +141,7 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
         pairs[j / 2][j % 2 * 2 + h] &= (has(i, j, 2 * h) ? 0xffffu : 0) | (has(i, j, 2 * h + 1) ? 0xffff0000u : 0);
   }
 
+  template <typename Drawing>
   FA2_DEVICE void draw(const Drawing& drawing, const Position<kTransposed>& position) {
     // Random bits are compared as halves without their signs, which have the order of their bits; a threshold among the NaN would not.
     if (kOneByOne && (drawing.in_front_q || drawing.in_front_k || (drawing.threshold & 0x7fff) > 0x7c00)) {
@@ -155,10 +157,12 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
 #endif
   static constexpr int kAtOnce = FA2_AT_ONCE;
   // 0, since a threshold has no such bit; but nobody says so, and so it is not there before x is.
+  template <typename Drawing>
   static FA2_DEVICE uint32_t nothing_of(const Drawing& drawing, uint32_t x) {
     return x & static_cast<uint32_t>(static_cast<int>(drawing.threshold) >> 31);
   }
 
+  template <typename Drawing>
   FA2_DEVICE void draw_units(const Drawing& drawing, const Position<kTransposed>& position) {
     const uint32_t rows = unit_of(kTransposed ? position.first_key : position.first_query);
     const uint32_t cols = unit_of(kTransposed ? position.first_query : position.first_key);
@@ -187,6 +191,7 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
   }
 
   // Wherever the rows stand: four calls for what draw_units has in one. Bits come in from above.
+  template <typename Drawing>
   FA2_DEVICE void draw_one_by_one(const Drawing& drawing, const Position<kTransposed>& position) {
     const int first_query = position.first_query + drawing.in_front_q, first_key = position.first_key + drawing.in_front_k;
 #pragma unroll
@@ -217,6 +222,7 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
     }
   }
 
+  template <typename Drawing>
   static FA2_DEVICE bool is_kept(const Drawing& drawing, int query, int key) {
     const uint2 random = philox2x32(unit_of(query) ^ drawing.queries, unit_of(key) ^ drawing.keys);
     const uint32_t both = query % 16 < 8 ? random.x : random.y;
@@ -225,4 +231,4 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
 };
 
 template <bool kTransposed, int kMTiles, int kNTiles>
-using Kept = KeptOf<kDropout, kTransposed, kMTiles, kNTiles>;
+using Kept = KeptOf<kDrops, kTransposed, kMTiles, kNTiles>;
