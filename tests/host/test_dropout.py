@@ -18,9 +18,11 @@ from tests.gpu.cases import DTYPES, Case
 from tests.host import build, lengths, run
 from tests.host.build import Mutation
 from tests.host.kernel_run import HostCase, check, keep_of, seed_of
-from tests.host.lengths import LengthsCase, lengths_of
+from tests.host.lengths import LengthsCase, lengths_of, segments_of
+from tests.host.run import Schedule
 from tests.host.test_plants import AnyCase, is_caught
 from tests.host.test_plants import check as check_any
+from tests.host.test_segments import MIXED, TINY
 
 HERE = Path(__file__).resolve().parent
 
@@ -233,6 +235,13 @@ def test_lists(arch: str, head_dim: int, backward: bool) -> None:
     case = LengthsCase(LISTS[(number + backward) % 3], head_dim, DTYPES[number % 2], (4, 2), arch, seed=number)
     words, p = (4, 8, 2)[number], (0.25, 0.1, 0.5)[number]
     lengths.check(dataclasses.replace(case, deterministic=number == 0, dropout=(p, words)), backward)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_segments(backward: bool) -> None:
+    """Which begin anywhere in their row of the batch; also those that are put apart, and computed whole."""
+    case = LengthsCase(segments_of(*MIXED, *TINY, causal=True), 64, arch="sm_100", seed=3, dropout=(0.25, 4))
+    lengths.check(case, backward, schedules=(Schedule.RANDOM,))
 
 
 def test_nothing_is_left_of_a_row() -> None:
