@@ -16,6 +16,7 @@
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define FA2_DEVICE inline
+#define FA2_OUTLINED inline
 
 #define threadIdx (*fa2_host::thread_index)
 #define blockIdx (fa2_host::block_index)
