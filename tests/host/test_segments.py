@@ -159,6 +159,7 @@ FORWARD = (
     case("nothing", 64, "sm_90"),
     case("mixed", 64, "sm_90", sinks="float32"),
     case("window", 64, "sm_86", scores=("alibi of batch", "softcap")),
+    case("used", 64, "sm_90", dropout=(0.3, 4)),
 )
 BACKWARD = (
     case("causal", 64, "sm_80"),
@@ -176,6 +177,8 @@ BACKWARD = (
     case("nothing", 64, "sm_90"),
     case("tiny", 64, "sm_90", sinks="bfloat16", dlse=True, scores=("alibi of batch",)),
     case("mixed", 128, "sm_80", sinks="float32", dlse=True, scores=("softcap",)),
+    case("tiny", 64, "sm_80", dropout=(0.3, 4), dlse=True),
+    case("used", 128, "sm_90", dropout=(0.3, 4)),
 )
 
 
