@@ -4,6 +4,8 @@
 #include "common/config.cuh"
 #include "common/ptx.cuh"
 
+FA2_DEVICE float to_float(float x) { return x; }
+
 template <typename T>
 struct alignas(16) ChunkOf {
   T x[16 / sizeof(T)];
