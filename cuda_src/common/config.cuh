@@ -119,6 +119,16 @@ enum { kOneByOne = 0 };
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
 
+// Of pieces of attention that are merged; a thread block takes kBlockM rows
+#ifdef FA2_PIECES
+constexpr int kPieces = FA2_PIECES;
+#if FA2_FLOAT32
+using PieceElement = float;  // of out; else Element
+#else
+using PieceElement = Element;
+#endif
+#endif
+
 #ifdef FA2_UNSEEN_ROWS
 enum { kUnseenRows = FA2_UNSEEN_ROWS };  // there may be rows that see nothing, and tiles of nothing else
 #else

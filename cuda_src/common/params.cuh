@@ -211,3 +211,27 @@ struct SinksBwdParams {
 using SinksBwdBandParams =
     Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>, Part<kListed, LengthsParams>,
              Part<kDlse, DlseParams>, Part<kListed, ListParams>, Part<kSegments, SegmentParams>>;
+
+// Pieces of attention that are merged: out and lse of the queries over some of the keys each. All are laid out alike.
+struct MergeParams {
+  const void* outs[32];  // (batch, num_rows, num_heads, cols), PieceElement
+  const float* lses[32];  // (batch, num_heads, num_rows)
+  void* out;  // likewise, over all keys
+  float* lse;
+  Strides outs_strides, lses_strides, out_strides, lse_strides;
+  int batch, num_rows, num_heads, cols;
+};
+
+// The gradients of that: of the pieces those that come out, dense ones.
+struct MergeBwdParams {
+  const void* outs[32];
+  const float* lses[32];
+  void* douts[32];
+  float* dlses[32];
+  const void* out;
+  const float* lse;
+  const void* dout;
+  const float* dlse;
+  Strides outs_strides, lses_strides, douts_strides, dlses_strides, out_strides, lse_strides, dout_strides, dlse_strides;
+  int batch, num_rows, num_heads, cols;
+};
