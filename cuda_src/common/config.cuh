@@ -5,10 +5,8 @@
 
 #if FA2_BF16
 using Element = bf16_t;
-enum { kIsBf16 = 1 };
 #else
 using Element = half_t;
-enum { kIsBf16 = 0 };
 #endif
 
 constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up: to a multiple of 16, or to a row

@@ -50,10 +50,14 @@ FA2_DEVICE void write_bytes(unsigned char* row, const uint2& bytes, int col, int
   }
 }
 
+// Whether numbers of a format may be too large for float16.
+FA2_DEVICE constexpr bool exceeds_half(half_t) { return false; }
+FA2_DEVICE constexpr bool exceeds_half(bf16_t) { return true; }
+
 // A power of two that no element of a row of q is above, and no less than half of it, for rows that are turned twice that. 1 where
 // float16 reaches as far.
 FA2_DEVICE float power_of_row(const Element* row, int cols) {
-  if constexpr (!kIsBf16) {
+  if constexpr (!exceeds_half(Element{})) {
     return 1.f;
   } else {
     uint32_t largest = 0;  // of the bits without sign, which order as the numbers do

@@ -246,5 +246,4 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     walk = done.walk;
     __syncthreads();  // everybody knows where to go on
   }
-  cp_async_wait_group<0>();
 }

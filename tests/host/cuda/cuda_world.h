@@ -59,7 +59,7 @@ inline void __syncthreads(FA2_HOST_SITE) { fa2_host::barrier("__syncthreads", 0,
 inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
   if (mask != 0xffffffffu) fa2_host::fail("__syncwarp of part of a warp");
   if (fa2_host::synchronises("__syncwarp", {file, line})) {
-    fa2_host::collective("__syncwarp", nullptr, [](void* const*) {}, {file, line});
+    fa2_host::collective("__syncwarp", nullptr, [](void* const*) { fa2_host::warp_met(); }, {file, line});
   }
 }
 
