@@ -49,12 +49,12 @@ struct DrawingOf<true> {
   uint32_t threshold;      // DropoutParams
   int in_front_q, in_front_k;  // rows of the sequence in front of those that the kernel counts
 };
-using Drawing = DrawingOf<kDropout>;
+using Drawing = DrawingOf<kDrawn>;
 
 // `tile`: of a list, or whoever has its fields; of a shape, what says which row of the batch it is.
 template <typename Params, typename Tile>
 FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) {
-  if constexpr (kDropout) {
+  if constexpr (kDrawn) {
     const uint32_t* seed = params.dropout_seed;
     uint4 counter{0, 0, static_cast<uint32_t>(query_batch(tile)), static_cast<uint32_t>(head)};
     if (params.words >= 4) counter.x = seed[2], counter.y = seed[3];
@@ -70,7 +70,7 @@ FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) 
 // What is left of P is as much too small: O, and with it all that has been multiplied by P, has to be multiplied by this.
 template <typename Params>
 FA2_DEVICE float inverse_of_kept(const Params& params) {
-  if constexpr (kDropout) {
+  if constexpr (kDrawn) {
     return params.inverse;
   } else {
     return 1.f;
@@ -90,6 +90,7 @@ struct KeptOf {
   FA2_DEVICE int before(const Drawing&, int x) const { return x; }
   FA2_DEVICE bool has(int, int, int) const { return true; }
   FA2_DEVICE void drop(Accumulator<kMTiles, kNTiles>&) const {}
+  FA2_DEVICE const Accumulator<kMTiles, kNTiles>& of(const Accumulator<kMTiles, kNTiles>& acc_p) const { return acc_p; }
   FA2_DEVICE void drop(int, uint32_t (&)[kNTiles / 2][4]) const {}
 };
 
@@ -129,6 +130,11 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
       for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc_p.x[i][j][e] = has(i, j, e) ? acc_p.x[i][j][e] : 0.f;
+  }
+
+  FA2_DEVICE Accumulator<kMTiles, kNTiles> of(Accumulator<kMTiles, kNTiles> acc_p) const {
+    drop(acc_p);
+    return acc_p;
   }
 
   // The same of 16 rows that have been rounded: pairs of columns, as the fragments of a product's A have them.
@@ -225,4 +231,4 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
 };
 
 template <bool kTransposed, int kMTiles, int kNTiles>
-using Kept = KeptOf<kDropout, kTransposed, kMTiles, kNTiles>;
+using Kept = KeptOf<kDrawn, kTransposed, kMTiles, kNTiles>;
