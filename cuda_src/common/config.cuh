@@ -102,6 +102,17 @@ enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which take
 enum { kOwnLogit = 0 };
 #endif
 
+#ifdef FA2_DROPOUT
+enum { kDrops = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
+#else
+enum { kDrops = 0 };
+#endif
+#ifdef FA2_ONE_BY_ONE
+enum { kOneByOne = FA2_ONE_BY_ONE };  // it may have to be drawn element by element
+#else
+enum { kOneByOne = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
 #endif
@@ -151,6 +162,38 @@ enum { kPositioned = 0 };
 #endif
 #ifdef FA2_IN_ORDER
 enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
+#endif
+
+// Attention on a cache (cache.cuh)
+#ifdef FA2_NEW_KEYS
+enum { kNewKeys = FA2_NEW_KEYS };  // new keys come with the call and are written to the cache
+#else
+enum { kNewKeys = 0 };
+#endif
+#ifdef FA2_TURNED
+enum { kTurned = FA2_TURNED };  // queries and new keys are turned by their positions
+#else
+enum { kTurned = 0 };
+#endif
+#ifdef FA2_FIXED_PARTS
+enum { kFixedParts = FA2_FIXED_PARTS };  // keys are cut where the call says, not where the shares of thread blocks end
+#else
+enum { kFixedParts = 0 };
+#endif
+#ifdef FA2_QUANTISED
+enum { kQuantised = FA2_QUANTISED };  // the cache holds 8 bits: 1 float8_e4m3fn, 2 int8
+enum { kScaleOfPage = FA2_SCALE_OF_PAGE };  // what they are multiplied by may differ from page to page
+#else
+enum { kQuantised = 0, kScaleOfPage = 0 };
+#endif
+#ifdef FA2_CVT_E4M3
+enum { kCvtE4m3 = FA2_CVT_E4M3 };  // cvt.rn.f16x2.e4m3x2: sm_89 and newer
+#else
+enum { kCvtE4m3 = 0 };
+#endif
+#ifdef FA2_SLOTS
+enum { kSlots = FA2_SLOTS };  // slices of keys and values that a warp has on their way or in use
+enum { kScattered = FA2_SCATTERED };  // where a sequence's keys lie: 0 together, 1 each anywhere, 2 each slice anywhere
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

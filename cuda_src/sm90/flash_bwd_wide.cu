@@ -15,6 +15,7 @@
 // What a tile of 64 keys adds to dQ in L2 would be the limit. So two thread blocks, a cluster, take neighbouring tiles, and
 // the same queries at the same time: each sends its dS to the other, and sums other columns of dQ over the keys of both.
 #include "common/dq_accum.cuh"
+#include "common/dropout.cuh"
 #include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
@@ -58,8 +59,7 @@ struct SharedMemory {
   uint64_t p_full[kPBuffers], p_empty[kPBuffers], ds_full[2];
   uint64_t ds_peer_full, ds_peer_empty;  // the other block's dS has landed here; it is done with this one's
   alignas(128) float dq[kDqShared ? kBlockM * (kDqCols + cols_of_dq(true)) : 4];  // a piece of each warpgroup
-  uint64_t dq_full[2], dq_empty[2];
-  uint64_t dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
+  uint64_t dq_full[2], dq_empty[2], dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
 };
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
@@ -134,8 +134,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   Ring<kDoutBuffers> dout;
   AccS acc_s, acc_dp;
   Schedule schedule;
-  Work work = {};
-  int key = 0;  // this thread's first one
+  Work work = {}; int key = 0;  // this thread's first one
+  Drawing drawing; Kept<false, 1, kBlockN / 8> kept;
 
   // S = Q K^T, dP = dO V^T, each in two halves: a warpgroup gets about eight products ahead of the tensor cores, and could do
   // nothing else while it issues more.
@@ -151,7 +151,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   auto issue_dp = [&](auto second) {
     constexpr int kHalf = (kHeadDimV + 64) / 128 * 64, kCol = decltype(second)::value ? kHalf : 0;
     constexpr int kCols = kCol ? kHeadDimV - kCol : kHalf;
-    if (kCol == 0 || kPartsV > 1) mbarrier_wait(smem.dout_loads.full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
+    const bool waits = kCol == 0 || kPartsV > 1;
+    if (waits) mbarrier_wait(smem.dout_loads.full[dout.stage], kept.before(drawing, dout.parity));  // dO and D landed: copy_tiles
     wgmma_fence();
     gemm_ss<kCols / 16>(acc_dp, AlongRows(smem.dout[dout.stage], 0, kPartsV > 1 ? 0 : kCol), AlongRows(smem.v, 0, kCol),
                         kCol > 0);
@@ -181,13 +182,20 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
       }
       pin(acc_s);
     };
+    if (kDrops && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
+    kept.draw(drawing, {query, key});
     issue_dp(False{});
     half_of_p(0);
     issue_dp(True{});
     half_of_p(1);
     mbarrier_wait(smem.p_empty[p_stage], p_parity ^ 1);  // released by sum_gradient
     if constexpr (kPackEarly) {
+      kept.drop(0, packed.r);
       store_fragments(smem.p[p_stage], warp_row, packed);
+    } else if constexpr (kDrops) {
+      AccS acc_p = acc_s;
+      kept.drop(acc_p);
+      store_accumulator(smem.p[p_stage], warp_row, acc_p);
     } else {
       store_accumulator(smem.p[p_stage], warp_row, acc_s);
     }
@@ -196,7 +204,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const float softmax_d[2] = {statistics[row], statistics[row + 8]};
     wgmma_wait_group<0>();  // dP
     pin(acc_dp);
-    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d);
+    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d, kept);
     announce(smem.p_full[p_stage]);
     if constexpr (kMore) issue_s(False{});
     // Released by both sum_gradient of the other block: its ds_peer is free. And so is ds here: the other block has sent what they
@@ -325,7 +333,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
 
   // Columns [col, col + kPartCols) of dV or dK. A loop over the parts would put them into local memory.
   auto store = [&](Accumulator<1, kPartCols / 8>& part, int col) {
-    const float factor = kSecond ? params.softmax_scale : 1.f;
+    const float factor = kSecond ? params.softmax_scale : inverse_of_kept(params);
     if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
 #pragma unroll
       for (int j = 0; j < kPartCols / 8; ++j)

@@ -61,6 +61,8 @@ struct Block {
     void* memory;  // exactly as long as asked for, so that the address sanitizer sees an index that leaves it
     if (posix_memalign(&memory, 1024, shared_bytes)) abort();
     shared = static_cast<char*>(memory);
+    brought.resize(shared_bytes / 16 + 1);
+    brought_by.resize(threads / 32);
   }
   ~Block() { free(shared); }
   Block(const Block&) = delete;
@@ -70,6 +72,9 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
   char* shared;
+  // Who has brought each 16 bytes by a copy that others have not met him since (its thread + 1, else 0), and where those are, by warp.
+  std::vector<uint16_t> brought;
+  std::vector<std::vector<uint32_t>> brought_by;
   uint3 index{};
   int live = 0;
   int warp = -1;       // the one whose lanes run

@@ -16,6 +16,7 @@
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define FA2_DEVICE inline
+#define FA2_OUTLINED inline
 
 #define threadIdx (*fa2_host::thread_index)
 #define blockIdx (fa2_host::block_index)
@@ -58,7 +59,7 @@ inline void __syncthreads(FA2_HOST_SITE) { fa2_host::barrier("__syncthreads", 0,
 inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
   if (mask != 0xffffffffu) fa2_host::fail("__syncwarp of part of a warp");
   if (fa2_host::synchronises("__syncwarp", {file, line})) {
-    fa2_host::collective("__syncwarp", nullptr, [](void* const*) {}, {file, line});
+    fa2_host::collective("__syncwarp", nullptr, [](void* const*) { fa2_host::warp_met(); }, {file, line});
   }
 }
 

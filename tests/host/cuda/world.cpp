@@ -136,6 +136,8 @@ Block* start_block(uint64_t n) {
     barrier.came.assign(block->warps.size(), 0);
     barrier.waiting.assign(block->warps.size(), 0);
   }
+  std::fill(block->brought.begin(), block->brought.end(), 0);
+  for (auto& places : block->brought_by) places.clear();
   if (uses_async_proxy) async_start(*block);
   for (int t = 0; t < world.threads; t++) {
     Fiber& fiber = block->fibers[t];
@@ -287,6 +289,13 @@ const char* sites() {
   return text.c_str();
 }
 
+namespace {
+void met(Block& block, size_t warp) {
+  for (uint32_t place : block.brought_by[warp]) block.brought[place] = 0;
+  block.brought_by[warp].clear();
+}
+}  // namespace
+
 void barrier(const char* name, int id, int threads, Site site) {
   if (!synchronises(name, site)) return;
   if (id < 0 || id >= kBarriers) fail("%s: barrier %d, there are %d", name, id, kBarriers);
@@ -307,6 +316,7 @@ void barrier(const char* name, int id, int threads, Site site) {
     for (size_t w = 0; w < barrier.waiting.size(); w++) {
       world.block->warps[w].ready |= barrier.waiting[w];
       barrier.waiting[w] = 0;
+      met(*world.block, w);
     }
     world.block->warp = -1;  // the schedule's favourite goes first, not the last to come
   }
@@ -417,6 +427,15 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes) {
   world.current().copies.push_back({static_cast<char*>(shared), global, bytes, source_bytes});
 }
 
+void warp_met() { met(*world.block, world.fiber / 32); }
+
+void check_arrived(const char* shared, int lane, Site site) {
+  const uint16_t by = world.block->brought[(shared - world.block->shared) / 16];
+  if (by && by != world.fiber / 32 * 32 + lane + 1) {
+    fail("%s:%d: lane %d reads what thread %d has copied, but they have not met since", short_name(site.file), site.line, lane, by - 1);
+  }
+}
+
 void copy_async_commit() { world.current().groups.push_back(world.current().copies.size()); }
 
 void copy_async_wait(int groups_left) {
@@ -428,6 +447,9 @@ void copy_async_wait(int groups_left) {
     const Copy& copy = self.copies[i];
     if (copy.source_bytes) memcpy(copy.shared, copy.global, copy.source_bytes);
     memset(copy.shared + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+    const uint32_t place = static_cast<uint32_t>((copy.shared - world.block->shared) / 16);
+    world.block->brought[place] = static_cast<uint16_t>(world.fiber + 1);
+    world.block->brought_by[world.fiber / 32].push_back(place);
   }
   self.copies.erase(self.copies.begin(), self.copies.begin() + end);
   self.groups.erase(self.groups.begin(), self.groups.begin() + landing);

@@ -73,6 +73,10 @@ void collective(const char* name, void* args, Complete complete, Site site);
 
 // Asynchronous copies of this thread to shared memory. The destination is poison from here to the wait.
 void copy_async(void* shared, const void* global, int bytes, int source_bytes);
+// What a thread has waited for is there for the others of its warp when they have met since, at __syncwarp or a barrier of the block:
+// lane `lane` of this warp reads 16 bytes that an ldmatrix takes.
+void check_arrived(const char* shared, int lane, Site site);
+void warp_met();  // __syncwarp
 void copy_async_commit();
 void copy_async_wait(int groups_left);
 

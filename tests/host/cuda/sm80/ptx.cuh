@@ -8,10 +8,19 @@ namespace fa2_host {
 struct Ldmatrix {
   const char* row;   // 8 elements of the matrix that this lane's address belongs to
   uint32_t* result;  // 4 registers
+  Site site;
 };
 
+// Each lane's row has arrived where it is read by all.
+inline void check_rows(void* const* lanes) {
+  for (int l = 0; l < 32; l++) {
+    const Ldmatrix& lane = *static_cast<const Ldmatrix*>(lanes[l]);
+    check_arrived(lane.row, l, lane.site);
+  }
+}
+
 inline void ldmatrix(const char* name, uint32_t* r, uint32_t address, Complete complete, Site site) {
-  Ldmatrix args{shared_pointer(address, 16, site), r};
+  Ldmatrix args{shared_pointer(address, 16, site), r, site};
   collective(name, &args, complete, site);
 }
 
@@ -28,6 +37,7 @@ void mma_complete(void* const* lanes);  // mma.cpp
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, FA2_HOST_SITE) {
   fa2_host::ldmatrix("ldmatrix_x4", r, address, [](void* const* lanes) {
+    fa2_host::check_rows(lanes);
     for (int l = 0; l < 32; l++) {
       for (int i = 0; i < 4; i++) {
         const char* row = static_cast<const fa2_host::Ldmatrix*>(lanes[8 * i + l / 4])->row;
@@ -39,6 +49,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, FA2_HOST_SITE) {
 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address, FA2_HOST_SITE) {
   fa2_host::ldmatrix("ldmatrix_x4_trans", r, address, [](void* const* lanes) {
+    fa2_host::check_rows(lanes);
     for (int l = 0; l < 32; l++) {
       for (int i = 0; i < 4; i++) {
         uint16_t pair[2];
