@@ -103,9 +103,9 @@ enum { kOwnLogit = 0 };
 #endif
 
 #ifdef FA2_DROPOUT
-enum { kDrops = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
+enum { kDrawn = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
 #else
-enum { kDrops = 0 };
+enum { kDrawn = 0 };
 #endif
 #ifdef FA2_ONE_BY_ONE
 enum { kOneByOne = FA2_ONE_BY_ONE };  // it may have to be drawn element by element

@@ -49,12 +49,12 @@ struct DrawingOf<true> {
   uint32_t threshold;      // DropoutParams
   int in_front_q, in_front_k;  // rows of the sequence in front of those that the kernel counts
 };
-using Drawing = DrawingOf<kDrops>;
+using Drawing = DrawingOf<kDrawn>;
 
 // `tile`: of a list, or whoever has its fields; of a shape, what says which row of the batch it is.
 template <typename Params, typename Tile>
 FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) {
-  if constexpr (kDrops) {
+  if constexpr (kDrawn) {
     const uint32_t* seed = params.dropout_seed;
     uint4 counter{0, 0, static_cast<uint32_t>(query_batch(tile)), static_cast<uint32_t>(head)};
     if (params.words >= 4) counter.x = seed[2], counter.y = seed[3];
@@ -70,7 +70,7 @@ FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) 
 // What is left of P is as much too small: O, and with it all that has been multiplied by P, has to be multiplied by this.
 template <typename Params>
 FA2_DEVICE float inverse_of_kept(const Params& params) {
-  if constexpr (kDrops) {
+  if constexpr (kDrawn) {
     return params.inverse;
   } else {
     return 1.f;
@@ -231,4 +231,4 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
 };
 
 template <bool kTransposed, int kMTiles, int kNTiles>
-using Kept = KeptOf<kDrops, kTransposed, kMTiles, kNTiles>;
+using Kept = KeptOf<kDrawn, kTransposed, kMTiles, kNTiles>;

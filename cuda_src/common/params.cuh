@@ -97,7 +97,7 @@ struct alignas(64) TensorMap {
 };
 
 using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
-                               Part<kDrops, DropoutParams>, Part<kListed, ListParams>>;
+                               Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -110,7 +110,7 @@ struct FwdTmaParams {
 };
 
 using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kOwnLogit, SinksParams>, Part<kDrops, DropoutParams>, Part<kListed, ListParams>>;
+                                  Part<kOwnLogit, SinksParams>, Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -145,9 +145,9 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDrops, DropoutParams>,
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDrawn, DropoutParams>,
                                Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDrops, DropoutParams>,
+using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDrawn, DropoutParams>,
                                   Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
@@ -168,7 +168,7 @@ struct BwdTmaParams {
 };
 
 using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kDrops, DropoutParams>, Part<kListed, ListParams>>;
+                                  Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0

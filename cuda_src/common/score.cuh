@@ -207,9 +207,9 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h,
   }
 }
 
-// dS of an element, P * (dP - D). With kDrops dP counts only where P is kept, and P becomes 0 elsewhere.
+// dS of an element, P * (dP - D). With kDrawn dP counts only where P is kept, and P becomes 0 elsewhere.
 FA2_DEVICE float differentiated(float dp, float& p, float d, bool kept) {
-  if constexpr (kDrops) {
+  if constexpr (kDrawn) {
     const float without = -p * d;
     p = kept ? p : 0.f;
     return fmaf(p, dp, without);

@@ -144,7 +144,7 @@ struct Softmax {
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row. Of one that has seen no key (l = 0; kUnseenRows) O
   // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that. factor: of
-  // O besides, with kDrops.
+  // O besides, with kDrawn.
   template <int kOTiles>
   FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink, float factor) {
 #pragma unroll
@@ -154,7 +154,7 @@ struct Softmax {
         sum[i][h] = row_sum(sum[i][h]);
         const float alpha = add_sink(i, h, scale_log2, sink);
         float inverse = alpha * (kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]));
-        if constexpr (kDrops) inverse *= factor;
+        if constexpr (kDrawn) inverse *= factor;
 #pragma unroll
         for (int j = 0; j < kOTiles; ++j)
 #pragma unroll

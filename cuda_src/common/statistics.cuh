@@ -42,7 +42,7 @@ FA2_DEVICE void store_own_logit_sum(const Params& params, int64_t tile, float su
 // What part of P dropout keeps. As much of D goes with dS: the inverse of this is a factor of what is multiplied by dS.
 template <typename Params>
 FA2_DEVICE float part_kept(const Params& params) {
-  if constexpr (kDrops) {
+  if constexpr (kDrawn) {
     return params.kept;
   } else {
     return 1.f;

@@ -281,7 +281,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     const Step next = next_of(step);
     const int stage = step.stage, m_block = step.m_block;
     const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
-    if (kDrops && m_block == visit.begin) drawing = drawing_of(params, entry, step.head);
+    if (kDrawn && m_block == visit.begin) drawing = drawing_of(params, entry, step.head);
     kept.draw(drawing, position);
     cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
     __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
@@ -360,7 +360,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     for (int j = 0; j < kDCols / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_dk.x[i][j][e] *= params.softmax_scale;
-  if constexpr (kDrops) {
+  if constexpr (kDrawn) {
 #pragma unroll
     for (int i = 0; i < kKeyTiles; ++i)
 #pragma unroll

@@ -285,7 +285,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           acc_dk.x[0][j][e] *= params.softmax_scale;
-          if constexpr (kDrops) acc_dv.x[0][j][e] *= inverse_of_kept(params);
+          if constexpr (kDrawn) acc_dv.x[0][j][e] *= inverse_of_kept(params);
         }
       const int64_t offset = (static_cast<int64_t>(work.part) * kBlockN + warp_row) * kHeadDim;
       store_partial(params.dk_partial + offset, kHeadDim, acc_dk);
@@ -309,7 +309,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     const Sequence& sequence = sequence_of_tile(shape, work, params);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
     const Position<true> position{first_query + accumulator_col(), key};
-    if (kDrops && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
+    if (kDrawn && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
     kept.draw(drawing, position);
     bar_sync(kept.before(drawing, kTurn + group), 128 * kKeyGroups);  // the other warpgroup has its dS
     const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, position);

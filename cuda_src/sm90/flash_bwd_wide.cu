@@ -182,7 +182,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
       }
       pin(acc_s);
     };
-    if (kDrops && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
+    if (kDrawn && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
     kept.draw(drawing, {query, key});
     issue_dp(False{});
     half_of_p(0);
@@ -192,7 +192,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     if constexpr (kPackEarly) {
       kept.drop(0, packed.r);
       store_fragments(smem.p[p_stage], warp_row, packed);
-    } else if constexpr (kDrops) {
+    } else if constexpr (kDrawn) {
       AccS acc_p = acc_s;
       kept.drop(acc_p);
       store_accumulator(smem.p[p_stage], warp_row, acc_p);

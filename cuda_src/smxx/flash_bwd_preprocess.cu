@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
         const int row = (first + pass) * kRowsPerPass + pass_row;
         if (kDlse && row < rows && col == 0) d -= dlse_of(params, batch, head, first_row + row);
         if (kOwnLogit) logit_sum -= ex2((logit - row_lse[pass]) * kLog2E) * d;
-        if constexpr (kDrops) d *= part_kept(params);
+        if constexpr (kDrawn) d *= part_kept(params);
         if (row < (kShort ? rows : kBlockM) && col == 0) params.softmax_d[tile * kPlaces + row] = d;
       }
     }
