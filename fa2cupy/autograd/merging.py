@@ -38,18 +38,23 @@ class _Merge(torch.autograd.Function):
         # create_graph=True: the formula has a second derivative
         if is_grad_enabled() or are_watched() or not is_plain(dout) or not is_plain(dlse):
             with torch.enable_grad():
-                again = ctx.formula(pieces[:count], pieces[count:])
-                wanted = [piece for piece in pieces if piece.requires_grad]
-                found = iter(torch.autograd.grad(again, wanted, (dout, dlse), create_graph=is_grad_enabled()))
+                again = zip(ctx.formula(pieces[:count], pieces[count:]), (dout, dlse), strict=True)
+                results, gradients = zip(*(pair for pair in again if pair[0].requires_grad), strict=True)
+            wanted = [piece for piece in pieces if piece.requires_grad]
+            found = iter(torch.autograd.grad(results, wanted, gradients, create_graph=is_grad_enabled()))
             return None, *(next(found) if piece.requires_grad else None for piece in pieces)
         douts, dlses = merged.differentiate(TORCH, (dout, dlse), pieces[:count], pieces[count:], out, lse)
         return None, *douts, *dlses
 
 
+def on_a_gpu(tensor: torch.Tensor) -> bool:
+    return bool(tensor.is_cuda)
+
+
 def merge(outs: Sequence[Any], lses: Sequence[Any], formula: Formula) -> tuple[Any, Any]:
     """(out, lse) of pieces whose shapes and dtypes fit together; formula: the same by torch's own operators."""
     pieces = (*outs, *lses)
-    if is_compiling() or any(type(piece) not in PLAIN or not piece.is_cuda for piece in pieces) or are_watched():
+    if is_compiling() or are_watched() or not all(type(piece) in PLAIN and on_a_gpu(piece) for piece in pieces):
         return formula(outs, lses)
     if is_grad_enabled() and any(piece.requires_grad for piece in pieces):
         if not merged.has_kernel(TORCH, outs, lses):
