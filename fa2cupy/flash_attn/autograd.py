@@ -83,7 +83,7 @@ class _Packed(torch.autograd.Function):
             # Of pieces, by the operator: with grad mode on it says that there is no second derivative.
             deterministic, causal, scale = (options.pop(name) for name in ("deterministic", "causal", "softmax_scale"))
             features = features_text(tuple(options.items()))
-            dq, dk, dv = backward_op(
+            dq, dk, dv, _ = backward_op(
                 dout, q, k, v, out, lse, dlse, causal, scale, "bshd", None, deterministic, features, *in_order(arrays)
             )
             if len(inputs) == 1:

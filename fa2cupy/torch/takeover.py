@@ -158,12 +158,9 @@ def _extra(features: Features, seed: Any, **more: Any) -> dict[str, Any]:
 
     cuDNN's seed and offset are two tensors: all is in the first, int64 (); as uint32 (2,) it has offset 0.
     """
-    extra = {}
+    extra = {name: array for name, array in more.items() if array is not None}
     if features and features[-1][0] == "dropout_p":
-        extra["dropout_seed"] = seed if seed.dim() else seed.reshape(1).view(torch.uint32)
-    for name, array in more.items():
-        if array is not None:
-            extra[name] = array
+        extra = {"dropout_seed": seed if seed.dim() else seed.reshape(1).view(torch.uint32), **extra}
     return extra
 
 
@@ -370,8 +367,7 @@ def _flash(native: Native) -> Kernel:
         seed, *rest = random_state(q, dropout_p)
         if cum_q is not None:
             counts.took(_DOOR)
-            used = more.get("seqused_k")
-            extra = _extra(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k, seqused_k=used)
+            extra = _extra(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k, seqused_k=more.get("seqused_k"))
             out, lse = packed.forward(q, k, v, extra, causal, scale, features)
             return out, lse, seed, *rest
         q, k, v = _swapped(q, k, v)
