@@ -26,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import against, features, peers, plot, results, timing
+from benchmarks import against, decode, features, peers, plot, results, timing
 from benchmarks import cases as case_module
 from benchmarks.cases import Case
 from benchmarks.timing import Clock, TorchClock, take_turns
@@ -242,6 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, rest = first.parse_known_args(arguments)
     if chosen.cases == "features":
         return features.main(rest)
+    if chosen.cases == "decode":
+        return decode.main(rest)
     args = parse(arguments)
     try:
         import torch

@@ -28,6 +28,7 @@ from fa2cupy.errors import (
     UnsupportedDevice,
 )
 from fa2cupy.install import install_as_flash_attn, uninstall_flash_attn
+from fa2cupy.kvcache import KVCache, attention_with_kvcache
 from fa2cupy.lse import convert_lse
 from fa2cupy.merge import merge_attention
 
@@ -40,6 +41,7 @@ __all__ = [
     "Fa2Warning",
     "InvalidArgument",
     "InvalidType",
+    "KVCache",
     "LaunchError",
     "MissingDependency",
     "NotTaken",
@@ -47,6 +49,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_vjp",
+    "attention_with_kvcache",
     "backward_workspace_bytes",
     "convert_lse",
     "dropout_mask",

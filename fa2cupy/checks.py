@@ -13,6 +13,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
 
 __all__ = [
+    "KV_DTYPES",
     "LAYOUTS",
     "SEED_DTYPES",
     "SEED_SHAPES",
@@ -22,17 +23,21 @@ __all__ = [
     "check_flag",
     "check_grad_of",
     "check_hint",
+    "check_kv_dtype",
     "check_layout",
     "check_pair",
     "check_scale",
     "check_seed",
     "check_softcap",
+    "check_split_size",
     "check_window",
     "shown",
 ]
 
 LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
 
+KV_DTYPES = ("float8_e4m3fn", "int8")
+SPLIT_UNIT = 64  # keys: a multiple of what any kernel takes at a time
 
 # How windows are counted, for those who come with one number.
 WINDOWS = (
@@ -71,6 +76,26 @@ def check_dtype(name: str, value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None, or 'bfloat16' for uint16 arrays, is needed")
+
+
+def check_kv_dtype(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None, 'float8_e4m3fn' or 'int8' is needed")
+    if value not in KV_DTYPES:
+        raise InvalidArgument(f"{shown(name, value)} is not supported: None, 'float8_e4m3fn' or 'int8' is needed")
+    return value
+
+
+def check_split_size(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None or an int is needed")
+    if value <= 0 or value % SPLIT_UNIT:
+        raise InvalidArgument(f"{shown(name, value)} is not supported: a positive multiple of {SPLIT_UNIT} is needed")
+    return operator.index(value)
 
 
 def check_scale(name: str, value: Any) -> float | None:

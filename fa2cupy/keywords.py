@@ -21,11 +21,13 @@ from fa2cupy.checks import (
     check_flag,
     check_grad_of,
     check_hint,
+    check_kv_dtype,
     check_layout,
     check_pair,
     check_scale,
     check_seed,
     check_softcap,
+    check_split_size,
     check_window,
     shown,
 )
@@ -33,6 +35,7 @@ from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
 from fa2cupy.spec import MASK_ARRAYS
 
 __all__ = [
+    "CACHE_FUNCTIONS",
     "FUNCTIONS",
     "KEYWORDS",
     "OTHER_NAMES",
@@ -63,6 +66,12 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "attention_backward": (("dout", "q", "k", "v", "out", "lse"), "tuple[A, ...]"),
     "forward_workspace_bytes": (("q", "k", "v"), "int"),
     "backward_workspace_bytes": (("q", "k", "v"), "int"),
+}
+# Those of caches, likewise.
+CACHE_FUNCTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "KVCache": (("k", "v"), "None"),
+    "KVCache.attend": (("q",), "A | tuple[A, A]"),
+    "attention_with_kvcache": (("q", "k_cache", "v_cache", "k", "v"), "A | tuple[A, A]"),
 }
 
 
@@ -199,16 +208,33 @@ _TABLE = (
         "workspace", "A | None", None, (*_FORWARD, *_BACKWARD, *_ATTEND),
         "one block of memory of at least `forward_workspace_bytes`, `backward_workspace_bytes`", "0.1",
     ),
-    Keyword("block_table", "A | None", None, _CACHE, "pages of each sequence; (batch, pages)"),
-    Keyword("indptr", "A | None", None, _CACHE, "pages of each sequence in `indices`, as starts"),
-    Keyword("indices", "A | None", None, _CACHE, "page numbers"),
-    Keyword("kv_dtype", "str | None", None, _CACHE, '"float8_e4m3fn" or "int8": what the cache holds'),
-    Keyword("k_scale", "A | float | None", None, _CACHE, "what quantised keys are multiplied by"),
-    Keyword("v_scale", "A | float | None", None, _CACHE, "what quantised values are multiplied by"),
-    Keyword("cache_seqlens", "A | None", None, _ATTEND, "keys in the cache before the new ones; (batch,)"),
-    Keyword("cache_batch_idx", "A | None", None, _ATTEND, "the cache's row of each sequence; (batch,)"),
-    Keyword("rotary", "tuple[A, A, str] | None", None, _ATTEND, '(cos, sin, "neox" or "interleaved")'),
-    Keyword("split_size", "int | None", None, _ATTEND, "keys of one part, for bits that do not depend on the batch"),
+    Keyword("block_table", "Array | None", None, _CACHE, "pages of each sequence; (batch, pages)", "0.2"),
+    Keyword("indptr", "Array | None", None, _CACHE, "where the pages of each start in `indices`; (batch + 1,)", "0.2"),
+    Keyword("indices", "Array | None", None, _CACHE, "pages of all sequences, one behind the other", "0.2"),
+    Keyword(
+        "kv_dtype", "str | None", None, _CACHE,
+        '"float8_e4m3fn" (uint8 arrays) or "int8": what a cache of 8 bits holds', "0.2", (None,), check_kv_dtype,
+    ),
+    Keyword(
+        "k_scale", "Array | float | None", None, _CACHE,
+        "what keys of 8 bits are multiplied by: (num_heads_k,), (batch, num_heads_k) or (pages, 1, num_heads_k)", "0.2",
+    ),
+    Keyword("v_scale", "Array | float | None", None, _CACHE, "likewise of values", "0.2"),
+    Keyword(
+        "cache_seqlens", "Array | int | None", None, _ATTEND, "keys in the cache before the new ones; (batch,)", "0.2"
+    ),
+    Keyword("cache_batch_idx", "Array | None", None, _ATTEND, "the cache's row of each sequence; (batch,)", "0.2"),
+    Keyword("k", "A | None", None, ("KVCache.attend",), "new keys, which are written to the cache", "0.2"),
+    Keyword("v", "A | None", None, ("KVCache.attend",), "new values, likewise", "0.2"),
+    Keyword(
+        "rotary", "tuple[A, A, str] | None", None, _ATTEND,
+        '(cos, sin, "neox" or "interleaved"): turns q and the new k by their positions', "0.2",
+    ),
+    Keyword(
+        "split_size", "int | None", None, _ATTEND,
+        "keys of one part, a multiple of 64, for bits that do not depend on the batch", "0.2",
+        check=check_split_size,
+    ),
     Keyword("reduce", "str | None", None, _PROBABILITIES, '"received", "entropy", "max" or "mean_heads"'),
     Keyword("source", "str", None, ("convert_lse",), "whose convention lse follows", "0.2", ()),
     Keyword("target", "str", None, ("convert_lse",), "whose convention the result follows", "0.2", ()),
@@ -216,10 +242,14 @@ _TABLE = (
         "like", "A | None", None, ("dropout_mask", "BlockMask.from_mask_mod"),
         "an array whose framework and device are taken", "0.2",
     ),
-    Keyword("arrays", "dict[str, A] | None", None, ("ScoreMod", "BlockMask.from_mask_mod"), "arrays of the function"),
+    Keyword(
+        "arrays", "dict[str, A] | None", None, ("BlockMask.from_mask_mod", "ScoreMod"),
+        "arrays and numbers that a function uses, by the names of its variables", "0.2",
+    ),
     Keyword(
         "max_partial", "int | None", None,
-        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"), "room for partial blocks",
+        ("BlockMask.from_dense", "BlockMask.from_blocks", "BlockMask.from_mask_mod"),
+        "room for so many blocks that are seen in part; more are an error", "0.2",
     ),
 )  # fmt: skip
 
@@ -298,10 +328,18 @@ def _is_number(value: object) -> bool:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def _functions() -> dict[str, tuple[tuple[str, ...], str]]:
+    return FUNCTIONS | CACHE_FUNCTIONS
+
+
 def signature(function: str) -> inspect.Signature:
     """What help() shows of a public function: its arrays, and the keywords that are there."""
-    arrays, result = FUNCTIONS[function]
+    arrays, result = _functions()[function]
     positional = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="A") for name in arrays]
+    if function == "KVCache.attend":
+        positional.insert(0, inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY))
+    if function == "attention_with_kvcache":
+        positional[3:] = [each.replace(default=None, annotation="A | None") for each in positional[3:]]
     keywords = [
         inspect.Parameter(k.name, inspect.Parameter.KEYWORD_ONLY, default=k.default, annotation=k.type)
         for k in KEYWORDS.values()
@@ -322,7 +360,7 @@ def public(function: _Function) -> _Function:
 
 def too_many_by_position(function: str, positional: tuple[object, ...]) -> Fa2Error:
     """The error for more arguments by position than there are arrays."""
-    arrays = FUNCTIONS[function][0]
+    arrays = _functions()[function][0]
     first = shown("one more", positional[0]).rstrip(",")
     hint = ""
     if hasattr(positional[0], "ndim"):
@@ -374,7 +412,7 @@ def _hint(function: str, name: str) -> str:
 def _elsewhere(name: str) -> str:
     """Whose keyword it is."""
     functions = KEYWORDS[name].functions
-    there = [function for function in functions if function in FUNCTIONS]
+    there = [function for function in functions if function in _functions()]
     if KEYWORDS[name].since:
         return f"{name!r} is a keyword of {(there or functions)[0]}()"
     return f"{name!r} is for {KEYWORDS[name].functions[-1]}(), which is not supported yet"

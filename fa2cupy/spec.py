@@ -7,15 +7,20 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from fa2cupy.checks import DROPOUT_STEPS
+
 __all__ = [
     "CARRIED",
     "DIFFERENTIABLE",
+    "FINDING",
     "LENGTHS",
     "LISTING",
     "MASK_ARRAYS",
     "OF_SINKS",
     "PREPROCESS",
     "DlseParams",
+    "DropoutParams",
+    "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
     "Row",
@@ -31,6 +36,7 @@ __all__ = [
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
+FINDING = "smxx/find_segments.cu"  # who finds segments before
 PREPROCESS = "smxx/flash_bwd_preprocess.cu"
 OF_SINKS = "smxx/flash_bwd_sinks.cu"  # who makes their gradient
 
@@ -135,8 +141,8 @@ class ScoreParams(ctypes.Structure):
 
     _fields_ = (
         ("alibi_slopes", ctypes.c_uint64),
-        ("alibi_batch", ctypes.c_int64),
-        ("alibi_head", ctypes.c_int64),
+        ("alibi_batch_stride", ctypes.c_int64),
+        ("alibi_head_stride", ctypes.c_int64),
         ("softcap_factor", ctypes.c_float),
         ("softcap_log2", ctypes.c_float),
     )
@@ -228,6 +234,63 @@ class SinksSpec(Spec):
         return ("dsinks",) if self.gradient else ()
 
 
+class DropoutParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("dropout_seed", ctypes.c_uint64),
+        ("words", ctypes.c_int32),
+        ("threshold", ctypes.c_uint32),
+        ("kept", ctypes.c_float),
+        ("inverse", ctypes.c_float),
+        ("first_query", ctypes.c_int32),
+        ("first_key", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutSpec(Spec):
+    """Some of P is dropped: `threshold` of 32768, by a seed of so many 32-bit `words` (2, 4 or 8).
+
+    empty_rows, empty_keys: those of the problem, which are left out, and count all the same. moves: the device may
+    leave out some, too.
+    """
+
+    threshold: int
+    words: int = 0
+    empty_rows: int = 0
+    empty_keys: int = 0
+    moves: bool = False
+
+    positions: ClassVar[bool] = True
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/") or source == PREPROCESS
+
+    def defines(self) -> dict[str, int | str]:
+        """One by one: where rows may be left out, or the threshold is a NaN among half numbers (dropout.cuh)."""
+        one_by_one = self.moves or self.empty_rows or self.empty_keys or self.threshold > 0x7C00
+        return {"FA2_DROPOUT": 1, **({"FA2_ONE_BY_ONE": 1} if one_by_one else {})}
+
+    def params(self) -> DropoutParams:
+        rows = self.empty_rows, self.empty_keys
+        return DropoutParams(0, self.words, self.threshold * 0x10001, self.kept, 1 / self.kept, *rows)
+
+    @property
+    def kept(self) -> float:
+        """What part of P is."""
+        return 1 - self.threshold / DROPOUT_STEPS
+
+    def arrays(self) -> tuple[str, ...]:
+        """Words of 32 bits, contiguous: the seed, its low word first; of 4 the offset, too; of 8 also what is added to
+        the numbers of sequences and of query heads, in two words each.
+        """
+        return ("dropout_seed",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for dropout"
+
+
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one
 # for the queries and one for the keys, which may be the same array.
 LENGTHS = (
@@ -264,10 +327,10 @@ class LengthsSpec(Spec):
     segments: bool = False
 
     def reaches(self, source: str) -> bool:
-        """Who makes lists of tiles looks at the arrays, and who asks for rows that are in none; what others are told is
-        `kernels.listed.Lists`.
+        """Who makes lists of tiles looks at the arrays, who finds segments before, and who asks for rows that are in no
+        tile; what others are told is `kernels.listed.Lists`.
         """
-        return source in (LISTING, OF_SINKS)
+        return source in (LISTING, OF_SINKS) or (self.segments and source == FINDING)
 
     def params(self) -> LengthsParams:
         return LengthsParams(sequences=self.sequences)

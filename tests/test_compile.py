@@ -21,7 +21,7 @@ from fa2cupy.jit import DeviceInfo, compile_many
 from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import ScoreParams, WindowParams
+from fa2cupy.spec import ScoreParams, SinksParams, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -116,8 +116,22 @@ def band_jobs(arch: str) -> list[CompileJob]:
     return jobs
 
 
-# Of kernels whose scores become others, by architecture, source, head_dim and what becomes of them: likewise.
-_SCORE_SPILLS: dict[tuple[str, str, int, str], int] = {}
+# Of kernels whose scores become others, by architecture, source and head_dim: likewise, whatever becomes of them.
+_SCORE_SPILLS = {
+    ("sm_90a", "sm90/flash_fwd.cu", 256): 44,
+    ("sm_90a", "sm90/flash_bwd.cu", 128): 184,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 192): 48,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256): 124,
+    ("sm_90", "sm80/flash_fwd.cu", 128): 16,
+    ("sm_90", "sm80/flash_fwd.cu", 192): 12,
+    ("sm_90", "sm80/flash_bwd.cu", 80): 64,
+    ("sm_90", "sm80/flash_bwd.cu", 256): 20,
+    ("sm_80", "sm80/flash_fwd.cu", 128): 24,
+    ("sm_80", "sm80/flash_fwd.cu", 192): 8,
+    ("sm_80", "sm80/flash_fwd.cu", 256): 12,
+    ("sm_120", "sm80/flash_bwd.cu", 64): 16,
+    ("sm_120", "sm80/flash_bwd.cu", 256): 4,
+}
 SCORES = {
     "softcap": {"FA2_SOFTCAP": 1},
     "alibi": {"FA2_ALIBI": 1},
@@ -134,7 +148,7 @@ def score_jobs(arch: str, scores: str) -> list[CompileJob]:
             continue
         size = ctypes.sizeof(composed(struct, (ScoreParams,)))
         defines = {**job.defines, **SCORES[scores], "FA2_PARAMS_BYTES": size}
-        more = _SCORE_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), scores), 0)
+        more = _SCORE_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"])), 0)
         label, allowed = f"{job.label} {scores}", job.allowed_spill_bytes + more
         jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
     return jobs
@@ -207,6 +221,17 @@ def list_jobs(arch: str, band: bool) -> list[CompileJob]:
     return jobs
 
 
+def sinks_jobs(arch: str) -> list[CompileJob]:
+    """Every row of the forwards as it is compiled for sinks, which spill no more than without."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        if job.name == "flash_fwd" and job.defines["FA2_BF16"]:
+            size = ctypes.sizeof(composed(_STRUCTS[job.source], (SinksParams,)))
+            defines = {**job.defines, "FA2_SINKS": 1, "FA2_PARAMS_BYTES": size}
+            jobs.append(dataclasses.replace(job, defines=defines, label=f"{job.label} sinks"))
+    return jobs
+
+
 def check_spills(jobs: list[CompileJob]) -> None:
     """Compiled with the NVRTC that is installed."""
     found = []
@@ -233,11 +258,40 @@ def test_all_rows_with_a_band(arch: str) -> None:
     check_spills(band_jobs(arch))
 
 
+def test_some_rows_of_scores() -> None:
+    """One of each kernel of Hopper."""
+    first = {
+        job.source: job for job in score_jobs("sm_90a", "softcap alibi") if job.defines["FA2_HEAD_DIM"] in (64, 256)
+    }
+    check_spills([job for source, job in first.items() if source.startswith("sm90/")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_rows_of_scores(arch: str, scores: str) -> None:
+    check_spills(score_jobs(arch, scores))
+
+
 def test_some_rows_of_lists() -> None:
     """The first row at head_dim 128, or above, of each main kernel."""
     first = {job.source: job for job in reversed(list_jobs("sm_90a", False)) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
     assert len(first) == len(_STRUCTS)
     check_spills(list(first.values()))
+
+
+def test_some_rows_with_sinks() -> None:
+    """The first row of each forward, and on Hopper that with the least room."""
+    jobs = sinks_jobs("sm_90a")
+    first = {job.source: job for job in reversed(jobs)}
+    assert len(first) == 2
+    check_spills([*first.values(), next(job for job in jobs if "head_dim 96" in job.label)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_with_sinks(arch: str) -> None:
+    check_spills(sinks_jobs(arch))
 
 
 @pytest.mark.slow

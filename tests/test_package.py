@@ -53,7 +53,7 @@ def test_wheel_holds_every_module_and_kernel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"fa2cupy/cuda_src/{kernel}" for kernel in KERNELS} <= names
     assert names >= MODULES
-    assert {"fa2cupy/py.typed", "fa2cupy/attention.pyi"} <= names
+    assert {"fa2cupy/py.typed", "fa2cupy/attention.pyi", "fa2cupy/kvcache.pyi"} <= names
     assert wheel.name.endswith("-py3-none-any.whl")
     # Nothing else: no tests, no benchmarks, no stray top-level package.
     assert {name.split("/")[0] for name in names} == {"fa2cupy", wheel.name.rpartition("-py3")[0] + ".dist-info"}

@@ -26,17 +26,31 @@ from tests.host import build
 HEADER = "common/params.cuh"
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
-BLOCKS = {"DlseParams": spec.DlseParams, "LengthsParams": spec.LengthsParams, "WindowParams": spec.WindowParams}
+BLOCKS = {
+    name: getattr(spec, name)
+    for name in ("DlseParams", "LengthsParams", "ScoreParams", "SinksGradientParams", "SinksParams", "WindowParams")
+}
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
-# Struct with parts -> the twin of its first, and each other with the macro that it is there with; with none, always.
+_SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
+_SCORES = ("FA2_SOFTCAP FA2_ALIBI", spec.ScoreParams)
+_SINKS_GRADIENT = spec.SinksGradientParams
+_SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
+# Struct with parts -> the twin of its first, and each other with the macros with one of which it is there; with none,
+# always.
 COMPOSED = {
-    "FwdBandParams": (params.FwdParams, (_BAND, _LISTED)),
-    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _LISTED)),
-    "BwdBandParams": (params.BwdParams, (_BAND, _LISTED)),
-    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _LISTED)),
-    "PreprocessParams": (params.BwdParams, (("FA2_DLSE", spec.DlseParams), _LISTED)),
+    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _SINKS, _LISTED)),
+    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _SINKS, _LISTED)),
+    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _LISTED)),
+    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _LISTED)),
+    "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
-    "ListTilesBandParams": (params.ListTilesParams, (_BAND, ("", spec.LengthsParams))),
+    "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams), _SEGMENTS)),
+    "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
+    "FillUnseenParams": (params.FillParams, (_SINKS,)),
+    "SinksBwdBandParams": (
+        params.SinksBwdParams,
+        (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED, _SEGMENTS),
+    ),
 }
 
 Defines = Mapping[str, int | str]
@@ -70,7 +84,17 @@ def sets_of_defines() -> list[Defines]:
                 covered |= pairs
                 found.append(job.defines)
     fill = {"FA2_BF16": 1, "FA2_HEAD_DIM": 16, "FA2_ALIGNED": 0, "FA2_FILL_THREADS": 256}
-    return [*found, fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)}]
+    with_sinks = ctypes.sizeof(params.composed(params.FillParams, (spec.SinksParams,)))
+    found.append(fill | {"FA2_PARAMS_BYTES": ctypes.sizeof(params.FillParams)})
+    found.append(fill | {"FA2_SINKS": 1, "FA2_PARAMS_BYTES": with_sinks})
+    for first in (params.FindParams, params.ListTilesParams):
+        size = ctypes.sizeof(params.composed(first, (spec.LengthsParams, params.SegmentParams)))
+        found.append(fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": size})
+    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_LISTED")
+    any_size = {"FA2_PARAMS_BYTES": 0}
+    for n in (1, 2, len(more)):
+        found += [{**found[0], **dict.fromkeys(macros, 1), **any_size} for macros in itertools.combinations(more, n)]
+    return found
 
 
 def structs_of(text: str) -> dict[str, list[str]]:
@@ -175,7 +199,7 @@ def twins(defines: Defines) -> dict[str, Any]:
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():
-        there = tuple(block for macro, block in others if not macro or defines.get(macro))
+        there = tuple(block for macros, block in others if not macros or any(map(defines.get, macros.split())))
         found[name] = params.composed(first, there) if there else first
     return found
 
@@ -188,7 +212,7 @@ def compare(layout: dict[str, Layout], defines: Defines) -> None:
     assert layout["TensorMap"][""] == (0, ctypes.sizeof(params.TensorMap))
     for name, fields in own.items():
         assert fields == layout_in_ctypes(expected[name]), f"{name} of {dict(defines)}"
-    assert defines["FA2_PARAMS_BYTES"] in [fields[""][1] for fields in own.values()]
+    assert defines["FA2_PARAMS_BYTES"] in [0, *(fields[""][1] for fields in own.values())]
 
 
 def test_every_field_has_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import pytest
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import KernelLaunch, plan_forward
-from fa2cupy.kernels.listed import Lists
+from fa2cupy.kernels.listed import Lists, Segments
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import LengthsSpec
+from fa2cupy.spec import LengthsSpec, WindowSpec
 
 H200 = DeviceInfo(0, "", (9, 0), 132, SHARED_MEMORY["sm_90"], 50 << 20)
 A100 = DeviceInfo(0, "", (8, 0), 108, SHARED_MEMORY["sm_80"], 40 << 20)
@@ -100,7 +100,60 @@ def test_arrays_too_long_for_a_shift() -> None:
     assert plan_forward(problem_of(rows - 1, 4), H200).objection == ""
 
 
-def test_segments_are_to_come() -> None:
-    problem = dataclasses.replace(problem_of(10, 2), lengths=LengthsSpec(10, segments=True))
-    with pytest.raises(InvalidArgument, match="segment_ids is not supported on a GPU yet"):
-        plan_forward(problem, H200)
+def segments_of(batch: int, seqlen: int, seqlen_k: int = 0) -> AttentionProblem:
+    """Dense rows with ids."""
+    keys = seqlen_k or seqlen
+    rows = {"q": seqlen, "out": seqlen, "k": keys, "v": keys}
+    strides = {name: (length * HEADS * WIDTH, HEADS * WIDTH, WIDTH) for name, length in rows.items()}
+    problem = dataclasses.replace(
+        problem_of(seqlen, batch), strides=(*strides.items(), ("lse", (HEADS * seqlen, seqlen, 1))), seqlen_k=keys
+    )
+    return dataclasses.replace(problem, lengths=LengthsSpec(batch * min(seqlen, keys), segments=True))
+
+
+def test_segments_are_found_first() -> None:
+    """By a thread block for each row of the batch, or for some, whose tokens it takes as one line."""
+    for batch, groups in ((3, 3), (1024, 1024), (1025, 513)):
+        plan = plan_forward(segments_of(batch, 300), H200)
+        assert names(plan.launches) == ["find_segments", "list_tiles", "flash_fwd"]
+        finding, listing, main = plan.launches
+        assert finding.config.grid == (groups, 1, 1) and not finding.config.overlaps_previous
+        assert listing.config.overlaps_previous and main.config.overlaps_previous
+        assert finding.defines["FA2_SEGMENTS"] == listing.defines["FA2_SEGMENTS"] == 1
+        assert "FA2_SEGMENTS" not in main.defines and main.defines["FA2_LISTED"] == 1
+    assert not any(launch.config.overlaps_previous for launch in plan_forward(segments_of(3, 300), A100).launches)
+
+
+def test_who_finds_segments_is_one_binary() -> None:
+    """Whatever else is asked for."""
+    window = dataclasses.replace(segments_of(2, 300), causal=False, window=WindowSpec(20, 3))
+    half = dataclasses.replace(segments_of(2, 300), dtype="float16", head_dim=32, head_dim_v=32)
+    finding = [plan_forward(each, H200).launches[0] for each in (segments_of(2, 300), window, half)]
+    assert len({tuple(launch.defines.items()) for launch in finding}) == 1 and finding[0].name == "find_segments"
+
+
+def test_a_list_has_room_for_a_segment_of_each_token() -> None:
+    problem = segments_of(2, 1000, 700)
+    plan = plan_forward(problem, H200)
+    lists = Lists.of(problem, plan.tile.block_m, plan.tile.block_n, has_keys=False)
+    segments = Segments(2, lists)
+    assert lists.tiles_of_head_q >= 2 * 700 and plan.workspace_bytes == segments.end < 64 * 2 * 1700
+    offsets = sorted(segments.offsets.values())
+    assert lists.end <= offsets[0] and set(segments.offsets) == {"found", "runs_q", "runs_k", "segments"}
+
+
+def test_thread_blocks_take_several_tiles_where_there_may_be_many() -> None:
+    """sm_80: of short segments there are more than usual; the usual ones have a thread block each."""
+    plan = plan_forward(segments_of(2, 8192), A100)
+    main = plan.launches[-1]
+    assert main.defines["FA2_REPEAT"] == 1
+    usual = 2 * 8192 // plan.tile.block_m * HEADS
+    assert usual <= main.config.grid[0] <= 2.5 * usual
+    assert "FA2_REPEAT" not in plan_forward(segments_of(2, 1), A100).launches[-1].defines
+
+
+def test_tokens_are_counted_in_32_bits() -> None:
+    assert plan_forward(segments_of(1 << 19, 1 << 11), A100).launches
+    message = r"segment_ids of 2147483648 tokens \(batch 1048576\) are not supported on a GPU: at most 1073741824"
+    with pytest.raises(InvalidArgument, match=message):
+        plan_forward(segments_of(1 << 20, 1 << 11), H200)

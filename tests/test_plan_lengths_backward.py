@@ -9,6 +9,8 @@ import pytest
 
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import BackwardPlan, KernelLaunch, plan_backward
+from fa2cupy.kernels.backward import ARRAYS
+from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, ListedPlace, ListParams, composed
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import LengthsSpec, WindowSpec
@@ -124,3 +126,81 @@ def test_a_window_reaches_the_lists() -> None:
     plan = plan_backward(problem, A100, True)
     for launch in plan.launches:
         assert ("FA2_BAND" in launch.defines) == (launch.name in ("list_tiles", "flash_bwd"))
+
+
+def segmented(batch: int, seqlen: int, head_dim: int = 128, heads: tuple[int, int] = (8, 2)) -> AttentionProblem:
+    problem = backward_problem(seqlen, seqlen, head_dim, "bfloat16", True, batch, heads)
+    return dataclasses.replace(problem, lengths=LengthsSpec(batch * seqlen, segments=True))
+
+
+OF_SEGMENTS = ["find_segments", "list_tiles", "flash_bwd_preprocess", "flash_bwd", "flash_bwd_postprocess"]
+OF_SHORTS = ["flash_bwd_preprocess", "flash_bwd"]
+
+
+@pytest.mark.parametrize("device", [H200, A100])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_room_for_tiles_grows_with_tokens(device: DeviceInfo, head_dim: int) -> None:
+    """Up to twice a dense batch, not to a tile for each token: short segments are computed by themselves."""
+    problem = segmented(4, 8192, head_dim)
+    plan = plan_backward(problem, device, False)
+    assert [launch.name for launch in plan.launches] == OF_SEGMENTS + OF_SHORTS
+    params = composed(BwdParams, (ListParams,)).from_buffer_copy(plan.launches[2].params)
+    dense = 4 * -(-8192 // plan.tile.block_m)
+    short_keys = int(plan.launches[-1].defines["FA2_BLOCK_N"])  # type: ignore[call-overload]
+    assert (
+        dense
+        <= params.tiles_of_head_q
+        <= 4 * (8192 + (2 + 8192 // short_keys) * plan.tile.block_m) // plan.tile.block_m
+    )
+    without = plan_backward(dataclasses.replace(problem, lengths=None), device, False)
+    assert plan.workspace_bytes <= 2.1 * without.workspace_bytes
+
+
+@pytest.mark.parametrize("device", [H200, A100])
+@pytest.mark.parametrize(
+    ("longest", "keys"), [(1, 1), (40, 40), (128, 129), (300, 129), (1, 129), (2000, 2000), (3, 300)]
+)
+def test_what_is_not_short_has_room(device: DeviceInfo, longest: int, keys: int) -> None:
+    """The worst that segments of more than `short_keys` keys can do."""
+    problem = segmented(2, 4096, 64)
+    plan = plan_backward(problem, device, False)
+    short_keys = int(plan.launches[-1].defines["FA2_BLOCK_N"])  # type: ignore[call-overload]
+    block_m, wide = plan.tile.block_m, plan.tile.cluster * plan.tile.block_n
+    lists = Lists.of(problem, block_m, wide, has_keys=True, short_keys=short_keys)
+    keys = max(keys, short_keys + 1)
+    count = min(4096 // keys, 4096 // longest)
+    for rest in (4096 - count * longest, 0):  # the last one may have all queries that are left
+        tiles_q = (count - 1) * -(-longest // block_m) + -(-(longest + rest) // block_m)
+        assert 2 * tiles_q <= lists.tiles_of_head_q
+    assert 2 * ((count - 1) * -(-keys // wide) + -(-(4096 - (count - 1) * keys) // wide)) <= lists.tiles_of_head_k
+
+
+def test_short_segments_need_no_memory_of_their_own() -> None:
+    """But statistics, row by row, where those of the tiles were. In any order of the lists: nobody waits for them."""
+    for deterministic in (False, True):
+        problem = segmented(4, 8192)
+        plan = plan_backward(problem, A100, deterministic)
+        before, main = plan.launches[-2:]
+        assert before.defines["FA2_SHORT"] == main.defines["FA2_SHORT"] == 1 and main.defines["FA2_DETERMINISTIC"] == 0
+        assert main.config.grid[0] <= 108 * 16 and before.config.grid[0] <= 108 * 16
+        assert not main.config.overlaps_previous
+        names = (*ARRAYS, "segment_ids_q", "segment_ids_k")
+        struct = composed(BwdParams, (ListParams,))
+        place = {
+            getattr(struct, field).offset: field for part in (BwdParams, ListParams) for field, *_ in part._fields_
+        }
+        of = [
+            {place[offset]: add for offset, position, add in launch.pointers if position == len(names)}
+            for launch in (plan.launches[2], before, main)
+        ]
+        assert of[1] == of[2] and of[0]["counts"] + 8 == of[1]["counts"]
+        assert of[1]["tiles_q"] == of[1]["tiles_k"] not in (of[0]["tiles_q"], of[0]["tiles_k"])
+        assert of[1]["lse_log2"] == of[0]["lse_log2"] and of[1]["softmax_d"] - of[1]["lse_log2"] >= 4 * 4 * 8192 * 8
+        assert of[1]["softmax_d"] + 4 * 4 * 8192 * 8 <= plan.workspace_bytes
+        assert max(of[1]["tiles_q"], of[0]["tiles_k"]) + 32 * 4 * 8192 <= of[0]["lse_log2"]
+
+
+def test_rows_of_one_token_have_room_for_any_segments() -> None:
+    plan = plan_backward(segmented(3, 1), H200, False)
+    assert [launch.name for launch in plan.launches] == OF_SEGMENTS
+    assert plan_backward(segmented(3, 0), H200, False).launches == ()

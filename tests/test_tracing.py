@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fa2cupy import functions
-from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
+from fa2cupy.errors import CompilationError, Fa2Error, InvalidArgument, InvalidType
 from fa2cupy.jit import compiler, source
 from fa2cupy.tracing import function as function_module
 from fa2cupy.tracing.function import MASK, SCORE, UserFunction
@@ -88,6 +88,17 @@ def test_nvrtc_takes_them() -> None:
     headers = {f"common/{name}.cuh": (source.root() / "common" / f"{name}.cuh").read_bytes() for name in names}
     whole = source.Source("user.cu", "".join(parts).encode(), tuple(sorted(headers.items())))
     assert compiler.compile(whole, "sm_80", {}).warnings == ()
+
+
+def test_nvrtc_points_at_the_text() -> None:
+    """At its line, whether it is an expression or has statements."""
+    names = ("user", "ptx", "types")
+    headers = {f"common/{name}.cuh": (source.root() / "common" / f"{name}.cuh").read_bytes() for name in names}
+    for text, line in (("kv_idx <= q_idx ||\n  tabel[q_idx]", 2), ("int x = 3;\n\nreturn tabel[x];", 3)):
+        code = UserFunction.of(MASK, text, None).header().encode()
+        whole = source.Source("user.cu", code, tuple(sorted(headers.items())))
+        with pytest.raises(CompilationError, match=rf'mask_mod\({line}\): error: identifier "tabel" is undefined'):
+            compiler.compile(whole, "sm_80", {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,29 @@ FA2_DEVICE bool has_query_tile(const Params& params, int place) {
   }
 }
 
+// Of a list of whole sequences (kShort): how many there are; where one's first row is among the statistics of all rows; and which of the
+// sums of a sequence each are its own.
+template <typename Params>
+FA2_DEVICE int listed_sequences(const Params& params) {
+  if constexpr (kListed) {
+    return params.counts[0];
+  } else {
+    return 0;
+  }
+}
+template <typename Params, typename Entry>
+FA2_DEVICE int64_t statistics_of(const Params& params, int head, const Entry& entry) {
+  return static_cast<int64_t>(head) * query_tiles_of_head(params) + entry.tile;
+}
+template <typename Params>
+FA2_DEVICE int64_t sums_of(const Params& params, int head, int place) {
+  if constexpr (kListed) {
+    return static_cast<int64_t>(head) * params.tiles_of_head_k + place;
+  } else {
+    return 0;
+  }
+}
+
 // What the lists say of tile `place` of a head; `batch`: of a shape's.
 template <typename Params>
 FA2_DEVICE auto query_tile_at(const Params& params, int place, int batch) {

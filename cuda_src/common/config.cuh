@@ -5,8 +5,10 @@
 
 #if FA2_BF16
 using Element = bf16_t;
+enum { kIsBf16 = 1 };
 #else
 using Element = half_t;
+enum { kIsBf16 = 0 };
 #endif
 
 constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up: to a multiple of 16, or to a row
@@ -97,9 +99,20 @@ enum { kAlibi = 0 };
 #endif
 
 #ifdef FA2_SINKS
-enum { kSinks = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
+enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which takes part in the softmax of its rows
 #else
-enum { kSinks = 0 };
+enum { kOwnLogit = 0 };
+#endif
+
+#ifdef FA2_DROPOUT
+enum { kDropout = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
+#else
+enum { kDropout = 0 };
+#endif
+#ifdef FA2_ONE_BY_ONE
+enum { kOneByOne = FA2_ONE_BY_ONE };  // it may have to be drawn element by element
+#else
+enum { kOneByOne = 0 };
 #endif
 
 #ifdef FA2_FILL_THREADS
@@ -118,6 +131,22 @@ enum { kListed = FA2_LISTED };
 #else
 enum { kListed = 0 };
 #endif
+#ifdef FA2_SEGMENTS
+enum { kSegments = FA2_SEGMENTS };  // sequences are what smxx/find_segments.cu found, not what arrays of lengths say
+#else
+enum { kSegments = 0 };
+#endif
+#ifdef FA2_SHORT
+// The list is of whole sequences, whose keys are one block: a thread block takes one by itself, and dQ is no sum.
+enum { kShort = FA2_SHORT };
+#else
+enum { kShort = 0 };
+#endif
+#ifdef FA2_REPEAT
+enum { kRepeat = FA2_REPEAT };  // there may be more tiles than thread blocks: each takes every so many-th
+#else
+enum { kRepeat = 0 };
+#endif
 #ifdef FA2_POSITIONED
 enum { kPositioned = FA2_POSITIONED };  // tiles of a list say which rows of their sequence they are
 #else
@@ -125,6 +154,38 @@ enum { kPositioned = 0 };
 #endif
 #ifdef FA2_IN_ORDER
 enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first
+#endif
+
+// Attention on a cache (cache.cuh)
+#ifdef FA2_NEW_KEYS
+enum { kNewKeys = FA2_NEW_KEYS };  // new keys come with the call and are written to the cache
+#else
+enum { kNewKeys = 0 };
+#endif
+#ifdef FA2_TURNED
+enum { kTurned = FA2_TURNED };  // queries and new keys are turned by their positions
+#else
+enum { kTurned = 0 };
+#endif
+#ifdef FA2_FIXED_PARTS
+enum { kFixedParts = FA2_FIXED_PARTS };  // keys are cut where the call says, not where the shares of thread blocks end
+#else
+enum { kFixedParts = 0 };
+#endif
+#ifdef FA2_QUANTISED
+enum { kQuantised = FA2_QUANTISED };  // the cache holds 8 bits: 1 float8_e4m3fn, 2 int8
+enum { kScaleOfPage = FA2_SCALE_OF_PAGE };  // what they are multiplied by may differ from page to page
+#else
+enum { kQuantised = 0, kScaleOfPage = 0 };
+#endif
+#ifdef FA2_CVT_E4M3
+enum { kCvtE4m3 = FA2_CVT_E4M3 };  // cvt.rn.f16x2.e4m3x2: sm_89 and newer
+#else
+enum { kCvtE4m3 = 0 };
+#endif
+#ifdef FA2_SLOTS
+enum { kSlots = FA2_SLOTS };  // slices of keys and values that a warp has on their way or in use
+enum { kScattered = FA2_SCATTERED };  // where a sequence's keys lie: 0 together, 1 each anywhere, 2 each slice anywhere
 #endif
 
 constexpr int kParamsBytes = FA2_PARAMS_BYTES;  // size of the params struct that the host packs

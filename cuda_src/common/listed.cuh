@@ -37,6 +37,26 @@ struct ListParams {
   int tiles_of_head_q, tiles_of_head_k;  // how many there can be: a head's part of what is kept for each tile
 };
 
+// A run of equal ids: its first token, counted along all rows of the batch, and how many the run of that id has on the other side: 0
+// if there is none, -1 if this one is no segment's.
+struct IdRun {
+  int start, met;
+};
+
+// What smxx/find_segments.cu has found of segments: of groups of rows of the batch, each by a thread block of its own.
+struct SegmentParams {
+  IdRun* runs_q;  // (batch * rows_q,), a group's from its first token on
+  IdRun* runs_k;  // (batch * rows_k,)
+  // (batch * min(rows_q, rows_k),), likewise: of runs that have met, in the order of the queries. `tile`: the first token.
+  ListedPlace* segments;
+  int* found;  // (groups, 3): segments, runs of queries, runs of keys
+  // (batch * min(rows_q, rows_k),), or null: where list_tiles.cu puts those of at most short_keys keys, if tiles of all of them are more
+  // than there is room for; counts[2] and counts[3] say how many.
+  ListedTile* shorts;
+  const float* short_sums;  // (num_heads, batch * min(rows_q, rows_k), warps), for flash_bwd_sinks.cu; or null
+  int batch_rows, groups, rows_of_group, short_keys;
+};
+
 // The arrays that a call was given, or null; int32 on the device. Whatever they hold, no row outside the arrays is meant by it.
 struct LengthsParams {
   const int* cu_seqlens_q;  // (sequences + 1,): packed, and where sequences start
@@ -44,7 +64,7 @@ struct LengthsParams {
   const int* seqused_q;  // (sequences,): rows in use, from the first
   const int* seqused_k;
   const int* leftpad_k;  // (sequences,): of these so many in front are not
-  const int* segment_ids_q;  // (batch, rows): rows of the same id are a sequence
+  const int* segment_ids_q;  // (batch, rows): rows of the same id are a sequence, which find_segments.cu finds
   const int* segment_ids_k;
   int sequences;
 };

@@ -23,7 +23,7 @@ struct WindowParams {
 // What becomes of scores (score.cuh).
 struct ScoreParams {
   const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
-  int64_t alibi_batch, alibi_head;  // its strides
+  int64_t alibi_batch_stride, alibi_head_stride;  // its strides
   float softcap_factor;  // softmax_scale / softcap; kSoftcap
   float softcap_log2;    // softcap * log2(e)
 };
@@ -41,6 +41,15 @@ struct SinksGradientParams {
   void* dsinks;
   float* sink_sums;
   int sinks_are_16_bit;
+};
+
+// What dropout drops (dropout.cuh).
+struct DropoutParams {
+  const uint32_t* dropout_seed;  // so many words: seed and offset, of two each, and two each for what is added to batch and head; or the
+  int words;                     // first 2 or 4 of them, and the others are 0
+  uint32_t threshold;            // of 32768, in both halves of the word: as many of so many elements are dropped
+  float kept, inverse;           // what part of P is kept, and its inverse
+  int first_query, first_key;    // how many queries and keys the host has left out in front
 };
 
 // The struct of a kernel with the blocks behind it that there are, in this order. Without any it is the struct itself: an empty base
@@ -87,8 +96,8 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kSinks, SinksParams>,
-                               Part<kListed, ListParams>>;
+using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
+                               Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -101,7 +110,7 @@ struct FwdTmaParams {
 };
 
 using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kSinks, SinksParams>, Part<kListed, ListParams>>;
+                                  Part<kOwnLogit, SinksParams>, Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -115,7 +124,7 @@ struct BwdParams {
   Element* dv;          // like v
   // Workspaces; a row of tiles is m_blocks * kBlockM query rows long.
   float* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
-  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
+  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O) (of what dropout keeps), 0 past the last row
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks, kDqParts), from 0: whose turn it is to add to dQ
   float* dk_partial;  // (batch, num_heads_k, splits, n_blocks * kBlockN, kHeadDim), scaled (splits > 1 only)
@@ -136,8 +145,10 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kSinks, SinksGradientParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDropout, DropoutParams>,
+                               Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDropout, DropoutParams>,
+                                  Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
@@ -156,21 +167,22 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
+                                  Part<kDropout, DropoutParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
-  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kSinks the sink); or null
+  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kOwnLogit the sink); or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
-using FillSinksParams = Composed<FillParams, Part<kSinks, SinksParams>>;
+using FillUnseenParams = Composed<FillParams, Part<kOwnLogit, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for
   ListedTile* tiles_k;
-  int* counts;  // (2,)
-  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kSinks the
+  int* counts;  // (2,), of segments (4,)
+  // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kOwnLogit the
   // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
   float* lse;
@@ -182,7 +194,13 @@ struct ListTilesParams {
   int cols_out, cols_dk, cols_dv;
 };
 using ListTilesBandParams =
-    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kSinks, SinksParams>, Part<true, LengthsParams>>;
+    Composed<ListTilesParams, Part<kBand, WindowParams>, Part<kOwnLogit, SinksParams>, Part<true, LengthsParams>,
+             Part<kSegments, SegmentParams>>;
+
+struct FindParams {
+  int rows_q, rows_k;  // of each row of the batch
+};
+using FindSegmentsParams = Composed<FindParams, Part<true, LengthsParams>, Part<true, SegmentParams>>;
 
 // Of flash_bwd_sinks. A thread block for each head.
 struct SinksBwdParams {
@@ -190,5 +208,6 @@ struct SinksBwdParams {
   int tiles_of_head;  // of queries, in each row of the batch; of a list at most. 0: nothing was summed up
   int sums_of_tile;
 };
-using SinksBwdBandParams = Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>,
-                                    Part<kListed, LengthsParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using SinksBwdBandParams =
+    Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>, Part<kListed, LengthsParams>,
+             Part<kDlse, DlseParams>, Part<kListed, ListParams>, Part<kSegments, SegmentParams>>;

@@ -55,12 +55,63 @@ FA2_DEVICE uint32_t cvt_pack<bf16_t>(float lo, float hi) {
   return packed;
 }
 
+// cvt.rn.f16x2.e4m3x2: two numbers of 8 bits, exactly. sm_89 and newer (PTX ISA 9.7.9.21)
+FA2_DEVICE uint32_t cvt_f16x2_e4m3x2(uint32_t pair) {
+  uint32_t x;
+  asm("{\n.reg .b16 low;\ncvt.u16.u32 low, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}" : "=r"(x) : "r"(pair));
+  return x;
+}
+// sub.f16x2 (PTX ISA 9.7.4.2)
+FA2_DEVICE uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+// prmt.b32: bytes of x (0 to 3) and y (4 to 7), the lowest first by the lowest digit of the selector (PTX ISA 9.7.9.7)
+FA2_DEVICE uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(x), "r"(y), "r"(selector));
+  return bytes;
+}
+// div.rn.f32
+FA2_DEVICE float div_rn(float x, float y) {
+  float quotient;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+  return quotient;
+}
+// cvt.rni.s32.f32: to nearest, ties to even
+FA2_DEVICE int cvt_rni(float x) {
+  int nearest;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(nearest) : "f"(x));
+  return nearest;
+}
+
 FA2_DEVICE float to_float(half_t x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
 FA2_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+
+// mul.wide.u32: all of a product, its low word in x (PTX ISA 9.7.1.3). Of a product in C++ the halves take an instruction more.
+FA2_DEVICE uint2 mul_wide_u32(uint32_t a, uint32_t b) {
+  uint2 product;
+  asm("{\n.reg .b64 p;\nmul.wide.u32 p, %2, %3;\nmov.b64 {%0, %1}, p;\n}" : "=r"(product.x), "=r"(product.y) : "r"(a), "r"(b));
+  return product;
+}
+
+// abs.f16x2: both halves without their signs (PTX ISA 9.7.4.6); no instruction of its own in front of the next
+FA2_DEVICE uint32_t abs_f16x2(uint32_t x) {
+  uint32_t y;
+  asm("abs.f16x2 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+// set.geu.u32.f16x2: 0xffff in each half where a is not less than b, where one is NaN too (PTX ISA 9.7.7.1)
+FA2_DEVICE uint32_t set_geu_u32_f16x2(uint32_t a, uint32_t b) {
+  uint32_t halves;
+  asm("set.geu.u32.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(a), "r"(b));
+  return halves;
+}
 
 // %ctaid.x and %nctaid.x, read here: what is computed of blockIdx and gridDim may be kept in registers for a long time
 FA2_DEVICE int read_ctaid() {
@@ -135,6 +186,23 @@ FA2_DEVICE int ld_acquire(const int* address) {
 }
 FA2_DEVICE void red_release_add(int* address, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+// atom.acq_rel.gpu.global.inc.u32: the counter's value before; at `last` it goes back to 0
+FA2_DEVICE uint32_t atom_acq_rel_inc(int* address, uint32_t last) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(last) : "memory");
+  return before;
+}
+// ld.global.cg: what another thread block has written, past the first-level cache (PTX ISA 9.7.9.1)
+FA2_DEVICE float ld_cg_f32(const float* address) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(address) : "memory");
+  return x;
+}
+FA2_DEVICE float2 ld_cg_v2_f32(const float* address) {
+  float2 x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(address) : "memory");
+  return x;
 }
 // atom.acquire.gpu.global.add.s32: the counter's value before
 FA2_DEVICE int atom_acquire_add(int* address, int value) {

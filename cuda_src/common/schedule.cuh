@@ -91,6 +91,17 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
   }
 }
 
+// How many tiles a list has, of all heads.
+template <typename Params>
+FA2_DEVICE int listed_query_tiles(const Params& params) {
+  if constexpr (kListed) {
+    griddepcontrol_wait();  // the list is there
+    return params.counts[0] * params.shape.num_heads;
+  } else {
+    return 0;
+  }
+}
+
 // The tile of a thread block that takes one, tile `linear` of the launch order; of head -1 if there is none. The longest come first.
 template <typename Params>
 FA2_DEVICE QueryTile query_tile(const Shape& shape, int linear, const Params& params) {

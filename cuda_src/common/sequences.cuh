@@ -1,5 +1,5 @@
-// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Read by smxx/list_tiles.cu, and
-// where sequences are asked for rows that see nothing.
+// Where sequences lie, read from the arrays of a call: packed, padded, or partly used. Read by smxx/list_tiles.cu and
+// smxx/find_segments.cu, and where sequences are asked for rows that see nothing.
 #pragma once
 
 #include "common/visit.cuh"
@@ -54,4 +54,26 @@ FA2_DEVICE Reach reach_of(const Params& params) {
 // How many rows in front of a run of queries see no key; or of a run of keys are seen by no query. reach: how far the band goes.
 FA2_DEVICE int unseen_rows(const Run& own, const Run& other, int reach) {
   return other.seqlen == 0 ? own.seqlen : min(max(own.seqlen - other.seqlen - reach, 0), own.seqlen);
+}
+
+// x and y summed over the threads up to this one, each on its own. The caller has a barrier between two of these; its shared memory
+// has room for the sums of the warps, warp_q and warp_k.
+template <typename SharedMemory>
+FA2_DEVICE void sum_up(SharedMemory& smem, int& x, int& y) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int before_x = __shfl_sync(0xffffffffu, x, lane - d), before_y = __shfl_sync(0xffffffffu, y, lane - d);
+    if (lane >= d) x += before_x, y += before_y;
+  }
+  if (lane == 31) smem.warp_q[warp] = x, smem.warp_k[warp] = y;
+  __syncthreads();  // the sums of the warps are there
+  int sum_x = lane < warp && lane < kNumWarps ? smem.warp_q[lane] : 0;
+  int sum_y = lane < warp && lane < kNumWarps ? smem.warp_k[lane] : 0;
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    sum_x += __shfl_xor_sync(0xffffffffu, sum_x, d);
+    sum_y += __shfl_xor_sync(0xffffffffu, sum_y, d);
+  }
+  x += sum_x, y += sum_y;
 }

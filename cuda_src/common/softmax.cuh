@@ -143,16 +143,18 @@ struct Softmax {
   }
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row. Of one that has seen no key (l = 0; kUnseenRows) O
-  // stays 0, and lse is -inf. With kSinks l has the sink in it, and such a row no more than that.
+  // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that. factor: of
+  // O besides, with kDropout.
   template <int kOTiles>
-  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink) {
+  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink, float factor) {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[i][h] = row_sum(sum[i][h]);
         const float alpha = add_sink(i, h, scale_log2, sink);
-        const float inverse = alpha * (kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]));
+        float inverse = alpha * (kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]));
+        if constexpr (kDropout) inverse *= factor;
 #pragma unroll
         for (int j = 0; j < kOTiles; ++j)
 #pragma unroll
@@ -160,13 +162,13 @@ struct Softmax {
       }
   }
   FA2_DEVICE float lse(int i, int h, float scale_log2) const {
-    return ((kSinks ? max[i][h] : scaled(max[i][h], scale_log2)) + lg2(sum[i][h])) * kLn2;
+    return ((kOwnLogit ? max[i][h] : scaled(max[i][h], scale_log2)) + lg2(sum[i][h])) * kLn2;
   }
 
   // l of a row gains exp2(sink * log2(e) - m), and m, from here on scaled, becomes the larger of both. Returns what O has to be
   // multiplied by for that.
   FA2_DEVICE float add_sink(int i, int h, float scale_log2, float sink) {
-    if constexpr (kSinks) {
+    if constexpr (kOwnLogit) {
       const float m = scaled(max[i][h], scale_log2), sink_log2 = __fmul_rn(sink, kLog2E);
       max[i][h] = fmaxf(m, sink_log2);
       const float m_finite = max[i][h] == -kInfinity ? 0.f : max[i][h];

@@ -7,6 +7,7 @@ using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
 #define FA2_DEVICE __device__ __forceinline__
+#define FA2_OUTLINED __device__ __noinline__  // what is rare, and would take registers from the rest
 #endif
 
 struct half_t {

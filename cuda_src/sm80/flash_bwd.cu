@@ -54,6 +54,11 @@ FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
   for (int i = threadIdx.x * 4; i < kBlockM; i += kNumThreads * 4) cp_async_16(smem_address(smem + i), gmem + i, 16);
 }
 
+// Of short sequences, which lie there one behind the other: of `rows` rows, and `missing` for those that do not exist.
+FA2_DEVICE void copy_rows(float (&smem)[kBlockM], const float* gmem, int rows, float missing) {
+  for (int i = threadIdx.x; i < kBlockM; i += kNumThreads) smem[i] = i < rows ? gmem[i] : missing;
+}
+
 // P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. kPackEarly: P goes into `packed`, rounded, and its
 // derivative stays.
 template <bool kMasked, bool kBothSides>
@@ -135,14 +140,41 @@ FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdBandParams params) {
-  FA2_SHARED_MEMORY(SharedMemory, smem);
+// dQ = scale * dS K, rounded, for this warp's part of the tile: of a sequence whose keys are one block nobody else adds to it. `gmem`:
+// its first row, of which `rows` exist.
+FA2_DEVICE void store_dq(Element* gmem, int64_t stride, int rows, int cols, float scale, const SharedMemory& smem) {
+  const int warp = warp_id();
+  if (dq_col(warp) >= kHeadDim) return;
+  Accumulator<kDqMTiles, kDqNTiles> acc_dq;
+  acc_dq.clear();
+  gemm<kKeySteps>(acc_dq, operand_a_transposed(smem.ds, 0, dq_row(warp)), operand_b(smem.k, 0, dq_col(warp)));
+#pragma unroll
+  for (int i = 0; i < kDqMTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kDqNTiles; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = dq_row(warp) + 16 * i + 8 * h + accumulator_row(), col = dq_col(warp) + 8 * j + accumulator_col();
+        if (row >= rows || col >= cols) continue;
+        const float(&x)[4] = acc_dq.x[i][j];
+        const uint32_t pair = cvt_pack<Element>(x[2 * h] * scale, x[2 * h + 1] * scale);
+        Element* target = gmem + row * stride + col;
+        if constexpr (kAligned) {
+          *reinterpret_cast<uint32_t*>(target) = pair;
+        } else {
+          target[0] = Element{static_cast<uint16_t>(pair)};
+          if (col + 1 < cols) target[1] = Element{static_cast<uint16_t>(pair >> 16)};
+        }
+      }
+}
+
+// Tile `linear` of the launch order.
+FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, int linear) {
   const Shape& shape = params.shape;
   const int n_blocks = key_tiles_of_head<kBlockN>(params), m_blocks = query_tiles_of_head(params);
   // tile.head counts the shares of all key heads: splits for each, one after the other.
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
-  if (kListed && blockIdx.x >= n_blocks * shares) return;  // the host knows only how many tiles there are at most
-  const Tile2 tile = key_tile_of<kDeterministic>(blockIdx.x, n_blocks, shares, shape);
+  const Tile2 tile = key_tile_of<kDeterministic>(linear, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
   const auto entry = key_tile_at(params, place, tile.batch);
@@ -178,8 +210,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     const bool last = step.m_block + 1 == visit.end;
     return Step{step.head + last, last ? visit.begin : step.m_block + 1, (step.stage + 1) % kStages};
   };
-  auto tile_index = [&](const Step& step) {  // among all tiles of queries
-    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + entry.tile + step.m_block;
+  constexpr int kPlaces = kShort ? kBlockM : 1;  // of a tile: of short sequences each row has one
+  auto tile_index = [&](const Step& step) {      // among all tiles of queries
+    return static_cast<int64_t>(tile.batch * shape.num_heads + step.head) * m_blocks + entry.tile + step.m_block * kPlaces;
   };
   // What a step needs: its rows of Q and dO, whole or in parts, and their statistics. After the last step, zeros: nobody
   // reads them, and there is no branch in the loop.
@@ -196,8 +229,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
               step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v(params), part, parts);
   };
   auto load_statistics = [&](const Step& step) {
-    copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
-    copy_statistics(smem.softmax_d[step.stage], params.softmax_d + tile_index(step) * kBlockM);
+    if constexpr (kShort) {
+      const int rows = sequence.seqlen_q - step.m_block * kBlockM;
+      copy_rows(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step), rows, kInfinity);
+      copy_rows(smem.softmax_d[step.stage], params.softmax_d + tile_index(step), rows, 0.f);
+    } else {
+      copy_statistics(smem.lse_log2[step.stage], params.lse_log2 + tile_index(step) * kBlockM);
+      copy_statistics(smem.softmax_d[step.stage], params.softmax_d + tile_index(step) * kBlockM);
+    }
   };
   auto load_queries = [&](const Step& step) {
     load_statistics(step);
@@ -211,8 +250,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
   acc_dk.clear();
   acc_dv.clear();
   auto compute_p = [&](AccS& acc, FragmentsP& packed, const Step& step, const Position<true>& position, auto masked) {
-    const Slope slope = slope_of(params, query_batch(entry), step.head);
-    const auto scores = Scores<true>::of<kKeyTiles, kSCols / 8>(params, slope, sequence, position);
+    const HeadScores of_head = head_scores(params, query_batch(entry), step.head);
+    const auto scores = Scores<true>::of<kKeyTiles, kSCols / 8>(params, of_head, sequence, position);
     recompute_p<decltype(masked)::value>(acc, packed, smem.lse_log2[step.stage], scores, sequence, first_key + warp_row,
                                          step.m_block * kBlockM, s_col);
   };
@@ -235,10 +274,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
 
   const bool any = visit.begin < visit.end;
   Step step{tile.head * heads, visit.begin, 0};
+  Drawing drawing;
+  Kept<true, kKeyTiles, kSCols / 8> kept;
   if (any) load_queries(step);
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
     const int stage = step.stage, m_block = step.m_block;
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
+    if (kDropout && m_block == visit.begin) drawing = drawing_of(params, entry, step.head);
+    kept.draw(drawing, position);
     cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
     __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
     pass_turn();
@@ -247,12 +291,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     AccS acc_p;
     acc_p.clear();
     gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
-    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
     FragmentsP packed;
     if (m_block < mask_to_of(visit, m_block)) {
       compute_p(acc_p, packed, step, position, True{});
     } else {
       compute_p(acc_p, packed, step, position, False{});
+    }
+    if constexpr (kPackEarly) {
+#pragma unroll
+      for (int i = 0; i < kKeyTiles; ++i) kept.drop(i, packed.r[i]);
     }
     if constexpr (kPackEarly && kSplit > 1) store_fragments(smem.p, warp_row, s_col, packed);
     // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
@@ -261,9 +308,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    keep(acc_ds, position);
-    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
-    keep(acc_p, position);
+    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col(), kept);
     store_accumulator(smem.ds, warp_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
@@ -286,7 +331,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     }
     cp_async_commit_group();  // all of the next step
     // dQ += dS K
-    add_dq(params.dq_accum + tile_index(step) * kDqTileFloats, smem);
+    if constexpr (kShort) {
+      const Strides& dqs = params.dq_strides;
+      const int first_query = m_block * kBlockM;
+      Element* rows = params.dq + query_batch(entry) * dqs.batch + step.head * dqs.head + query_row(entry, first_query) * dqs.row;
+      store_dq(rows, dqs.row, sequence.seqlen_q - first_query, shape.head_dim, params.softmax_scale, smem);
+    } else {
+      add_dq(params.dq_accum + tile_index(step) * kDqTileFloats, smem);
+    }
     turn_to_pass = block_in_turn + 1 == kTurnBlocks || m_block + 1 == visit.end ? turn : nullptr;
     // dK += dS^T Q
     const auto smem_q = operand_b(smem.q[stage], 0, d_col);
@@ -308,6 +360,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
     for (int j = 0; j < kDCols / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_dk.x[i][j][e] *= params.softmax_scale;
+  if constexpr (kDropout) {
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kDColsV / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_dv.x[i][j][e] *= inverse_of_kept(params);
+  }
   cp_async_wait_group<0>();  // the zeros, or K and V, should there have been no step
   __syncthreads();           // everybody is done with K and V
   pass_turn();
@@ -324,5 +384,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid
                keys, shape.head_dim, smem.k);
     store_tile(params.dv + key_batch(entry) * dvs.batch + head_k * dvs.head + key_row(entry, first_key) * dvs.row, dvs.row,
                keys, head_dim_v(params), smem.v);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd(const __grid_constant__ BwdBandParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  if constexpr (kShort) {
+    const int tiles = key_tiles_of_head<kBlockN>(params) * params.shape.num_heads_k;
+    // No barrier between two: all that is read after the last one, dK and dV, a thread overwrites with K and V itself.
+    for (int linear = blockIdx.x; linear < tiles; linear += gridDim.x) differentiate(smem, params, linear);
+  } else {
+    const int shares = params.shape.num_heads_k * (kPartialDkv ? params.splits : 1);
+    if (kListed && blockIdx.x >= key_tiles_of_head<kBlockN>(params) * shares) return;  // the host knows only the most there can be
+    differentiate(smem, params, blockIdx.x);
   }
 }

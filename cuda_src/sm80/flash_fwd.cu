@@ -68,10 +68,10 @@ FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t s
       if (row + 16 * i + 8 * h < rows) lse[(row + 16 * i + 8 * h) * stride] = softmax.lse(i, h, scale_log2);
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
-  FA2_SHARED_MEMORY(SharedMemory, smem);
+// Tile `linear` of the launch order.
+FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int linear) {
   const Shape& shape = params.shape;
-  const QueryTile tile = query_tile(shape, blockIdx.x, params);
+  const QueryTile tile = query_tile(shape, linear, params);
   if (kListed && tile.head < 0) return;
   const int m_block = tile.m_block;
   const Sequence& sequence = sequence_of_tile(shape, tile, params);
@@ -117,12 +117,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   AccO acc_o;
   acc_o.clear();
   const float scale_log2 = exponent_scale<kScaleFirst>(params);
-  const Slope slope = slope_of(params, query_batch(tile), tile.head);
+  const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
     return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
   };
+  const Drawing drawing = drawing_of(params, tile, tile.head);
+  Kept<false, kMTiles, kSTiles> kept;
   auto step = [&](int n, auto masked, auto whole) {
+    kept.draw(drawing, position_of(n));
     cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
     // S = Q K^T
@@ -131,12 +134,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
     gemm<kHeadSteps>(acc_s, operand_q, smem_k, [&](int k) { load_v(n, whole, k, kHeadSteps); });
     cp_async_commit_group();
     // P = exp(scale * S - m)
-    const RowShift<kMTiles> shift = modify_scores(acc_s, params, slope, sequence, position_of(n));
+    const RowShift<kMTiles> shift = modify_scores(acc_s, params, of_head, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
       mask_scores(acc_s, sequence, position_of(n));
     }
     softmax.update(acc_s, acc_o, scale_log2, shift);
-    keep(acc_s, position_of(n));
+    kept.drop(acc_s);
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
@@ -153,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
-  softmax.finish(acc_o, scale_log2, sink_of(params, tile.head));
+  softmax.finish(acc_o, scale_log2, own_logit(params, tile.head), inverse_of_kept(params));
   float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);
@@ -162,4 +165,17 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid
   __syncthreads();  // the whole output tile is in shared memory
   Element* gmem_out = params.out + query_batch(tile) * os.batch + tile.head * os.head + query_row(tile, first_query) * os.row;
   store_tile(gmem_out, os.row, queries, head_dim_v(params), smem.out);
+}
+
+extern "C" __global__ void __launch_bounds__(kNumThreads) flash_fwd(const __grid_constant__ FwdBandParams params) {
+  FA2_SHARED_MEMORY(SharedMemory, smem);
+  if constexpr (kRepeat) {
+    const int tiles = listed_query_tiles(params);
+    for (int linear = blockIdx.x; linear < tiles; linear += gridDim.x) {
+      attend(smem, params, linear);
+      __syncthreads();  // O has left shared memory
+    }
+  } else {
+    attend(smem, params, blockIdx.x);
+  }
 }

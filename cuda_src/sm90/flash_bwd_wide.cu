@@ -15,6 +15,7 @@
 // What a tile of 64 keys adds to dQ in L2 would be the limit. So two thread blocks, a cluster, take neighbouring tiles, and
 // the same queries at the same time: each sends its dS to the other, and sums other columns of dQ over the keys of both.
 #include "common/dq_accum.cuh"
+#include "common/dropout.cuh"
 #include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
@@ -136,6 +137,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   Schedule schedule;
   Work work = {};
   int key = 0;  // this thread's first one
+  Drawing drawing;
+  Kept<false, 1, kBlockN / 8> kept;
 
   // S = Q K^T, dP = dO V^T, each in two halves: a warpgroup gets about eight products ahead of the tensor cores, and could do
   // nothing else while it issues more.
@@ -151,7 +154,9 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   auto issue_dp = [&](auto second) {
     constexpr int kHalf = (kHeadDimV + 64) / 128 * 64, kCol = decltype(second)::value ? kHalf : 0;
     constexpr int kCols = kCol ? kHeadDimV - kCol : kHalf;
-    if (kCol == 0 || kPartsV > 1) mbarrier_wait(smem.dout_loads.full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
+    if (kCol == 0 || kPartsV > 1) {
+      mbarrier_wait(smem.dout_loads.full[dout.stage], kept.before(drawing, dout.parity));  // dO and D landed: copy_tiles
+    }
     wgmma_fence();
     gemm_ss<kCols / 16>(acc_dp, AlongRows(smem.dout[dout.stage], 0, kPartsV > 1 ? 0 : kCol), AlongRows(smem.v, 0, kCol),
                         kCol > 0);
@@ -168,12 +173,12 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const int stage = count % 2, q_stage = stage * kParts, p_stage = kPBuffers > 1 ? stage : 0;
     const uint32_t p_parity = kPBuffers > 1 ? count / 2 % 2 : stage;
     const int query = step.m_block * kBlockM + row;
-    const Slope slope = slope_of(params, query_batch(work), step.head);
+    const HeadScores of_head = head_scores(params, query_batch(work), step.head);
     Fragments<kKeySteps> packed;
     auto half_of_p = [&](int h) {
       const float lse_log2 = smem.q_loads.statistics[q_stage][row + 8 * h];
       if constexpr (kScores) {
-        recompute_p(acc_s, packed, h, lse_log2, params, slope, sequence_of_tile(shape, work, params), {query, key},
+        recompute_p(acc_s, packed, h, lse_log2, params, of_head, sequence_of_tile(shape, work, params), {query, key},
                     step.m_block < mask_to_of(work, step.m_block));
       } else {
         recompute_p(acc_s, h, lse_log2, params.scale_softmax_log2);
@@ -181,13 +186,20 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
       }
       pin(acc_s);
     };
+    if (kDropout && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
+    kept.draw(drawing, {query, key});
     issue_dp(False{});
     half_of_p(0);
     issue_dp(True{});
     half_of_p(1);
     mbarrier_wait(smem.p_empty[p_stage], p_parity ^ 1);  // released by sum_gradient
     if constexpr (kPackEarly) {
+      kept.drop(0, packed.r);
       store_fragments(smem.p[p_stage], warp_row, packed);
+    } else if constexpr (kDropout) {
+      AccS acc_p = acc_s;
+      kept.drop(acc_p);
+      store_accumulator(smem.p[p_stage], warp_row, acc_p);
     } else {
       store_accumulator(smem.p[p_stage], warp_row, acc_s);
     }
@@ -196,7 +208,7 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     const float softmax_d[2] = {statistics[row], statistics[row + 8]};
     wgmma_wait_group<0>();  // dP
     pin(acc_dp);
-    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d);
+    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d, kept);
     announce(smem.p_full[p_stage]);
     if constexpr (kMore) issue_s(False{});
     // Released by both sum_gradient of the other block: its ds_peer is free. And so is ds here: the other block has sent what they
@@ -325,7 +337,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
 
   // Columns [col, col + kPartCols) of dV or dK. A loop over the parts would put them into local memory.
   auto store = [&](Accumulator<1, kPartCols / 8>& part, int col) {
-    const float factor = kSecond ? params.softmax_scale : 1.f;
+    const float factor = kSecond ? params.softmax_scale : inverse_of_kept(params);
     if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
 #pragma unroll
       for (int j = 0; j < kPartCols / 8; ++j)

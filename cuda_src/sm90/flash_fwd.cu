@@ -64,7 +64,7 @@ using AccS = Accumulator<1, kBlockN / 8>;
 using AccO = Accumulator<1, kHeadDimV / 8>;
 
 // A tile: query block m_block of a head, and the key blocks that it meets, the last of them first.
-struct Work : QueryTile, Slope {
+struct Work : QueryTile, HeadScores {
   KeyVisit visit;
 };
 
@@ -80,16 +80,16 @@ struct Tiles {
     if constexpr (kListed) {
       const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
       if (tile.head < 0) return false;
-      const Slope slope = slope_of(params, query_batch(tile), tile.head);
-      work = {tile, slope, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
+      const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
+      work = {tile, of_head, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
     } else {
       const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
       if (linear >= m_blocks * rows) return false;
       const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
       const int sections_left = sections_after(linear, m_blocks, rows, shape);
       const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
-      const Slope slope = slope_of(params, tile.batch, tile.head);
-      work = {{m_block, tile.head, tile.batch}, slope, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+      const HeadScores of_head = head_scores(params, tile.batch, tile.head);
+      work = {{m_block, tile.head, tile.batch}, of_head, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
     }
     return true;
   }
@@ -164,6 +164,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   AccS acc_s;
   AccO acc_o;
   Fragments<kKeySteps> frag_p;
+  Drawing drawing;
+  Kept<false, 1, kBlockN / 8> kept;
 
   auto issue_s = [&] {  // S = Q K^T
     mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_keys
@@ -206,11 +208,16 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     softmax = Softmax<1>();
     float alpha[2];
     softmax.exponentiate(acc_s, alpha, scale_log2, shift);
-    keep(acc_s, position_of(work, work.visit.end - 1));
+    kept.drop(acc_s);
+  };
+  auto draw_first = [&](const Work& work) {  // of a tile
+    drawing = drawing_of(params, work, work.head);
+    kept.draw(drawing, position_of(work, work.visit.end - 1));
   };
   auto start_tile = [&](const Work& work) {
     mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
     issue_s();
+    draw_first(work);
     wgmma_wait_group<0>();
     finish_s();
     if (work.visit.end == work.visit.begin + 1) release_q();
@@ -218,8 +225,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     to_fragments(frag_p, acc_s);
   };
   // O = diag(l)^-1 O of a tile, whose Q was at `stage`
-  auto finish_tile = [&](const Work& work, Softmax<1>& done, float sink, int stage) {
-    done.finish(acc_o, scale_log2, sink);
+  auto finish_tile = [&](const Work& work, Softmax<1>& done, float logit, int stage) {
+    done.finish(acc_o, scale_log2, logit, inverse_of_kept(params));
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
@@ -257,7 +264,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     auto step = [&](int n, auto masked) {
       take_turn();
       issue_s();
-      issue_o(!first);
+      kept.draw(drawing, position_of(work, n));
+      issue_o(kept.before(drawing, !first));
       pass_turn();
       first = false;
       wgmma_wait_group<1>();  // S(n)
@@ -267,7 +275,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2, shift);
-      keep(acc_s, position_of(work, n));
+      kept.drop(acc_s);
       pin(acc_s);             // what can be done of P(n) before the wait is not left for after it
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
       finish_o();
@@ -285,14 +293,15 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     // The last product of this tile, and beside it the first scores of the next.
     Softmax<1> done = softmax;
     const int done_stage = q.stage;
-    const float sink = sink_of(params, work.head);  // read beside the product
+    const float logit = own_logit(params, work.head);  // read beside the product
     bool more_after = false;
     q.advance();
     if (kAhead && more) {
       mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
       take_turn();
       issue_s();
-      issue_o(!first);
+      draw_first(next);
+      issue_o(kept.before(drawing, !first));
       pass_turn();
       more_after = schedule.next(shape, after, params);
       wgmma_wait_group<1>();  // S of the next tile
@@ -309,7 +318,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       wgmma_wait_group<0>();  // the last O += P V
       finish_o();
     }
-    finish_tile(work, done, sink, done_stage);
+    finish_tile(work, done, logit, done_stage);
     if (!more) break;
     work = next;
     if (kAhead) {

@@ -30,11 +30,54 @@ FA2_DEVICE float sum_of_tiles(const Params& params, int head) {
   return sum;
 }
 
+// Likewise of short segments, which are in no tile.
+template <typename Params>
+FA2_DEVICE float sum_of_shorts(const Params& params, int head) {
+  float sum = 0.f;
+  if constexpr (kSegments) {
+    if (params.short_sums == nullptr) return sum;
+    const int64_t room = static_cast<int64_t>(params.batch_rows) * min(params.rows_q, params.rows_k) * params.sums_of_tile;
+    const int64_t count = static_cast<int64_t>(params.counts[2]) * params.sums_of_tile;
+    for (int64_t i = threadIdx.x; i < count; i += kNumThreads) sum += params.short_sums[head * room + i];
+  }
+  return sum;
+}
+
+// A thread's part of dlse of the first `unseen` rows of the runs that the lanes of its warp have: of one after the other, by all lanes.
+template <typename Params>
+FA2_DEVICE float sum_of_leading(const Params& params, int head, int batch, int first_row, int unseen) {
+  float sum = 0.f;
+  if (!__any_sync(0xffffffffu, unseen > 0)) return sum;
+  const int lane = threadIdx.x % 32;
+  for (int other = 0; other < 32; ++other) {
+    const int rows = __shfl_sync(0xffffffffu, unseen, other), first = __shfl_sync(0xffffffffu, first_row, other);
+    const int row_of_batch = __shfl_sync(0xffffffffu, batch, other);
+    for (int row = lane; row < rows; row += 32) sum += dlse_of(params, row_of_batch, head, first + row);
+  }
+  return sum;
+}
+
 // A thread's part of dlse of the rows that see no key; all of these lead their sequence.
 template <typename Params>
 FA2_DEVICE float sum_of_unseen(const Params& params, int head) {
   float sum = 0.f;
-  if constexpr (kDlse && kListed) {
+  if constexpr (kDlse && kSegments) {
+    const int lane = threadIdx.x % 32, reach = reach_of(params).behind;
+    for (int group = 0; group < params.groups; ++group) {
+      const int first_row = group * params.rows_of_group, end_row = min(first_row + params.rows_of_group, params.batch_rows);
+      const IdRun* runs = params.runs_q + first_row * params.rows_q;
+      const int count = params.found[3 * group + 1];
+      for (int first = threadIdx.x - lane; first < count; first += kNumThreads) {
+        const int own = first + lane, start = own < count ? runs[own].start : 0;
+        int unseen = 0;
+        if (own < count && runs[own].met >= 0) {
+          const int end = own + 1 < count ? runs[own + 1].start : end_row * params.rows_q;
+          unseen = unseen_rows({0, end - start}, {0, runs[own].met}, reach);
+        }
+        sum += sum_of_leading(params, head, start / params.rows_q, start % params.rows_q, unseen);
+      }
+    }
+  } else if constexpr (kDlse && kListed) {
     const Side queries = queries_of(params), keys = keys_of(params);
     const int reach = reach_of(params).behind, lane = threadIdx.x % 32;
     for (int first = threadIdx.x - lane; first < params.sequences; first += kNumThreads) {
@@ -44,11 +87,7 @@ FA2_DEVICE float sum_of_unseen(const Params& params, int head) {
         run = queries.run(first + lane);
         unseen = unseen_rows(run, keys.run(first + lane), reach);
       }
-      if (!__any_sync(0xffffffffu, unseen > 0)) continue;
-      for (int other = 0; other < 32; ++other) {  // the rows of one sequence after the other, by all lanes
-        const int first_row = __shfl_sync(0xffffffffu, run.first, other), rows = __shfl_sync(0xffffffffu, unseen, other);
-        for (int row = lane; row < rows; row += 32) sum += dlse_of(params, first + other, head, first_row + row);
-      }
+      sum += sum_of_leading(params, head, first + lane, run.first, unseen);
     }
   } else if constexpr (kDlse) {
     const int64_t rows = params.dlse_first_row;
@@ -63,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_sinks(const 
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const int head = blockIdx.x;
   float sum = sum_of_tiles(params, head) + sum_of_unseen(params, head);
+  if (kSegments) sum += sum_of_shorts(params, head);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
   if (threadIdx.x % 32 == 0) smem.sums[threadIdx.x / 32] = sum;
@@ -71,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_sinks(const 
   sum = 0.f;
 #pragma unroll
   for (int warp = 0; warp < kNumWarps; ++warp) sum += smem.sums[warp];
-  if (sink_of(params, head) == -kInfinity) sum = 0.f;  // as if there were none, rows of an lse of -inf included
+  if (own_logit(params, head) == -kInfinity) sum = 0.f;  // as if there were none, rows of an lse of -inf included
   if (params.sinks_are_16_bit) {
     static_cast<Element*>(params.dsinks)[head] = Element{static_cast<uint16_t>(cvt_pack<Element>(sum, 0.f))};
   } else {

@@ -34,7 +34,7 @@ class Home:
         if self.framework is NUMPY:
             return array
         if self.framework is TORCH:
-            return sys.modules["torch"].from_numpy(array)
+            return sys.modules["torch"].from_numpy(array if array.flags.writeable else array.copy())
         jax = sys.modules["jax"]
         return jax.device_put(array, jax.devices("cpu")[self.device.index])
 

@@ -32,6 +32,7 @@ WORKSPACE_ALIGNMENT = 256
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "uint16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
 ITEMSIZE |= {"uint32": 4, "uint64": 8}  # of a dropout_seed
+ITEMSIZE |= {"uint8": 1, "int8": 1, "float8_e4m3fn": 1}  # of caches
 
 
 @dataclass(frozen=True, slots=True)

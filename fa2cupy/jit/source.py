@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def root() -> Path:
     )
 
 
-def load(path: str, *, directory: Path | None = None) -> Source:
+def load(path: str, *, directory: Path | None = None, headers: Mapping[str, bytes] | None = None) -> Source:
     """Read `path` ("sm80/flash_fwd.cu") and what it includes from cuda_src, or from `directory`.
+
+    headers: what is no file there, by the names by which it is included: functions of the user's own.
 
     An included file that does not exist is left out: it may sit in a branch that is never compiled, and if it does not,
     NVRTC names it and the line that asked for it.
@@ -62,13 +65,13 @@ def load(path: str, *, directory: Path | None = None) -> Source:
         code = (directory / path).read_bytes()
     except OSError as error:
         raise MissingDependency(f"the CUDA source {path} cannot be read ({error}); reinstall fa2cupy") from error
-    headers: dict[str, bytes] = {}
+    given, found = headers or {}, dict[str, bytes]()
     pending = [code]
     while pending:
         for match in _INCLUDE.findall(pending.pop()):
             name = match.decode()
             header = directory / name
-            if name not in headers and header.is_file():
-                headers[name] = header.read_bytes()
-                pending.append(headers[name])
-    return Source(path, code, tuple(sorted(headers.items())))
+            if name not in found and (name in given or header.is_file()):
+                found[name] = given[name] if name in given else header.read_bytes()
+                pending.append(found[name])
+    return Source(path, code, tuple(sorted(found.items())))

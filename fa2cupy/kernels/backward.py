@@ -18,7 +18,7 @@ from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import common
 from fa2cupy.kernels.common import Where
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
-from fa2cupy.kernels.listed import Lists
+from fa2cupy.kernels.listed import Lists, Segments, Shorts
 from fa2cupy.kernels.params import BwdParams, pack_strides
 from fa2cupy.kernels.tiles import tile_bytes
 from fa2cupy.problem import AttentionProblem
@@ -52,6 +52,7 @@ _ALIGNMENT = 256  # bytes, of each
 
 # Where key blocks are few, several thread blocks share each: a wave and a half of them is enough.
 _ENOUGH_WAVES = 1.5
+_WARPS_OF_SHORTS = 16  # on a multiprocessor
 
 Defines = dict[str, int | str]
 # (causal, blocks of keys, deterministic, partial) -> whether sums of dQ begin with zeros
@@ -87,6 +88,8 @@ class Work:
     leading keys are that no query sees.
 
     Where tiles come from lists, their numbers are the most that there can be, of all sequences together.
+
+    short_keys: of segments, see `listed.Segments`. shorts: what is to be done is those in this list.
     """
 
     problem: AttentionProblem
@@ -94,6 +97,8 @@ class Work:
     deterministic: bool
     tile: BwdRow
     empty: int
+    short_keys: int = 0
+    shorts: Shorts | None = None
 
     @property
     def rows(self) -> int:
@@ -114,11 +119,35 @@ class Work:
         return self.tile.cluster * self.tile.block_n
 
     @property
-    def lists(self) -> Lists | None:
+    def lists(self) -> Lists | Shorts | None:
         """Where tiles come from, if not from the shape."""
+        return self.shorts or self.tile_lists
+
+    @property
+    def tile_lists(self) -> Lists | None:
+        """Those of the main kernel."""
         if self.problem.lengths is None:
             return None
-        return Lists.of(self.problem, self.tile.block_m, self.wide, has_keys=True)
+        return Lists.of(self.problem, self.tile.block_m, self.wide, has_keys=True, short_keys=self.short_keys)
+
+    @property
+    def segments(self) -> Segments | None:
+        """Behind the lists in the workspace."""
+        lists, lengths = self.tile_lists, self.problem.lengths
+        if lists is None or lengths is None or not lengths.segments:
+            return None
+        return Segments(self.problem.batch, lists, self.short_keys)
+
+    @property
+    def end_of_lists(self) -> int:
+        """Bytes of the workspace that lists and segments take."""
+        last = self.shorts.segments if self.shorts else self.segments or self.tile_lists
+        return last.end if last else 0
+
+    def blocks(self, tiles: int, warps: int) -> int:
+        """For so many tiles. Those that take one after the other, of a list of short segments, are as many as run at
+        once."""
+        return min(tiles, self.device.sm_count * max(1, _WARPS_OF_SHORTS // warps)) if self.shorts else tiles
 
     @property
     def batch(self) -> int:
@@ -243,6 +272,7 @@ class Backward:
 
     @classmethod
     def of(cls, work: Work, order: Order, head_dims: tuple[int, int]) -> Backward:
+        """Of a list of short segments the statistics lie where the workspaces do that nobody needs any more."""
         problem = work.problem
         strides = dict(problem.strides)
         params = BwdParams()
@@ -251,7 +281,8 @@ class Backward:
         params.shape = common.shape_params(problem, work.rows, order.section)
         params.shape.batch = work.batch
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
-        params.softmax_scale = problem.softmax_scale
+        kept = problem.dropout.kept if problem.dropout else 1.0  # of what dK and dQ are summed from
+        params.softmax_scale = problem.softmax_scale / kept
         params.splits = order.splits
         params.head_dim_v = problem.head_dim_v
         names = common.pointer_names(problem, ARRAYS)
@@ -287,7 +318,7 @@ class Backward:
             self.params,
             {**self.pointers, **(more or {})},
             self.names,
-            lists=self.work.lists,
+            listed=(self.work.lists,),
         )
 
 
@@ -307,17 +338,21 @@ def splits_of_heads(work: Work) -> int:
 
 
 def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[dict[str, int], int]:
-    """Byte offsets of `WORKSPACES`, and of `SINK_SUMS` where there are any, behind the lists, and the size of all."""
+    """Byte offsets of `WORKSPACES`, and of `SINK_SUMS` where there are any, behind the lists, and the size of all.
+
+    Of short segments, which come when the others are done, statistics and sums only, where those others' tiles were.
+    """
     tile, (head_dim, head_dim_v) = work.tile, head_dims
-    statistics = work.query_tiles * tile.block_m * 4
-    dq = work.query_tiles * tile.dq_tile_floats(head_dim) * 4
-    turns = work.query_tiles * tile.dq_parts * 4
+    statistics = work.query_tiles * (1 if work.shorts else tile.block_m) * 4
+    dq = 0 if work.shorts else work.query_tiles * tile.dq_tile_floats(head_dim) * 4
+    turns = 0 if work.shorts else work.query_tiles * tile.dq_parts * 4
     partial_rows = work.key_tiles * order.splits * tile.cluster * tile.block_n if order.partial else 0
     dk, dv = (partial_rows * width * 4 for width in (head_dim, head_dim_v or head_dim))
-    offsets, end = {}, work.lists.end if work.lists else 0
+    offsets, end = {}, work.end_of_lists
     sizes = dict(zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True))
     if work.has_sink_sums:
-        sizes[SINK_SUMS] = work.query_tiles * PREPROCESS_WARPS * 4
+        sums = work.shorts.tiles_of_head_k * work.problem.num_heads if work.shorts else work.query_tiles
+        sizes[SINK_SUMS] = sums * PREPROCESS_WARPS * 4
     for name, size in sizes.items():
         offsets[name] = end
         end += -(-size // _ALIGNMENT) * _ALIGNMENT

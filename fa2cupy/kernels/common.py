@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels.launch import KernelLaunch, Pointer, TensorMapArgument
-from fa2cupy.kernels.listed import Lists
-from fa2cupy.kernels.params import ListParams, Shape, composed
+from fa2cupy.kernels.listed import Block
+from fa2cupy.kernels.params import Shape, composed
 from fa2cupy.kernels.tiles import padded_head_dim
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import Row
@@ -117,10 +117,10 @@ def kernel_launch(
     pointers: Mapping[str, Where],
     names: Sequence[str],
     tensor_maps: tuple[TensorMapArgument, ...] = (),
-    lists: Lists | None = None,
+    listed: tuple[Block | None, ...] = (),
 ) -> KernelLaunch:
     """A launch of a kernel (its source and name), with the defines, blocks of parameters and arrays of the specs that
-    reach it, and with those of `lists` if it takes its tiles from there.
+    reach it, and with those of `listed`, such as the lists that it takes its tiles from (None: there are none).
 
     pointers: by the names of fields of `params` or of a block. names: `pointer_names` of the call.
     """
@@ -128,10 +128,11 @@ def kernel_launch(
     struct = type(params)
     reaching = [spec for spec in problem.specs if spec.reaches(source)]
     blocks = [(spec, block) for spec in reaching if (block := spec.params()) is not None]
-    own = [] if lists is None else [lists.params()]
+    own = [(each, each.params()) for each in listed if each is not None]
     if blocks or own:
-        struct = composed(struct, (*(type(block) for _, block in blocks), *map(type, own)))
-        params = struct(params, *(block for _, block in blocks), *own)
+        parts = [block for _, block in (*blocks, *own)]
+        struct = composed(struct, tuple(map(type, parts)))
+        params = struct(params, *parts)
     placed = [Pointer(getattr(struct, field).offset, *where) for field, where in pointers.items()]
     for spec, block in blocks:
         start = getattr(struct, type(block).__name__).offset
@@ -140,11 +141,11 @@ def kernel_launch(
     defines = dict(defines)
     for spec in reaching:
         defines |= spec.defines()
-    if lists is not None:
-        defines |= lists.defines()
-        start = getattr(struct, ListParams.__name__).offset
-        for field, offset in lists.offsets.items():
-            placed.append(Pointer(start + getattr(ListParams, field).offset, len(names), offset))
+    for each, block in own:
+        defines |= each.defines()
+        start = getattr(struct, type(block).__name__).offset
+        for field, offset in each.offsets.items():
+            placed.append(Pointer(start + getattr(type(block), field).offset, len(names), offset))
     if reaching or own:
         defines["FA2_PARAMS_BYTES"] = ctypes.sizeof(struct)
     return KernelLaunch(source, name, arch, defines, config, bytes(params), tuple(placed), tensor_maps)

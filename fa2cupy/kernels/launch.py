@@ -11,6 +11,7 @@ from fa2cupy import jit
 from fa2cupy.jit import driver, tensor_map
 from fa2cupy.jit.driver import Launcher
 from fa2cupy.jit.kernel import LaunchConfig
+from fa2cupy.jit.source import Source
 from fa2cupy.jit.tensor_map import TensorMapSpec
 
 __all__ = ["CompileJob", "KernelLaunch", "Launchable", "Pointer", "TensorMapArgument", "bind"]
@@ -51,12 +52,12 @@ class TensorMapArgument(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KernelLaunch:
-    """One kernel of a plan.
+    """One kernel of a plan. source: a file of cuda_src, or what was read of it with a header of the user's.
 
     params: the packed struct, less its pointers and tensor maps. A pointer that is in neither stays null.
     """
 
-    source: str
+    source: str | Source
     name: str
     arch: str
     defines: Mapping[str, int | str]

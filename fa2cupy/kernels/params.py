@@ -21,12 +21,15 @@ __all__ = [
     "BwdParams",
     "BwdTmaParams",
     "FillParams",
+    "FindParams",
     "FwdParams",
     "FwdTmaParams",
+    "IdRun",
     "ListParams",
     "ListTilesParams",
     "ListedPlace",
     "ListedPosition",
+    "SegmentParams",
     "Shape",
     "SinksBwdParams",
     "Strides3",
@@ -149,6 +152,25 @@ class ListParams(ctypes.Structure):
         *((name, c_uint64) for name in ("tiles_q", "tiles_k", "counts")),
         *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
     )
+
+
+class IdRun(ctypes.Structure):
+    """A run of equal segment ids, in a workspace."""
+
+    _fields_ = (("start", c_int32), ("met", c_int32))
+
+
+class SegmentParams(ctypes.Structure):
+    """The block of those who find segments and list them, behind those of all specs."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("runs_q", "runs_k", "segments", "found", "shorts", "short_sums")),
+        *((name, c_int32) for name in ("batch_rows", "groups", "rows_of_group", "short_keys")),
+    )
+
+
+class FindParams(ctypes.Structure):
+    _fields_ = (("rows_q", c_int32), ("rows_k", c_int32))
 
 
 class ListTilesParams(ctypes.Structure):

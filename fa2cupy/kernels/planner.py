@@ -7,9 +7,10 @@ compiler that is at hand.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from fa2cupy import env, jit, log
 from fa2cupy.errors import InvalidArgument
@@ -18,7 +19,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import Backward, Defines, Order, Work
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Launchable
-from fa2cupy.kernels.listed import Lists
+from fa2cupy.kernels.listed import Lists, Segments, Shorts
 from fa2cupy.kernels.plan import BackwardPlan, ForwardPlan, Plan
 from fa2cupy.kernels.sm80 import flash_bwd as bwd_sm80
 from fa2cupy.kernels.sm80 import flash_fwd as fwd_sm80
@@ -28,12 +29,13 @@ from fa2cupy.kernels.sm90 import flash_fwd as fwd_sm90
 from fa2cupy.kernels.sm90 import tma
 from fa2cupy.kernels.smxx import (
     fill_unseen,
+    find_segments,
     flash_bwd_postprocess,
     flash_bwd_preprocess,
     flash_bwd_sinks,
     list_tiles,
 )
-from fa2cupy.problem import AttentionProblem
+from fa2cupy.problem import MAX_LENGTH, AttentionProblem
 from fa2cupy.spec import Row
 
 __all__ = ["BACKWARD", "FORWARD", "bound_plan", "plan_backward", "plan_call", "plan_forward"]
@@ -93,8 +95,7 @@ def plan_forward(
     tile: in place of the tables', for tuning. family: 'sm80' or 'sm90' (FA2CUPY_KERNEL), or None for the best;
     InvalidArgument if it is impossible. compiler: asked about the kernel that would be taken, unless nothing is to do.
     """
-    if problem.lengths is not None and problem.lengths.segments:
-        _no_lengths_yet(problem)
+    _check_segments(problem)
     empty = problem.empty_rows
     busy = (problem.seqlen_q - empty) * problem.num_heads * problem.batch > 0
     if problem.lengths is not None:  # then there need not be a key
@@ -102,14 +103,16 @@ def plan_forward(
     kernel, tile, objection = _choose(FORWARD, problem, device, tile, family, compiler if busy else any_compiler)
     names = common.pointer_names(problem, common.FORWARD_ARRAYS)
     launches: tuple[KernelLaunch, ...] = ()
-    lists = None
+    lists, workspace_bytes = None, 0
     if problem.lengths is not None and common.query_rows(problem) * problem.num_heads > 0:  # some may be nobody's
         lists = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False)
-        launches += (list_tiles.launch(problem, device, lists, ("out", "lse"), names),)
+        segments = Segments(problem.batch, lists) if problem.lengths.segments else None
+        workspace_bytes = (segments or lists).end
+        launches += _listing(problem, device, lists, segments, ("out", "lse"), names)
     if busy:
         launches += (kernel.launch(problem, device, tile, empty, lists),)
     launches += fill_unseen.launches(problem, device, "out", empty, names, with_lse=True)
-    return ForwardPlan(problem, launches, lists.end if lists else 0, tile, objection)
+    return ForwardPlan(problem, launches, workspace_bytes, tile, objection)
 
 
 def plan_backward(
@@ -122,24 +125,22 @@ def plan_backward(
     compiler: Compiler = any_compiler,
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
-    if problem.lengths is not None and problem.lengths.segments:
-        _no_lengths_yet(problem)
+    _check_segments(problem)
     empty = problem.empty_rows
     heads = problem.num_heads * problem.batch
     busy = (problem.seqlen_q - empty) * heads > 0  # then there are keys, unless lengths are data
     kernel, row, objection = _choose(BACKWARD, problem, device, tile, family, compiler if busy else any_compiler)
-    work = Work(problem, device, deterministic, row, empty)
+    work = Work(problem, device, deterministic, row, empty, _short_keys(problem, device, row))
     names = common.pointer_names(problem, backward.ARRAYS)
     launches: tuple[KernelLaunch, ...] = ()
     workspace_bytes, splits = 0, 1
-    if work.lists is not None:
+    lists = work.tile_lists
+    if lists is not None:
         busy = busy and problem.seqlen_k > 0
         if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # some rows may be nobody's
-            workspace_bytes = work.lists.end
-            launches += (
-                list_tiles.launch(problem, device, work.lists, ("dq", "dk", "dv"), names, in_order=deterministic),
-            )
-    whole = None
+            workspace_bytes = work.end_of_lists
+            launches += _listing(problem, device, lists, work.segments, ("dq", "dk", "dv"), names, deterministic)
+    whole = shorts = None
     if busy:
         whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
         workspace_bytes, splits = whole.workspace_bytes, whole.order.splits
@@ -148,18 +149,71 @@ def plan_backward(
             kernel.launch(whole, row),
             flash_bwd_postprocess.launch(whole),
         )
+        shorts = _shorts(work, whole)
+        if shorts is not None:
+            launches += (flash_bwd_preprocess.launch(shorts), bwd_sm80.launch(shorts, _short_row(problem, device)))
     launches += fill_unseen.launches(problem, device, "dq", empty, names)
-    unseen = problem.seqlen_k if problem.seqlen_q == empty and work.lists is None else problem.empty_keys
+    unseen = problem.seqlen_k if problem.seqlen_q == empty and lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)
-    launches += flash_bwd_sinks.launches(work, names, whole)
+    launches += flash_bwd_sinks.launches(work, names, whole, shorts)
     return BackwardPlan(problem, launches, workspace_bytes, row, objection, deterministic, splits)
 
 
-def _no_lengths_yet(problem: AttentionProblem) -> None:
-    if problem.lengths is not None:
-        name = problem.lengths.arrays()[0].replace("segment_ids_q", "segment_ids")
-        raise InvalidArgument(f"{name} is not supported on a GPU yet: leave it out, or pass arrays on the CPU")
+def _check_segments(problem: AttentionProblem) -> None:
+    tokens = problem.batch * max(problem.seqlen_q, problem.seqlen_k)
+    if problem.lengths is not None and problem.lengths.segments and tokens > MAX_LENGTH:  # they are counted in 32 bits
+        raise InvalidArgument(
+            f"segment_ids of {tokens} tokens (batch {problem.batch}) are not supported on a GPU: at most {MAX_LENGTH}"
+        )
+
+
+def _listing(
+    problem: AttentionProblem,
+    device: DeviceInfo,
+    lists: Lists,
+    segments: Segments | None,
+    results: Sequence[str],
+    names: Sequence[str],
+    in_order: bool = False,
+) -> tuple[KernelLaunch, ...]:
+    """What comes before all others where lengths are data."""
+    found = () if segments is None else (find_segments.launch(problem, device, segments, names),)
+    return *found, list_tiles.launch(problem, device, lists, results, names, in_order=in_order, segments=segments)
+
+
+def _short_keys(problem: AttentionProblem, device: DeviceInfo, row: backward.BwdRow) -> int:
+    """Of segments that are listed by themselves should there be more tiles than a backward has room for; 0 if it always
+    has. One thread block takes all keys of such a segment.
+    """
+    if problem.lengths is None or not problem.lengths.segments:
+        return 0
+    short_keys = _short_row(problem, device).block_n
+    blocks = row.block_m, row.cluster * row.block_n
+    most, usual = (
+        Lists.of(problem, *blocks, has_keys=True, short_keys=number).tiles_of_head_q for number in (0, short_keys)
+    )
+    return short_keys if usual < most else 0
+
+
+def _short_row(problem: AttentionProblem, device: DeviceInfo) -> bwd_sm80.BwdTile:
+    """Of the kernel that computes such segments."""
+    row, objection = _row(bwd_sm80, problem, device)
+    assert row is not None, objection
+    return cast(bwd_sm80.BwdTile, row)
+
+
+def _shorts(work: Work, whole: Backward) -> Backward | None:
+    """Of segments that are listed by themselves, if there can be any; in the memory that `whole` needs no more."""
+    if not work.short_keys:
+        return None
+    assert work.segments is not None
+    row = _short_row(work.problem, work.device)
+    own = dataclasses.replace(work, deterministic=False, tile=row, shorts=Shorts(work.segments))
+    shorts = Backward.of(own, Order(1, own.key_heads, cleared=False), bwd_sm80.head_dims(work.problem, row))
+    kept = [offset for _, offset in whole.sink_sums.values()]
+    assert shorts.workspace_bytes <= min([whole.workspace_bytes, *kept])
+    return shorts
 
 
 def _choose(

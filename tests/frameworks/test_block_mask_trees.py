@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.utils._pytree as torch_tree
 
+import fa2cupy
 from fa2cupy import BlockMask
 from fa2cupy.block_mask.lists import NAMES
 from fa2cupy.errors import InvalidArgument
@@ -101,3 +102,36 @@ def test_a_tree_of_jax() -> None:
 def test_a_mask_of_numpy_is_a_tree() -> None:
     leaves, _ = torch_tree.tree_flatten(BlockMask.from_dense(DENSE))
     assert all(isinstance(each, np.ndarray) for each in leaves) and len(leaves) == len(NAMES)
+
+
+def test_attention_of_torch_tensors() -> None:
+    """With bool tensors, and with BlockMasks of any library's arrays on the CPU; no copy is made of these."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((1, n, heads, 16)).astype(np.float32) for n, heads in ((200, 2), (300, 1), (300, 1)))
+    expected, lse = fa2cupy.attention(q, k, v, mask=DENSE, return_lse=True)
+    tensors = [torch.from_numpy(each) for each in (q, k, v)]
+    masks = [torch.from_numpy(DENSE), BlockMask.from_dense(DENSE), BlockMask.from_dense(torch.from_numpy(DENSE))]
+    for mask in (*masks, BlockMask.from_dense(jax.numpy.asarray(DENSE))):
+        out = fa2cupy.attention(*tensors, mask=mask)
+        assert isinstance(out, torch.Tensor) and (out.numpy() == expected).all()
+        assert (fa2cupy.attention(q, k, v, mask=masks[2]) == expected).all()
+    dout = torch.ones_like(tensors[0])
+    gradients = fa2cupy.attention_backward(
+        dout, *tensors, torch.from_numpy(expected), torch.from_numpy(lse), mask=masks[1]
+    )
+    wanted = fa2cupy.attention_backward(dout.numpy(), q, k, v, expected, lse, mask=DENSE)
+    assert all((a.numpy() == b).all() for a, b in zip(gradients, wanted, strict=True))
+
+
+def test_where_it_is_not_supported_yet() -> None:
+    q = torch.zeros(1, 200, 2, 16, requires_grad=True)
+    k = torch.zeros(1, 300, 2, 16)
+    for mask in (torch.from_numpy(DENSE), BlockMask.from_dense(DENSE)):
+        with pytest.raises(InvalidArgument, match="mask is not supported yet for tensors that require grad"):
+            fa2cupy.attention(q, k, k, mask=mask)
+        with torch.no_grad():
+            fa2cupy.attention(q, k, k, mask=mask)
+    q, k = jax.numpy.zeros((1, 200, 2, 16)), jax.numpy.zeros((1, 300, 2, 16))
+    for mask in (jax.numpy.asarray(DENSE), BlockMask.from_dense(DENSE), BlockMask.from_dense(jax.numpy.asarray(DENSE))):
+        with pytest.raises(InvalidArgument, match="mask is not supported yet for JAX arrays"):
+            fa2cupy.attention(q, k, k, mask=mask)

@@ -71,7 +71,7 @@ CASES = (
 )
 
 # (head_dim, head_dim_v), heads, dtype, causal, deterministic, window: of sequences whose lengths only the device knows,
-# packed and padded: every kernel that takes its tiles from lists.
+# packed, padded, and segments: every kernel that takes its tiles from lists.
 LISTED = (
     ((64, 64), (2, 1), "bfloat16", True, False, None),
     ((59, 59), (2, 2), "float16", False, False, None),
@@ -139,8 +139,20 @@ def run_listed_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> Non
 
     packed = {"cu_seqlens_q": numbers(3, 153, 153, 154, 354), "cu_seqlens_k": numbers(0, 280, 310, 311, 520)}
     padded = {"seqused_q": numbers(150, 70), "seqused_k": numbers(280, 200), "leftpad_k": numbers(0, 37)}
+    # Two rows: of a long segment, many short ones, more than have room, and padding; and of a single one.
+    ids_q, ids_k = (
+        np.array(
+            [np.concatenate([np.zeros(long), np.repeat(np.arange(1, 21), short), np.full(rest, -1)]), np.full(n, 3)]
+        )
+        for n, long, short, rest in ((150, 60, 3, 30), (280, 100, 5, 80))
+    )
+    ids = {"segment_ids": tuple(cupy.asarray(x.astype(np.int32)) for x in (ids_q, ids_k))}
     for (d, d_v), (heads, heads_k), dtype, causal, deterministic, window in LISTED:
-        for lengths, rows_q, rows_k in ((packed, (360,), (523,)), (padded, (2, 150), (2, 280))):
+        for lengths, rows_q, rows_k in (
+            (packed, (360,), (523,)),
+            (padded, (2, 150), (2, 280)),
+            (ids, (2, 150), (2, 280)),
+        ):
 
             def array(rows: tuple[int, ...], h: int, d: int, used: Any, dtype: str = dtype) -> Any:
                 values = rng.standard_normal((*rows, h, d)).astype(types[dtype])
@@ -150,6 +162,8 @@ def run_listed_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> Non
             used_q, used_k = np.zeros(rows_q, bool), np.zeros(rows_k, bool)
             if lengths is packed:
                 used_q[3:354], used_k[:520] = True, True
+            elif lengths is ids:
+                used_q, used_k = ids_q >= 0, ids_k >= 0
             else:
                 used_q[0], used_q[1, :70], used_k[0], used_k[1, 37:200] = True, True, True, True
             q, dout = array(rows_q, heads, d, used_q), array(rows_q, heads, d_v, used_q)

@@ -111,6 +111,39 @@ def test_many_calls_in_one_program_and_other_buffers() -> None:
         assert bool((run(start) == by_hand).all())
 
 
+def test_segments_are_packed_sequences() -> None:
+    """Under jit and grad, with other ids in the same program; where they are padding, nothing."""
+    q, k, v, weight, _ = inputs("128")
+    rows = q.shape[1]
+
+    @jax.jit
+    def derived(qkv: Any, ids: Any) -> Any:
+        def total(*qkv: Any) -> Any:
+            out = fa2cupy.attention(*qkv, causal=True, segment_ids=(ids, ids), deterministic=True)
+            return (out.astype("float32") * weight.astype("float32")).sum()
+
+        return jax.value_and_grad(total, (0, 1, 2))(*qkv)
+
+    def packed(starts: Any) -> Any:
+        def total(*qkv: Any) -> Any:
+            flat = (x.reshape(-1, *x.shape[2:]) for x in qkv)
+            out = fa2cupy.attention(*flat, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts, deterministic=True)
+            return (out.astype("float32") * weight.reshape(out.shape).astype("float32")).sum()
+
+        return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+    for length in (100, 7, 300):
+        ids = jnp.broadcast_to(jnp.arange(rows, dtype="int32") // length, q.shape[:2])
+        starts = [b * rows + first for b in range(q.shape[0]) for first in range(0, rows, length)]
+        value, gradients = derived((q, k, v), ids)
+        wanted, wanted_gradients = packed(jnp.asarray([*starts, q.shape[0] * rows], "int32"))
+        assert abs(value - wanted) <= 1e-3 * abs(float(wanted)) + 1
+        for got, right in zip(gradients, wanted_gradients, strict=True):
+            assert error(got, right) < 1e-2
+    value, gradients = derived((q, k, v), jnp.full(q.shape[:2], -1, "int32"))
+    assert value == 0 and not any(bool(x.any()) for x in gradients)
+
+
 def test_vmap_is_a_larger_batch() -> None:
     q, k, v, *_ = inputs("64 wide batch")
     qs, ks, vs = (jnp.stack([x, -x]) for x in (q, k, v))

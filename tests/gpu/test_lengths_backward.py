@@ -57,7 +57,7 @@ class Call:
         first, length = self.lengths.runs(side)[sequence]
         whole = self.tensors[name]
         if not self.lengths.is_packed(side):
-            whole = whole[sequence]
+            whole = whole[self.lengths.row(side, sequence)]
         return whole[:, first : first + length] if name == "lse" else whole[first : first + length]
 
     def gradients(self) -> tuple[Tensor, ...]:
@@ -73,12 +73,14 @@ def call_of(case: LengthsCase, device: torch.device) -> Call:
     lengths = case.lengths
     generator = torch.Generator(device=device).manual_seed(case.seed)
     mask = {"causal": lengths.causal} | ({} if lengths.window is None else {"window_size": lengths.window})
-    given = {name: torch.from_numpy(array).to(device) for name, array in lengths.arrays.items()}
+    given: dict[str, object] = {name: torch.from_numpy(array).to(device) for name, array in lengths.arrays.items()}
+    if lengths.segment_ids is not None:
+        given["segment_ids"] = given.pop("segment_ids_q"), given.pop("segment_ids_k")
     call = Call(case, {}, {"deterministic": case.deterministic, **mask, **given})
     for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse"):
         side = "k" if name in ("k", "v", "dk", "dv") else "q"
         rows, heads = getattr(lengths, f"rows_{side}"), case.heads[side == "k"]
-        batch = () if lengths.is_packed(side) else (lengths.sequences,)
+        batch = () if lengths.is_packed(side) else (lengths.problem_batch,)
         width = (case.head_dim_v or case.head_dim) if name in ("v", "dv", "out", "dout") else case.head_dim
         if name == "lse":
             call.tensors[name] = torch.full((*batch, heads, rows), torch.nan, device=device)
@@ -188,7 +190,7 @@ def planned(case: LengthsCase, names: tuple[str, ...]) -> AttentionProblem:
     lengths, width = case.lengths, case.head_dim + case.pad
     (heads, heads_k), odd = case.heads, case.head_dim % 8 > 0
     problem = AttentionProblem(
-        batch=lengths.sequences,
+        batch=lengths.problem_batch,
         seqlen_q=lengths.rows_q,
         seqlen_k=lengths.rows_k,
         num_heads=heads,

@@ -92,22 +92,31 @@ def library(
     *,
     mutation: Mutation | None = None,
     directory: Path | None = None,
+    headers: tuple[tuple[str, bytes], ...] = (),
 ) -> ctypes.CDLL:
-    """The library of one kernel of `path`, a source of cuda_src (or of `directory`), with these macros."""
-    return _library(path, kernel, tuple(sorted(defines.items())), mutation, directory or source_module.root())
+    """The library of one kernel of `path`, a source of cuda_src (or of `directory`), with these macros.
+
+    headers: by name, what it includes and is no file.
+    """
+    return _library(path, kernel, tuple(sorted(defines.items())), mutation, directory or source_module.root(), headers)
 
 
 @functools.cache
 def _library(
-    path: str, kernel: str, defines: tuple[tuple[str, int | str], ...], mutation: Mutation | None, directory: Path
+    path: str,
+    kernel: str,
+    defines: tuple[tuple[str, int | str], ...],
+    mutation: Mutation | None,
+    directory: Path,
+    headers: tuple[tuple[str, bytes], ...],
 ) -> ctypes.CDLL:
     macros = {"FA2_HOST_SOURCE": f'"{path}"', "FA2_HOST_KERNEL": kernel, **dict(defines)}
-    source = source_module.load(path, directory=directory)
+    source = source_module.load(path, directory=directory, headers=dict(headers))
     key = (source.digest, sorted(macros.items()), mutation)
     options = [f"-D{name}={value}" for name, value in macros.items()]
     objects = [str(_object(name)) for name in ("world", "async", "mma")]
     options += ["-include", _world(), "-shared", str(WORLD / "entry.cpp"), *objects]
-    target = _once(f"{kernel}-", ".so", key, lambda stem: _includes(stem, mutation, directory) + options)
+    target = _once(f"{kernel}-", ".so", key, lambda stem: _includes(stem, mutation, directory, headers) + options)
     loaded = ctypes.CDLL(str(target))
     loaded.host_sites.restype = ctypes.c_char_p
     return loaded
@@ -129,8 +138,16 @@ def _object(name: str) -> Path:
     return _once(f"{name}-", ".o", (name, options), lambda stem: [*options, "-c", str(WORLD / f"{name}.cpp")])
 
 
-def _includes(stem: Path, mutation: Mutation | None, directory: Path) -> list[str]:
+def _includes(
+    stem: Path, mutation: Mutation | None, directory: Path, headers: tuple[tuple[str, bytes], ...]
+) -> list[str]:
     folders = list(dict.fromkeys((WORLD, directory, source_module.root())))
+    for name, content in headers:
+        file = stem.with_suffix(".src") / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    if headers and mutation is None:
+        folders.insert(0, stem.with_suffix(".src"))
     if mutation is not None:
         original = next(folder / mutation.path for folder in folders if (folder / mutation.path).exists())
         changed = stem.with_suffix(".src") / mutation.path

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,17 @@ from fa2cupy.spec import LengthsSpec
 from tests import reference, scores
 from tests.host import run
 from tests.host.build import Mutation
-from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan, sinks_of
+from tests.host.kernel_run import (
+    BACKWARD,
+    FORWARD,
+    Tensor,
+    device,
+    keep_of,
+    run_plan,
+    seed_of,
+    sinks_of,
+    with_dropout,
+)
 from tests.host.run import Schedule
 
 ARRAYS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
@@ -30,7 +41,11 @@ def starts(*lengths: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The arrays of a call, each None where there is none. rows_q, rows_k: of all, or of each row of the batch."""
+    """The arrays of a call, each None where there is none. rows_q, rows_k: of all, or of each row of the batch.
+
+    segment_ids: of the queries and of the keys, a tuple for each row of the batch; then `sequences` are the segments
+    that have a query.
+    """
 
     rows_q: int
     rows_k: int
@@ -42,29 +57,69 @@ class Lengths:
     leftpad_k: tuple[int, ...] | None = None
     causal: bool = False
     window: tuple[int, int] | None = None
+    segment_ids: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
 
     @property
     def spec(self) -> LengthsSpec:
         given = {name: getattr(self, name) is not None for name in ARRAYS}
+        if self.segment_ids is not None:
+            return LengthsSpec(self.problem_batch * min(self.rows_q, self.rows_k), segments=True, **given)
         return LengthsSpec(self.sequences, **given)
+
+    @property
+    def problem_batch(self) -> int:
+        """As a call counts it: sequences, or rows of segments."""
+        return self.sequences if self.segment_ids is None else len(self.segment_ids[0])
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """int32, by name."""
-        return {name: np.array(getattr(self, name), np.int32) for name in self.spec.arrays()}
+        ids = dict(zip(("segment_ids_q", "segment_ids_k"), self.segment_ids or (), strict=False))
+        return {name: np.array(ids.get(name) or getattr(self, name), np.int32) for name in self.spec.arrays()}
 
     def is_packed(self, side: str) -> bool:
         return getattr(self, f"cu_seqlens_{side}") is not None
 
     def batch(self, side: str) -> int:
-        return 1 if self.is_packed(side) else self.sequences
+        return 1 if self.is_packed(side) else self.problem_batch
 
     def row(self, side: str, sequence: int) -> int:
         """The row of the batch that a sequence is in."""
+        if self.segment_ids is not None:
+            return self._segments[sequence][0]
         return 0 if self.is_packed(side) else sequence
+
+    @functools.cached_property
+    def _segments(self) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """Of each segment: its row of the batch, and (first row, length) of the queries and of the keys; last those
+        without keys.
+        """
+        assert self.segment_ids is not None
+        found, keyless = [], []
+        for b, (ids_q, ids_k) in enumerate(zip(*self.segment_ids, strict=True)):
+            first_k = self.leftpad_k[b] if self.leftpad_k else 0
+            sides = []
+            for ids, first, used in ((ids_q, 0, self.seqused_q), (ids_k, first_k, self.seqused_k)):
+                rows: dict[int, list[int]] = {}
+                for row in range(first, used[b] if used else len(ids)):
+                    rows.setdefault(ids[row], []).append(row)
+                sides.append(rows)
+            for number, queries in sides[0].items():
+                keys = sides[1].get(number)
+                if number >= 0 and keys:
+                    found.append((b, (queries[0], len(queries)), (keys[0], len(keys))))
+                elif number >= 0:
+                    keyless.append((b, (queries[0], len(queries)), (0, 0)))
+        return found + keyless
+
+    def number(self, sequence: int) -> int:
+        """By which arrays for each row of the batch know a sequence."""
+        return sequence if self.segment_ids is None else self._segments[sequence][0]
 
     def runs(self, side: str) -> list[tuple[int, int]]:
         """(first row, length) of each sequence on a side, of right lengths."""
+        if self.segment_ids is not None:
+            return [segment["qk".index(side) + 1] for segment in self._segments]
         origins, used = getattr(self, f"cu_seqlens_{side}"), getattr(self, f"seqused_{side}")
         found = []
         for b in range(self.sequences):
@@ -125,11 +180,37 @@ def lengths_of(
     return Lengths(lengths["q"], lengths["k"], len(full), causal=causal, window=window, **given)
 
 
+def segments_of(
+    *rows: tuple[tuple[int, ...], ...],
+    reverse_keys: bool = False,
+    used: dict[str, tuple[int, ...]] | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+) -> Lengths:
+    """Of rows of the batch, each of segments (queries, keys, padding behind both), 0 where it is left out; rows end in
+    padding. reverse_keys: the keys of a row come in the other order. used: seqused_q, seqused_k, leftpad_k.
+    """
+    sides: list[list[list[int]]] = []
+    for axis in (0, 1):
+        found = []
+        for number, row in enumerate(rows):
+            runs = []
+            for place, segment in enumerate(row):
+                own = (7919 * place + 3 * number) % 100003  # equal numbers in other rows, in no order
+                runs.append([own] * segment[axis] + [-1 - place] * sum(segment[2:]))
+            found.append(list(itertools.chain(*reversed(runs) if axis and reverse_keys else runs)))
+        sides.append(found)
+    lengths = [max(len(ids) for ids in side) for side in sides]
+    padded = (tuple(tuple(x + [-9] * (n - len(x))) for x in side) for side, n in zip(sides, lengths, strict=True))
+    whole = Lengths(*lengths, 0, causal=causal, window=window, segment_ids=tuple(padded), **(used or {}))  # type: ignore[arg-type]
+    return dataclasses.replace(whole, sequences=len(whole._segments))
+
+
 @dataclass(frozen=True)
 class LengthsCase:
     """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows.
     dlse: a backward is given a gradient of lse. sinks: their dtype, "float32" or the case's, or none. scores: what
-    becomes of them, of `tests.scores.NAMES`.
+    becomes of them, of `tests.scores.NAMES`. dropout: its p, and 32-bit words of its seed.
     """
 
     lengths: Lengths
@@ -146,10 +227,11 @@ class LengthsCase:
     dlse: bool = False
     sinks: str = ""
     scores: tuple[str, ...] = ()
+    dropout: tuple[float, int] = (0.0, 4)
 
     def features(self) -> dict[str, Any]:
         """Of scores, as keywords of `attention`."""
-        return scores.draw_features(self.scores, self.seed, self.lengths.sequences, self.heads[0], self.dtype)
+        return scores.draw_features(self.scores, self.seed, self.lengths.problem_batch, self.heads[0], self.dtype)
 
     def __str__(self) -> str:
         texts = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
@@ -180,6 +262,8 @@ def _tensor(case: LengthsCase, name: str) -> Tensor:
     lengths = case.lengths
     if name in ("sinks", "dsinks"):
         return Tensor((case.heads[0],), (1,), case.sinks)
+    if name == "dropout_seed":
+        return Tensor((case.dropout[1],), (1,), "float32")
     if name == "alibi_slopes":
         shape = case.features()[name].shape
         return Tensor(shape, (1, shape[0])[: len(shape)], "float32")  # of the batch, heads outermost
@@ -198,7 +282,7 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
     """As a call makes it."""
     lengths = case.lengths
     sizes = Sizes(
-        lengths.sequences, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
+        lengths.problem_batch, lengths.rows_q, lengths.rows_k, *case.heads, case.head_dim,
         case.head_dim_v or case.head_dim, lengths.is_packed("q"), lengths.is_packed("k"),
     )  # fmt: skip
     refs = {name: tensor.ref() for name, tensor in tensors.items()}  # of one row the stride is 0
@@ -213,7 +297,7 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
     for name in ("alibi_slopes", "sinks", "dsinks", "dlse"):
         if name in refs:
             problem = SPECS[name](problem, refs[name])
-    return problem
+    return with_dropout(problem, case.dropout) if case.dropout[0] else problem
 
 
 def prepare(case: LengthsCase, backward: bool) -> Prepared:
@@ -222,12 +306,12 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     names = (BACKWARD if backward else FORWARD) + ("dlse",) * (backward and case.dlse)
     names += ("sinks",) * bool(case.sinks) + ("dsinks",) * (backward and bool(case.sinks))
     features = case.features()
-    names += ("alibi_slopes",) * ("alibi_slopes" in features)
+    names += ("alibi_slopes",) * ("alibi_slopes" in features) + ("dropout_seed",) * bool(case.dropout[0])
     tensors = {name: _tensor(case, name) for name in names}
     if "alibi_slopes" in features:
         tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
     numbers = reference.make_inputs(
-        case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.sequences),
+        case.seed, lengths.rows_q, lengths.rows_k, dtype=case.dtype, batch=max(1, lengths.problem_batch),
         heads=case.heads, head_dim=case.head_dim, head_dim_v=case.head_dim_v,
     )._asdict()  # fmt: skip
     for name in ("q", "k", "v", "dout"):
@@ -247,6 +331,8 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
         stored = sinks_of(case.seed, case.heads[0], case.sinks)
         tensors["sinks"].values[...] = stored.view(tensors["sinks"].values.dtype)
         sinks = reference.as_float64(stored)
+    if case.dropout[0]:
+        tensors["dropout_seed"].values.view(np.uint32)[...] = seed_of(case.seed, case.dropout[1])
     expected: list[reference.Expected | None] = []
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
         if not sq or not (sk or case.sinks):
@@ -255,11 +341,14 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
         of = {
             name: _part(case, tensor, name, b, (first_q, sq) if name in _OF_QUERIES else (first_k, sk))
             for name, tensor in tensors.items()
-            if name not in ("alibi_slopes", "sinks", "dsinks")
+            if name not in ("alibi_slopes", "sinks", "dsinks", "dropout_seed")
         }
         want = reference.expect(
             of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window,
-            dlse=of.get("dlse"), features=reference.Features(features.get("softcap"), _slopes(features, b), sinks),
+            dlse=of.get("dlse"),
+            features=reference.Features(
+                features.get("softcap"), _slopes(features, lengths.number(b)), sinks, case.dropout[0], _keep(case, b)
+            ),
         )  # fmt: skip
         expected.append(want)
         if backward:
@@ -279,9 +368,26 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     return prepared
 
 
-def _slopes(features: dict[str, Any], sequence: int) -> np.ndarray | None:
+def _slopes(features: dict[str, Any], number: int) -> np.ndarray | None:
     slopes = features.get("alibi_slopes")
-    return slopes if slopes is None or slopes.ndim == 1 else slopes[sequence]
+    return slopes if slopes is None or slopes.ndim == 1 else slopes[number]
+
+
+def _keep(case: LengthsCase, sequence: int) -> np.ndarray | None:
+    """(1, heads, queries, keys) bool: what dropout keeps of a sequence. Rows in front of it count, of a segment those
+    of its row of the batch."""
+    p, words = case.dropout
+    if not p:
+        return None
+    lengths, number = case.lengths, case.lengths.number(sequence)
+    firsts = []
+    for side in "qk":
+        first, starts = lengths.runs(side)[sequence][0], getattr(lengths, f"cu_seqlens_{side}")
+        firsts.append(first - starts[sequence] if starts else first)
+    (first_q, first_k), seed = firsts, seed_of(case.seed, words)
+    sq, sk = (lengths.runs(side)[sequence][1] for side in "qk")
+    whole = keep_of(seed, number + 1, case.heads[0], slice(first_q, first_q + sq), slice(first_k, first_k + sk), p)
+    return whole[number : number + 1]
 
 
 def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
@@ -309,7 +415,9 @@ def execute(
     names = BACKWARD if prepared.backward else FORWARD
     pointers = tuple(prepared.tensors[name].pointer for name in names)
     pointers += tuple(
-        prepared.tensors[name].pointer for name in ("dsinks", "alibi_slopes", "sinks") if name in prepared.tensors
+        prepared.tensors[name].pointer
+        for name in ("dsinks", "alibi_slopes", "sinks", "dropout_seed")
+        if name in prepared.tensors
     )
     pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
     if "dlse" in prepared.tensors:

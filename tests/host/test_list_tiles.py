@@ -5,20 +5,21 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from fa2cupy.kernels import common
-from fa2cupy.kernels.listed import Lists
+from fa2cupy.kernels.listed import Lists, Segments
 from fa2cupy.kernels.params import ListedPlace
-from fa2cupy.kernels.smxx import list_tiles
+from fa2cupy.kernels.smxx import find_segments, list_tiles
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import WindowSpec
 from tests.host import build, run
 from tests.host.build import Mutation
-from tests.host.kernel_run import Tensor, device
+from tests.host.kernel_run import Tensor, device, run_launches
 from tests.host.lengths import Lengths, starts
 from tests.host.run import Schedule
 
@@ -32,13 +33,14 @@ THREADS = 1024  # sequences that are looked at together
 
 @dataclass(frozen=True)
 class Listing:
-    """What is to be listed, and for whom. window of `lengths`: both ends are numbers."""
+    """What is to be listed, and for whom. window of `lengths`: both ends are numbers. short_keys: of segments."""
 
     lengths: Lengths
     backward: bool = False
     in_order: bool = False
     head_dim: int = 16
     blocks: tuple[int, int] = (BLOCK_M, BLOCK_N)
+    short_keys: int = 0
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Made:
     keys: list[tuple[int, ...]]
     results: dict[str, np.ndarray]
     lists: Lists
+    shorts: list[tuple[int, ...]] | None = None
 
 
 def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
@@ -62,7 +65,8 @@ def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
         # Queries that see no key, and keys that no query sees, are dropped; all of them lead.
         first_q, first_k = first_q + sq - int(visible.any(1).sum()), first_k + sk - int(visible.any(0).sum())
         visible = visible[visible.any(1)][:, visible.any(0)]
-        seen.append(((first_q, visible.shape[0], first_k, visible.shape[1], b, b), visible))
+        batch = lengths.number(b)
+        seen.append(((first_q, visible.shape[0], first_k, visible.shape[1], batch, batch), visible))
     queries: dict[tuple[int, ...], int] = {}
     keys: dict[tuple[int, ...], int] = {}
     first_tile = 0
@@ -98,28 +102,32 @@ def make(
     schedule: Schedule = Schedule.LOWEST_FIRST,
     mutation: Mutation | None = None,
     plant: str | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
 ) -> Made:
+    """arrays: other lengths than those of the listing."""
     lengths, width = listing.lengths, listing.head_dim
     results = ("dq", "dk", "dv") if listing.backward else ("out", "lse")
     tensors = {name: _tensor(lengths, name, width) for name in results}
     strides = {name: each.strides[:3] for name, each in tensors.items()}
     strides = {name: (first if tensors[name].shape[0] > 1 else 0, *rest) for name, (first, *rest) in strides.items()}
     problem = AttentionProblem(
-        lengths.sequences, lengths.rows_q, lengths.rows_k, HEADS, HEADS_K, width, width, "bfloat16",
+        lengths.problem_batch, lengths.rows_q, lengths.rows_k, HEADS, HEADS_K, width, width, "bfloat16",
         lengths.causal and lengths.window is None, 1.0,
         tuple(strides.items()),
         width % 8 == 0,
         window=None if lengths.window is None else WindowSpec(*lengths.window),
         lengths=lengths.spec,
     )  # fmt: skip
-    lists = Lists.of(problem, *listing.blocks, has_keys=listing.backward, offset=256)
-    workspace = Tensor((lists.end // 4,), (1,), "float32")
+    lists = Lists.of(problem, *listing.blocks, has_keys=listing.backward, offset=256, short_keys=listing.short_keys)
+    segments = Segments(problem.batch, lists, listing.short_keys) if problem.lengths.segments else None
+    workspace = Tensor(((segments or lists).end // 4,), (1,), "float32")
     names = common.pointer_names(problem, results)
-    launch = list_tiles.launch(problem, device("sm_90"), lists, results, names, in_order=listing.in_order)
-    arrays = lengths.arrays
+    gpu = device("sm_90")
+    listed = list_tiles.launch(problem, gpu, lists, results, names, in_order=listing.in_order, segments=segments)
+    found = (find_segments.launch(problem, gpu, segments, names),) if segments else ()
+    arrays = lengths.arrays if arrays is None else arrays
     pointers = [tensors[name].pointer if name in tensors else arrays[name].ctypes.data for name in names]
-    library = build.library(launch.source, launch.name, launch.defines, mutation=mutation)
-    run.launch(library, launch.config, launch.pack((*pointers, workspace.pointer)), schedule, plant=plant)
+    run_launches((*found, listed), (*pointers, workspace.pointer), workspace, schedule, plant=plant, mutation=mutation)
     for name, tensor in {**tensors, "workspace": workspace}.items():
         assert tensor.untouched_outside(), f"{name}: something outside was written"
     words = workspace.values.view(np.int32)
@@ -128,7 +136,13 @@ def make(
     for number, field in enumerate(("tiles_q", "tiles_k")[: 1 + listing.backward]):
         start, end = lists.offsets[field] // 4, lists.offsets[field] // 4 + len(FIELDS) * int(counts[number])
         entries[number] = [tuple(map(int, row)) for row in words[start:end].reshape(-1, len(FIELDS))]
-    return Made(*entries, {name: tensor.values for name, tensor in tensors.items()}, lists)
+    made = Made(*entries, {name: tensor.values for name, tensor in tensors.items()}, lists)
+    if segments is not None and listing.short_keys:
+        start = segments.offsets["shorts"] // 4
+        shorts = words[start : start + len(FIELDS) * int(counts[2])].reshape(-1, len(FIELDS))
+        assert counts[2] == counts[3]
+        made.shorts = [tuple(map(int, row)) for row in shorts]
+    return made
 
 
 def filled(lengths: Lengths, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -235,6 +249,13 @@ def test_an_entry_is_two_reads() -> None:
 
 
 SEQUENCES = "common/sequences.cuh"
+# Barriers of the list's maker that only segments come by.
+OF_SEGMENTS = (
+    "if constexpr (kSegments) griddepcontrol_wait();  // the segments are found",
+    "__syncthreads();  // the ends are there",
+    "__syncthreads();  // all know whether there is",
+    "__syncthreads();  // how many they are is there; nobody changes it before the next of these sums",
+)
 # Case, what stands there, what is put there instead; in the kernel, or in the header.
 MUTANTS = [
     ("packed-sorted", "ends[s + step - 1] <= index", "ends[s + step - 1] < index"),
@@ -243,7 +264,7 @@ MUTANTS = [
     ("packed-backward", "place = listed + up_to_here - 1;", "place = listed + up_to_here;"),
     ("many-True", "listed += smem.bin_q[0];", "listed += 0;"),
     ("gaps", "run.first += in_front, run.seqlen -= in_front;", "run.first += in_front;"),
-    ("gaps", "row < seen_from || row >= seen_to", "row < seen_from"),
+    ("gaps", "at < stretch.seen_from || at >= stretch.seen_to", "at < stretch.seen_from"),
     ("queries-packed", "own.starts[count + half - 1] <= at", "own.starts[count + half - 1] < at"),
     ("causal", "own.seqlen - other.seqlen - reach, 0)", "own.seqlen - other.seqlen - reach - 1, 0)"),
     ("causal", "own.seqlen - other.seqlen - reach, 0)", "own.seqlen - other.seqlen - reach + 1, 0)"),
@@ -259,27 +280,32 @@ def test_mutants(name: str, old: str, new: str) -> None:
         check(CASES[name], mutation=Mutation(SEQUENCES if in_header else SOURCE, old, new))
 
 
+def barriers_of(*paths: str) -> dict[str, str]:
+    """What can be left out of sources: what stands there, by the plant that does it."""
+    found = {}
+    for path in paths:
+        for number, line in enumerate((build.source_module.root() / path).read_text().splitlines(), 1):
+            if "__syncthreads(" in line.split("//")[0] or "griddepcontrol_wait(" in line:
+                found[f"{path.split('/')[1]}:{number}"] = line.strip()
+    return found
+
+
+def is_caught(plant: str, checks: Iterable[Callable[[Schedule, str], None]]) -> bool:
+    """Whether one of them shows it."""
+    for check_one in checks:
+        for schedule in (*Schedule, *3 * (Schedule.RANDOM,)):
+            try:
+                check_one(schedule, plant)
+            except (AssertionError, run.HostRunError):
+                return True
+    return False
+
+
 def test_every_barrier_is_needed() -> None:
-    """Left out, each is caught."""
-    lines = (build.source_module.root() / SOURCE).read_text().splitlines()
-    barriers = {number: line for number, line in enumerate(lines, 1) if "__syncthreads(" in line.split("//")[0]}
+    """Left out, each is caught; those for segments in test_segments.py."""
+    names = ("packed-sorted", "packed-backward", "equal-sorted", "turning-sorted", "many-False", "many-True")
+    checks = [lambda schedule, plant, name=name: check(CASES[name], schedule, plant=plant) for name in names]
+    barriers = {plant: line for plant, line in barriers_of(SOURCE, SEQUENCES).items() if line not in OF_SEGMENTS}
     assert len(barriers) >= 5
-
-    def is_caught(number: int) -> bool:
-        for name in (
-            "packed-sorted",
-            "packed-backward",
-            "equal-sorted",
-            "turning-sorted",
-            "many-False",
-            "many-True",
-        ):
-            for schedule in (*Schedule, *3 * (Schedule.RANDOM,)):
-                try:
-                    check(CASES[name], schedule, plant=f"list_tiles.cu:{number}")
-                except (AssertionError, run.HostRunError):
-                    return True
-        return False
-
-    unseen = {number: line for number, line in barriers.items() if not is_caught(number)}
+    unseen = {plant: line for plant, line in barriers.items() if not is_caught(plant, checks)}
     assert not unseen, f"left out, and nothing showed: {unseen}"

@@ -19,11 +19,15 @@ from tests.gpu.cases import Case
 from tests.host import kernel_run, lengths, run
 from tests.host.build import Mutation
 from tests.host.kernel_run import HostCase, Schedule
-from tests.host.lengths import Lengths, LengthsCase, starts
+from tests.host.lengths import Lengths, LengthsCase, segments_of, starts
 
 AnyCase = HostCase | LengthsCase
 _LENGTHS = Lengths(300, 500, 4, starts(1, 130, 0, 150), starts(203, 40, 7, 200), causal=True)
 _NOTHING = Lengths(7, 5, 2, starts(0, 7), starts(5, 0))  # that is to be computed
+# More segments than there is room for tiles of all of them.
+_SEGMENTS = segments_of(
+    tuple((1 + n % 3, 1 + n % 3, n % 5 == 0) for n in range(24)), ((70, 6), (40, 3), *((2, 3),) * 9, (9, 9))
+)
 
 # Cases that reach every synchronisation and every bound: each variant of a kernel, several blocks, ragged ends.
 FORWARD: dict[str, AnyCase] = {
@@ -45,6 +49,7 @@ FORWARD: dict[str, AnyCase] = {
     "hopper-sections": HostCase(Case(300, 303, 32, "bfloat16", True, 13, (1, 1), seed=12)),
     # tiles of lists
     "listed": LengthsCase(_LENGTHS, 64, arch="sm_100"),
+    "listed-several": LengthsCase(_SEGMENTS, 64, arch="sm_100", head_dim_v=40),
     "hopper-listed": LengthsCase(_LENGTHS, 64),
 }
 BACKWARD: dict[str, AnyCase] = {
@@ -97,6 +102,8 @@ BACKWARD: dict[str, AnyCase] = {
     "hopper-wide-splits": HostCase(Case(120, 128, 192, "bfloat16", True, 1, (11, 1), seed=34, head_dim_v=72)),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
     # tiles of lists
+    "listed-short": LengthsCase(_SEGMENTS, 64, arch="sm_100"),
+    "listed-short-unaligned": LengthsCase(_SEGMENTS, 59, arch="sm_86", heads=(4, 2)),
     "hopper-listed": LengthsCase(_LENGTHS, 64),
     "hopper-listed-nothing": LengthsCase(_NOTHING, 64),
     "hopper-wide-listed-nothing": LengthsCase(_NOTHING, 192),
@@ -112,7 +119,11 @@ _SYNCHRONISATION = re.compile(
     r"|fence_proxy_async\(|cp_async_bulk_wait_group(_read)?<|wgmma_fence\(|wgmma_wait_group<)"
 )
 _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
-_OWN_TESTS = ("smxx/list_tiles.cu",)  # test_list_tiles.py leaves out each of its barriers
+# test_list_tiles.py, test_segments.py and test_block_lists.py leave out each of their barriers.
+_OWN_TESTS = (
+    "smxx/list_tiles.cu", "smxx/find_segments.cu", "common/sequences.cuh", "smxx/classify_blocks.cu",
+    "smxx/list_blocks.cu",
+)  # fmt: skip
 
 
 def synchronisations_in_source() -> set[tuple[str, int]]:
@@ -204,7 +215,7 @@ FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
-FILL = "smxx/fill_unseen.cu"
+FILL, TILES = "smxx/fill_unseen.cu", "common/bwd_tiles.cuh"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
 MUTANTS = [
@@ -437,7 +448,7 @@ MUTANTS = [
     ("bwd", "hopper-full", BWD90, "        end_turn(turns);\n", ""),
     ("bwd", "hopper-full", BWD90, "step.tile * kDqParts + group;", "step.tile * kDqParts;"),
     ("bwd", "hopper-turns", BWD90, "step.tile * kDqParts + group, turn_of", "step.tile * kDqParts, turn_of"),
-    ("bwd", "hopper-full", PRE, "if (threadIdx.x < kDqParts)", "if (threadIdx.x == 0)"),
+    ("bwd", "hopper-full", PRE, "if (!kShort && threadIdx.x < kDqParts)", "if (threadIdx.x == 0)"),
     ("bwd", "hopper-many", PRE, "if constexpr (kClearDq)", "if constexpr (false)"),
     ("bwd", "hopper-turns", BOTH90, "!kClearDq && turn == 0", "false"),
     ("bwd", "hopper-wide-turns", BOTH90, "!kClearDq && turn == 0", "false"),
@@ -558,6 +569,39 @@ MUTANTS = [
     ("bwd", "splits", POST, "split < params.splits", "split <= params.splits"),
     ("bwd", "splits", POST, "row_of_keys * params.splits * part_floats", "row_of_keys * part_floats"),
     ("bwd", "splits", POST, "ceil_div(shape.seqlen_k, kBlockN)) * kBlockN", "shape.seqlen_k)"),
+    # of lists: several tiles or sequences of a thread block, and sequences whose keys are one block
+    ("fwd", "listed-several", FWD, "linear < tiles; linear += gridDim.x", "linear < tiles - 1; linear += gridDim.x"),
+    (
+        "fwd",
+        "listed-several",
+        FWD,
+        "linear = blockIdx.x; linear",
+        "linear = blockIdx.x; linear == blockIdx.x && linear",
+    ),
+    ("bwd", "listed-short", BWD, "linear < tiles; linear += gridDim.x", "linear < tiles - 1; linear += gridDim.x"),
+    ("bwd", "listed-short", BWD, "i < rows ? gmem[i] : missing", "i <= rows ? gmem[i] : missing"),
+    ("bwd", "listed-short", BWD, "kPlaces = kShort ? kBlockM : 1;", "kPlaces = 1;"),
+    (
+        "bwd",
+        "listed-short",
+        BWD,
+        "if (row >= rows || col >= cols) continue;",
+        "if (row > rows || col >= cols) continue;",
+    ),
+    ("bwd", "listed-short-unaligned", BWD, "if (row >= rows || col >= cols) continue;", "if (row >= rows) continue;"),
+    ("bwd", "listed-short-unaligned", BWD, "if (col + 1 < cols) target[1]", "target[1]"),
+    ("bwd", "listed-short", BWD, "x[2 * h + 1] * scale", "x[2 * h + 1]"),
+    ("bwd", "listed-short", PRE, "skipped + kBlockM < sequence.seqlen_q ?", "false ?"),
+    ("bwd", "listed-short", PRE, "first_row = skipped, tile", "tile"),
+    (
+        "bwd",
+        "listed-short",
+        PRE,
+        "statistics_of(params, head, entry) + skipped;",
+        "statistics_of(params, head, entry);",
+    ),
+    ("bwd", "listed-short", PRE, "if (skipped == 0) linear += gridDim.x,", "linear += gridDim.x,"),
+    ("bwd", "listed-short", TILES, "* query_tiles_of_head(params) + entry.tile;", "* query_tiles_of_head(params);"),
     # whose columns, where v has its own
     ("fwd", "own-v", FWD, "keys_from(n), head_dim_v(params)", "keys_from(n), shape.head_dim"),
     ("fwd", "own-v", FWD, "queries, head_dim_v(params)", "queries, shape.head_dim"),
@@ -565,7 +609,7 @@ MUTANTS = [
     ("fwd", "hopper-own-v", FWD90, "store_rows<64, kHeadDimV>", "store_rows<64, kHeadDimV - 64>"),
     ("bwd", "own-v", PRE, "ceil_pow2(kHeadDimV / 8)", "ceil_pow2(kHeadDim / 8)"),
     ("bwd", "own-v", PRE, "head_dim_v(params) : 0", "shape.head_dim : 0"),
-    ("bwd", "own-v", BWD, "vs.row, keys,\n            head_dim_v(params)", "vs.row, keys, shape.head_dim"),
+    ("bwd", "own-v", BWD, "keys, head_dim_v(params));", "keys, shape.head_dim);"),
     ("bwd", "own-v", BWD, "first_query : 0, head_dim_v(params)", "first_query : 0, shape.head_dim"),
     ("bwd", "own-v", BWD, "gemm<kHeadStepsV>", "gemm<kHeadSteps>"),
     ("bwd", "own-v", BWD, "keys, head_dim_v(params), smem.v);", "keys, shape.head_dim, smem.v);"),
@@ -585,17 +629,23 @@ MUTANTS = [
     ("fwd", "narrow", TILE, "&& map.col + col < cols;", "&& map.col + col <= cols;"),
     ("fwd", "causal", TILE, "pass * parts / kPasses != part", "pass != part"),
     ("bwd", "wide", TILE, "pass * parts / kPasses != part", "pass != part"),
-    ("bwd", "causal", BWD, "dos.row, step.head <= last_head ?", "dos.row, step.head < last_head ?"),
+    (
+        "bwd",
+        "causal",
+        BWD,
+        "step.head <= last_head ? sequence.seqlen_q - first_query : 0, head_dim_v",
+        "step.head < last_head ? sequence.seqlen_q - first_query : 0, head_dim_v",
+    ),
     ("fwd", "unaligned", TILE, "inside = row < rows && col < cols", "inside = row <= rows && col < cols"),
     ("fwd", "unaligned", TILE, "inside = row < rows && col < cols", "inside = row < rows && col <= cols"),
     ("fwd", "narrow", TILE, "kCols % map.kColsPerRound != 0 && map.col + col >= kCols", "false"),
     ("bwd", "tiny", TILE, "!= part || (kRows % map.kRowsPerPass != 0 && row >= kRows)", "!= part"),
     ("bwd", "full", PRE, "row < rows ? head_dim_v", "row <= rows ? head_dim_v"),
     ("bwd", "full", PRE, "own_row < rows", "own_row <= rows"),
-    ("bwd", "full", PRE, "if (own_row < kBlockM)", "if (true)"),
+    ("bwd", "full", PRE, "if (own_row < (kShort ? rows : kBlockM))", "if (true)"),
     ("bwd", "narrow", PRE, "if (col < cols)", "if (col <= cols)"),
     ("bwd", "unaligned", PRE, "if (col + i < cols)", "if (col + i <= cols)"),
-    ("bwd", "tiny", PRE, "if (row < kBlockM && col == 0)", "if (col == 0)"),
+    ("bwd", "tiny", PRE, "if (row < (kShort ? rows : kBlockM) && col == 0)", "if (col == 0)"),
     ("bwd", "full", PRE, "i < kDqTileFloats / 4", "i < kDqTileFloats / 4 - 1"),
     # what is written
     ("fwd", "full", TILE, "if (row >= rows ||", "if (row > rows ||"),

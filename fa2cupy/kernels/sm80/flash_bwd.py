@@ -164,11 +164,11 @@ def _section_of_turns(work: Work, steps: int) -> int:
 
 
 def launch(whole: Backward, tile: BwdTile) -> KernelLaunch:
-    """A thread block for each share of a block of keys."""
+    """A thread block for each share of a block of keys, or for several short segments."""
     work, order = whole.work, whole.order
     side = whole.side_defines | backward.adding_defines(tile, order.cleared)
     main = _defines(tile, side, *whole.head_dims, work.problem.causal, work.deterministic, order.partial)
-    blocks = work.key_tiles * order.splits
+    blocks = work.blocks(work.key_tiles * order.splits, tile.num_warps)
     return whole.launch(
         _KERNEL, arch(work.device), main, backward.config(blocks, tile.num_warps, int(main["FA2_SHARED_BYTES"]))
     )

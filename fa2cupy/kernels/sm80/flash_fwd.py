@@ -21,6 +21,7 @@ from fa2cupy.problem import AttentionProblem
 __all__ = ["FWD_TILES", "ROW", "FwdTile", "arch", "compile_jobs", "launch", "objection", "rows"]
 
 _KERNEL = ("sm80/flash_fwd.cu", "flash_fwd")
+_USUAL_KEYS = 128  # of segments: if they are shorter, thread blocks may take several tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +129,22 @@ def launch(
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     params.head_dim_v = problem.head_dim_v
 
-    tiles = (m_blocks * problem.batch if lists is None else lists.tiles_of_head_q) * problem.num_heads
+    tiles = m_blocks * problem.batch if lists is None else lists.tiles_of_head_q
+    defines = _defines(
+        tile, problem.dtype, head_dim, head_dim_v, problem.aligned, problem.causal, problem.softmax_scale <= 0
+    )
+    if lists is not None and problem.lengths is not None and problem.lengths.segments:
+        usual = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False, short_keys=_USUAL_KEYS).tiles_of_head_q
+        if usual < tiles:  # of segments of a token each there are so many that even their ends would take long
+            tiles, defines = usual, defines | {"FA2_REPEAT": 1}
     skipped = common.skipped_bytes(problem, empty)
-    scale_first = problem.softmax_scale <= 0
     return common.kernel_launch(
         problem,
         _KERNEL,
         arch(device),
-        _defines(tile, problem.dtype, head_dim, head_dim_v, problem.aligned, problem.causal, scale_first),
+        defines,
         LaunchConfig(
-            (tiles, 1, 1),
+            (tiles * problem.num_heads, 1, 1),
             (32 * tile.num_warps, 1, 1),
             shared_mem_bytes=tile.shared_mem_bytes(head_dim, head_dim_v),
             overlaps_previous=lists is not None and device.cc >= (9, 0),
@@ -145,7 +152,7 @@ def launch(
         params,
         {name: (place, skipped.get(name, 0)) for place, name in enumerate(FORWARD_ARRAYS)},
         common.pointer_names(problem, FORWARD_ARRAYS),
-        lists=lists,
+        listed=(lists,),
     )
 
 

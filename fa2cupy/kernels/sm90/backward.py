@@ -184,7 +184,7 @@ def launch(kernel: tuple[str, str], whole: Backward, tile: BwdTileSm90) -> Kerne
         {name: whole.pointers[name] for name in _PLAIN},
         whole.names,
         maps + _statistics_maps(whole),
-        work.lists,
+        (work.lists,),
     )
 
 

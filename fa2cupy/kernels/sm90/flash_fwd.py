@@ -174,7 +174,7 @@ def launch(
         {name: (names.index(name), skipped[name]) for name in _PLAIN},
         names,
         tma.tensor_maps(problem, FwdTmaParams, box_rows, seqlen_q, skipped, names),
-        lists,
+        (lists,),
     )
 
 

@@ -1,4 +1,5 @@
-"""Before the main kernel of a backward: cuda_src/smxx/flash_bwd_preprocess.cu, a block for each tile of queries."""
+"""Before the main kernel of a backward: cuda_src/smxx/flash_bwd_preprocess.cu, a block for each tile of queries, or for
+several short segments."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def launch(whole: Backward) -> KernelLaunch:
         _KERNEL,
         common.arch_of(work.device),
         _defines(work.tile, whole.side_defines, whole.order.cleared),
-        backward.config(work.query_tiles, PREPROCESS_WARPS),
+        backward.config(work.blocks(work.query_tiles, PREPROCESS_WARPS), PREPROCESS_WARPS),
         whole.sink_sums,
     )
 

@@ -4,10 +4,10 @@ head."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fa2cupy.kernels import backward, common
-from fa2cupy.kernels.backward import PREPROCESS_WARPS, Backward, Work
+from fa2cupy.kernels.backward import PREPROCESS_WARPS, SINK_SUMS, Backward, Work
 from fa2cupy.kernels.common import Where
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.params import SinksBwdParams, composed
@@ -20,16 +20,20 @@ _WARPS = 8
 _SHARED_BYTES = 4 * _WARPS  # of `SharedMemory` there
 
 
-def launches(work: Work, names: Sequence[str], whole: Backward | None) -> tuple[KernelLaunch, ...]:
-    """Nothing to launch where nobody wants it, or there is no head. names: of the call's pointers. whole: the backward
-    whose preprocess leaves sums; None if there is none.
+def launches(
+    work: Work, names: Sequence[str], whole: Backward | None, shorts: Backward | None
+) -> tuple[KernelLaunch, ...]:
+    """Nothing to launch where nobody wants it, or there is no head. names: of the call's pointers. whole, and shorts of
+    short segments: the backwards whose preprocess leaves sums; None if there is none.
     """
     problem = work.problem
     if not work.has_sink_sums or problem.num_heads == 0:
         return ()
     tiles = 0 if whole is None else work.m_blocks
     params = SinksBwdParams(work.batch, problem.num_heads, tiles, PREPROCESS_WARPS)
-    pointers: Mapping[str, Where] = {} if whole is None else whole.sink_sums
+    pointers: dict[str, Where] = {} if whole is None else dict(whole.sink_sums)
+    if shorts is not None:
+        pointers["short_sums"] = shorts.sink_sums[SINK_SUMS]
     return (
         common.kernel_launch(
             problem,
@@ -40,7 +44,7 @@ def launches(work: Work, names: Sequence[str], whole: Backward | None) -> tuple[
             params,
             pointers,
             names,
-            lists=work.lists,
+            listed=(work.lists, work.segments),
         ),
     )
 

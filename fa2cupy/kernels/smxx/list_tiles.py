@@ -9,7 +9,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import common
 from fa2cupy.kernels.launch import KernelLaunch
-from fa2cupy.kernels.listed import Lists
+from fa2cupy.kernels.listed import Lists, Segments
 from fa2cupy.kernels.params import ListTilesParams, composed, pack_strides
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import LISTING, LengthsParams
@@ -24,7 +24,7 @@ _ROWS = 16 * _WARPS  # that a thread block looks after at a time
 
 def _shared_bytes(lists: Lists) -> int:
     """Of `SharedMemory` there."""
-    return 4 * ((10 if lists.positioned else 8) * _THREADS + 2 * _WARPS + 2)
+    return 4 * ((12 if lists.positioned else 10) * _THREADS + 2 * _WARPS + 4)
 
 
 def launch(
@@ -35,10 +35,12 @@ def launch(
     names: Sequence[str],
     *,
     in_order: bool = False,
+    segments: Segments | None = None,
 ) -> KernelLaunch:
     """The first launch of a plan. results: ("out", "lse"), or ("dq", "dk", "dv"). names: of the call's pointers.
 
-    in_order: lists go by the numbers of the sequences and of their blocks, instead of with the longest first.
+    segments: what the launch before this one has found. in_order: lists go by the numbers of the sequences and of
+    their blocks, instead of with the longest first.
     """
     strides = dict(problem.strides)
     of_queries = results[0]
@@ -68,10 +70,16 @@ def launch(
         _KERNEL,
         common.arch_of(device),
         _defines(problem.dtype, problem.aligned, lists, problem.causal, in_order),
-        LaunchConfig((1 + clearing, 1, 1), (_THREADS, 1, 1), shared_mem_bytes=_shared_bytes(lists)),
+        LaunchConfig(
+            (1 + clearing, 1, 1),
+            (_THREADS, 1, 1),
+            shared_mem_bytes=_shared_bytes(lists),
+            overlaps_previous=segments is not None and device.cc >= (9, 0),
+        ),
         params,
         pointers,
         names,
+        listed=(segments,),
     )
 
 

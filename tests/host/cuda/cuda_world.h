@@ -16,6 +16,7 @@
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define FA2_DEVICE inline
+#define FA2_OUTLINED inline
 
 #define threadIdx (*fa2_host::thread_index)
 #define blockIdx (fa2_host::block_index)
@@ -104,6 +105,18 @@ inline int __any_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
   return static_cast<int>(args.result);
 }
 
+// A bit for each lane: its predicate.
+inline unsigned __ballot_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
+  if (mask != 0xffffffffu) fa2_host::fail("__ballot_sync of part of a warp");
+  fa2_host::Shuffle args{predicate != 0, 0, 0};
+  fa2_host::collective("__ballot_sync", &args, [](void* const* lanes) {
+    uint32_t all = 0;
+    for (int i = 0; i < 32; i++) all |= static_cast<const fa2_host::Shuffle*>(lanes[i])->value << i;
+    for (int i = 0; i < 32; i++) static_cast<fa2_host::Shuffle*>(lanes[i])->result = all;
+  }, {file, line});
+  return args.result;
+}
+
 // The lanes that have the same value.
 inline unsigned __match_any_sync(unsigned mask, int value, FA2_HOST_SITE) {
   if (mask != 0xffffffffu) fa2_host::fail("__match_any_sync of part of a warp");
@@ -123,6 +136,16 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int atomicAdd(int* address, int value) {
   const int before = *address;
   *address += value;
+  return before;
+}
+inline int atomicMin(int* address, int value) {
+  const int before = *address;
+  if (value < before) *address = value;
+  return before;
+}
+inline int atomicCAS(int* address, int expected, int value) {
+  const int before = *address;
+  if (before == expected) *address = value;
   return before;
 }
 

@@ -46,6 +46,46 @@ inline uint32_t cvt_pack(float lo, float hi) {
   return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 }
 
+inline uint2 mul_wide_u32(uint32_t a, uint32_t b) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
+}
+
+inline uint32_t abs_f16x2(uint32_t x) { return x & 0x7fff7fff; }
+inline uint32_t set_geu_u32_f16x2(uint32_t a, uint32_t b) {
+  uint32_t halves = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const half_t x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    if (!(to_float(x) < to_float(y))) halves |= 0xffffu << shift;
+  }
+  return halves;
+}
+inline uint32_t cvt_f16x2_e4m3x2(uint32_t pair) {
+  uint32_t x = 0;
+  for (int i = 0; i < 2; i++) {
+    const uint32_t code = pair >> 8 * i & 0xff, exponent = code >> 3 & 15, mantissa = code & 7;
+    float magnitude = exponent ? ldexpf(8.0f + mantissa, static_cast<int>(exponent) - 10) : ldexpf(mantissa, -9);
+    if ((code & 0x7f) == 0x7f) magnitude = __builtin_nanf("");
+    x |= static_cast<uint32_t>(from_float<half_t>(code & 0x80 ? -magnitude : magnitude).bits) << 16 * i;
+  }
+  return x;
+}
+inline uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t x, int i) { return to_float(half_t{static_cast<uint16_t>(x >> 16 * i)}); };
+  return cvt_pack<half_t>(half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
+}
+inline uint32_t prmt(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+inline float div_rn(float x, float y) {
+  volatile float quotient = x / y;
+  return quotient;
+}
+inline int cvt_rni(float x) { return static_cast<int>(nearbyintf(x)); }
+
 // A long time passes between any two looks at the clock.
 inline uint32_t read_clock() {
   static uint32_t cycles = 0;
@@ -101,6 +141,17 @@ inline int ld_acquire(const int* address, FA2_HOST_SITE) { return fa2_host::poll
 inline void red_release_add(int* address, int value) {
   *address += value;
   fa2_host::release();
+}
+inline uint32_t atom_acq_rel_inc(int* address, uint32_t last) {
+  const uint32_t before = static_cast<uint32_t>(*address);
+  *address = before >= last ? 0 : static_cast<int>(before + 1);
+  fa2_host::release();
+  return before;
+}
+inline float ld_cg_f32(const float* address) { return *address; }
+inline float2 ld_cg_v2_f32(const float* address, FA2_HOST_SITE) {
+  fa2_host::check_aligned(address, 8, {file, line});
+  return {address[0], address[1]};
 }
 inline int atom_acquire_add(int* address, int value) {
   const int before = *address;
