@@ -59,7 +59,8 @@ struct SharedMemory {
   uint64_t p_full[kPBuffers], p_empty[kPBuffers], ds_full[2];
   uint64_t ds_peer_full, ds_peer_empty;  // the other block's dS has landed here; it is done with this one's
   alignas(128) float dq[kDqShared ? kBlockM * (kDqCols + cols_of_dq(true)) : 4];  // a piece of each warpgroup
-  uint64_t dq_full[2], dq_empty[2], dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
+  uint64_t dq_full[2], dq_empty[2];
+  uint64_t dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
 };
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
@@ -134,7 +135,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   Ring<kDoutBuffers> dout;
   AccS acc_s, acc_dp;
   Schedule schedule;
-  Work work = {}; int key = 0;  // this thread's first one
+  Work work = {};
+  int key = 0;  // this thread's first one
   Drawing drawing;
   Kept<false, 1, kBlockN / 8> kept;
 
