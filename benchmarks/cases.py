@@ -19,6 +19,9 @@ TOKENS = 16384  # batch x seqlen
 WIDTH = 2048  # num_heads x head_dim
 
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f32": "float32", "f64": "float64"}
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One cell. seqlen is both seqlen_q and seqlen_k."""
@@ -50,7 +53,7 @@ class Case:
         d = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         h = f"h{self.num_heads}" + (f"/{self.num_heads_k}" if self.num_heads_k != self.num_heads else "")
         mask = "causal" if self.causal else "full"
-        kind = {"bfloat16": "bf16", "float16": "fp16"}[self.dtype]
+        kind = next(kind for kind, dtype in _DTYPES.items() if dtype == self.dtype)
         return f"{self.mode}:{d}:b{self.batch}:s{self.seqlen}:{h}:{mask}:{kind}"
 
 
@@ -128,7 +131,7 @@ CASE_SETS = {
 
 _SPEC = re.compile(
     r"(?P<mode>fwd|bwd):d(?P<d>\d+)(/(?P<dv>\d+))?:b(?P<b>\d+):s(?P<s>\d+):h(?P<h>\d+)(/(?P<hk>\d+))?"
-    r":(?P<mask>causal|full)(:(?P<dtype>bf16|fp16))?"
+    r":(?P<mask>causal|full)(:(?P<dtype>bf16|fp16|f32|f64))?"
 )
 
 
@@ -148,7 +151,7 @@ def parse_case(spec: str) -> Case:
         int(m["b"]),
         heads,
         int(m["hk"] or heads),
-        {"bf16": "bfloat16", "fp16": "float16"}[m["dtype"] or "bf16"],
+        _DTYPES[m["dtype"] or "bf16"],
         int(m["dv"] or 0),
     )
 

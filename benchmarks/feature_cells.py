@@ -1,4 +1,4 @@
-"""The cells of features, what is right in them, and the bars: packed sequences, windows, padded keys.
+"""The cells of features, what is right in them, and the bars: packed sequences, windows, padded keys, wider types.
 
 A cell is a batch of sequences, each with as many queries as keys; packed ones are rows behind one another, dense ones
 too once batch and seqlen are one axis, so that everything below sees (rows, heads, head_dim). Only (query, key) pairs
@@ -44,8 +44,8 @@ SAMPLED = 16  # sequences that the reference computes, about, of many
 class Cell:
     """lengths: of packed sequences (batch is 1 then, seqlen their sum). used: keys in use of each dense sequence.
 
-    window: (left, right), -1 without an end. best: who was the fastest of the others, forward and backward, when they
-    were first measured: without these two a comparison says little.
+    window: (left, right), -1 without an end. precision: of float32, as attention takes it. best: who was the fastest of
+    the others, forward and backward, when they were first measured: without these two a comparison says little.
     """
 
     name: str
@@ -59,6 +59,8 @@ class Cell:
     window: tuple[int, int] = (-1, -1)
     lengths: tuple[int, ...] = ()
     used: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+    precision: str | None = None
     best: tuple[tuple[str, ...], tuple[str, ...]] = (("fa4",), ("fa4",))
 
     def sequences(self) -> list[tuple[int, int, int]]:
@@ -77,6 +79,12 @@ class Cell:
         """Live (query, key) pairs of one head."""
         return _pairs(self)
 
+    @property
+    def right(self) -> float:
+        """Relative error from which on a result is wrong. Of bfloat16's rounding there are 3e-3, and a window that is
+        off by one has 1.6e-2 at 4,096 keys; of float32's 1e-6, and of tf32's 5e-4; of float64's 1e-15."""
+        return {"bfloat16": 1e-2, "float32": 2e-3 if self.precision else 1e-5, "float64": 1e-13}[self.dtype]
+
     def flops(self, mode: str) -> float:
         return (4.0 if mode == "fwd" else 10.0) * self.pairs * self.num_heads * self.head_dim
 
@@ -87,6 +95,8 @@ class Cell:
             text += f", window {self.window}"
         if self.lengths:
             text += f", {len(self.lengths)} packed sequences of {min(self.lengths)} to {max(self.lengths)}"
+        if self.dtype != "bfloat16":
+            text += f", {self.precision or self.dtype}"
         if self.used:
             text += f", {min(self.used)} to {max(self.used)} keys used"
         return text
@@ -112,6 +122,13 @@ def _window(name: str, left: int, seqlen: int, right: int = 0, **more: Any) -> C
     best = (("fa4", "vfa3"), ("fa4",))
     more.setdefault("causal", right == 0)
     return Cell(name, "window", 16384 // seqlen or 1, seqlen, window=(left, right), best=best, **more)
+
+
+def _wide(kind: str, best: tuple[tuple[str, ...], tuple[str, ...]], batch: int, seqlen: int, head_dim: int) -> Cell:
+    """kind: f32 in float32's own accuracy, tf32 in that of single products, f64."""
+    name, dtype = f"{kind}_d{head_dim}_{seqlen // 1024}k", "float64" if kind == "f64" else "float32"
+    precision = "tf32" if kind == "tf32" else None
+    return Cell(name, kind, batch, seqlen, head_dim=head_dim, dtype=dtype, precision=precision, best=best)
 
 
 def _equal(seqlen: int, head_dim: int, causal: bool) -> Cell:
@@ -141,6 +158,12 @@ _ALL = (
     _window("w1k_8k_gqa", 1024, 8192, num_heads=32, num_heads_k=8),
     _window("w1k_8k_d64", 1024, 8192, num_heads=32, num_heads_k=32, head_dim=64),
     Cell("keypad", "keypad", 8, 2048, causal=False, used=_USED, best=(("fa3",), ("jax",))),
+    *(
+        _wide(kind, best, batch, seqlen, head_dim)
+        for kind, best in (("f32", (("eff",), ("eff",))), ("tf32", (("flex",), ("unfused",))))
+        for batch, seqlen, head_dim in ((4, 2048, 64), (2, 4096, 64), (4, 2048, 128), (2, 4096, 128))
+    ),
+    *(_wide("f64", (("unfused",), ("unfused",)), 2, 2048, head_dim) for head_dim in (64, 128)),
     *(
         _equal(seqlen, head_dim, causal)
         for head_dim in (128, 64, 256)
@@ -273,6 +296,9 @@ _EQUAL = Bar(None, 1 / 1.03)
 GROUPS: Mapping[str, Group] = {
     "packed": Group("packed sequences", {"fwd": Bar(1.03, 0.95), "bwd": Bar(1.12, 0.97)}),
     "window": Group("windows", {"fwd": Bar(1.05, 0.97), "bwd": Bar(1.08, 0.97)}),
+    "f32": Group("float32", {"fwd": Bar(None, 1.4), "bwd": Bar(None, 1.2)}),
+    "tf32": Group("float32 by tf32", {"fwd": Bar(None, 1.2), "bwd": Bar(None, 1.2)}),
+    "f64": Group("float64", {"fwd": Bar(None, 3.5), "bwd": Bar(None, 1.25)}),
     "keypad": Group("padded keys", {"fwd": Bar(None, 1.0), "bwd": Bar(None, 1.25)}),
     "equal": Group("equal lengths, packed over dense", {"fwd": _EQUAL, "bwd": _EQUAL}),
 }

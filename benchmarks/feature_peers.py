@@ -3,7 +3,7 @@
 fa2: torch's FlashAttention-2 kernels, by the operator beneath its public functions; eff: torch's memory-efficient
 kernels; cudnn: torch SDPA's; flex: FlexAttention, compiled; fa3 and fa4: the wheels ``fa3-fwd`` (no backward, no
 windows) and ``flash-attn-4``; vfa3: vLLM's build of FA3 (no backward), for windows; jax: jax.nn's cuDNN. A peer that
-has no such feature says so (`UnableError`).
+has no such feature says so (`UnableError`); unfused: torch's products and softmax, in float32 or tf32 as the cell is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ __all__ = [
 
 Call = Callable[[], Any]
 FORMULA = "formula"  # the plain formula, who ours is set beside in a rehearsal
-OTHERS = ("fa2", "eff", "cudnn", "fa3", "vfa3", "fa4", "flex", "jax")
+OTHERS = ("fa2", "eff", "cudnn", "fa3", "vfa3", "fa4", "flex", "jax", "unfused")
+WIDE = ("eff", "flex", "unfused")  # that know float32 or float64
 COMPILED = ("fa4", "flex")  # take long to compile, and keep what they compile on disk
 VLLM = ("vllm_so/_vllm_fa3_C.abi3.so", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so")
 
@@ -84,18 +85,20 @@ def _starts(cell: Cell) -> list[int]:
 
 
 def make_tensors(cell: Cell, device: str = "cuda", seed: int = 0) -> Tensors:
-    """bfloat16 on a GPU, float32 on a CPU by torch ("cpu") or NumPy ("numpy"); q, k and v of torch require grad."""
+    """bfloat16 on a GPU, float32 on a CPU by torch ("cpu") or NumPy ("numpy"), unless the cell is of another type; q, k
+    and v of torch require grad."""
     if device == "numpy":
         import numpy as np
 
         normal = np.random.default_rng(seed).standard_normal
-        arrays = [normal(shape, np.float32) for shape in _shapes(cell)]
+        wide = np.float64 if cell.dtype == "float64" else np.float32
+        arrays = [normal(shape, wide) for shape in _shapes(cell)]
         starts, used = (np.asarray(x, np.int32) for x in (_starts(cell), cell.used))
     else:
         import torch
 
         generator = torch.Generator(device).manual_seed(seed)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = torch.float32 if device == "cpu" and cell.dtype == "bfloat16" else getattr(torch, cell.dtype)
         arrays = [torch.randn(s, device=device, dtype=dtype, generator=generator) for s in _shapes(cell)]
         for array in arrays[:3]:
             array.requires_grad_()
@@ -126,6 +129,8 @@ def _ours(cell: Cell, t: Tensors, mode: str) -> Call:
         keywords |= {"cu_seqlens_q": t.starts, "cu_seqlens_k": t.starts}
     if t.used is not None:
         keywords["seqused_k"] = t.used
+    if cell.precision:
+        keywords["precision"] = cell.precision
     return _ours_with(t, mode, keywords)
 
 
@@ -382,6 +387,32 @@ def _flex(cell: Cell, t: Tensors, mode: str) -> Call:
     return forward if mode == "fwd" else peers.torch_call(mode, t, forward)
 
 
+def _unfused(cell: Cell, t: Tensors, mode: str) -> Call:
+    import torch
+
+    if cell.dtype == "bfloat16":
+        raise UnableError("it is measured in float32 and float64 only")
+    hidden = torch.ones(cell.seqlen, cell.seqlen, dtype=torch.bool, device=t.q.device).triu(1)
+
+    def forward() -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (t.q, t.k, t.v))
+        scores = (q @ k.transpose(2, 3)) * cell.head_dim**-0.5
+        scores = scores.masked_fill(hidden, -torch.inf) if cell.causal else scores
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    call = peers.torch_call(mode, t, forward)
+
+    def with_precision() -> Any:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = cell.precision == "tf32"
+        try:
+            return call()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return with_precision
+
+
 class Queued:
     """A call whose work is not on torch's stream: timed by the clock on the wall, over calls that queue up."""
 
@@ -430,11 +461,14 @@ _MAKERS: dict[str, Callable[[Cell, Tensors, str], Call]] = {
     "fa4": _fa4,
     "flex": _flex,
     "jax": _jax,
+    "unfused": _unfused,
 }
 
 
 def make(name: str, cell: Cell, tensors: Tensors, mode: str) -> Call:
     """The call of a library. UnableError or MissingError where it has no such feature; else its own errors."""
+    if cell.dtype != "bfloat16" and name in OTHERS and name not in WIDE:
+        raise UnableError("it has no such type")
     return _MAKERS[name](cell, tensors, mode)
 
 

@@ -26,7 +26,7 @@ def problem_of(case: Case, scale: float | None = None) -> AttentionProblem:
     refs = {}
     for name in FORWARD_TENSORS if case.mode == "fwd" else BACKWARD_TENSORS:
         shape = sizes.shape(name, "bshd")
-        dtype = "float32" if name == "lse" else case.dtype
+        dtype = case.dtype if name != "lse" else "float64" if case.dtype == "float64" else "float32"
         refs[name] = TensorRef(0, shape, contiguous_strides(shape), dtype, Device("cuda", 0), None)
     return AttentionProblem.from_refs(refs, sizes, case.dtype, options)
 

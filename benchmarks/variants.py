@@ -145,12 +145,12 @@ class Runner:
         self.expected = self._reference(tensors)
 
     def _reference(self, tensors: Any) -> dict[str, Any]:
-        """The outputs of the first (batch, key head) in float32, by the plain formula: enough to catch a wrong tile."""
+        """The outputs of the first (batch, key head) in float64, by the plain formula: enough to catch a wrong tile."""
         torch, case = self.torch, self.case
         group = case.num_heads // case.num_heads_k
         with torch.enable_grad():
-            q = tensors.q.detach()[:1, :, :group].transpose(1, 2).float().requires_grad_()
-            k, v = (x.detach()[:1, :, :1].transpose(1, 2).float().requires_grad_() for x in (tensors.k, tensors.v))
+            q = tensors.q.detach()[:1, :, :group].transpose(1, 2).double().requires_grad_()
+            k, v = (x.detach()[:1, :, :1].transpose(1, 2).double().requires_grad_() for x in (tensors.k, tensors.v))
             scores = q @ k.mT * case.head_dim**-0.5
             if case.causal:
                 rows = torch.arange(case.seqlen, device="cuda")
@@ -158,7 +158,7 @@ class Runner:
             out = torch.softmax(scores, -1) @ v
             if case.mode == "fwd":
                 return {"out": out.detach().transpose(1, 2)}
-            dout = tensors.dout[:1, :, :group].transpose(1, 2).float()
+            dout = tensors.dout[:1, :, :group].transpose(1, 2).double()
             gradients = torch.autograd.grad(out, (q, k, v), dout)
         return {name: x.transpose(1, 2) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)}
 
@@ -185,7 +185,7 @@ class Runner:
         call()
         errors = []
         for name, expected in self.expected.items():
-            got = self.outputs[name][:1, :, : expected.shape[2]].float()
+            got = self.outputs[name][:1, :, : expected.shape[2]].double()
             errors.append(float((got - expected).norm() / expected.norm()))
         finite = all(bool(self.torch.isfinite(x).all()) for x in self.outputs.values())
         return max(errors) if finite else float("nan")

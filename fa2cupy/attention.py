@@ -55,7 +55,7 @@ def attention(
     Args:
         q: (batch, seqlen_q, num_heads, head_dim). A CuPy, PyTorch, JAX or NumPy array, or one of another library with
             `__dlpack__` (on a GPU it is asked for CuPy's current stream). All arrays are of one framework and on one
-            device. float16 or bfloat16; on the CPU also float32 and float64. head_dim is 1 to 256, odd ones included.
+            device. float16, bfloat16, float32 or float64. head_dim is 1 to 256, odd ones included.
         k: (batch, seqlen_k, num_heads_k, head_dim). num_heads must be a multiple of num_heads_k (GQA, MQA): query
             head h uses key head h // (num_heads // num_heads_k).
         v: (batch, seqlen_k, num_heads_k, head_dim_v). head_dim_v is 1 to 256; it need not be head_dim.
@@ -99,6 +99,9 @@ def attention(
             too. One copy is made of an input whose last dimension is not contiguous (or whose strides are not
             multiples of its item size).
         dtype: "bfloat16" says what uint16 arrays hold; the results are then uint16 too. Otherwise None.
+        precision: of float32 arrays, and an error beside others. None and "float32" are float32's own accuracy. "tf32"
+            makes products on a GPU of 10 bits behind the point, several times as fast: an error of about 5e-4. It is
+            never chosen by a setting of a framework's.
         deterministic: as in `attention_backward`, for gradients that are taken through this call; the forward always
             repeats its bits.
         return_lse: also return the log-sum-exp, which `attention_backward` needs.

@@ -26,6 +26,7 @@ __all__ = [
     "check_kv_dtype",
     "check_layout",
     "check_pair",
+    "check_precision",
     "check_scale",
     "check_seed",
     "check_softcap",
@@ -34,6 +35,7 @@ __all__ = [
     "shown",
 ]
 
+PRECISIONS = ("float32", "tf32")
 LAYOUTS = {"bshd": "(batch, seqlen, num_heads, head_dim)", "bhsd": "(batch, num_heads, seqlen, head_dim)"}
 
 KV_DTYPES = ("float8_e4m3fn", "int8")
@@ -193,6 +195,15 @@ def check_grad_of(name: str, value: Any) -> tuple[str, ...]:
         if value.count(item) > 1:
             raise InvalidArgument(f"{shown(name, value)} names {item!r} twice")
     return tuple(value)
+
+
+def check_precision(name: str, value: object) -> str:
+    """How float32 arrays are computed; whether they are float32 is asked where dtypes are known."""
+    if not isinstance(value, str):
+        raise InvalidType(f"{shown(name, value)} is a {describe(value)}: None, 'float32' or 'tf32' is needed")
+    if value not in PRECISIONS:
+        raise InvalidArgument(f"{shown(name, value)} is unknown: None, 'float32' or 'tf32' is needed")
+    return value
 
 
 def check_hint(name: str, value: Any) -> None:

@@ -48,6 +48,7 @@ def forward(
     dropout_p: float = 0.0,
     dropout_seed: Array | None = None,
     mask: Mask | None = None,
+    precision: str | None = None,
     place: Place = _HERE,
     out: Array | None = None,
     lse: Array | None = None,
@@ -56,8 +57,8 @@ def forward(
 
     q is (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k, head_dim or head_dim_v), any strides.
     window_size is (left, right), each -1 for unlimited; alibi_slopes is (heads,) or (batch, heads), sinks (heads,),
-    dropout_seed what `checks.check_seed` says, and `place` where among a sequence's rows these are, which dropout alone
-    asks. mask is counted from these rows. `out` and `lse` are written when given.
+    dropout_seed what `checks.check_seed` says, precision of no account here, and `place` where among a sequence's rows
+    these are, which dropout alone asks. mask is counted from these rows. `out` and `lse` are written when given.
     """
     out = np.empty((*q.shape[:3], v.shape[3]), q.dtype) if out is None else out
     lse = np.empty((q.shape[0], q.shape[2], q.shape[1]), _compute_dtype(q)) if lse is None else lse
@@ -136,6 +137,7 @@ def backward(
     dropout_p: float = 0.0,
     dropout_seed: Array | None = None,
     mask: Mask | None = None,
+    precision: str | None = None,
     place: Place = _HERE,
     dlse: Array | None = None,
     dq: Array | None = None,

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType, UnsupportedDevice
+from fa2cupy.errors import Fa2Error, InvalidArgument, UnsupportedDevice
 
 __all__ = [
     "BESIDE_BLOCK_MASK",
     "BHSD_OF_PACKED",
     "DECLARED",
-    "FLOAT32_ON_GPU",
     "GPU_TOO_OLD",
+    "PRECISION_OF_OTHERS",
     "RIGHT_OF_CAUSAL",
     "SEGMENTS_OF_PACKED",
+    "TOO_WIDE",
     "Declared",
 ]
 
@@ -39,12 +40,6 @@ class Declared:
         return self.kind(self.message.format(**values))
 
 
-FLOAT32_ON_GPU = Declared(
-    "float32 or float64 arrays on a GPU",
-    "for now; on the CPU they work",
-    InvalidType,
-    "{name} has dtype {dtype}, which is not supported: on a GPU (for now) float16, bfloat16",
-)
 GPU_TOO_OLD = Declared(
     "a GPU below sm_80",
     "the kernels need its tensor core and copy instructions",
@@ -70,6 +65,19 @@ SEGMENTS_OF_PACKED = Declared(
     InvalidArgument,
     "segment_ids is given beside cu_seqlens, which say where sequences are already: give one of them",
 )
+PRECISION_OF_OTHERS = Declared(
+    "`precision=` with other arrays than float32",
+    "it chooses how float32 is computed",
+    InvalidArgument,
+    "precision={value!r} is for float32 arrays, and {name} has dtype {dtype}: leave it out",
+)
+TOO_WIDE = Declared(
+    "the backward of float32 above head_dim 224 and of float64 above 160 on GPUs with 99 KB of shared memory "
+    "(sm_86, sm_89, sm_120), and of float64 above 192 on those with 163 KB (sm_80, sm_87)",
+    "its tiles do not fit into shared memory; sm_90 and sm_100 have room for all",
+    InvalidArgument,
+    "{name} {width} of {dtype} arrays needs more shared memory than the {kilobytes} KB of this GPU: {most} is the most",
+)
 BESIDE_BLOCK_MASK = Declared(
     "a BlockMask with `causal=` or `window_size=`",
     "it has its own: give them to the BlockMask",
@@ -84,15 +92,15 @@ _TO_COME = (
         "dropout_p={value} is not for a KVCache: leave it out",
         "dropout_p",
     ),
-    Declared(
-        "`precision=` with other arrays than float32",
-        "it chooses how float32 is computed",
-        InvalidArgument,
-        "precision={value!r} is for float32 arrays, and {name} has dtype {dtype}: leave it out",
-        "precision",
-    ),
 )
 
 DECLARED = (
-    FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, BESIDE_BLOCK_MASK, *_TO_COME,
-)  # fmt: skip
+    GPU_TOO_OLD,
+    RIGHT_OF_CAUSAL,
+    BHSD_OF_PACKED,
+    SEGMENTS_OF_PACKED,
+    PRECISION_OF_OTHERS,
+    TOO_WIDE,
+    BESIDE_BLOCK_MASK,
+    *_TO_COME,
+)

@@ -274,7 +274,7 @@ def _prepare(
     for position, name in enumerate(names):
         if name not in arrays:
             shape = sizes.shape(name, options.layout)
-            element = "float32" if name == "lse_out" else storage
+            element = storage if name != "lse_out" else "float64" if dtype == "float64" else "float32"
             if name in operation.further:
                 element = framework.dtype(arrays[_source_of(name)])
             if name in operation.scratch:

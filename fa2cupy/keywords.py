@@ -24,6 +24,7 @@ from fa2cupy.checks import (
     check_kv_dtype,
     check_layout,
     check_pair,
+    check_precision,
     check_scale,
     check_seed,
     check_softcap,
@@ -181,7 +182,11 @@ _TABLE = (
         "dtype", "str | None", None, (*_ALL, *_PROBABILITIES),
         '"bfloat16" says what uint16 arrays hold', "0.1", (None,), check_dtype,
     ),
-    Keyword("precision", "str | None", None, _ALL, 'of float32 arrays on a GPU: "float32" or "tf32"'),
+    Keyword(
+        "precision", "str | None", None, _ALL,
+        'of float32 arrays on a GPU: None and "float32" are float32\'s own accuracy, "tf32" is products of 10 bits',
+        "0.2", check=check_precision,
+    ),
     Keyword(
         "deterministic", "bool", False, _ALL,
         "same inputs, same gradients, bit for bit; the forward always repeats its bits", "0.1", (False,), check_flag,

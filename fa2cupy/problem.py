@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES
-from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
+from fa2cupy.declared import PRECISION_OF_OTHERS, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
-from fa2cupy.frameworks.base import TensorRef
+from fa2cupy.frameworks.base import ITEMSIZE, TensorRef
 from fa2cupy.keywords import asked
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
@@ -19,6 +19,7 @@ from fa2cupy.spec import (
     MASK_ARRAYS,
     DropoutSpec,
     LengthsSpec,
+    PrecisionSpec,
     ScoreSpec,
     SinksSpec,
     SoftmaxSpec,
@@ -45,18 +46,15 @@ __all__ = [
 
 Strides = tuple[int, int, int]  # in elements, between (batch, seqlen, head) neighbours; lse: (batch, head, seqlen)
 
-_DTYPES = {"cuda": ("float16", "bfloat16"), "cpu": ("float16", "bfloat16", "float32", "float64")}
-# The kernels take the scale times log2(e) as float32.
-_MAX_GPU_SCALE = 2e38
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# The kernels take the scale times log2(e) as float32, of float64 arrays as float64.
+_MAX_GPU_SCALE = {"float16": 2e38, "bfloat16": 2e38, "float32": 2e38, "float64": 1e308}
 
 
 def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
     """The dtype of the problem. InvalidType if the arguments disagree or it is not supported on their device."""
     first = next(iter(refs))
-    kind = refs[first].device.kind
-    supported = ", ".join(_DTYPES[kind])
-    place = "on a GPU" if kind == "cuda" else "on the CPU"
-    if options.dtype not in (None, "bfloat16") and options.dtype not in _DTYPES["cpu"]:
+    if options.dtype not in (None, "bfloat16") and options.dtype not in _DTYPES:
         raise InvalidArgument(f"dtype={options.dtype!r} is not supported: None, or 'bfloat16' for uint16 arrays")
     for name, ref in refs.items():
         expected = "float64" if refs[first].dtype == "float64" else "float32"
@@ -69,10 +67,8 @@ def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
                 raise InvalidType(f"{name} has dtype uint16: say what it holds with dtype='bfloat16'")
             if options.dtype != "bfloat16":
                 raise InvalidArgument(f"dtype={options.dtype!r} but {name} is uint16, which can only hold 'bfloat16'")
-        elif ref.dtype not in _DTYPES[kind]:
-            if kind == "cuda" and ref.dtype in _DTYPES["cpu"]:
-                raise FLOAT32_ON_GPU.error(name=name, dtype=ref.dtype)
-            raise InvalidType(f"{name} has dtype {ref.dtype}, which is not supported: {place} {supported}")
+        elif ref.dtype not in _DTYPES:
+            raise InvalidType(f"{name} has dtype {ref.dtype}, which is not supported: {', '.join(_DTYPES)}")
         elif options.dtype not in (None, ref.dtype):
             raise InvalidArgument(
                 f"dtype={options.dtype!r} but {name} has dtype {ref.dtype}: dtype is for uint16 arrays"
@@ -81,7 +77,11 @@ def check_dtypes(refs: Mapping[str, TensorRef], options: Options) -> str:
             raise InvalidType(
                 f"{name} has dtype {ref.dtype} but {first} has {refs[first].dtype}: they must be the same"
             )
-    return options.dtype_of(refs[first])
+    dtype = options.dtype_of(refs[first])
+    precision = dict(options.features).get("precision")
+    if precision is not None and dtype != "float32":
+        raise PRECISION_OF_OTHERS.error(value=precision, name=first, dtype=dtype)
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def _with_lengths(name: str, problem: AttentionProblem, ref: TensorRef) -> Atten
 
 
 def _score(problem: AttentionProblem) -> ScoreSpec:
-    return problem.score or ScoreSpec(problem.softmax_scale)
+    return problem.score or ScoreSpec(problem.softmax_scale, dtype=problem.dtype)
 
 
 def _alibi_strides(ref: TensorRef) -> tuple[int, int]:
@@ -226,9 +226,14 @@ def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "window_size": lambda problem, window: _with_window(problem, *window),
     "softcap": lambda problem, softcap: replace(problem, score=replace(_score(problem), softcap=softcap)),
-    "alibi_slopes": lambda problem, ref: replace(problem, score=replace(_score(problem), alibi=_alibi_strides(ref))),
+    "alibi_slopes": lambda problem, ref: replace(
+        problem, score=replace(_score(problem), alibi=_alibi_strides(ref), wide_slopes=ref.dtype == "float64")
+    ),
     "sinks": lambda problem, ref: replace(
         problem, sinks=SinksSpec(ref.dtype != "float32", "dq" in dict(problem.strides))
+    ),
+    "precision": lambda problem, precision: (
+        replace(problem, precision=PrecisionSpec()) if precision == "tf32" else problem
     ),
     "dsinks": lambda problem, ref: _with_gradient_of_sinks(problem),
     "dropout_p": _with_dropout,
@@ -276,9 +281,9 @@ class AttentionProblem:
     With `lengths`, batch is the number of sequences, or of rows of segments, a packed side has all its rows in seqlen,
     and which rows see no key is not known here.
     strides: in elements, by the names q, k, v, out, (dout, dq, dk, dv,) lse; dimensions of size 1, all of an empty
-    tensor, and the batch of a packed one have stride 0. The last dimension of the 16-bit tensors, and seqlen of lse,
-    are contiguous.
-    aligned: every 16-bit pointer and stride is a multiple of 16 bytes and the head dims are multiples of 8.
+    tensor, and the batch of a packed one have stride 0. The last dimension of all but lse, and seqlen of lse, are
+    contiguous.
+    aligned: every pointer and stride but lse's is a multiple of 16 bytes, and so are the head dims.
     What goes beyond dense attention is a field with a `Spec`, None where it is absent.
     """
 
@@ -300,6 +305,12 @@ class AttentionProblem:
     dropout: DropoutSpec | None = None
     lengths: LengthsSpec | None = None
     softmax: SoftmaxSpec | None = None
+    precision: PrecisionSpec | None = None
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype, or 'tf32': what rows of tile tables are for."""
+        return "tf32" if self.precision else self.dtype
 
     @property
     def empty_rows(self) -> int:
@@ -349,16 +360,16 @@ class AttentionProblem:
     def from_refs(cls, refs: Mapping[str, TensorRef], sizes: Sizes, dtype: str, options: Options) -> AttentionProblem:
         """From tensors on a GPU whose dtypes and shapes were checked; `refs` has every name of `strides`."""
         scale = softmax_scale(sizes, options)
-        if abs(scale) > _MAX_GPU_SCALE:
-            raise InvalidArgument(
-                f"softmax_scale={scale!r} is not supported on a GPU: at most {_MAX_GPU_SCALE} in magnitude"
-            )
+        most = _MAX_GPU_SCALE[dtype]
+        if abs(scale) > most:
+            raise InvalidArgument(f"softmax_scale={scale!r} is not supported on a GPU: at most {most} in magnitude")
         strides = {name: _kernel_strides(name, ref, options.layout) for name, ref in refs.items()}
-        sixteen_bit = [name for name in refs if name != "lse"]
+        arrays = [name for name in refs if name != "lse"]
+        piece = 16 // ITEMSIZE[dtype]  # elements
         aligned = (
-            sizes.head_dim % 8 == 0
-            and sizes.head_dim_v % 8 == 0
-            and all(refs[name].ptr % 16 == 0 and all(s % 8 == 0 for s in strides[name]) for name in sixteen_bit)
+            sizes.head_dim % piece == 0
+            and sizes.head_dim_v % piece == 0
+            and all(refs[name].ptr % 16 == 0 and all(s % piece == 0 for s in strides[name]) for name in arrays)
         )
         return cls(
             batch=sizes.batch,

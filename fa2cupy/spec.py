@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar, cast
 
 from fa2cupy.checks import DROPOUT_STEPS
 
@@ -23,6 +24,7 @@ __all__ = [
     "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
+    "PrecisionSpec",
     "Row",
     "ScoreParams",
     "ScoreSpec",
@@ -33,6 +35,7 @@ __all__ = [
     "Spec",
     "WindowParams",
     "WindowSpec",
+    "of_dtype",
 ]
 
 LISTING = "smxx/list_tiles.cu"  # who makes the lists of tiles that other kernels go by
@@ -62,6 +65,22 @@ class Row(Protocol):
     def note(self) -> str: ...
     @property
     def room(self) -> bool: ...
+
+
+_Struct = TypeVar("_Struct", bound=ctypes.Structure)
+
+
+def of_dtype(struct: type[_Struct], dtype: str) -> type[_Struct]:
+    """The struct as kernels of a dtype have it, of the same name: of float64 its numbers (`Real` there) are doubles."""
+    return cast(type[_Struct], _of_doubles(struct)) if dtype == "float64" else struct
+
+
+@functools.cache
+def _of_doubles(struct: type[ctypes.Structure]) -> type[ctypes.Structure]:
+    if not any(kind is ctypes.c_float for _, kind, *_ in struct._fields_):
+        return struct
+    fields = [(name, ctypes.c_double if kind is ctypes.c_float else kind) for name, kind, *_ in struct._fields_]
+    return type(struct.__name__, (ctypes.Structure,), {"_fields_": fields})
 
 
 class Spec:
@@ -153,12 +172,15 @@ class ScoreSpec(Spec):
     """What becomes of scores, which are softmax_scale * q . k.
 
     softcap: s = softcap * tanh(s / softcap), None without; it has the scale in it. alibi: then slope * distance is
-    taken off; its strides in elements along batch and heads, None without.
+    taken off; its strides in elements along batch and heads, None without. dtype: the problem's. wide_slopes: they are
+    of float64.
     """
 
     softmax_scale: float
     softcap: float | None = None
     alibi: tuple[int, int] | None = None
+    dtype: str = "bfloat16"
+    wide_slopes: bool = False
 
     def reaches(self, source: str) -> bool:
         return not source.startswith("smxx/")
@@ -169,13 +191,16 @@ class ScoreSpec(Spec):
             defines |= {"FA2_SOFTCAP": 1, "FA2_SCALE_FIRST": 0}
         elif self.softmax_scale < _TINY_SCALE:
             defines["FA2_SCALE_FIRST"] = 1
+        if self.wide_slopes:
+            defines["FA2_WIDE_SLOPES"] = 1
         return defines if self.alibi is None else {**defines, "FA2_ALIBI": 1}
 
-    def params(self) -> ScoreParams:
+    def params(self) -> ctypes.Structure:
+        block = of_dtype(ScoreParams, self.dtype)
         batch, head = self.alibi or (0, 0)
         if self.softcap is None:
-            return ScoreParams(0, batch, head)
-        return ScoreParams(0, batch, head, self.softmax_scale / self.softcap, self.softcap * math.log2(math.e))
+            return block(0, batch, head)
+        return block(0, batch, head, self.softmax_scale / self.softcap, self.softcap * math.log2(math.e))
 
     def arrays(self) -> tuple[str, ...]:
         return () if self.alibi is None else ("alibi_slopes",)
@@ -199,6 +224,17 @@ class SinksGradientParams(ctypes.Structure):
         ("sink_sums", ctypes.c_uint64),
         ("sinks_are_16_bit", ctypes.c_int32),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionSpec(Spec):
+    """float32 by single products of tf32, which has 10 bits behind the point."""
+
+    def reaches(self, source: str) -> bool:
+        return source.startswith("sm80/")
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_TF32_PRODUCTS": 1, "FA2_PROMOTE": 0}
 
 
 @dataclass(frozen=True, slots=True)

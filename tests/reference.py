@@ -43,6 +43,7 @@ HEADS = ((1, 1), (4, 4), (6, 3), (8, 2), (6, 1), (7, 7))  # (num_heads, num_head
 _FORMATS = {
     "bfloat16": (7, -126, (2 - 2**-7) * 2.0**127),
     "float16": (10, -14, 65504.0),
+    "tf32": (10, -126, (2 - 2**-10) * 2.0**127),  # what mma sees of float32 for "tf32"
     "float32": (23, -126, (2 - 2**-23) * 2.0**127),
 }
 
@@ -126,13 +127,15 @@ def make_inputs(
     head_dim: int = 64,
     head_dim_v: int | None = None,
     outliers: bool = False,
+    mean: float = 0.0,
 ) -> Inputs:
-    """Normal random numbers; with `outliers`, 0.1% of the entries of q, k and v have ten times a normal one added."""
+    """Normal random numbers around `mean`; with `outliers`, 0.1% of the entries of q, k and v have ten times a normal
+    one added."""
     rng = np.random.default_rng(seed)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
 
     def draw(seqlen: int, num_heads: int, width: int, plain: bool = False) -> np.ndarray:
-        x = rng.standard_normal((batch, seqlen, num_heads, width))
+        x = rng.standard_normal((batch, seqlen, num_heads, width)) + mean
         if outliers and not plain:
             x += 10 * rng.standard_normal(x.shape) * (rng.random(x.shape) < 1e-3)
         return store(x, dtype)
@@ -265,18 +268,24 @@ def _by_slab(
     dlse: Array | None = None,
     window: Window = None,
     features: Features = PLAIN,
+    real: Any = None,
 ) -> tuple[Array, ...]:
     """out, lse, dq, dk, dv, max|dP + dlse|, dsinks, the sum of its terms' magnitudes: a slab is some of the batch x
-    num_heads_k groups of heads of a key head.
+    num_heads_k groups of heads of a key head. real: the NumPy dtype that all is computed in, if not float64.
     """
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     group = num_heads // max(num_heads_k, 1)
     scale = head_dim**-0.5 if scale is None else scale
 
+    def as_real(x: Array) -> Array:
+        x = as_float64(x, xp)
+        x = round_to(x, dtype, xp) if dtype == "tf32" else x
+        return x if real is None else x.astype(real)
+
     def split(x: Array, heads_in_group: int) -> Array:
-        """(batch, seqlen, heads, d) -> (batch x num_heads_k, heads in the group x seqlen, d), float64"""
-        x = as_float64(x, xp).swapaxes(1, 2)
+        """(batch, seqlen, heads, d) -> (batch x num_heads_k, heads in the group x seqlen, d), in `real`"""
+        x = as_real(x).swapaxes(1, 2)
         return x.reshape(batch * num_heads_k, heads_in_group * x.shape[2], x.shape[3])
 
     def merge(x: Array, seqlen: int, heads: int, width: int) -> Array:
@@ -284,11 +293,11 @@ def _by_slab(
 
     def of_rows(x: Array) -> Array:
         """(heads,) or (batch, heads) -> (batch, seqlen_q, heads, 1)"""
-        x = xp.broadcast_to(as_float64(x, xp), (batch, num_heads))
+        x = xp.broadcast_to(as_real(x), (batch, num_heads))
         return xp.broadcast_to(x[:, None, :, None], (batch, seqlen_q, num_heads, 1))
 
     if dlse is not None:  # like a row of one column
-        dlse = as_float64(dlse, xp)[..., None].swapaxes(1, 2)
+        dlse = as_real(dlse)[..., None].swapaxes(1, 2)
     rows = (None if x is None else split(x, group) for x in (dout, saved, dlse))
     slopes, sinks = (None if x is None else split(of_rows(x), group) for x in (features.slopes, features.sinks))
     keep = features.keep
@@ -301,7 +310,7 @@ def _by_slab(
     visible = np.tile(visible_keys(seqlen_q, seqlen_k, causal, window), (group, 1))
     mask = xp.asarray(visible) if xp.__name__ != "torch" else xp.as_tensor(visible, device=slabs[0].device)
     beside = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
-    distance = np.tile(abs(beside - np.arange(seqlen_k)[None, :]), (group, 1)).astype(np.float64)
+    distance = np.tile(abs(beside - np.arange(seqlen_k)[None, :]), (group, 1)).astype(real or np.float64)
     if xp.__name__ == "torch":
         distance = xp.as_tensor(distance, device=slabs[0].device)
     step = max(1, _MAX_SCORES // max(1, visible.size))
@@ -425,7 +434,9 @@ class Comparison(NamedTuple):
     model_rms_error: float
 
 
-def compare(name: str, got: Array, ref: Array, model: Array | None, floor: float) -> Comparison:
+def compare(
+    name: str, got: Array, ref: Array, model: Array | None, floor: float, factors: tuple[float, float] = (2.0, 1.05)
+) -> Comparison:
     """AssertionError unless `got` is as close to `ref` as its format allows; every test is one that NaN fails.
 
     1. NaN, +inf and -inf are where the reference has them.
@@ -434,8 +445,8 @@ def compare(name: str, got: Array, ref: Array, model: Array | None, floor: float
        worth measuring: the model's rms is one random draw, so three standard deviations of it, estimated over its rows
        (2% at 10,000 rows); and float32 arithmetic, which the model does not have: 0.1 floor, added in squares.
 
-    `floor` is 1e-5 of the largest possible magnitude of the sum behind the result (see `expect`). `model=None` leaves
-    max|got - ref| <= floor, the rule for float32 and float64 results.
+    `factors` are those of 2 and 3. `floor` is 1e-5 of the largest possible magnitude of the sum behind the result (see
+    `expect`). `model=None` leaves max|got - ref| <= floor, the rule for float32 and float64 results of the CPU.
     """
     got, ref = as_float64(got), as_float64(ref)
     assert got.shape == ref.shape, f"{name}: shape {got.shape}, expected {ref.shape}"
@@ -450,7 +461,7 @@ def compare(name: str, got: Array, ref: Array, model: Array | None, floor: float
         model_error = np.where(finite, model, 0.0) - np.where(finite, ref, 0.0)
 
     max_error, model_max_error = _largest(error), _largest(model_error)
-    limit = 2 * model_max_error + floor
+    limit = factors[0] * model_max_error + floor
     if not max_error <= limit:
         where = np.unravel_index(int(np.argmax(abs(error))), error.shape)
         raise AssertionError(
@@ -462,7 +473,7 @@ def compare(name: str, got: Array, ref: Array, model: Array | None, floor: float
     if model is not None:
         rows = np.sum(np.square(model_error), axis=-1)
         spread = np.sqrt(np.sum(np.square(rows)) / 2) / rows.sum() if rows.any() else 0.0
-        rms_limit = np.hypot(1.05 * model_rms * (1 + 3 * spread), 0.1 * floor)
+        rms_limit = np.hypot(factors[1] * model_rms * (1 + 3 * spread), 0.1 * floor)
         assert rms <= rms_limit, f"{name}: rms error {rms:.4e} above {rms_limit:.4e} (model {model_rms:.4e})"
     unit = max(_rms(np.where(finite, ref, 0.0)), floor) or 1.0
     return Comparison(max_error, model_max_error, rms / unit, model_rms / unit)
@@ -497,11 +508,13 @@ def _rms(x: np.ndarray) -> float:
 
 
 class Bound(NamedTuple):
-    """One output's reference, model (None for float32 and float64) and floor, as `compare` takes them."""
+    """One output's reference, model, floor and factors, as `compare` takes them. model: None where float32 and float64
+    are judged by their magnitude alone."""
 
     ref: np.ndarray
     model: np.ndarray | None
     floor: float
+    factors: tuple[float, float] = (2.0, 1.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,19 +545,30 @@ def expect(
     features: Features = PLAIN,
     dtype: str = "",
     xp: Any = np,
+    own_accuracy: bool = False,
 ) -> Expected:
     """Reference, model and floors of a case; without `dout` of the forward only. `dtype` defaults to that of q.
     `dlse` is the gradient of lse, if there is one.
+
+    dtype "tf32": of float32 inputs, which the model rounds, too; lse is then the model's. own_accuracy, of float32 and
+    float64: their model is the formula in NumPy arrays of that dtype, and a result may have twice its rms error, and
+    three times its largest (of float64 beside a reference of more bits).
 
     `out` is what the backward under test is given, where that is not the model's own out: an input like any other,
     rounded, from which the model takes its D too. Without it the model's rounding errors in D are not those of the
     result, and in small cases the one is now and then twice the other (7 of 10,000 honest outputs fail `compare`).
     """
     dtype = dtype or dtype_name(q)
-    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, dlse=dlse, window=window, features=features)
-    rounds = dtype in ("float16", "bfloat16")
-    model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse, window, features) if rounds else None
-    unit = 1e-13 if dtype == "float64" else 1e-5
+    wide = np.longdouble if own_accuracy and dtype == "float64" else None
+    ref = _by_slab(q, k, v, dout, causal, scale, "float64", xp, None, dlse, window, features, wide)
+    unit, factors = (1e-13 if dtype == "float64" else 1e-5), (2.0, 1.05)
+    model = None
+    if dtype in ("float16", "bfloat16", "tf32"):
+        model = _by_slab(q, k, v, dout, causal, scale, dtype, xp, out, dlse, window, features)
+    elif own_accuracy:
+        real = np.dtype(dtype)
+        model = _by_slab(q, k, v, dout, causal, scale, "float64", xp, out, dlse, window, features, real)
+        unit, factors = 8 * float(np.finfo(real).eps), (3.0, 2.0)
     r = 1 / (1 - features.dropout_p)
     magnitudes = {"out": r * _largest(as_float64(v, xp), xp)}
     if dout is not None:
@@ -558,12 +582,13 @@ def expect(
             magnitudes["dsinks"] = ref[7]
     place = {"out": 0, "dq": 2, "dk": 3, "dv": 4, "dsinks": 6}
     return Expected(
-        lse=as_float64(ref[1]),
+        lse=as_float64(model[1] if model is not None and dtype == "tf32" else ref[1]),
         bounds={
             name: Bound(
                 as_float64(ref[place[name]]),
                 None if model is None else as_float64(model[place[name]]),
                 unit * magnitude,
+                factors,
             )
             for name, magnitude in magnitudes.items()
         },

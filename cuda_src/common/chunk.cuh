@@ -3,23 +3,28 @@
 
 #include "common/config.cuh"
 #include "common/ptx.cuh"
+#include "common/real.cuh"
 
 FA2_DEVICE float to_float(float x) { return x; }
 
-template <typename T>
+// So many pieces.
+template <typename T, int kCount = 1>
 struct alignas(16) ChunkOf {
-  T x[16 / sizeof(T)];
+  T x[kCount * 16 / sizeof(T)];
 };
 
 // The elements of a row from column `col` on, zeros past column `cols`.
-template <typename T>
-FA2_DEVICE ChunkOf<T> load_chunk(const T* row, int col, int cols) {
-  ChunkOf<T> chunk = {};
+template <int kCount = 1, typename T>
+FA2_DEVICE ChunkOf<T, kCount> load_chunk(const T* row, int col, int cols) {
+  constexpr int kAtOnce = 16 / static_cast<int>(sizeof(T)), kColumns = kCount * kAtOnce;
+  ChunkOf<T, kCount> chunk = {};
   if constexpr (kAligned) {
-    if (col < cols) *reinterpret_cast<uint4*>(&chunk) = *reinterpret_cast<const uint4*>(row + col);
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kAtOnce)
+      if (cols > col + i) *reinterpret_cast<uint4*>(chunk.x + i) = *reinterpret_cast<const uint4*>(row + col + i);
   } else {
 #pragma unroll
-    for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i)
+    for (int i = 0; i < kColumns; ++i)
       if (col + i < cols) chunk.x[i] = row[col + i];
   }
   return chunk;
@@ -46,5 +51,18 @@ FA2_DEVICE void store_chunk(float* row, int col, int cols, const float (&x)[4]) 
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (col + i < cols) row[col + i] = x[i];
+  }
+}
+// Of elements that nothing is rounded to, two pieces or four.
+FA2_DEVICE void store_chunk(Real* row, int col, int cols, const Real (&x)[8]) {
+  constexpr int kAtOnce = kAligned ? 16 / sizeof(Real) : 1;
+#pragma unroll
+  for (int i = 0; i < 8; i += kAtOnce) {
+    if (col + i >= cols) break;
+    if constexpr (kAligned) {
+      *reinterpret_cast<uint4*>(row + col + i) = *reinterpret_cast<const uint4*>(x + i);
+    } else {
+      row[col + i] = x[i];
+    }
   }
 }

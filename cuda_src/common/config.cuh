@@ -3,11 +3,34 @@
 
 #include "common/types.cuh"
 
-#if FA2_BF16
+#ifdef FA2_FLOAT_BITS
+#if FA2_FLOAT_BITS == 64
+using Element = double;
+#else
+using Element = float;
+#endif
+#elif FA2_BF16
 using Element = bf16_t;
 #else
 using Element = half_t;
 #endif
+using Real = RealOf<Element>::Type;
+using Real2 = RealOf<Element>::Two;
+#ifdef FA2_TF32_PRODUCTS
+// float32 only: products of tf32 that make one (3: of float32's own accuracy), and whether their sums begin anew with every 16 terms.
+enum { kTf32Products = FA2_TF32_PRODUCTS, kPromote = FA2_PROMOTE };
+#else
+enum { kTf32Products = 0, kPromote = 0 };
+#endif
+#ifdef FA2_WIDE_MMA
+enum { kWideMma = FA2_WIDE_MMA };  // there is a product of 16 x 8 x 8 doubles: sm_90 and newer
+#else
+enum { kWideMma = 0 };
+#endif
+enum { kElementBytes = sizeof(Element), kPiece = 16 / kElementBytes };  // a piece: elements that are read, copied and written at once
+
+constexpr Real kLog2E = 1.4426950408889634;
+constexpr Real kLn2 = 0.6931471805599453;
 
 constexpr int kHeadDim = FA2_HEAD_DIM;  // the true head_dim (a run-time parameter) rounded up: to a multiple of 16, or to a row
 constexpr bool kAligned = FA2_ALIGNED;  // rows can be read and written in pieces of 16 bytes
@@ -45,6 +68,12 @@ constexpr bool kScaleFirst = FA2_SCALE_FIRST;  // scores are scaled before anyth
 #endif
 #ifdef FA2_Q_STEPS_IN_REGS
 constexpr int kQStepsInRegs = FA2_Q_STEPS_IN_REGS;  // blocks of 16 columns of Q that are read once and stay in registers
+#endif
+
+#ifdef FA2_ROW_WARPS
+enum { kRowWarps = FA2_ROW_WARPS };  // warps that share query rows: each computes their scores, and its part of the columns of O
+#else
+enum { kRowWarps = 1 };
 #endif
 
 // The backward, and the kernels beside it
@@ -94,6 +123,11 @@ enum { kSoftcap = 0 };
 enum { kAlibi = FA2_ALIBI };  // and lose a head's slope for each key of distance
 #else
 enum { kAlibi = 0 };
+#endif
+#ifdef FA2_WIDE_SLOPES
+enum { kWideSlopes = FA2_WIDE_SLOPES };  // which are doubles
+#else
+enum { kWideSlopes = 0 };
 #endif
 
 #ifdef FA2_SINKS

@@ -69,7 +69,7 @@ FA2_DEVICE Drawing drawing_of(const Params& params, const Tile& tile, int head) 
 
 // What is left of P is as much too small: O, and with it all that has been multiplied by P, has to be multiplied by this.
 template <typename Params>
-FA2_DEVICE float inverse_of_kept(const Params& params) {
+FA2_DEVICE Real inverse_of_kept(const Params& params) {
   if constexpr (kDrawn) {
     return params.inverse;
   } else {
@@ -91,7 +91,7 @@ struct KeptOf {
   FA2_DEVICE bool has(int, int, int) const { return true; }
   FA2_DEVICE void drop(Accumulator<kMTiles, kNTiles>&) const {}
   FA2_DEVICE const Accumulator<kMTiles, kNTiles>& of(const Accumulator<kMTiles, kNTiles>& acc_p) const { return acc_p; }
-  FA2_DEVICE void drop(int, uint32_t (&)[kNTiles / 2][4]) const {}
+  FA2_DEVICE void drop(int, uint32_t (&)[ceil_div(kNTiles, 2)][4]) const {}
 };
 
 template <bool kTransposed, int kMTiles, int kNTiles>
@@ -139,7 +139,7 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
   }
 
   // The same of 16 rows that have been rounded: pairs of columns, as the fragments of a product's A have them.
-  FA2_DEVICE void drop(int i, uint32_t (&pairs)[kNTiles / 2][4]) const {
+  FA2_DEVICE void drop(int i, uint32_t (&pairs)[ceil_div(kNTiles, 2)][4]) const {
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
@@ -233,6 +233,19 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
     const uint2 random = philox2x32(unit_of(query) ^ drawing.queries, unit_of(key) ^ drawing.keys);
     const uint32_t both = query % 16 < 8 ? random.x : random.y;
     return (both >> (key % 16 < 8 ? 0 : 16) & 0x7fff) >= (drawing.threshold & 0x7fff);
+  }
+};
+
+// Of eight columns, the first or the second half of 16.
+template <int kMTiles>
+struct KeptOf<true, true, kMTiles, 1> : KeptOf<true, true, kMTiles, 2> {
+  template <typename Drawing>
+  FA2_DEVICE void draw(const Drawing& drawing, Position<true> position) {
+    const bool second = position.first_query & 8;
+    position.first_query &= ~8;
+    KeptOf<true, true, kMTiles, 2>::draw(drawing, position);
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i) this->words[i][0][0] >>= second ? 8 : 0;
   }
 };
 

@@ -53,7 +53,7 @@ struct SegmentParams {
   // (batch * min(rows_q, rows_k),), or null: where list_tiles.cu puts those of at most short_keys keys, if tiles of all of them are more
   // than there is room for; counts[2] and counts[3] say how many.
   ListedTile* shorts;
-  const float* short_sums;  // (num_heads, batch * min(rows_q, rows_k), warps), for flash_bwd_sinks.cu; or null
+  const Real* short_sums;  // (num_heads, batch * min(rows_q, rows_k), warps), for flash_bwd_sinks.cu; or null
   int batch_rows, groups, rows_of_group, short_keys;
 };
 

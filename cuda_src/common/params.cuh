@@ -22,10 +22,10 @@ struct WindowParams {
 
 // What becomes of scores (score.cuh).
 struct ScoreParams {
-  const float* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
+  const Real* alibi_slopes;  // (num_heads,), or (batch, num_heads); kAlibi
   int64_t alibi_batch_stride, alibi_head_stride;  // its strides
-  float softcap_factor;  // softmax_scale / softcap; kSoftcap
-  float softcap_log2;    // softcap * log2(e)
+  Real softcap_factor;  // softmax_scale / softcap; kSoftcap
+  Real softcap_log2;    // softcap * log2(e)
 };
 enum { kScores = kSoftcap || kAlibi };  // scores become others
 
@@ -39,7 +39,7 @@ struct SinksParams {
 struct SinksGradientParams {
   const void* sinks;
   void* dsinks;
-  float* sink_sums;
+  Real* sink_sums;
   int sinks_are_16_bit;
 };
 
@@ -48,7 +48,7 @@ struct DropoutParams {
   const uint32_t* dropout_seed;  // so many words: seed and offset, of two each, and two each for what is added to batch and head; or the
   int words;                     // first 2 or 4 of them, and the others are 0
   uint32_t threshold;            // of 32768, in both halves of the word: as many of so many elements are dropped
-  float kept, inverse;           // what part of P is kept, and its inverse
+  Real kept, inverse;            // what part of P is kept, and its inverse
   int first_query, first_key;    // how many queries and keys the host has left out in front
 };
 
@@ -78,10 +78,10 @@ struct FwdParams {
   const Element* k;  // (batch, seqlen_k, num_heads_k, head_dim)
   const Element* v;  // (batch, seqlen_k, num_heads_k, head_dim_v)
   Element* out;      // (batch, seqlen_q, num_heads, head_dim_v)
-  float* lse;        // (batch, num_heads, seqlen_q), natural logarithm
+  Real* lse;        // (batch, num_heads, seqlen_q), natural logarithm
   Strides q_strides, k_strides, v_strides, out_strides, lse_strides;
   Shape shape;
-  float scale_softmax_log2;  // softmax_scale * log2(e)
+  Real scale_softmax_log2;  // softmax_scale * log2(e)
   int head_dim_v;
 };
 
@@ -103,10 +103,10 @@ using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScore
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
 struct FwdTmaParams {
   TensorMap q, k, v, out;
-  float* lse;
+  Real* lse;
   Strides lse_strides;
   Shape shape;
-  float scale_softmax_log2;
+  Real scale_softmax_log2;
 };
 
 using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
@@ -118,20 +118,20 @@ struct BwdParams {
   const Element* k;     // (batch, seqlen_k, num_heads_k, head_dim)
   const Element* v;     // (batch, seqlen_k, num_heads_k, head_dim_v)
   const Element* out;   // (batch, seqlen_q, num_heads, head_dim_v)
-  const float* lse;     // (batch, num_heads, seqlen_q)
+  const Real* lse;     // (batch, num_heads, seqlen_q)
   Element* dq;          // like q
   Element* dk;          // like k
   Element* dv;          // like v
   // Workspaces; a row of tiles is m_blocks * kBlockM query rows long.
-  float* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
-  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O) (of what dropout keeps), 0 past the last row
-  float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
+  Real* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
+  Real* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O) (of what dropout keeps), 0 past the last row
+  Real* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks, kDqParts), from 0: whose turn it is to add to dQ
-  float* dk_partial;  // (batch, num_heads_k, splits, n_blocks * kBlockN, kHeadDim), scaled (splits > 1 only)
-  float* dv_partial;  // likewise with kHeadDimV columns, and nothing to scale
+  Real* dk_partial;  // (batch, num_heads_k, splits, n_blocks * kBlockN, kHeadDim), scaled (splits > 1 only)
+  Real* dv_partial;  // likewise with kHeadDimV columns, and nothing to scale
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, lse_strides, dq_strides, dk_strides, dv_strides;
   Shape shape;
-  float scale_softmax_log2, softmax_scale;
+  Real scale_softmax_log2, softmax_scale;
   // Thread blocks that share a key block: what it meets of the queries of all query heads, one after the other, is cut into as many
   // parts. sm_80: divides num_heads / num_heads_k.
   int splits;
@@ -140,7 +140,7 @@ struct BwdParams {
 
 // What a backward adds for a gradient of lse.
 struct DlseParams {
-  const float* dlse;  // (batch, num_heads, seqlen_q), of all queries: the first of those in `shape` is dlse_first_row
+  const Real* dlse;  // (batch, num_heads, seqlen_q), of all queries: the first of those in `shape` is dlse_first_row
   Strides dlse_strides;
   int dlse_first_row;
 };
@@ -157,13 +157,13 @@ struct BwdTmaParams {
   TensorMap dout, q, k, v, lse_log2, softmax_d;
   Element* dk;
   Element* dv;
-  float* dq_accum;
+  Real* dq_accum;
   int* dq_turn;
-  float* dk_partial;
-  float* dv_partial;
+  Real* dk_partial;
+  Real* dv_partial;
   Strides dk_strides, dv_strides;
   Shape shape;
-  float scale_softmax_log2, softmax_scale;
+  Real scale_softmax_log2, softmax_scale;
   int splits, head_dim_v;
 };
 
@@ -172,7 +172,7 @@ using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
-  float* lse;     // (batch, num_heads, seqlen): likewise -inf (with kOwnLogit the sink); or null
+  Real* lse;     // (batch, num_heads, seqlen): likewise -inf (with kOwnLogit the sink); or null
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
@@ -185,7 +185,7 @@ struct ListTilesParams {
   // Results, each null where there is none: rows that no tile comes to become 0, and -inf in lse (with kOwnLogit the
   // sink, if they belong to a sequence).
   Element* out;  // of the queries: out, or dq
-  float* lse;
+  Real* lse;
   Element* dk;
   Element* dv;
   Strides out_strides, lse_strides, dk_strides, dv_strides;

@@ -55,6 +55,14 @@ FA2_DEVICE uint32_t cvt_pack<bf16_t>(float lo, float hi) {
   return packed;
 }
 
+// cvt.rna.tf32.f32: rounded to 10 bits behind the point, ties away from zero, as an operand of mma_m16n8k8_tf32 (PTX ISA
+// 9.7.9.21); NaN stays NaN
+FA2_DEVICE uint32_t cvt_rna_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
 // cvt.rn.f16x2.e4m3x2: two numbers of 8 bits, exactly. sm_89 and newer (PTX ISA 9.7.9.21)
 FA2_DEVICE uint32_t cvt_f16x2_e4m3x2(uint32_t pair) {
   uint32_t x;
@@ -137,6 +145,23 @@ FA2_DEVICE uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// ld.shared.v2.u32, ld.shared.f64 and st.shared.v2: 8 and 16 aligned bytes
+FA2_DEVICE uint2 ld_shared_v2(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+FA2_DEVICE double ld_shared_f64(uint32_t address) {
+  double value;
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(value) : "r"(address) : "memory");
+  return value;
+}
+FA2_DEVICE void st_shared_v2(uint32_t address, uint2 value) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
+FA2_DEVICE void st_shared_v2_f64(uint32_t address, double x, double y) {
+  asm volatile("st.shared.v2.f64 [%0], {%1, %2};" ::"r"(address), "d"(x), "d"(y) : "memory");
+}
 FA2_DEVICE void st_shared_b32(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -154,9 +179,12 @@ FA2_DEVICE void st_shared_v4(uint32_t address, uint4 value) {
                : "memory");
 }
 
-// red.global.add.f32: relaxed atomic add, no result
+// red.global.add.{f32,f64}: relaxed atomic add, no result
 FA2_DEVICE void red_add_f32(float* address, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+FA2_DEVICE void red_add_f64(double* address, double value) {
+  asm volatile("red.global.add.f64 [%0], %1;" ::"l"(address), "d"(value) : "memory");
 }
 // red.global.add.v4.f32: four of them at 16 aligned bytes. sm_90 and newer.
 FA2_DEVICE void red_add_v4_f32(float* address, float x, float y, float z, float w) {

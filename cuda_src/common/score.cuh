@@ -9,19 +9,21 @@
 #include "common/dropout.cuh"
 #include "common/mask.cuh"
 #include "common/ptx.cuh"
+#include "common/real.cuh"
 #include "common/softmax.cuh"
 
 enum { kCurved = kSoftcap };  // scores become others whose derivative is not 1
 // P is rounded for its product with dO as soon as it is there: dS needs something else in its place.
 enum { kPackEarly = kCurved };
 
-// tanh. The approximation is within 1.1e-5 on sm_90, less than bfloat16 shows; the other one within 3e-7, absolutely. The forward and
-// the backward of a problem take the same.
-FA2_DEVICE float tanh_of(float x) {
+// tanh. Of the types of 16 bits the approximation is within 1.1e-5 on sm_90, less than bfloat16 shows; the other one within 3e-7,
+// absolutely. The forward and the backward of a problem take the same.
+FA2_DEVICE Real tanh_of(Real x) {
+  if constexpr (sizeof(Element) > 2) return tanh(x);
 #if FA2_BF16 && (defined(FA2_HOST) || __CUDA_ARCH__ == 900)
   return tanh_approx(x);
 #else
-  return fmaf(-2.f, rcp(1.f + ex2(x * (2.f * kLog2E))), 1.f);
+  return fma(Real{-2.f}, rcp(1.f + ex2(x * (2.f * kLog2E))), Real{1.f});
 #endif
 }
 
@@ -30,9 +32,12 @@ template <bool kGiven>
 struct HeadScoresOf {};
 template <>
 struct HeadScoresOf<true> {
-  float slope;
+  Real slope;
 };
 using HeadScores = HeadScoresOf<kAlibi>;
+FA2_DEVICE Real read_slope(const float* slopes, int64_t place) {
+  return kWideSlopes ? reinterpret_cast<const Real*>(slopes)[place] : slopes[place];
+}
 template <typename Params>
 FA2_DEVICE HeadScores head_scores(const Params& params, int batch, int head) {
   if constexpr (kAlibi) {
@@ -58,13 +63,13 @@ FA2_DEVICE Keys keys_of(const Sequence& sequence, const Position<kTransposed>& p
 
 // How far this thread's first query stands behind its first key.
 template <bool kTransposed>
-FA2_DEVICE float distance_of(const Sequence& sequence, const Position<kTransposed>& position) {
-  return static_cast<float>(position.first_query + offset_of(sequence) - position.first_key);
+FA2_DEVICE Real distance_of(const Sequence& sequence, const Position<kTransposed>& position) {
+  return static_cast<Real>(position.first_query + offset_of(sequence) - position.first_key);
 }
 
 // What scores are multiplied by in exponents of 2: by the forward, which may have scaled them, and where they are computed again.
 template <bool kScaled, typename Params>
-FA2_DEVICE float exponent_scale(const Params& params) {
+FA2_DEVICE Real exponent_scale(const Params& params) {
   if constexpr (kSoftcap) {
     return params.softcap_log2;
   } else {
@@ -80,7 +85,7 @@ template <int kMTiles, int kNTiles, typename Params, typename Head>
 FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Params& params, const Head& head,
                                            const Sequence& sequence, const Position<false>& position) {
   if constexpr (kScaleFirst || kSoftcap) {
-    float factor;
+    Real factor;
     if constexpr (kSoftcap) {
       factor = params.softcap_factor;
     } else {
@@ -99,8 +104,8 @@ FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s,
   RowShift<kMTiles> shift;
   if constexpr (kAlibi) {
     const Keys keys = keys_of<false, kMTiles, kNTiles>(sequence, position);
-    const float distance = distance_of(sequence, position), unit = rcp(exponent_scale<kScaleFirst>(params));
-    const float slope = keys == Keys::kBehind ? -head.slope : head.slope, of_column = slope * unit;
+    const Real distance = distance_of(sequence, position), unit = rcp(exponent_scale<kScaleFirst>(params));
+    const Real slope = keys == Keys::kBehind ? -head.slope : head.slope, of_column = slope * unit;
     auto for_each = [&](auto change) {
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i)
@@ -114,9 +119,9 @@ FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s,
 #pragma unroll
       for (int h = 0; h < 2; ++h) shift.x[i][h] = keys == Keys::kAround ? 0.f : slope * (distance + row_of(i, 2 * h));
     if (keys == Keys::kAround) {
-      for_each([&](float s, int row, int col) { return fmaf(-of_column, fabsf(distance + (row - col)), s); });
+      for_each([&](Real s, int row, int col) { return fma(-of_column, fabs(distance + (row - col)), s); });
     } else {
-      for_each([&](float s, int, int col) { return fmaf(of_column, static_cast<float>(col), s); });
+      for_each([&](Real s, int, int col) { return fma(of_column, static_cast<Real>(col), s); });
     }
   }
   return shift;
@@ -126,9 +131,9 @@ FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s,
 // The backward's: the scores of a block on their way to P.
 template <bool kTransposed>
 struct Scores {
-  float scale_log2;
-  float slope, distance;  // kAlibi; the slope is negative where the distance shrinks from query to query
-  float softcap_factor;   // kSoftcap
+  Real scale_log2;
+  Real slope, distance;  // kAlibi; the slope is negative where the distance shrinks from query to query
+  Real softcap_factor;   // kSoftcap
   Keys keys;
 
   template <int kMTiles, int kNTiles, typename Params, typename Head>
@@ -147,45 +152,45 @@ struct Scores {
 
   // P = exp2(scale_log2 * s - lse_log2) of element (i, j, e); and what becomes of dP - D besides, on its way to softmax_scale * q . k.
   template <bool kBothSides>
-  FA2_DEVICE float p(float s, float minus_lse_log2, int i, int j, int e, float& derivative) const {
+  FA2_DEVICE Real p(Real s, Real minus_lse_log2, int i, int j, int e, Real& derivative) const {
     if constexpr (kSoftcap) {
       s = tanh_of(s * softcap_factor);
-      derivative = fmaf(-s, s, 1.f);
+      derivative = fma(-s, s, Real{1.f});
     }
     if constexpr (kAlibi) {
       const int row = row_of(i, e), col = col_of(j, e);
       if constexpr (kBothSides) {
-        minus_lse_log2 = fmaf(-slope, fabsf(distance + (kTransposed ? col - row : row - col)), minus_lse_log2);
+        minus_lse_log2 = fma(-slope, fabs(distance + (kTransposed ? col - row : row - col)), minus_lse_log2);
       } else if constexpr (kTransposed) {  // what elements of other rows have too comes first, to be computed once
-        minus_lse_log2 = fmaf(-slope, static_cast<float>(col), minus_lse_log2) - slope * (distance - row);
+        minus_lse_log2 = fma(-slope, static_cast<Real>(col), minus_lse_log2) - slope * (distance - row);
       } else {
-        minus_lse_log2 = fmaf(slope, static_cast<float>(col), minus_lse_log2 - slope * (distance + row));
+        minus_lse_log2 = fma(slope, static_cast<Real>(col), minus_lse_log2 - slope * (distance + row));
       }
     }
-    return ex2(fmaf(s, scale_log2, minus_lse_log2));
+    return ex2(fma(s, scale_log2, minus_lse_log2));
   }
 };
 
 // P = exp2(scale_log2 * S - lse_log2) of the rows that are 8 * h below this thread's first one: mask_p comes after it.
 template <int kNTiles>
-FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, int h, float lse_log2, float scale_log2) {
+FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, int h, Real lse_log2, Real scale_log2) {
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
-    for (int e = 2 * h; e < 2 * h + 2; ++e) acc.x[0][j][e] = ex2(fmaf(acc.x[0][j][e], scale_log2, -lse_log2));
+    for (int e = 2 * h; e < 2 * h + 2; ++e) acc.x[0][j][e] = ex2(fma(acc.x[0][j][e], scale_log2, -lse_log2));
 }
 
 // The same of other scores; columns before `begin` and from `end` on are hidden. kPackEarly: P goes into `packed`, rounded, and its
 // derivative stays.
 template <bool kBothSides, int kNTiles, typename Packed>
-FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, float lse_log2, const Scores<false>& scores,
+FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, Real lse_log2, const Scores<false>& scores,
                             int begin, int end) {
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j) {
-    float p[2];
+    Real p[2];
 #pragma unroll
     for (int e = 2 * h; e < 2 * h + 2; ++e) {
-      float derivative = 1.f;
+      Real derivative = 1.f;
       p[e % 2] = scores.template p<kBothSides>(acc.x[0][j][e], -lse_log2, 0, j, e, derivative);
       if (col_of(j, e) >= end || (kBand && col_of(j, e) < begin)) p[e % 2] = 0.f;
       acc.x[0][j][e] = kCurved ? p[e % 2] * derivative : p[e % 2];
@@ -194,7 +199,7 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h,
   }
 }
 template <int kNTiles, typename Packed, typename Params>
-FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, float lse_log2, const Params& params,
+FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h, Real lse_log2, const Params& params,
                             const HeadScores& of_head, const Sequence& sequence, const Position<false>& position, bool masked) {
   const auto scores = Scores<false>::of<1, kNTiles>(params, of_head, sequence, position);
   const int query = position.query(0, 0, 2 * h);
@@ -208,11 +213,11 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h,
 }
 
 // dS of an element, P * (dP - D). With kDrawn dP counts only where P is kept, and P becomes 0 elsewhere.
-FA2_DEVICE float differentiated(float dp, float& p, float d, bool kept) {
+FA2_DEVICE Real differentiated(Real dp, Real& p, Real d, bool kept) {
   if constexpr (kDrawn) {
-    const float without = -p * d;
+    const Real without = -p * d;
     p = kept ? p : 0.f;
-    return fmaf(p, dp, without);
+    return fma(p, dp, without);
   } else {
     return p * (dp - d);
   }
@@ -221,10 +226,10 @@ FA2_DEVICE float differentiated(float dp, float& p, float d, bool kept) {
 // dS^T = P^T * (dP^T - D), in place of dP^T. `softmax_d`: of this thread's first query.
 template <int kMTiles, int kNTiles>
 FA2_DEVICE void differentiate_softmax(Accumulator<kMTiles, kNTiles>& acc_dp, Accumulator<kMTiles, kNTiles>& acc_p,
-                                      const float* softmax_d, const Kept<true, kMTiles, kNTiles>& kept) {
+                                      const Real* softmax_d, const Kept<true, kMTiles, kNTiles>& kept) {
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j) {
-    const float2 d = *reinterpret_cast<const float2*>(softmax_d + 8 * j);
+    const Real2 d = *reinterpret_cast<const Real2*>(softmax_d + 8 * j);
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -236,12 +241,12 @@ FA2_DEVICE void differentiate_softmax(Accumulator<kMTiles, kNTiles>& acc_dp, Acc
 // The same of a plain tile, where P stays. `softmax_d`: of this thread's two rows.
 template <int kNTiles>
 FA2_DEVICE void differentiate_softmax_of_rows(Accumulator<1, kNTiles>& acc_dp, const Accumulator<1, kNTiles>& acc_p,
-                                              const float (&softmax_d)[2], const Kept<false, 1, kNTiles>& kept) {
+                                              const Real (&softmax_d)[2], const Kept<false, 1, kNTiles>& kept) {
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float dp = kept.has(0, j, e) ? acc_dp.x[0][j][e] : 0.f;
+      const Real dp = kept.has(0, j, e) ? acc_dp.x[0][j][e] : 0.f;
       acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (dp - softmax_d[e / 2]);
     }
 }

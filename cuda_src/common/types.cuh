@@ -17,9 +17,19 @@ struct bf16_t {
   uint16_t bits;
 };
 
+// What is computed with for a type of elements: sums, statistics of rows, scores.
+template <typename T>
+struct RealOf {
+  using Type = float;
+  using Two = float2;
+};
+template <>
+struct RealOf<double> {
+  using Type = double;
+  using Two = double2;
+};
+
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

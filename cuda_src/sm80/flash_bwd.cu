@@ -28,18 +28,20 @@ constexpr int kDCols = kHeadDim / kSplit;             // columns of dK of a warp
 constexpr int kDColsV = kHeadDimV / kSplit;           // columns of dV of a warp
 constexpr int kTurnBlocks = !kBand && kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
 constexpr int kHeadSteps = kHeadDim / 16, kHeadStepsV = kHeadDimV / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
+// Blocks of 8 columns of dQ that a warp computes at a time: of doubles no more registers are left.
+enum { kDqTilesAtOnce = kElementBytes == 8 && kDqNTiles % 4 == 0 ? 4 : kDqNTiles };
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
-static_assert(kSCols % 16 == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks of 16");
+static_assert(kSCols % (8 * Fragment<Element>::kTilesB) == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks");
 
 struct SharedMemory {
   Tile<kBlockN, kHeadDim> k;   // later dK on its way to global memory
   Tile<kBlockN, kHeadDimV> v;  // later dV
   Tile<kBlockM, kHeadDim> q[kStages];
   Tile<kBlockM, kHeadDimV> dout[kStages];
-  Tile<kBlockN, kBlockM> ds;                          // dS^T
-  Tile<kSplit == 1 ? 16 : kBlockN, kBlockM> p;        // P^T, if several warps share its keys
-  alignas(16) float lse_log2[kStages][kBlockM];
-  alignas(16) float softmax_d[kStages][kBlockM];
+  ScoreTile<kBlockN, kBlockM> ds;                     // dS^T
+  ScoreTile<kSplit == 1 ? 16 : kBlockN, kBlockM> p;   // P^T, if several warps share its keys
+  alignas(16) Real lse_log2[kStages][kBlockM];
+  alignas(16) Real softmax_d[kStages][kBlockM];
 };
 
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
@@ -47,34 +49,35 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 using AccS = Accumulator<kKeyTiles, kSCols / 8>;
 using AccK = Accumulator<kKeyTiles, kDCols / 8>;
 using AccV = Accumulator<kKeyTiles, kDColsV / 8>;
-using FragmentsP = Fragments<kKeyTiles, kSCols / 16>;
+using FragmentsP = Fragments<kKeyTiles, ceil_div(kSCols, 16)>;
 
 // Statistics of the kBlockM query rows that start at `gmem`: whole blocks, the workspace is padded.
-FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
-  for (int i = threadIdx.x * 4; i < kBlockM; i += kNumThreads * 4) cp_async_16(smem_address(smem + i), gmem + i, 16);
+FA2_DEVICE void copy_statistics(Real (&smem)[kBlockM], const Real* gmem) {
+  constexpr int kAtOnce = 16 / sizeof(Real);
+  for (int i = threadIdx.x * kAtOnce; i < kBlockM; i += kNumThreads * kAtOnce) cp_async_16(smem_address(smem + i), gmem + i, 16);
 }
 
 // Of short sequences, which lie there one behind the other: of `rows` rows, and `missing` for those that do not exist.
-FA2_DEVICE void copy_rows(float (&smem)[kBlockM], const float* gmem, int rows, float missing) {
+FA2_DEVICE void copy_rows(Real (&smem)[kBlockM], const Real* gmem, int rows, Real missing) {
   for (int i = threadIdx.x; i < kBlockM; i += kNumThreads) smem[i] = i < rows ? gmem[i] : missing;
 }
 
 // P^T = exp2(scale_log2 * S^T - lse_log2), 0 where a query does not see a key. kPackEarly: P goes into `packed`, rounded, and its
 // derivative stays.
 template <bool kMasked, bool kBothSides>
-FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log2)[kBlockM], const Scores<true>& scores,
+FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const Real (&lse_log2)[kBlockM], const Scores<true>& scores,
                             const Sequence& sequence, int first_key, int first_query, int first_col) {
 #pragma unroll
   for (int j = 0; j < kSCols / 8; ++j) {
     const int col = first_col + 8 * j + accumulator_col();
-    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + col);
+    const Real2 lse = *reinterpret_cast<const Real2*>(lse_log2 + col);
 #pragma unroll
     for (int i = 0; i < kKeyTiles; ++i) {
-      float rounded[4];
+      Real rounded[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float derivative = 1.f;
-        float p = scores.p<kBothSides>(acc.x[i][j][e], e % 2 == 0 ? -lse.x : -lse.y, i, j, e, derivative);
+        Real derivative = 1.f;
+        Real p = scores.p<kBothSides>(acc.x[i][j][e], e % 2 == 0 ? -lse.x : -lse.y, i, j, e, derivative);
         if constexpr (kMasked) {
           const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
           if (first_query + col + e % 2 < query_begin(sequence, key)) p = 0.f;
@@ -86,14 +89,14 @@ FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log
       if constexpr (kPackEarly) {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          packed.r[i][j / 2][j % 2 * 2 + h] = cvt_pack<Element>(rounded[2 * h], rounded[2 * h + 1]);
+          Fragment<Element>::set_pair(packed.r[i][j / 2], j % 2, h, rounded[2 * h], rounded[2 * h + 1]);
       }
     }
   }
 }
 
 template <bool kMasked>
-FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log2)[kBlockM], const Scores<true>& scores,
+FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const Real (&lse_log2)[kBlockM], const Scores<true>& scores,
                             const Sequence& sequence, int first_key, int first_query, int first_col) {
   if constexpr (kAnySide) {
     if (scores.keys == Keys::kAround) {
@@ -103,51 +106,84 @@ FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log
   recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, first_key, first_query, first_col);
 }
 
+// P = 0 where it is not kept.
+template <int kMTiles, int kSteps, int kNTiles, bool kTransposed>
+FA2_DEVICE void drop(Fragments<kMTiles, kSteps>& packed, const Kept<kTransposed, kMTiles, kNTiles>& kept) {
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i) {
+    if constexpr (kElementBytes == 2) {
+      kept.drop(i, packed.r[i]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          Fragment<Element>::drop_of_pair(packed.r[i][j / 2], j % 2, h, !kept.has(i, j, 2 * h), !kept.has(i, j, 2 * h + 1));
+    }
+  }
+}
+
 // Rows of kCols floats = acc: four lanes write 32 bytes of a row, a whole sector.
 template <int kCols, int kNTiles>
-FA2_DEVICE void store_partial(float* gmem, int row, int col, const Accumulator<kKeyTiles, kNTiles>& acc) {
-  float* target = gmem + (row + accumulator_row()) * kCols + col + accumulator_col();
+FA2_DEVICE void store_partial(Real* gmem, int row, int col, const Accumulator<kKeyTiles, kNTiles>& acc) {
+  if constexpr (Fragment<Element>::kInterleaved) {
+    Real* target = gmem + (accumulator_row() + row) * kCols + col + 2 * accumulator_col();
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kNTiles; j += 2)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          *reinterpret_cast<float4*>(target + (16 * i + 8 * h) * kCols + 8 * j) =
+              four_of_row(acc.x[i][j], acc.x[i][j + 1], h);
+    return;
+  }
+  Real* target = gmem + (row + accumulator_row()) * kCols + col + accumulator_col();
 #pragma unroll
   for (int i = 0; i < kKeyTiles; ++i)
 #pragma unroll
     for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(target + (16 * i + 8 * h) * kCols + 8 * j) =
-            float2{acc.x[i][j][2 * h], acc.x[i][j][2 * h + 1]};
+        *reinterpret_cast<Real2*>(target + (16 * i + 8 * h) * kCols + 8 * j) =
+            Real2{acc.x[i][j][2 * h], acc.x[i][j][2 * h + 1]};
 }
 
-// dq_accum += dS K for this warp's part of the tile.
-FA2_DEVICE void add_dq(float* dq_tile, const SharedMemory& smem) {
+// dq_accum += dS K for this warp's part of the tile, from its block `kFirst` of 8 columns on.
+template <int kFirst = 0>
+FA2_DEVICE void add_dq(Real* dq_tile, const SharedMemory& smem) {
   const int warp = warp_id();
-  if (dq_col(warp) >= kHeadDim) return;
-  Accumulator<kDqMTiles, kDqNTiles> acc_dq;
+  if (dq_col(warp) + 8 * kFirst >= kHeadDim) return;
+  Accumulator<kDqMTiles, kDqTilesAtOnce> acc_dq;
   acc_dq.clear();
   // Columns past head_dim read the padding or the next row of K: finite or not, they are not added.
-  gemm<kKeySteps>(acc_dq, operand_a_transposed(smem.ds, 0, dq_row(warp)), operand_b(smem.k, 0, dq_col(warp)));
+  gemm<kKeySteps>(acc_dq, operand_a_of_scores_transposed(smem.ds, 0, dq_row(warp)),
+                  operand_b(smem.k, 0, dq_col(warp) + 8 * kFirst));
 #pragma unroll
   for (int i = 0; i < kDqMTiles; ++i)
 #pragma unroll
-    for (int j = 0; j < kDqNTiles; ++j) {
-      if (dq_col(warp) + 8 * j >= kHeadDim) continue;
-      const float(&x)[4] = acc_dq.x[i][j];
+    for (int j = 0; j < kDqTilesAtOnce; ++j) {
+      if (dq_col(warp) + 8 * (kFirst + j) >= kHeadDim) continue;
+      const Real(&x)[4] = acc_dq.x[i][j];
       if constexpr (kVectorRed) {
-        red_add_v4_f32(dq_tile + dq_offset(warp, lane_id(), i, j, 0), x[0], x[1], x[2], x[3]);
+        red_add_four(dq_tile + dq_offset(warp, lane_id(), i, kFirst + j, 0), x);
       } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) red_add_f32(dq_tile + dq_offset(warp, lane_id(), i, j, e), x[e]);
+        for (int e = 0; e < 4; ++e) red_add(dq_tile + dq_offset(warp, lane_id(), i, kFirst + j, e), x[e]);
       }
     }
+  if constexpr (kFirst + kDqTilesAtOnce < kDqNTiles) add_dq<kFirst + kDqTilesAtOnce>(dq_tile, smem);
 }
 
 // dQ = scale * dS K, rounded, for this warp's part of the tile: of a sequence whose keys are one block nobody else adds to it. `gmem`:
 // its first row, of which `rows` exist.
-FA2_DEVICE void store_dq(Element* gmem, int64_t stride, int rows, int cols, float scale, const SharedMemory& smem) {
+template <typename T>
+FA2_DEVICE void store_dq(T* gmem, int64_t stride, int rows, int cols, Real scale, const SharedMemory& smem) {
   const int warp = warp_id();
   if (dq_col(warp) >= kHeadDim) return;
   Accumulator<kDqMTiles, kDqNTiles> acc_dq;
   acc_dq.clear();
-  gemm<kKeySteps>(acc_dq, operand_a_transposed(smem.ds, 0, dq_row(warp)), operand_b(smem.k, 0, dq_col(warp)));
+  gemm<kKeySteps>(acc_dq, operand_a_of_scores_transposed(smem.ds, 0, dq_row(warp)), operand_b(smem.k, 0, dq_col(warp)));
 #pragma unroll
   for (int i = 0; i < kDqMTiles; ++i)
 #pragma unroll
@@ -156,16 +192,44 @@ FA2_DEVICE void store_dq(Element* gmem, int64_t stride, int rows, int cols, floa
       for (int h = 0; h < 2; ++h) {
         const int row = dq_row(warp) + 16 * i + 8 * h + accumulator_row(), col = dq_col(warp) + 8 * j + accumulator_col();
         if (row >= rows || col >= cols) continue;
-        const float(&x)[4] = acc_dq.x[i][j];
-        const uint32_t pair = cvt_pack<Element>(x[2 * h] * scale, x[2 * h + 1] * scale);
-        Element* target = gmem + row * stride + col;
+        const Real(&x)[4] = acc_dq.x[i][j];
+        const uint32_t pair = cvt_pack<T>(x[2 * h] * scale, x[2 * h + 1] * scale);
+        T* target = gmem + row * stride + col;
         if constexpr (kAligned) {
           *reinterpret_cast<uint32_t*>(target) = pair;
         } else {
-          target[0] = Element{static_cast<uint16_t>(pair)};
-          if (col + 1 < cols) target[1] = Element{static_cast<uint16_t>(pair >> 16)};
+          target[0] = T{static_cast<uint16_t>(pair)};
+          if (col + 1 < cols) target[1] = T{static_cast<uint16_t>(pair >> 16)};
         }
       }
+}
+// Of elements that nothing is rounded to: as add_dq, from its block `kFirst` of 8 columns on.
+template <int kFirst>
+FA2_DEVICE void store_real_dq(Real* gmem, int64_t stride, int rows, int cols, Real scale, const SharedMemory& smem) {
+  constexpr bool kInterleaved = Fragment<Element>::kInterleaved;  // as store_accumulator knows them, of a transposed A
+  const int warp = warp_id();
+  if (dq_col(warp) + 8 * kFirst >= kHeadDim) return;
+  Accumulator<kDqMTiles, kDqTilesAtOnce> acc_dq;
+  acc_dq.clear();
+  gemm<kKeySteps>(acc_dq, operand_a_of_scores_transposed(smem.ds, 0, dq_row(warp)),
+                  operand_b(smem.k, 0, dq_col(warp) + 8 * kFirst));
+#pragma unroll
+  for (int i = 0; i < kDqMTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kDqTilesAtOnce; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int place = accumulator_col() + e % 2;
+        const int row = kInterleaved ? 2 * accumulator_row() + e / 2 : accumulator_row() + e / 2 * 8;
+        const int col = kInterleaved ? 8 * (j / 2 * 2) + 2 * place + j % 2 : 8 * j + place;
+        if (dq_row(warp) + 16 * i + row >= rows || dq_col(warp) + 8 * kFirst + col >= cols) continue;
+        gmem[(dq_row(warp) + 16 * i + row) * stride + dq_col(warp) + 8 * kFirst + col] = acc_dq.x[i][j][e] * scale;
+      }
+  if constexpr (kFirst + kDqTilesAtOnce < kDqNTiles)
+    store_real_dq<kFirst + kDqTilesAtOnce>(gmem, stride, rows, cols, scale, smem);
+}
+FA2_DEVICE void store_dq(Real* gmem, int64_t stride, int rows, int cols, Real scale, const SharedMemory& smem) {
+  store_real_dq<0>(gmem, stride, rows, cols, scale, smem);
 }
 
 // Tile `linear` of the launch order.
@@ -191,8 +255,8 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
   const int d_col_v = kOwnHeadDimV ? warp_id() % kSplit * kDColsV : d_col;
   const auto smem_k = operand_a(smem.k, warp_row, 0);
   const auto smem_v = operand_a(smem.v, warp_row, 0);
-  const auto smem_p = operand_a(smem.p, kSplit == 1 ? 0 : warp_row, 0);
-  const auto smem_ds = operand_a(smem.ds, warp_row, 0);
+  const auto smem_p = operand_a_of_scores(smem.p, kSplit == 1 ? 0 : warp_row, 0);
+  const auto smem_ds = operand_a_of_scores(smem.ds, warp_row, 0);
 
   const Strides &qs = params.q_strides, &dos = params.dout_strides, &ks = params.k_strides, &vs = params.v_strides;
   load_tile(smem.k, params.k + key_batch(entry) * ks.batch + head_k * ks.head + key_row(entry, first_key) * ks.row, ks.row,
@@ -297,11 +361,8 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     } else {
       compute_p(acc_p, packed, step, position, False{});
     }
-    if constexpr (kPackEarly) {
-#pragma unroll
-      for (int i = 0; i < kKeyTiles; ++i) kept.drop(i, packed.r[i]);
-    }
-    if constexpr (kPackEarly && kSplit > 1) store_fragments(smem.p, warp_row, s_col, packed);
+    if constexpr (kPackEarly) drop(packed, kept);
+    if constexpr (kPackEarly && kSplit > 1) store_fragments<kSCols / 8>(smem.p, warp_row, s_col, packed);
     // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
     AccS acc_ds;
     acc_ds.clear();
@@ -309,7 +370,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
     differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col(), kept);
-    store_accumulator(smem.ds, warp_row, s_col, acc_ds);
+    store_scores(smem.ds, warp_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
     if (kDeterministic && threadIdx.x == 0 && block_in_turn == 0) {
@@ -325,7 +386,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
       gemm<kQuerySteps>(acc_dv, packed, smem_dout, copy_dout);
       __syncthreads();  // dS^T is complete, and it is this block's turn
     } else {
-      if constexpr (!kPackEarly) store_accumulator(smem.p, warp_row, s_col, acc_p);
+      if constexpr (!kPackEarly) store_scores(smem.p, warp_row, s_col, acc_p);
       __syncthreads();  // P^T and dS^T are complete, and it is this block's turn
       gemm<kQuerySteps>(acc_dv, smem_p, smem_dout, copy_dout);
     }

@@ -19,10 +19,10 @@
 
 static_assert(sizeof(FwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
-constexpr int kMTiles = kBlockM / kNumWarps / 16;  // of 16 rows each, per warp
-constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
+constexpr int kMTiles = kBlockM / (kNumWarps / kRowWarps) / 16;  // of 16 rows each, per warp
+constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / kRowWarps / 8;
 constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kBlockN / 16;
-static_assert(kMTiles * kNumWarps * 16 == kBlockM, "each warp owns whole blocks of 16 query rows");
+static_assert(kMTiles * (kNumWarps / kRowWarps) * 16 == kBlockM, "each warp owns whole blocks of 16 query rows");
 
 struct SharedMemory {
   union {
@@ -41,7 +41,7 @@ using AccO = Accumulator<kMTiles, kOTiles>;
 // Q as the A operand of S = Q K^T: its first kQStepsInRegs blocks of 16 columns stay in registers, the others are read from
 // shared memory for every block of keys.
 struct QOperand {
-  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
+  Operand<Element, Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
   Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
 
   FA2_DEVICE void keep() {
@@ -50,7 +50,7 @@ struct QOperand {
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
   }
-  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
+  FA2_DEVICE void load(Fragment<Element>::Words& r, int i, int k) const {
     if (k < kQStepsInRegs) {
       kept.load(r, i, k);
     } else {
@@ -59,8 +59,9 @@ struct QOperand {
   }
 };
 
-FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t stride, int row, int rows, float scale_log2) {
+FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, Real* lse, int64_t stride, int row, int rows, Real scale_log2) {
   if (accumulator_col() != 0) return;  // four lanes hold the same row
+  if (kRowWarps > 1 && warp_id() % kRowWarps != 0) return;
 #pragma unroll
   for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
@@ -83,10 +84,11 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   const Element* gmem_k = params.k + key_batch(tile) * ks.batch + head_k * ks.head + key_row(tile, 0) * ks.row;
   const Element* gmem_v = params.v + key_batch(tile) * vs.batch + head_k * vs.head + key_row(tile, 0) * vs.row;
 
-  const int warp_row = warp_id() * kMTiles * 16;
+  const int warp_row = warp_id() / kRowWarps * kMTiles * 16;
+  const int warp_col = kRowWarps == 1 ? 0 : warp_id() % kRowWarps * kOTiles * 8;  // of O
   const auto smem_q = operand_a(smem.q, warp_row, 0);
   const auto smem_k = operand_b_transposed(smem.k, 0, 0);
-  const auto smem_v = operand_b(smem.v, 0, 0);
+  const auto smem_v = operand_b(smem.v, 0, warp_col);
 
   // Keys of block n, or a part of them; of block -1, zeros: nobody reads them, and there is no branch in the loop. Only the
   // last block may have rows past the end.
@@ -116,7 +118,7 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   Softmax<kMTiles> softmax;
   AccO acc_o;
   acc_o.clear();
-  const float scale_log2 = exponent_scale<kScaleFirst>(params);
+  const Real scale_log2 = exponent_scale<kScaleFirst>(params);
   const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
 
   auto position_of = [&](int n) {
@@ -157,10 +159,10 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
   softmax.finish(acc_o, scale_log2, own_logit(params, tile.head), inverse_of_kept(params));
-  float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
+  Real* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);
-  store_accumulator(smem.out, warp_row, 0, acc_o);
+  store_accumulator(smem.out, warp_row, warp_col, acc_o);
   cp_async_wait_group<0>();  // the zeros
   __syncthreads();  // the whole output tile is in shared memory
   Element* gmem_out = params.out + query_batch(tile) * os.batch + tile.head * os.head + query_row(tile, first_query) * os.row;

@@ -1,21 +1,27 @@
 // Tiles in shared memory, their copies from and to global memory, and products of tiles on the tensor cores.
 //
-// A tile is row-major with 8 elements (16 bytes) of padding after each row. Rows of an even number of 16-byte chunks thus
+// A tile is row-major with 16 bytes of padding after each row (of doubles 32). Rows of an even number of 16-byte chunks thus
 // become an odd number of chunks long, so the 8 rows of an ldmatrix fall into different banks, and every address in a
 // product is one register per operand plus a constant.
 #pragma once
 
 #include "common/accumulator.cuh"
 #include "common/config.cuh"
-#include "sm80/ptx.cuh"
+#include "sm80/operand.cuh"
+#include "sm80/operand_f32.cuh"
+#include "sm80/operand_f64.cuh"
 
-template <int kRows_, int kCols_>
+template <int kRows_, int kCols_, int kPad = Fragment<Element>::kPad>
 struct Tile {
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kRowElements = kCols + 8;
-  static constexpr int kRowBytes = kRowElements * 2;
+  static constexpr int kRowElements = kCols + kPad;
+  static constexpr int kRowBytes = kRowElements * kElementBytes;
   alignas(128) Element data[kRows * kRowElements];
 };
+
+// Of scores, transposed: keys x queries. Other lanes read and write them together than those of the other tiles.
+template <int kKeys, int kQueries>
+using ScoreTile = Tile<kKeys, kQueries, Fragment<Element>::kScorePad>;
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
@@ -23,12 +29,12 @@ struct Tile {
 // every few chunks of it: a lane has one address per row, and its chunks are constants apart.
 template <int kCols>
 struct ChunkMap {
-  static constexpr int kChunks = kCols / 8;
+  static constexpr int kChunks = kCols / kPiece;
   static constexpr int kLanesPerRow = kChunks % 8 == 0 ? 8 : kChunks == 2 ? 2 : 4;
-  static constexpr int kColsPerRound = kLanesPerRow * 8;
+  static constexpr int kColsPerRound = kLanesPerRow * kPiece;
   static constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
   int row, col;  // of the first chunk
-  FA2_DEVICE ChunkMap() : row(threadIdx.x / kLanesPerRow), col(threadIdx.x % kLanesPerRow * 8) {}
+  FA2_DEVICE ChunkMap() : row(threadIdx.x / kLanesPerRow), col(threadIdx.x % kLanesPerRow * kPiece) {}
 };
 
 // tile = rows [0, rows) x columns [0, cols) of gmem, zeros elsewhere. Asynchronous where rows are aligned: the caller
@@ -40,7 +46,7 @@ FA2_DEVICE void load_tile(Tile<kRows, kCols>& tile, const Element* gmem, int64_t
   if constexpr (kAligned) {
     const ChunkMap<kCols> map;
     const Element* source = gmem + map.row * row_stride + map.col;
-    const uint32_t target = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
+    const uint32_t target = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * kElementBytes;
     constexpr int kPasses = ceil_div(kRows, map.kRowsPerPass);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass, source += map.kRowsPerPass * row_stride) {
@@ -50,7 +56,7 @@ FA2_DEVICE void load_tile(Tile<kRows, kCols>& tile, const Element* gmem, int64_t
       for (int col = 0; col < kCols; col += map.kColsPerRound) {
         if (kCols % map.kColsPerRound != 0 && map.col + col >= kCols) continue;
         const bool inside = (kWhole ? rows > 0 : row < rows) && map.col + col < cols;
-        cp_async_16(target + pass * map.kRowsPerPass * tile.kRowBytes + col * 2, source + col, inside ? 16 : 0);
+        cp_async_16(target + pass * map.kRowsPerPass * tile.kRowBytes + col * kElementBytes, source + col, inside ? 16 : 0);
       }
     }
   } else if (part == 0) {
@@ -67,7 +73,7 @@ template <int kRows, int kCols>
 FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int cols, const Tile<kRows, kCols>& tile) {
   if constexpr (kAligned) {
     const ChunkMap<kCols> map;
-    const uint32_t source = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * 2;
+    const uint32_t source = smem_address(tile.data) + map.row * tile.kRowBytes + map.col * kElementBytes;
 #pragma unroll
     for (int pass = 0; pass < kRows; pass += map.kRowsPerPass) {
       const int row = map.row + pass;
@@ -76,7 +82,7 @@ FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int cols
 #pragma unroll
       for (int col = 0; col < kCols; col += map.kColsPerRound)
         if (map.col + col < cols)
-          *reinterpret_cast<uint4*>(target + col) = ld_shared_v4(source + pass * tile.kRowBytes + col * 2);
+          *reinterpret_cast<uint4*>(target + col) = ld_shared_v4(source + pass * tile.kRowBytes + col * kElementBytes);
     }
   } else {
     for (int i = threadIdx.x; i < kRows * kCols; i += kNumThreads) {
@@ -86,62 +92,43 @@ FA2_DEVICE void store_tile(Element* gmem, int64_t row_stride, int rows, int cols
   }
 }
 
-// ---- operands of a product ------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
-// One operand of a product, in shared memory. load(r, i, k) reads the fragments of its 16 x 16 block (i, k), where i runs
-// along the rows of the product (A) or its columns (B), and k along the sum.
-//   kSumIsContiguous: stored [i][k], ldmatrix as it is; otherwise stored [k][i], ldmatrix transposes.
-template <int kRowBytes, bool kIsA, bool kSumIsContiguous>
-struct Operand {
-  uint32_t address;  // this lane's row of block (0, 0)
-
-  FA2_DEVICE explicit Operand(uint32_t first) {
-    const int lane = lane_id();
-    // A wants the 8x8 matrices (i, k) in the order (0,0) (1,0) (0,1) (1,1), B in the order (0,0) (0,1) (1,0) (1,1).
-    const bool rows_first = kIsA == kSumIsContiguous;
-    const int row = rows_first ? lane % 16 : lane % 8 + lane / 16 * 8;
-    const int chunk = rows_first ? lane / 16 : lane / 8 % 2;
-    address = first + row * kRowBytes + chunk * 16;
-  }
-  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
-    if constexpr (kSumIsContiguous) {
-      ldmatrix_x4(r, address + i * 16 * kRowBytes + k * 32);
-    } else {
-      ldmatrix_x4_trans(r, address + k * 16 * kRowBytes + i * 32);
-    }
-  }
-};
-
-// The block of `tile` that starts at (row, col), as an operand. "kn": the sum runs down the rows of the tile.
-template <int kRows, int kCols>
-FA2_DEVICE uint32_t block_address(const Tile<kRows, kCols>& tile, int row, int col) {
-  return smem_address(tile.data) + row * tile.kRowBytes + col * 2;
+// The block of `tile` that starts at (row, col), as an operand. "transposed": A has its rows down the columns of the tile, B its
+// columns down the rows.
+template <typename AnyTile>
+FA2_DEVICE uint32_t block_address(const AnyTile& tile, int row, int col) {
+  return smem_address(tile.data) + row * tile.kRowBytes + col * kElementBytes;
 }
 template <int kRows, int kCols>
 FA2_DEVICE auto operand_a(const Tile<kRows, kCols>& tile, int row, int col) {
-  return Operand<Tile<kRows, kCols>::kRowBytes, true, true>(block_address(tile, row, col));
-}
-template <int kRows, int kCols>
-FA2_DEVICE auto operand_a_transposed(const Tile<kRows, kCols>& tile, int row, int col) {
-  return Operand<Tile<kRows, kCols>::kRowBytes, true, false>(block_address(tile, row, col));
+  return Operand<Element, Tile<kRows, kCols>::kRowBytes, true, true>(block_address(tile, row, col));
 }
 template <int kRows, int kCols>
 FA2_DEVICE auto operand_b_transposed(const Tile<kRows, kCols>& tile, int row, int col) {
-  return Operand<Tile<kRows, kCols>::kRowBytes, false, true>(block_address(tile, row, col));
+  return Operand<Element, Tile<kRows, kCols>::kRowBytes, false, true>(block_address(tile, row, col));
 }
+// The sum runs over keys or queries: that of P or dS with the rows of another tile. Both sides take its terms in the order in which
+// the accumulators of scores have them.
 template <int kRows, int kCols>
 FA2_DEVICE auto operand_b(const Tile<kRows, kCols>& tile, int row, int col) {
-  return Operand<Tile<kRows, kCols>::kRowBytes, false, false>(block_address(tile, row, col));
+  return Operand<Element, Tile<kRows, kCols>::kRowBytes, false, false>(block_address(tile, row, col));
+}
+template <int kKeys, int kQueries>
+FA2_DEVICE auto operand_a_of_scores(const ScoreTile<kKeys, kQueries>& tile, int row, int col) {
+  return ScoreOperand<Element, ScoreTile<kKeys, kQueries>::kRowBytes, true>(block_address(tile, row, col));
+}
+template <int kKeys, int kQueries>
+FA2_DEVICE auto operand_a_of_scores_transposed(const ScoreTile<kKeys, kQueries>& tile, int row, int col) {
+  return ScoreOperand<Element, ScoreTile<kKeys, kQueries>::kRowBytes, false>(block_address(tile, row, col));
 }
 
 // An A operand that is in registers already.
 template <int kMTiles, int kKSteps>
 struct Fragments {
-  uint32_t r[kMTiles][kKSteps][4];
-  FA2_DEVICE void load(uint32_t (&out)[4], int i, int k) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] = r[i][k][j];
-  }
+  using Words = typename Fragment<Element>::Words;
+  Words r[kMTiles][kKSteps];
+  FA2_DEVICE void load(Words& out, int i, int k) const { Fragment<Element>::copy(out, r[i][k]); }
 };
 
 struct NoCopy {
@@ -152,57 +139,42 @@ struct NoCopy {
 // spread over the product, instead of holding up its first loads from shared memory.
 template <int kKSteps, int kMTiles, int kNTiles, typename A, typename B, typename Copy = NoCopy>
 FA2_DEVICE void gemm(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b, const Copy& copy = {}) {
+  using F = Fragment<Element>;
 #pragma unroll
   for (int k = 0; k < kKSteps; ++k) {
     copy(k);
-    uint32_t frag_a[kMTiles][4];
+    typename F::A frag_a[kMTiles];
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) a.load(frag_a[i], i, k);
-#pragma unroll
-    for (int j = 0; j < kNTiles / 2; ++j) {
-      uint32_t frag_b[4];
-      b.load(frag_b, j, k);
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) {
-        mma_m16n8k16<Element>(acc.x[i][2 * j], frag_a[i], frag_b[0], frag_b[1]);
-        mma_m16n8k16<Element>(acc.x[i][2 * j + 1], frag_a[i], frag_b[2], frag_b[3]);
-      }
+    for (int i = 0; i < kMTiles; ++i) {
+      a.load(F::words(frag_a[i]), i, k);
+      F::prepare(frag_a[i]);
     }
+#pragma unroll
+    for (int j = 0; j < kNTiles / F::kTilesB; ++j) F::multiply(acc.x, j, frag_a, b, k);
   }
 }
 
-// The accumulators of one product, rounded, are the A fragments of the next: no data moves.
+// The accumulators of scores are the A fragments of the next product.
 template <int kMTiles, int kNTiles>
-FA2_DEVICE Fragments<kMTiles, kNTiles / 2> to_fragments(const Accumulator<kMTiles, kNTiles>& acc) {
-  Fragments<kMTiles, kNTiles / 2> frag;
+FA2_DEVICE Fragments<kMTiles, ceil_div(kNTiles, 2)> to_fragments(const Accumulator<kMTiles, kNTiles>& acc) {
+  Fragments<kMTiles, ceil_div(kNTiles, 2)> frag;
 #pragma unroll
   for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
     for (int k = 0; k < kNTiles / 2; ++k)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float(&pair)[4] = acc.x[i][2 * k + r / 2];
-        frag.r[i][k][r] = cvt_pack<Element>(pair[r % 2 * 2], pair[r % 2 * 2 + 1]);
-      }
+      Fragment<Element>::of_scores(frag.r[i][k], acc.x[i][2 * k], acc.x[i][2 * k + 1]);
   return frag;
 }
 
-// tile[row.., col..] = what has been rounded already.
-template <int kMTiles, int kSteps, int kRows, int kCols>
-FA2_DEVICE void store_fragments(Tile<kRows, kCols>& tile, int row, int col, const Fragments<kMTiles, kSteps>& frag) {
-  const uint32_t target = block_address(tile, row + accumulator_row(), col + accumulator_col());
-#pragma unroll
-  for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        st_shared_b32(target + (16 * i + r % 2 * 8) * tile.kRowBytes + (2 * k + r / 2) * 16, frag.r[i][k][r]);
+// Row h of two of a thread's blocks whose columns are interleaved.
+FA2_DEVICE float4 four_of_row(const Real (&even)[4], const Real (&odd)[4], int h) {
+  const float x = even[2 * h], y = odd[2 * h], z = even[2 * h + 1], w = odd[2 * h + 1];
+  return {x, y, z, w};
 }
 
-// tile[row.., col..] = acc, rounded.
-template <int kMTiles, int kNTiles, int kRows, int kCols>
-FA2_DEVICE void store_accumulator(Tile<kRows, kCols>& tile, int row, int col, const Accumulator<kMTiles, kNTiles>& acc) {
+// tile[row.., col..] = scores that are fragments already, of kNTiles blocks of 8 columns.
+template <int kNTiles, int kMTiles, int kSteps, int kKeys, int kQueries>
+FA2_DEVICE void store_fragments(ScoreTile<kKeys, kQueries>& tile, int row, int col, const Fragments<kMTiles, kSteps>& frag) {
   const uint32_t target = block_address(tile, row + accumulator_row(), col + accumulator_col());
 #pragma unroll
   for (int i = 0; i < kMTiles; ++i)
@@ -210,6 +182,41 @@ FA2_DEVICE void store_accumulator(Tile<kRows, kCols>& tile, int row, int col, co
     for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        st_shared_b32(target + (16 * i + 8 * h) * tile.kRowBytes + j * 16,
-                      cvt_pack<Element>(acc.x[i][j][2 * h], acc.x[i][j][2 * h + 1]));
+        Fragment<Element>::store_pair_of(target + (16 * i + h * 8) * tile.kRowBytes + j * 8 * kElementBytes, frag.r[i][j / 2],
+                                         j % 2, h);
+}
+
+// tile[row.., col..] = acc, rounded.
+template <int kMTiles, int kNTiles, typename AnyTile>
+FA2_DEVICE void store_scores(AnyTile& tile, int row, int col, const Accumulator<kMTiles, kNTiles>& acc) {
+  const uint32_t target = block_address(tile, row + accumulator_row(), col + accumulator_col());
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        Fragment<Element>::store_pair(target + (16 * i + 8 * h) * tile.kRowBytes + j * 8 * kElementBytes,
+                                      acc.x[i][j][2 * h], acc.x[i][j][2 * h + 1]);
+}
+
+// The same of sums. kOfTransposed: of a product with operand_a_of_scores_transposed.
+template <bool kOfTransposed = false, int kMTiles, int kNTiles, int kRows, int kCols>
+FA2_DEVICE void store_accumulator(Tile<kRows, kCols>& tile, int row, int col, const Accumulator<kMTiles, kNTiles>& acc) {
+  if constexpr (Fragment<Element>::kInterleaved) {
+    constexpr int kRowsApart = kOfTransposed ? 1 : 8;
+    const int first_row = row + (kOfTransposed ? 2 : 1) * accumulator_row();
+    const uint32_t target = block_address(tile, first_row, col + 2 * accumulator_col());
+#pragma unroll
+    for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kNTiles; j += 2)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float4 x = four_of_row(acc.x[i][j], acc.x[i][j + 1], h);
+          st_shared_v4(target + (16 * i + kRowsApart * h) * tile.kRowBytes + j * 32, __builtin_bit_cast(uint4, x));
+        }
+  } else {
+    store_scores(tile, row, col, acc);
+  }
 }

@@ -1,4 +1,4 @@
-// After the backward: float32 sums become rows, rounded. dQ = scale * dq_accum, out of the order of dq_accum.cuh; and where thread
+// After the backward: float32 sums (float64 of double) become rows, rounded. dQ = scale * dq_accum, out of the order of dq_accum.cuh; and where thread
 // blocks shared key blocks (kPartialDkv), dK and dV = the sums of their parts.
 //
 // The first thread blocks take a tile of kBlockM query rows each, with the warps that share it, heads from the last to the first:
@@ -26,27 +26,30 @@ FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, 
   const auto entry = query_tile_at(params, place, batch);
   const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int64_t tile = kListed ? static_cast<int64_t>(head) * m_blocks + entry.tile : linear;
-  const float* dq_tile = params.dq_accum + tile * kDqTileFloats;
+  const Real* dq_tile = params.dq_accum + tile * kDqTileFloats;
 
   const int warp = warp_id(), lane = lane_id();
+  constexpr int kTiles = Fragment<Element>::kInterleaved ? 2 : 1;  // blocks of 8 columns that belong together
 #pragma unroll
-  for (int j = 0; j < kDqNTiles; ++j) {
+  for (int j = 0; j < kDqNTiles; j += kTiles) {
     if (dq_col(warp) + 8 * j >= kHeadDim) break;
-    Accumulator<kDqMTiles, 1> acc;
+    Accumulator<kDqMTiles, kTiles> acc;
 #pragma unroll
-    for (int i = 0; i < kDqMTiles; ++i) {
-      float(&x)[4] = acc.x[i][0];
-      if constexpr (kVectorRed) {
-        const float4 all = *reinterpret_cast<const float4*>(dq_tile + dq_offset(warp, lane, i, j, 0));
-        x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
-      } else {
+    for (int i = 0; i < kDqMTiles; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = dq_tile[dq_offset(warp, lane, i, j, e)];
+      for (int n = 0; n < kTiles; ++n) {
+        Real(&x)[4] = acc.x[i][n];
+        if constexpr (kVectorRed) {
+          const float4 all = *reinterpret_cast<const float4*>(dq_tile + dq_offset(warp, lane, i, j + n, 0));
+          x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[e] = dq_tile[dq_offset(warp, lane, i, j + n, e)];
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] *= params.softmax_scale;
       }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] *= params.softmax_scale;
-    }
-    store_accumulator(smem.dq, dq_row(warp), dq_col(warp) + 8 * j, acc);
+    store_accumulator<true>(smem.dq, dq_row(warp), dq_col(warp) + 8 * j, acc);
   }
   __syncthreads();  // dQ is in shared memory
   const Strides& dqs = params.dq_strides;
@@ -70,15 +73,23 @@ FA2_DEVICE void sum_parts(const PostprocessParams& params, int64_t index) {
   const int64_t batch = row_of_keys / shape.num_heads_k;
   if (batch >= shape.batch) return;
 
-  const int64_t part_floats = static_cast<int64_t>(ceil_div(shape.seqlen_k, kBlockN)) * kBlockN * kPartCols;
-  const float* part = kIsDk ? params.dk_partial : params.dv_partial;
-  part += row_of_keys * params.splits * part_floats + static_cast<int64_t>(key) * kPartCols + col;
-  float sum[8] = {};
+  const int64_t part_reals = static_cast<int64_t>(ceil_div(shape.seqlen_k, kBlockN)) * kBlockN * kPartCols;
+  const Real* part = kIsDk ? params.dk_partial : params.dv_partial;
+  part += row_of_keys * params.splits * part_reals + static_cast<int64_t>(key) * kPartCols + col;
+  alignas(16) Real sum[8] = {};
 #pragma unroll 4
-  for (int split = 0; split < params.splits; ++split, part += part_floats) {
-    const float4 low = *reinterpret_cast<const float4*>(part), high = *reinterpret_cast<const float4*>(part + 4);
-    sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
-    sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+  for (int split = 0; split < params.splits; ++split, part += part_reals) {
+    if constexpr (sizeof(Real) == 4) {
+      const float4 low = *reinterpret_cast<const float4*>(part), high = *reinterpret_cast<const float4*>(part + 4);
+      sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
+      sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const Real2 both = *reinterpret_cast<const Real2*>(part + i);
+        sum[i] += both.x, sum[i + 1] += both.y;
+      }
+    }
   }
   const Strides& strides = kIsDk ? params.dk_strides : params.dv_strides;
   Element* rows = (kIsDk ? params.dk : params.dv) + batch * strides.batch + head * strides.head;

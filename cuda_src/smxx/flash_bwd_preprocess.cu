@@ -8,17 +8,19 @@
 #include "common/bwd_tiles.cuh"
 #include "common/chunk.cuh"
 #include "common/dq_accum.cuh"
+#include "common/real.cuh"
 #include "common/statistics.cuh"
 
 static_assert(sizeof(PreprocessParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
-constexpr int kLanesPerRow = ceil_pow2(kHeadDimV / 8);
+constexpr int kLanesPerRow = ceil_pow2(kHeadDimV / 8);  // eight columns each
 constexpr int kRowsPerPass = kNumThreads / kLanesPerRow, kPasses = ceil_div(kBlockM, kRowsPerPass);
 constexpr int kPassesAtOnce = kPasses < 4 ? kPasses : 4;  // all of their loads are issued, then they are used
 static_assert(kPasses % kPassesAtOnce == 0);
 static_assert(kBlockM <= kNumThreads, "a thread for each row's lse");
 
-using Chunk = ChunkOf<Element>;
+enum { kPiecesOfEight = 8 / kPiece };
+using Chunk = ChunkOf<Element, kPiecesOfEight>;
 
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ PreprocessParams params) {
   griddepcontrol_launch_dependents();  // flash_bwd may start: it waits before it needs what is written here
@@ -27,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
   const int m_blocks = kShort ? listed_sequences(params) : query_tiles_of_head(params);
   int64_t linear = gridDim.x - 1 - blockIdx.x;
   int skipped = 0;
-  float logit_sum_before = 0.f;  // of the sequence's rows before those
+  Real logit_sum_before = 0.f;  // of the sequence's rows before those
   if (kShort && linear >= static_cast<int64_t>(m_blocks) * shape.num_heads) return;
   do {
     const int place = linear % m_blocks, row_of_tiles = linear / m_blocks;
@@ -46,28 +48,28 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
     const Strides &os = params.out_strides, &dos = params.dout_strides, &ls = params.lse_strides;
     const Element* gmem_out = params.out + batch * os.batch + head * os.head + first_row * os.row;
     const Element* gmem_dout = params.dout + batch * dos.batch + head * dos.head + first_row * dos.row;
-    const float* gmem_lse = params.lse + batch * ls.batch + head * ls.head + first_row * ls.row;
+    const Real* gmem_lse = params.lse + batch * ls.batch + head * ls.head + first_row * ls.row;
     const int own_row = threadIdx.x;
-    const float lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
+    const Real lse = own_row < rows ? gmem_lse[own_row * ls.row] : -kInfinity;
     const int pass_row = threadIdx.x / kLanesPerRow, col = threadIdx.x % kLanesPerRow * 8;
-    const float logit = own_logit(params, head);
-    float logit_sum = 0.f;
+    const Real logit = own_logit(params, head);
+    Real logit_sum = 0.f;
 #pragma unroll 1
     for (int first = 0; first < kPasses; first += kPassesAtOnce) {
       Chunk out[kPassesAtOnce], dout[kPassesAtOnce];
-      float row_lse[kPassesAtOnce];  // kOwnLogit: of the lane that is the first of a row; with +inf a lane adds nothing
+      Real row_lse[kPassesAtOnce];  // kOwnLogit: of the lane that is the first of a row; with +inf a lane adds nothing
 #pragma unroll
       for (int pass = 0; pass < kPassesAtOnce; ++pass) {
         const int row = (first + pass) * kRowsPerPass + pass_row, cols = row < rows ? head_dim_v(params) : 0;
-        out[pass] = load_chunk(gmem_out + row * os.row, col, cols);
-        dout[pass] = load_chunk(gmem_dout + row * dos.row, col, cols);
+        out[pass] = load_chunk<kPiecesOfEight>(gmem_out + row * os.row, col, cols);
+        dout[pass] = load_chunk<kPiecesOfEight>(gmem_dout + row * dos.row, col, cols);
         row_lse[pass] = kOwnLogit && row < rows && col == 0 ? gmem_lse[row * ls.row] : kInfinity;
       }
 #pragma unroll
       for (int pass = 0; pass < kPassesAtOnce; ++pass) {
-        float d = 0.f;
+        Real d = 0.f;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) d = fmaf(to_float(out[pass].x[i]), to_float(dout[pass].x[i]), d);
+        for (int i = 0; i < 8; ++i) d = fma(to_real(out[pass].x[i]), to_real(dout[pass].x[i]), d);
 #pragma unroll
         for (int lanes = kLanesPerRow / 2; lanes > 0; lanes /= 2) d += __shfl_xor_sync(0xffffffffu, d, lanes);
         const int row = (first + pass) * kRowsPerPass + pass_row;
@@ -87,8 +89,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
     if (own_row < (kShort ? rows : kBlockM)) params.lse_log2[tile * kPlaces + own_row] = lse == -kInfinity ? kInfinity : lse * kLog2E;
 
     if constexpr (kClearDq) {
+      constexpr int kAtOnce = 16 / sizeof(Real);
       float4* dq = reinterpret_cast<float4*>(params.dq_accum + tile * kDqTileFloats);
-      for (int i = threadIdx.x; i < kDqTileFloats / 4; i += kNumThreads) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+      for (int i = threadIdx.x; i < kDqTileFloats / kAtOnce; i += kNumThreads) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
     }
     if (!kShort && threadIdx.x < kDqParts) params.dq_turn[tile * kDqParts + threadIdx.x] = 0;
     if constexpr (kShort) {

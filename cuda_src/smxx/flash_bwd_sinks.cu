@@ -10,19 +10,19 @@
 static_assert(sizeof(SinksBwdBandParams) == kParamsBytes, "kernels/params.py and common/params.cuh differ");
 
 struct SharedMemory {
-  float sums[kNumWarps];
+  Real sums[kNumWarps];
 };
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/smxx/flash_bwd_sinks.py and this struct differ");
 
 // A thread's part of what the preprocess has summed up.
 template <typename Params>
-FA2_DEVICE float sum_of_tiles(const Params& params, int head) {
+FA2_DEVICE Real sum_of_tiles(const Params& params, int head) {
   const int64_t room = static_cast<int64_t>(params.tiles_of_head) * params.sums_of_tile;  // of a head, in a row of the batch
   int64_t count = room;
   if constexpr (kListed) {
     if (room > 0) count = static_cast<int64_t>(params.counts[0]) * params.sums_of_tile;  // tiles are numbered without a gap
   }
-  float sum = 0.f;
+  Real sum = 0.f;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < params.batch * count; i += kNumThreads) {
     sum += params.sink_sums[(i / count * params.num_heads + head) * room + i % count];
@@ -32,8 +32,8 @@ FA2_DEVICE float sum_of_tiles(const Params& params, int head) {
 
 // Likewise of short segments, which are in no tile.
 template <typename Params>
-FA2_DEVICE float sum_of_shorts(const Params& params, int head) {
-  float sum = 0.f;
+FA2_DEVICE Real sum_of_shorts(const Params& params, int head) {
+  Real sum = 0.f;
   if constexpr (kSegments) {
     if (params.short_sums == nullptr) return sum;
     const int64_t room = static_cast<int64_t>(params.batch_rows) * min(params.rows_q, params.rows_k) * params.sums_of_tile;
@@ -45,8 +45,8 @@ FA2_DEVICE float sum_of_shorts(const Params& params, int head) {
 
 // A thread's part of dlse of the first `unseen` rows of the runs that the lanes of its warp have: of one after the other, by all lanes.
 template <typename Params>
-FA2_DEVICE float sum_of_leading(const Params& params, int head, int batch, int first_row, int unseen) {
-  float sum = 0.f;
+FA2_DEVICE Real sum_of_leading(const Params& params, int head, int batch, int first_row, int unseen) {
+  Real sum = 0.f;
   if (!__any_sync(0xffffffffu, unseen > 0)) return sum;
   const int lane = threadIdx.x % 32;
   for (int other = 0; other < 32; ++other) {
@@ -59,8 +59,8 @@ FA2_DEVICE float sum_of_leading(const Params& params, int head, int batch, int f
 
 // A thread's part of dlse of the rows that see no key; all of these lead their sequence.
 template <typename Params>
-FA2_DEVICE float sum_of_unseen(const Params& params, int head) {
-  float sum = 0.f;
+FA2_DEVICE Real sum_of_unseen(const Params& params, int head) {
+  Real sum = 0.f;
   if constexpr (kDlse && kSegments) {
     const int lane = threadIdx.x % 32, reach = reach_of(params).behind;
     for (int group = 0; group < params.groups; ++group) {
@@ -101,7 +101,7 @@ FA2_DEVICE float sum_of_unseen(const Params& params, int head) {
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_sinks(const __grid_constant__ SinksBwdBandParams params) {
   FA2_SHARED_MEMORY(SharedMemory, smem);
   const int head = blockIdx.x;
-  float sum = sum_of_tiles(params, head) + sum_of_unseen(params, head);
+  Real sum = sum_of_tiles(params, head) + sum_of_unseen(params, head);
   if (kSegments) sum += sum_of_shorts(params, head);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
@@ -113,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_sinks(const 
   for (int warp = 0; warp < kNumWarps; ++warp) sum += smem.sums[warp];
   if (own_logit(params, head) == -kInfinity) sum = 0.f;  // as if there were none, rows of an lse of -inf included
   if (params.sinks_are_16_bit) {
-    static_cast<Element*>(params.dsinks)[head] = Element{static_cast<uint16_t>(cvt_pack<Element>(sum, 0.f))};
+    static_cast<Element*>(params.dsinks)[head] = rounded<Element>(sum);
   } else {
-    static_cast<float*>(params.dsinks)[head] = sum;
+    static_cast<float*>(params.dsinks)[head] = static_cast<float>(sum);
   }
 }

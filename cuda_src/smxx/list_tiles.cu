@@ -329,10 +329,10 @@ FA2_DEVICE void list_all(SharedMemory& smem, const ListTilesBandParams& params) 
 // Row `row` of a row of the batch, all heads: zeros. A warp.
 FA2_DEVICE void clear_row(Element* array, const Strides& strides, int64_t batch, int64_t row, int heads, int cols) {
   Element* elements = array + batch * strides.batch + row * strides.row;
-  constexpr int kPiece = kAligned ? 8 : 1;
-  const int pieces = ceil_div(cols, kPiece);
+  constexpr int kAtOnce = kAligned ? kPiece : 1;
+  const int pieces = ceil_div(cols, kAtOnce);
   for (int i = threadIdx.x % 32; i < heads * pieces; i += 32) {
-    Element* piece = elements + i / pieces * strides.head + i % pieces * kPiece;
+    Element* piece = elements + i / pieces * strides.head + i % pieces * kAtOnce;
     if constexpr (kAligned) {
       *reinterpret_cast<uint4*>(piece) = uint4{0, 0, 0, 0};
     } else {

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``compile``."""
     parser.add_argument("--arch", action="append", metavar="sm_XY", help="repeatable; default: this machine's GPUs")
     parser.add_argument("--quick", action="store_true", help="only head_dim 64 and 128 in bfloat16")
+    parser.add_argument("--wide", action="store_true", help="float32 and float64 instead of the 16-bit types")
     parser.add_argument("--jobs", type=at_least_one, metavar="N", help="compilations at a time (default: one per core)")
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not archs:
         print("This machine has no usable GPU. Name one: --arch sm_80 (A100), sm_86, sm_89, sm_90a (H100), sm_120 ...")
         return 2
-    found = [job for arch in archs for job in kernels.compile_jobs(arch, all_rows=not args.quick)]
+    found = [job for arch in archs for job in kernels.compile_jobs(arch, all_rows=not args.quick, wide=args.wide)]
     jobs = list({(job.arch, job.label): job for job in found}.values())  # sm_90a has those of sm_90 too
     print(f"NVRTC {compiler.nvrtc_build()}, {len(jobs)} kernels for {', '.join(archs)}")
     start = time.perf_counter()

@@ -20,9 +20,9 @@ from fa2cupy.kernels.common import Where
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.listed import Lists, Segments, Shorts
 from fa2cupy.kernels.params import BwdParams, pack_strides
-from fa2cupy.kernels.tiles import tile_bytes
+from fa2cupy.kernels.tiles import ELEMENT_BYTES, tile_bytes
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import Row, WindowSpec
+from fa2cupy.spec import Row, WindowSpec, of_dtype
 
 __all__ = [
     "ARRAYS",
@@ -275,7 +275,7 @@ class Backward:
         """Of a list of short segments the statistics lie where the workspaces do that nobody needs any more."""
         problem = work.problem
         strides = dict(problem.strides)
-        params = BwdParams()
+        params = of_dtype(BwdParams, problem.dtype)()
         for name in ARRAYS:
             setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
         params.shape = common.shape_params(problem, work.rows, order.section)
@@ -297,7 +297,7 @@ class Backward:
     def side_defines(self) -> Defines:
         work = self.work
         return side_defines(
-            work.tile, work.problem.dtype, *self.head_dims, work.problem.aligned, work.device.cc >= (9, 0)
+            work.tile, work.problem.dtype, *self.head_dims, work.problem.aligned, common.arch_of(work.device)
         )
 
     def launch(
@@ -343,16 +343,17 @@ def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[di
     Of short segments, which come when the others are done, statistics and sums only, where those others' tiles were.
     """
     tile, (head_dim, head_dim_v) = work.tile, head_dims
-    statistics = work.query_tiles * (1 if work.shorts else tile.block_m) * 4
-    dq = 0 if work.shorts else work.query_tiles * tile.dq_tile_floats(head_dim) * 4
+    real = max(4, ELEMENT_BYTES[work.problem.dtype])  # bytes of `Real` there
+    statistics = work.query_tiles * (1 if work.shorts else tile.block_m) * real
+    dq = 0 if work.shorts else work.query_tiles * tile.dq_tile_floats(head_dim) * real
     turns = 0 if work.shorts else work.query_tiles * tile.dq_parts * 4
     partial_rows = work.key_tiles * order.splits * tile.cluster * tile.block_n if order.partial else 0
-    dk, dv = (partial_rows * width * 4 for width in (head_dim, head_dim_v or head_dim))
+    dk, dv = (partial_rows * width * real for width in (head_dim, head_dim_v or head_dim))
     offsets, end = {}, work.end_of_lists
     sizes = dict(zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True))
     if work.has_sink_sums:
         sums = work.shorts.tiles_of_head_k * work.problem.num_heads if work.shorts else work.query_tiles
-        sizes[SINK_SUMS] = sums * PREPROCESS_WARPS * 4
+        sizes[SINK_SUMS] = sums * PREPROCESS_WARPS * real
     for name, size in sizes.items():
         offsets[name] = end
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -364,7 +365,7 @@ def adding_defines(tile: BwdRow, cleared: bool) -> Defines:
     return {"FA2_DQ_PARTS": tile.dq_parts, "FA2_CLEAR_DQ": int(cleared)}
 
 
-def side_defines(tile: BwdRow, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, vector_red: bool) -> Defines:
+def side_defines(tile: BwdRow, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, arch: str) -> Defines:
     """Of the kernels beside the main one: what all of them agree on, and no more, so that binaries are shared.
 
     FA2_SHARED_BYTES are those of `SharedMemory` in smxx/flash_bwd_postprocess.cu.
@@ -376,10 +377,10 @@ def side_defines(tile: BwdRow, dtype: str, head_dim: int, head_dim_v: int, align
         "FA2_DQ_WARPS": tile.dq_warps,
         "FA2_DQ_WARPS_M": tile.dq_warps_m,
         "FA2_DQ_UNIT": tile.dq_unit,
-        "FA2_VECTOR_RED": int(vector_red),
+        "FA2_VECTOR_RED": int(dtype != "float64" and common.is_sm90_or_newer(arch)),
         "FA2_CAUSAL": 0,
-        "FA2_PARAMS_BYTES": ctypes.sizeof(BwdParams),
-        "FA2_SHARED_BYTES": tile_bytes(tile.block_m, head_dim),
+        "FA2_PARAMS_BYTES": ctypes.sizeof(of_dtype(BwdParams, dtype)),
+        "FA2_SHARED_BYTES": tile_bytes(tile.block_m, head_dim, ELEMENT_BYTES[dtype]),
     }
 
 

@@ -10,7 +10,7 @@ from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels.launch import KernelLaunch, Pointer, TensorMapArgument
 from fa2cupy.kernels.listed import Block
 from fa2cupy.kernels.params import Shape, composed
-from fa2cupy.kernels.tiles import padded_head_dim
+from fa2cupy.kernels.tiles import ELEMENT_BYTES, padded_head_dim
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import Row
 
@@ -21,10 +21,12 @@ __all__ = [
     "common_defines",
     "forward_label",
     "head_dim_label",
+    "is_sm90_or_newer",
     "kernel_launch",
     "mean_seqlen_q",
     "padded_head_dims",
     "pointer_names",
+    "product_defines",
     "query_rows",
     "shape_params",
     "skipped_bytes",
@@ -43,9 +45,25 @@ def arch_of(device: DeviceInfo) -> str:
 def common_defines(dtype: str, head_dim: int, head_dim_v: int, aligned: bool) -> dict[str, int | str]:
     """What every source reads, of `padded_head_dims`."""
     defines: dict[str, int | str] = {"FA2_BF16": int(dtype == "bfloat16"), "FA2_HEAD_DIM": head_dim}
+    if ELEMENT_BYTES[dtype] > 2:
+        defines["FA2_FLOAT_BITS"] = 8 * ELEMENT_BYTES[dtype]
     if head_dim_v:
         defines["FA2_HEAD_DIM_V"] = head_dim_v
     return defines | {"FA2_ALIGNED": int(aligned)}
+
+
+def product_defines(dtype: str, arch: str, promote: bool) -> dict[str, int | str]:
+    """What products of a main kernel of sm_80 are made of; of 16 bits there is one way. promote: of float32 rows."""
+    if dtype in ("float32", "tf32"):
+        exact = dtype == "float32"
+        return {"FA2_TF32_PRODUCTS": 3 if exact else 1, "FA2_PROMOTE": int(exact and promote)}
+    if dtype == "float64":
+        return {"FA2_WIDE_MMA": int(is_sm90_or_newer(arch))}
+    return {}
+
+
+def is_sm90_or_newer(arch: str) -> bool:
+    return int(arch.removeprefix("sm_").removesuffix("a")) >= 90
 
 
 def padded_head_dims(problem: AttentionProblem, split: int = 1) -> tuple[int, int]:
@@ -68,12 +86,12 @@ def forward_label(dtype: str, head_dim: int, head_dim_v: int, causal: bool, tile
 
 def skipped_bytes(problem: AttentionProblem, empty: int) -> dict[str, int]:
     """Bytes that `empty` query rows take, of each array that has query rows; of keys, those that no query sees."""
-    sizes = {}
+    sizes, element = {}, ELEMENT_BYTES[problem.dtype]
     for name, (_, first, second) in problem.strides:
         if name == "lse":
-            sizes[name] = empty * 4 * second
+            sizes[name] = empty * max(4, element) * second
         else:
-            sizes[name] = (problem.empty_keys if name in ("k", "v", "dk", "dv") else empty) * 2 * first
+            sizes[name] = (problem.empty_keys if name in ("k", "v", "dk", "dv") else empty) * element * first
     return sizes
 
 

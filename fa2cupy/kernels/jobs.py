@@ -13,20 +13,22 @@ from fa2cupy.kernels.tiles import SHARED_MEMORY
 __all__ = ["compile_jobs"]
 
 
-def compile_jobs(arch: str, all_rows: bool) -> list[CompileJob]:
-    """Everything there is to compile for an architecture (`sm_80`); not `all_rows`: head_dim 64 and 128 in bfloat16.
+def compile_jobs(arch: str, all_rows: bool, wide: bool = False) -> list[CompileJob]:
+    """Everything there is to compile for an architecture (`sm_80`); not `all_rows`: head_dim 64 and 128, of the 16-bit
+    types bfloat16 alone.
 
-    `sm_90a` is what an H100 runs: its own kernels, and those of `sm_90`.
+    `sm_90a` is what an H100 runs: its own kernels, and those of `sm_90`. wide: of float32, tf32 and float64 instead.
     UnsupportedDevice for an architecture that has no tiles.
     """
     base = arch.removesuffix("a")
     if base not in SHARED_MEMORY:
         raise UnsupportedDevice(f"{arch} is not supported: one of {', '.join(SHARED_MEMORY)} is needed")
     families = {"sm80": base}
-    if arch == tma.ARCH:
+    if arch == tma.ARCH and not wide:
         families = {"sm90": arch} | families
+    dtypes = ("float32", "tf32", "float64") if wide else ("bfloat16", "float16") if all_rows else ("bfloat16",)
     jobs: list[CompileJob] = []
-    for dtype in ("bfloat16", "float16") if all_rows else ("bfloat16",):
+    for dtype in dtypes:
         for family, own in families.items():
             for forward in planner.FORWARD:
                 if forward.ROW.family == family:
@@ -34,20 +36,22 @@ def compile_jobs(arch: str, all_rows: bool) -> list[CompileJob]:
             for main in planner.BACKWARD:
                 if main.ROW.family == family:
                     jobs += _backward_jobs(main, own, dtype)
-        jobs += flash_bwd_sinks.compile_jobs(base, dtype)
-        jobs += merge.compile_jobs(base, dtype)
+        if dtype != "tf32":
+            jobs += flash_bwd_sinks.compile_jobs(base, dtype)
+        if not wide:
+            jobs += merge.compile_jobs(base, dtype)
     return jobs if all_rows else [job for job in jobs if job.defines["FA2_HEAD_DIM"] in (64, 128)]
 
 
 def _backward_jobs(main: BackwardKernel, arch: str, dtype: str) -> list[CompileJob]:
-    """Of a main kernel, and of those beside it."""
+    """Of a main kernel, and of those beside it, which of tf32 are those of float32."""
     base = arch.removesuffix("a")
-    vector_red = int(base.removeprefix("sm_")) >= 90
     jobs: list[CompileJob] = []
-    for tile, head_dim, head_dim_v in main.rows_ahead(arch):
-        side = backward.side_defines(tile, dtype, head_dim, head_dim_v, True, vector_red)
+    for tile, head_dim, head_dim_v in main.rows_ahead(arch, dtype):
+        side = backward.side_defines(tile, dtype, head_dim, head_dim_v, True, base)
         label = backward.row_label(dtype, head_dim, head_dim_v, tile)
         jobs += main.compile_jobs(arch, label, tile, head_dim, head_dim_v, side)
-        jobs += flash_bwd_preprocess.compile_jobs(base, label, tile, side, main.cleared)
-        jobs += flash_bwd_postprocess.compile_jobs(base, label, side)
+        if dtype != "tf32":
+            jobs += flash_bwd_preprocess.compile_jobs(base, label, dtype, tile, side, main.cleared)
+            jobs += flash_bwd_postprocess.compile_jobs(base, label, side)
     return jobs

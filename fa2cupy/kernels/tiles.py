@@ -16,6 +16,7 @@ from typing import TypeVar
 from fa2cupy.spec import Row
 
 __all__ = [
+    "ELEMENT_BYTES",
     "SHARED_MEMORY",
     "head_dims_of_rows",
     "padded_head_dim",
@@ -36,6 +37,10 @@ SHARED_MEMORY = {
     "sm_120": 101376,
     "sm_121": 101376,
 }
+# Of what kernels of sm_80 have rows for: dtypes, and "tf32", which is float32 with less precise products.
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4, "float64": 8}
+# Elements behind each row of a tile, and of one of scores (`kPad` and `kScorePad` of sm80/operand.cuh), by their bytes.
+_PADS = {2: (8, 8), 4: (4, 8), 8: (4, 4)}
 _CLASSES = (232448, 166912, 101376)
 # head_dim and head_dim_v of models in use, where they differ: multi-head latent attention.
 _HEAD_DIM_PAIRS = ((192, 128),)
@@ -54,14 +59,14 @@ def padded_head_dim(head_dim: int, split: int = 1) -> int:
     return max(unit, -(-head_dim // unit) * unit)
 
 
-def tile_bytes(rows: int, columns: int) -> int:
-    """A `Tile` of sm80/tile.cuh: rows padded by 16 bytes, aligned to 128."""
-    return -(-rows * (columns + 8) * 2 // 128) * 128
+def tile_bytes(rows: int, columns: int, element_bytes: int = 2, *, scores: bool = False) -> int:
+    """A `Tile`, or a `ScoreTile`, of sm80/tile.cuh: its rows padded, aligned to 128 bytes."""
+    return -(-rows * (columns + _PADS[element_bytes][scores]) * element_bytes // 128) * 128
 
 
 def rows_for(table: Sequence[_Row], head_dim: int) -> list[_Row]:
     """The rows of the smallest head_dim that is large enough."""
-    served = min(tile.head_dim for tile in table if head_dim <= tile.head_dim)
+    served = min((tile.head_dim for tile in table if head_dim <= tile.head_dim), default=0)
     return [tile for tile in table if tile.head_dim == served]
 
 

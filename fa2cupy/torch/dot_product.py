@@ -20,10 +20,7 @@ __all__ = ["Features", "objection", "scaled_dot_product_attention", "top_left"]
 Features = tuple[tuple[str, Any], ...]  # options beyond dense attention, as a launch has them
 
 _DOOR = "fa2cupy.torch.scaled_dot_product_attention"
-_DTYPES = {
-    "cuda": (torch.float16, torch.bfloat16),
-    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def scaled_dot_product_attention(
@@ -39,9 +36,9 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention by our kernels: (batch, num_heads, seqlen, head_dim).
 
     is_causal is aligned top-left, as torch's: query i sees keys j <= i. dropout_p is rounded to multiples of 2^-15, and
-    what it drops is drawn from torch's generator of the device. What our kernels do not compute (masks, float32 on a
-    GPU, shapes that broadcast) goes to torch's function, counted by `fa2cupy.report()` and logged the first time;
-    FA2CUPY_STRICT=1 makes it an error. float16 and bfloat16 on a GPU, on the CPU also float32 and float64.
+    what it drops is drawn from torch's generator of the device. What our kernels do not compute (masks, shapes that
+    broadcast) goes to torch's function, counted by `fa2cupy.report()` and logged the first time; FA2CUPY_STRICT=1 makes
+    it an error. float16, bfloat16, float32 (in its own accuracy, whatever torch allows of TF32) and float64.
     Differentiable as `fa2cupy.attention` is.
 
     Returns (batch, num_heads, seqlen_q, head_dim_v) in the dtype of query, or of autocast. Raises as torch's function.
@@ -90,11 +87,10 @@ def objection(q: Any, k: Any, v: Any, dropout_p: float, dtypes: tuple[Any, Any, 
     if not 0 <= dropout_p < MOST:
         return "dropout of everything is not supported"
     device = q.device
-    supported = _DTYPES.get(device.type)
-    if supported is None:
+    if device.type not in ("cuda", "cpu"):
         return f"device {device.type} is not supported"
     dtype = dtypes[0]
-    if dtype not in supported or dtypes[1] != dtype or dtypes[2] != dtype:
+    if dtype not in _DTYPES or dtypes[1] != dtype or dtypes[2] != dtype:
         return f"{', '.join(map(str, dtypes))} on {device.type} are not supported"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return "tensors of other than 4 dimensions are not supported"
@@ -107,7 +103,12 @@ def objection(q: Any, k: Any, v: Any, dropout_p: float, dtypes: tuple[Any, Any, 
         return "shapes that broadcast are not supported"
     if heads_k == 0 or heads % heads_k:
         return "query heads that are not a multiple of the key heads are not supported"
-    return _device_objection(device.index or 0) if device.type == "cuda" else ""
+    if device.type == "cpu":
+        return ""
+    why = _device_objection(device.index or 0)
+    if why or dtype.itemsize == 2 or max(head_dim, head_dim_v) <= _ALWAYS_ROOM:
+        return why
+    return _width_objection(device.index or 0, str(dtype).removeprefix("torch."), max(head_dim, head_dim_v))
 
 
 def _dtype(x: Any) -> Any:
@@ -117,6 +118,7 @@ def _dtype(x: Any) -> Any:
     return x.dtype
 
 
+_ALWAYS_ROOM = 160  # head_dim up to which every GPU has room for the backward of float32 and float64
 _objections: dict[int, str] = {}
 
 
@@ -134,6 +136,16 @@ def _device_objection(index: int) -> str:
             why = str(error)
         _objections[index] = why
     return why
+
+
+@dynamo.constant
+def _width_objection(index: int, dtype: str, width: int) -> str:
+    """Why a backward of float32 or float64 is more than this GPU has room for, or ''."""
+    from fa2cupy.jit import driver
+    from fa2cupy.kernels.sm80.flash_bwd import table
+
+    most = max(tile.head_dim for tile in table(dtype, driver.device_info(index).shared_mem_optin))
+    return f"head_dim {width} of {dtype} is not supported on this GPU: up to {most}" if width > most else ""
 
 
 @dynamo.constant

@@ -1,6 +1,8 @@
-"""torch's own SDPA taken over: our kernels in the place of its flash and cuDNN attention in the dispatcher.
+"""torch's own SDPA taken over: our kernels in the place of its flash, cuDNN and memory-efficient attention in the
+dispatcher.
 
-cuDNN is what SDPA takes on Hopper unless it is told otherwise, so both are replaced. Everything above stays torch's:
+cuDNN is what SDPA takes on Hopper unless it is told otherwise, and float32 is memory-efficient attention's, so all are
+replaced. Everything above stays torch's:
 the choice of a backend, autograd, torch.compile and what it compiled and cached before, DTensor, ring attention. What
 we do not compute goes on to the kernels that were there; `fa2cupy.report()` counts both.
 
@@ -29,7 +31,7 @@ from fa2cupy.autograd.watchers import deterministic_algorithms
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
-from fa2cupy.torch import packed
+from fa2cupy.torch import efficient, packed
 from fa2cupy.torch.dot_product import Features, objection, top_left
 from fa2cupy.torch.layouts import laid_out, models, order, random_state
 from fa2cupy.torch.seeds import draw, rounded
@@ -45,8 +47,9 @@ Native = Callable[..., Any]  # (why, keyset, *arguments, **keywords): the kernel
 def enable_sdpa(*, device: str = "cuda") -> None:
     """Compute torch.nn.functional.scaled_dot_product_attention with our kernels, in this process from now on.
 
-    Where torch chooses flash or cuDNN attention, that is: float16 and bfloat16 without a mask. Other choices of
-    torch's (float32, masks) stay its own and are not seen; of what comes, dropout and cuDNN's packed sequences go on to
+    Where torch chooses flash or cuDNN attention, that is float16 and bfloat16 without a mask, and where it chooses
+    memory-efficient attention for float32 without one. Other choices of torch's (float64, masks) stay its own and are
+    not seen; of what comes, dropout and cuDNN's packed sequences go on to
     torch's kernels, which `fa2cupy.report()` counts and the logger "fa2cupy" tells the first time. With
     FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Flash attention's packed sequences and windows are computed here:
     those of `torch.nn.attention.varlen.varlen_attn` and of jagged nested tensors. What dropout drops is drawn from
@@ -129,7 +132,8 @@ def _counted(name: str, kernel: Any) -> Native:
     door = _DOOR_BACKWARD if "backward" in name else _DOOR
 
     def native(why: str, keyset: Any, *arguments: Any, **keywords: Any) -> Any:
-        counts.fell_back(door, f"aten::{name}", why)
+        if why:  # else nobody is to hear of it
+            counts.fell_back(door, f"aten::{name}", why)
         return kernel.call_boxed(keyset, *arguments, **keywords)
 
     return native
@@ -469,6 +473,10 @@ _OPERATORS: dict[str, dict[str, Callable[[Native], Kernel]]] = {
         "_scaled_dot_product_flash_attention_backward": _sdpa_flash_backward,
         "_scaled_dot_product_cudnn_attention": _cudnn,
         "_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
+        "_scaled_dot_product_efficient_attention": lambda native: efficient.forward(native, lambda: _took(_DOOR)),
+        "_scaled_dot_product_efficient_attention_backward": lambda native: efficient.backward(
+            native, lambda: _took(_DOOR_BACKWARD)
+        ),
         "_flash_attention_forward": _flash,
         "_flash_attention_backward": _flash_backward,
     },

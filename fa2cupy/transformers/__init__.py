@@ -20,10 +20,10 @@ def register(*, wait: bool = True) -> None:
         fa2cupy.transformers.register()
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fa2cupy")    # or set_attn_implementation
 
-    Causal, bidirectional, windowed, padded and packed attention runs on our kernels: float16 and bfloat16 on a GPU, on
-    the CPU also float32 and float64, with softcaps, sinks, dropout, gradients, static caches and torch.compile. Other
-    masks, biases and float32 on a GPU go to torch's SDPA, counted by `fa2cupy.report()` and logged the first time;
-    FA2CUPY_STRICT=1 makes it an error. Softcaps and sinks are errors there, since SDPA has none.
+    Causal, bidirectional, windowed, padded and packed attention runs on our kernels: float16, bfloat16, float32 and
+    float64, with softcaps, sinks, dropout, gradients, static caches and torch.compile. Other masks and biases go to
+    torch's SDPA, counted by `fa2cupy.report()` and logged the first time; FA2CUPY_STRICT=1 makes it an error. Softcaps
+    and sinks are errors there, since SDPA has none.
 
     No layer waits for the GPU. wait: a forward may wait once for each padding mask that it is given, to leave one
     without padding away and to find one with gaps, which is SDPA's. With False, under torch.compile and in a CUDA graph

@@ -174,6 +174,40 @@ def test_cudnn(layout: str, causal: bool, lengths: tuple[int, int]) -> None:
     check(gradients, torch.autograd.grad(out, leaves, dout.double()))
 
 
+@pytest.mark.parametrize("lengths", [(7, 7), (5, 40), (40, 5)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_efficient(layout: str, causal: bool, lengths: tuple[int, int]) -> None:
+    """What torch takes for float32: top-left aligned, its lse padded with +inf."""
+    q, k, v, dout = (LAYOUTS[layout](x.float()) for x in tensors(*lengths, (4, 4), 16))
+    arguments = (q, k, v, None, True, 0.0, causal)
+    results = kernel("_scaled_dot_product_efficient_attention")(*arguments)
+    like_meta(results, aten._scaled_dot_product_efficient_attention, *arguments)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference(*leaves, "top-left" if causal else "")
+    check((results[0], results[1][:, :, : lengths[0]]), (out, lse))
+    assert (results[1][:, :, lengths[0] :] == torch.inf).all()
+    saved = (dout, q, k, v, None, *results, 0.0, [True, True, True, False], causal)
+    gradients = kernel("_scaled_dot_product_efficient_attention_backward")(*saved)
+    like_meta(gradients, aten._scaled_dot_product_efficient_attention_backward, *saved)
+    check(gradients[:3], torch.autograd.grad(out, leaves, dout.double()))
+    assert counted() == {OURS: 1, BACKWARD: 1}
+    no_lse = kernel("_scaled_dot_product_efficient_attention")(q, k, v, None, False)
+    like_meta(no_lse, aten._scaled_dot_product_efficient_attention, q, k, v, None, False)
+
+
+def test_memory_efficient_of_others_is_not_seen() -> None:
+    """16 bits and biases stay torch's, and nobody hears of it; dropout is told."""
+    q, k, v, _ = tensors(7, 7, (4, 4))
+    for whose, why in (((q, k, v, None, True), ""), ((*(x.float() for x in (q, k, v)), q.float(), True), "")):
+        calls: list[Any] = []
+        kernel("_scaled_dot_product_efficient_attention", calls)(*whose)
+        assert [call[0] for call in calls] == [why]
+    calls = []
+    kernel("_scaled_dot_product_efficient_attention", calls)(*(x.float() for x in (q, k, v)), None, True, 0.5)
+    assert "dropout" in calls[0][0]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_flash_of_its_own(layout: str, causal: bool) -> None:

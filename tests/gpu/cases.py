@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fa2cupy.frameworks.base import Device, TensorRef
+from fa2cupy.frameworks.base import ITEMSIZE, Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
@@ -15,6 +15,7 @@ from tests.reference import HEAD_DIM_PAIRS, HEAD_DIMS, HEADS, SEQLENS_BOTH_WAYS
 __all__ = [
     "DTYPES",
     "SM80_WIDTHS",
+    "WIDE_DTYPES",
     "WIDTHS",
     "Case",
     "Place",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 DTYPES = ("bfloat16", "float16")
+WIDE_DTYPES = ("float32", "float64")
 
 # (head_dim, head_dim_v, dtype) of features' tests: both dtypes where most people are; elsewhere one, for each is a set
 # of kernels to compile. And (head_dim, dtype) of those that run the kernels of every GPU.
@@ -57,6 +59,7 @@ class Case:
     head_dim_v: None is head_dim. order: index into ORDERS. pad: elements between the rows of neighbouring heads (or
     whatever lies next to the head dimension). shift: elements by which every tensor starts after a 16-byte boundary.
     given: outputs and workspace are the caller's. expanded: all key heads share one (stride 0). window: window_size.
+    mean: added to every element of the inputs. precision: that of a float32 case.
     """
 
     seqlen_q: int
@@ -78,6 +81,8 @@ class Case:
     seed: int = 0
     head_dim_v: int | None = None
     window: tuple[int, int] | None = None
+    mean: float = 0.0
+    precision: str | None = None
 
     @property
     def unseen(self) -> tuple[int, int]:
@@ -89,6 +94,15 @@ class Case:
         return queries if self.seqlen_k else self.seqlen_q, keys if self.seqlen_q else self.seqlen_k
 
     @property
+    def is_wide(self) -> bool:
+        """float32 or float64."""
+        return self.dtype in ("float32", "float64")
+
+    @property
+    def lse_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
     def softmax_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
@@ -97,7 +111,19 @@ class Case:
         widths = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
         text = f"{self.seqlen_q}x{self.seqlen_k} {widths} {self.dtype} {'causal' if self.causal else 'full'}"
         text += f" b{self.batch} h{self.heads[0]}/{self.heads[1]} {self.layout} seed{self.seed}"
-        for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers", "window"):
+        names = (
+            "scale",
+            "order",
+            "pad",
+            "shift",
+            "expanded",
+            "deterministic",
+            "outliers",
+            "window",
+            "mean",
+            "precision",
+        )
+        for name in names:
             value = getattr(self, name)
             if value not in (None, False) and (value or name == "scale"):
                 text += f" {name}={value}"
@@ -151,11 +177,13 @@ def problem_of(case: Case, backward: bool) -> AttentionProblem:
     for name in BACKWARD_TENSORS if backward else FORWARD_TENSORS:
         own = case if case.given or name not in ("out", "lse", "dq", "dk", "dv") else _packed(case)
         where = place(own, name)
-        address = 0 if own is not case else 2 * where.offset
-        dtype = "float32" if name == "lse" else case.dtype
+        dtype = case.lse_dtype if name == "lse" else case.dtype
+        address = 0 if own is not case else ITEMSIZE[dtype] * where.offset
         refs[name] = TensorRef(address, where.shape, where.strides, dtype, Device("cuda", 0), None)
     problem = AttentionProblem.from_refs(refs, sizes_of(case), case.dtype, options)
-    return problem if case.window is None else SPECS["window_size"](problem, case.window)
+    for name, value in (("window_size", case.window), ("precision", case.precision)):
+        problem = problem if value is None else SPECS[name](problem, value)
+    return problem
 
 
 def _packed(case: Case) -> Case:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.covering import covering
-from tests.gpu.cases import DTYPES, Case, random_cases
+from tests.gpu.cases import DTYPES, WIDE_DTYPES, Case, random_cases
 from tests.host.kernel_run import HostCase
 from tests.reference import HEADS, SEQLENS_BOTH_WAYS
 
@@ -100,6 +100,47 @@ def covering_groups(backward: bool) -> dict[str, list[HostCase]]:
             memory = (_ALIGNED | _UNALIGNED)[run["memory"]]
             case = dataclasses.replace(case, **memory)  # type: ignore[arg-type]
             members.append(HostCase(case, choice["arch"], flip=run["memory"] == "flipped"))
+        width = f"d{head_dim}" + (f"/{head_dim_v}" if head_dim_v else "")
+        words = (choice["arch"], width, choice["dtype"], "causal" if choice["causal"] else "full")
+        words += ("" if choice["aligned"] else "unaligned", "deterministic" if choice["deterministic"] else "")
+        groups[f"{seed}-{'-'.join(filter(None, words))}"] = members
+    return groups
+
+
+def wide_groups(backward: bool, strength: int) -> dict[str, list[HostCase]]:
+    """Of float32 and float64, whose products take the CPU longer: likewise, with fewer widths and lengths. strength 1:
+    every GPU, width, type and mask is in one of few groups."""
+    factors = {
+        "arch": ("sm_80", "sm_86", "sm_100"),
+        "width": ((64, None), (128, None), (72, 40), (33, None), (160, None)),
+        "dtype": WIDE_DTYPES,
+        "causal": (False, True),
+        "aligned": (True, False),
+        "deterministic": (False, True) if backward else (False,),
+    }
+    memory = {True: (*_ALIGNED,), False: (*_UNALIGNED,)}
+    groups = {}
+    for seed, choice in enumerate(covering(factors, strength=strength)):
+        head_dim, head_dim_v = choice["width"]
+        members = []
+        for number, (seqlen_q, seqlen_k) in enumerate(((17, 17), (70, 3), (100, 133))):
+            names = memory[choice["aligned"]]
+            where = names[(seed + number) % len(names)]
+            case = Case(
+                seqlen_q,
+                seqlen_k,
+                head_dim,
+                choice["dtype"],
+                choice["causal"],
+                1,
+                ((2, 1), (4, 4), (6, 3))[(seed + number) % 3] if number < 2 else (2, 1),
+                layout=("bshd", "bhsd")[number % 2],
+                deterministic=choice["deterministic"],
+                seed=seed,
+                head_dim_v=head_dim_v,
+            )
+            case = dataclasses.replace(case, **(_ALIGNED | _UNALIGNED)[where])  # type: ignore[arg-type]
+            members.append(HostCase(case, choice["arch"], flip=where == "flipped"))
         width = f"d{head_dim}" + (f"/{head_dim_v}" if head_dim_v else "")
         words = (choice["arch"], width, choice["dtype"], "causal" if choice["causal"] else "full")
         words += ("" if choice["aligned"] else "unaligned", "deterministic" if choice["deterministic"] else "")

@@ -36,6 +36,52 @@ void product(const InstrumentParams& p, SharedMemory& smem, bool b_is_rows) {
   for (int i = 0; i < 4; i++) p.out[(l / 4 + i / 2 * 8) * 8 + l % 4 * 2 + i % 2] = d[i];
 }
 
+// D += A B of one 16x8x8 product of floats: A (16, 8), B (8, 8), D (16, 8), which comes in `out`.
+void product_tf32(const InstrumentParams& p) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto* a = reinterpret_cast<const uint32_t*>(p.a);
+  const auto* b = reinterpret_cast<const uint32_t*>(p.b);
+  const uint32_t fragment[4] = {a[g * 8 + t], a[(g + 8) * 8 + t], a[g * 8 + t + 4], a[(g + 8) * 8 + t + 4]};
+  float d[4];
+  for (int i = 0; i < 4; i++) d[i] = p.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  mma_m16n8k8_tf32(d, fragment, b[t * 8 + g], b[(t + 4) * 8 + g]);
+  for (int i = 0; i < 4; i++) p.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
+// The same of doubles, by one instruction or by the four that take its place; A through shared memory.
+void product_f64(const InstrumentParams& p, SharedMemory& smem) {
+  const int l = threadIdx.x, g = l / 4, t = l % 4;
+  const auto* a = reinterpret_cast<const double*>(p.a);
+  const auto* b = reinterpret_cast<const double*>(p.b);
+  auto* out = reinterpret_cast<double*>(p.out);
+  for (int i = 2 * l; i < 128; i += 64) st_shared_v2_f64(smem_address(&smem) + 8 * i, a[i], a[i + 1]);
+  __syncthreads();
+  auto element = [&](int row, int k) { return ld_shared_f64(smem_address(&smem) + 8 * (row * 8 + k)); };
+  const double fragment[4] = {element(g, t), element(g + 8, t), element(g, t + 4), element(g + 8, t + 4)};
+  double d[4];
+  for (int i = 0; i < 4; i++) d[i] = out[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  if (p.n) {
+    mma_m16n8k8_f64(d, fragment, b[t * 8 + g], b[(t + 4) * 8 + g]);
+  } else {
+    for (int i = 0; i < 4; i++) mma_m8n8k4_f64(d[i % 2 * 2], d[i % 2 * 2 + 1], fragment[i], b[(t + i / 2 * 4) * 8 + g]);
+  }
+  for (int i = 0; i < 4; i++) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
+// Eight bytes at a time: through shared memory, from another lane, and into a sum.
+void words_of_eight_bytes(const InstrumentParams& p, SharedMemory& smem) {
+  const int l = threadIdx.x;
+  const auto* a = reinterpret_cast<const double*>(p.a);
+  auto* out = reinterpret_cast<double*>(p.out);
+  const uint32_t address = smem_address(&smem) + 8 * l;
+  st_shared_v2(address, uint2{static_cast<uint32_t>(__double2loint(a[l])), static_cast<uint32_t>(__double2hiint(a[l]))});
+  __syncthreads();
+  const uint2 words = ld_shared_v2(address);
+  const double x = __hiloint2double(static_cast<int>(words.y), static_cast<int>(words.x));
+  out[l] = __shfl_xor_sync(0xffffffffu, x, 5);
+  red_add_f64(&out[32], x);
+}
+
 void convert(const InstrumentParams& p) {
   for (int i = threadIdx.x; i < 65536; i += 32) {
     p.out[i] = to_float(half_t{static_cast<uint16_t>(i)});
@@ -46,6 +92,7 @@ void convert(const InstrumentParams& p) {
     memcpy(&x, p.b + 2 * i, 4);
     p.counter[2 * i] = static_cast<int>(cvt_pack<half_t>(x, 0.f));
     p.counter[2 * i + 1] = static_cast<int>(cvt_pack<bf16_t>(0.f, x));
+    p.out[131072 + i] = __uint_as_float(cvt_rna_tf32(x));
   }
 }
 
@@ -120,6 +167,9 @@ extern "C" __global__ void instrument(const __grid_constant__ InstrumentParams p
       p.out[blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)] = __shfl_sync(0xffffffffu, t, 7);
       p.counter[t] = __shfl_xor_sync(0xffffffffu, 100 + t, 3);
       return;
+    case 8: return product_tf32(p);
+    case 9: return product_f64(p, smem);
+    case 30: return words_of_eight_bytes(p, smem);
     // From here on every case breaks a rule.
     case 10:  // half a warp at one place, half at another
       if (t < 16) {

@@ -93,7 +93,7 @@ class Tensor:
     """Elements at the case's strides in a buffer of their own. Everything else in it is poison, and has to stay so."""
 
     def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, shift: int = 0) -> None:
-        item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+        item = np.dtype(dtype if dtype in ("float32", "float64") else np.uint16)
         reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
         length = (high - low + 1) if 0 not in shape else 0
@@ -175,6 +175,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         head_dim=case.head_dim,
         head_dim_v=case.head_dim_v,
         outliers=case.outliers,
+        mean=case.mean,
     )._asdict()
     empty, empty_keys = case.unseen
     values: dict[str, np.ndarray] = {}
@@ -182,10 +183,10 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         if name not in tensors:
             continue
         view = _bshd(tensors[name].values, case.layout)
-        bits = numbers[name].view(np.uint16)
+        bits = numbers[name].view(view.dtype)
         view[...] = bits[:, :, :1] if case.expanded and name in ("k", "v") else bits
-        view[:, : empty if name in ("q", "dout") else empty_keys] = 0xFFFF
-        values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
+        view[:, : empty if name in ("q", "dout") else empty_keys] = np.nan if case.is_wide else 0xFFFF
+        values[name] = view.view(np.float16) if case.dtype == "float16" else view
     if host_case.sinks:
         values["sinks"] = sinks_of(case.seed, case.heads[0], host_case.sinks)
         tensors["sinks"].values[...] = values["sinks"].view(tensors["sinks"].values.dtype)
@@ -219,20 +220,22 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
             features=reference.Features(
                 features.get("softcap"), features.get("alibi_slopes"), values.get("sinks"), p, keep
             ),
+            dtype=case.precision or "",
+            own_accuracy=case.is_wide,
         )
     expected = _EXPECTED[key]
     if backward:
         bound = expected.bounds["out"]
         assert bound.model is not None
-        model = reference.store(bound.model, case.dtype).view(np.uint16)
-        _bshd(tensors["out"].values, case.layout)[...] = model
+        out = _bshd(tensors["out"].values, case.layout)
+        out[...] = reference.store(bound.model, case.dtype).view(out.dtype)
         tensors["lse"].values[...] = expected.lse
     options = Options.checked(case.causal, case.softmax_scale, case.layout, None, case.deterministic)
     refs = {name: tensor.ref() for name, tensor in tensors.items()}
     dense = {name: ref for name, ref in refs.items() if name in (BACKWARD if backward else FORWARD)}
     problem = AttentionProblem.from_refs(dense, gpu_cases.sizes_of(case), case.dtype, options)
-    if case.window is not None:
-        problem = SPECS["window_size"](problem, case.window)
+    for name, value in (("window_size", case.window), ("precision", case.precision)):
+        problem = problem if value is None else SPECS[name](problem, value)
     if "softcap" in features:
         problem = SPECS["softcap"](problem, features["softcap"])
     for name in ("alibi_slopes", "sinks", "dsinks"):
@@ -286,20 +289,20 @@ def _tensor(host_case: HostCase, name: str) -> Tensor:
     if name == "alibi_slopes":
         heads = case.heads[0]
         if "alibi of batch" in host_case.scores:  # heads outermost: any strides will do
-            return Tensor((case.batch, heads), (1, case.batch), "float32")
-        return Tensor((heads,), (1,), "float32")
+            return Tensor((case.batch, heads), (1, case.batch), case.lse_dtype)
+        return Tensor((heads,), (1,), case.lse_dtype)
     if name == "dropout_seed":
         return Tensor((host_case.dropout[1],), (1,), "float32")
     if name in ("sinks", "dsinks"):
         return Tensor((case.heads[0],), (1,), host_case.sinks)
     if name == "dlse":  # seqlen outermost: any strides will do
         batch, heads = case.batch, case.heads[0]
-        return Tensor((batch, heads, case.seqlen_q), (1, batch, batch * heads), "float32")
+        return Tensor((batch, heads, case.seqlen_q), (1, batch, batch * heads), case.lse_dtype)
     place = gpu_cases.place(case, name)
     strides = place.strides
     if host_case.flip:  # the last dimension, and seqlen of lse, stay as they are
         strides = (strides[0], *(-s for s in strides[1:-1]), strides[-1])
-    dtype = "float32" if name == "lse" else case.dtype
+    dtype = case.lse_dtype if name == "lse" else case.dtype
     return Tensor(place.shape, strides, dtype, 0 if name == "lse" else case.shift)
 
 
@@ -399,13 +402,13 @@ def judge(prepared: Prepared, known: frozenset[str] = frozenset()) -> None:
     for name in (name for name in prepared.results if name not in known):
         tensor = prepared.tensors[name]
         assert tensor.untouched_outside(), f"{name}: something outside the array was written"
-        if tensor.dtype == "float32":  # lse, dsinks
+        if name == "lse":
             got[name] = tensor.values
         elif name == "dsinks":
             got[name] = tensor.values.view(np.float16) if tensor.dtype == "float16" else tensor.values
         else:
             view = _bshd(tensor.values, case.layout)
-            got[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
+            got[name] = view.view(np.float16) if case.dtype == "float16" else view
     assert prepared.workspace.untouched_outside(), "something outside the workspace was written"
     for name, bits in prepared.inputs.items():
         assert prepared.tensors[name].bits() == bits, f"{name} is an input, and was written"

@@ -16,6 +16,7 @@ from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem, Sizes
 from fa2cupy.spec import LengthsSpec
 from tests import reference, scores
+from tests.gpu.cases import WIDE_DTYPES
 from tests.host import run
 from tests.host.build import Mutation
 from tests.host.kernel_run import (
@@ -229,6 +230,14 @@ class LengthsCase:
     scores: tuple[str, ...] = ()
     dropout: tuple[float, int] = (0.0, 4)
 
+    @property
+    def is_wide(self) -> bool:
+        return self.dtype in WIDE_DTYPES
+
+    @property
+    def lse_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
     def features(self) -> dict[str, Any]:
         """Of scores, as keywords of `attention`."""
         return scores.draw_features(self.scores, self.seed, self.lengths.problem_batch, self.heads[0], self.dtype)
@@ -266,12 +275,12 @@ def _tensor(case: LengthsCase, name: str) -> Tensor:
         return Tensor((case.dropout[1],), (1,), "float32")
     if name == "alibi_slopes":
         shape = case.features()[name].shape
-        return Tensor(shape, (1, shape[0])[: len(shape)], "float32")  # of the batch, heads outermost
+        return Tensor(shape, (1, shape[0])[: len(shape)], case.lse_dtype)  # of the batch, heads outermost
     side = "q" if name in _OF_QUERIES else "k"
     batch, rows = lengths.batch(side), getattr(lengths, f"rows_{side}")
     heads = case.heads[0] if side == "q" else case.heads[1]
     if name in ("lse", "dlse"):
-        return Tensor((batch, heads, rows), (heads * rows, rows, 1), "float32")
+        return Tensor((batch, heads, rows), (heads * rows, rows, 1), case.lse_dtype)
     width = (case.head_dim_v or case.head_dim) if name in ("v", "out", "dout", "dv") else case.head_dim
     pitch = width + case.pad
     row, head = (pitch, rows * pitch) if case.heads_first else (heads * pitch, pitch)
@@ -320,8 +329,8 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
             values = tensors[name].values
             for b, (first, length) in enumerate(lengths.runs(side)):
                 rows = slice(first, first + length)
-                values[lengths.row(side, b), rows] = numbers[name].view(np.uint16)[lengths.row(side, b), rows]
-            values[~lengths.seen(side)] = 0xFFFF
+                values[lengths.row(side, b), rows] = numbers[name].view(values.dtype)[lengths.row(side, b), rows]
+            values[~lengths.seen(side)] = np.nan if case.is_wide else 0xFFFF
     if "dlse" in tensors:
         dlse = tensors["dlse"].values.swapaxes(1, 2)
         seen = lengths.seen("q") if not case.sinks else lengths.there("q")  # then it is the sink that they see
@@ -349,6 +358,7 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
             features=reference.Features(
                 features.get("softcap"), _slopes(features, lengths.number(b)), sinks, case.dropout[0], _keep(case, b)
             ),
+            own_accuracy=case.is_wide,
         )  # fmt: skip
         expected.append(want)
         if backward:
@@ -397,7 +407,7 @@ def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tup
     if name in ("lse", "dlse"):
         return tensor.values[row : row + 1, :, there]
     part = tensor.values[row : row + 1, there]
-    return part if case.dtype == "bfloat16" else part.view(np.float16)
+    return part.view(np.float16) if case.dtype == "float16" else part
 
 
 def execute(
@@ -473,7 +483,7 @@ def judge_dsinks(prepared: Prepared) -> None:
     values = prepared.tensors["dsinks"].values
     if case.sinks != "float32":
         model = reference.round_to(model, case.sinks)
-        values = values if case.sinks == "bfloat16" else values.view(np.float16)
+        values = values.view(np.float16) if case.sinks == "float16" else values
     reference.compare("dsinks", values, ref, model, floor)
 
 

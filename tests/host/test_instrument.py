@@ -82,26 +82,78 @@ def test_product_of_fragments(which: int, dtype: str, schedule: Schedule, rng: n
     np.testing.assert_allclose(out, 1 + reference.as_float64(a) @ reference.as_float64(b), rtol=1e-5, atol=1e-5)
 
 
+def tf32(x: np.ndarray) -> np.ndarray:
+    """What a product looks at of floats."""
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_product_of_floats(rng: np.random.Generator) -> None:
+    """Of the first 10 bits behind the point; its sum, cut off two bits behind the last of its largest term."""
+    a, b, d = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    a[3], d[3] = 0.0, 0.0
+    a[5] *= 1e-6  # beside d they are cut off
+    out = d.copy()
+    launch(8, a=a.view(np.uint16), b=b.view(np.uint16), out=out)
+    terms = tf32(a).astype(np.float64)[:, :, None] * tf32(b)  # exact: (16, 8, 8)
+    terms = np.concatenate([d[:, None], terms], axis=1)
+    with np.errstate(divide="ignore"):
+        unit = 2.0 ** (np.floor(np.log2(abs(terms).max(1))) - 25)
+    unit = np.where(unit > 0, unit, 1.0)
+    exact = (np.trunc(terms / unit[:, None]) * unit[:, None]).sum(1)
+    nearest = exact.astype(np.float32)
+    cut = np.where(abs(nearest) > abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
+    np.testing.assert_array_equal(out, cut)
+    assert (abs(out) <= abs(exact)).all() and (out != nearest).any()
+
+
+def test_product_of_floats_that_are_no_numbers() -> None:
+    a, b = np.ones((16, 8), np.float32), np.ones((8, 8), np.float32)
+    a[0, 0], a[1, 3], a[2, 5], a[3, 7] = np.nan, np.inf, -np.inf, 1e-40
+    out = np.zeros((16, 8), np.float32)
+    launch(8, a=a.view(np.uint16), b=b.view(np.uint16), out=out)
+    assert np.isnan(out[0]).all() and (out[1] == np.inf).all() and (out[2] == -np.inf).all()
+    assert (out[3] == 7).all() and (out[4:] == 8).all()
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_product_of_doubles(wide: int, rng: np.random.Generator) -> None:
+    a, b, out = (rng.standard_normal(shape) for shape in ((16, 8), (8, 8), (16, 8)))
+    expected = out + a @ b
+    launch(9, a=a.view(np.uint16), b=b.view(np.uint16), out=out.view(np.float32), n=wide)
+    np.testing.assert_allclose(out, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_words_of_eight_bytes(rng: np.random.Generator) -> None:
+    a, out = rng.standard_normal(32), np.zeros(33)
+    launch(30, a=a.view(np.uint16), out=out.view(np.float32))
+    np.testing.assert_array_equal(out[:32], a[np.arange(32) ^ 5])
+    np.testing.assert_allclose(out[32], a.sum(), rtol=1e-14)
+
+
 def test_conversions_agree_with_numpy(rng: np.random.Generator) -> None:
     edges = [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e30, np.inf, -np.inf, np.nan, 6.1e-5, 6.0e-8, 2.98e-8, 2.99e-8]
     bits = rng.integers(0, 1 << 32, 20000, dtype=np.uint32).view(np.float32)
     half_range = (rng.standard_normal(20000) * 2.0 ** rng.integers(-28, 18, 20000)).astype(np.float32)
     ties = np.arange(4096, dtype=np.uint32).view(np.float32) + (np.arange(4096, dtype=np.uint32) << 12).view(np.float32)
     x = np.concatenate([np.array(edges, np.float32), bits, half_range, ties])
-    out = np.zeros(2 * 65536, np.float32)
+    out = np.zeros(2 * 65536 + len(x), np.float32)
     packed = np.zeros((len(x), 2), np.int32)
     launch(2, b=x.view(np.uint16), out=out, counter=packed, n=len(x))
 
     every = np.arange(65536, dtype=np.uint16)
     np.testing.assert_array_equal(out[:65536], every.view(np.float16).astype(np.float32))
     with np.errstate(over="ignore", invalid="ignore"):
-        np.testing.assert_array_equal(out[65536:], reference.as_float64(every).astype(np.float32))
+        np.testing.assert_array_equal(out[65536:131072], reference.as_float64(every).astype(np.float32))
         halves = x.astype(np.float16)
     number = ~np.isnan(x)
     np.testing.assert_array_equal(packed[number, 0].astype(np.uint16), halves[number].view(np.uint16))
     np.testing.assert_array_equal(
         packed[number, 1].view(np.uint32) >> 16, reference.store(x[number].astype(np.float64), "bfloat16")
     )
+    # To 10 bits, ties away from zero: halves are added to the magnitude and cut off, of an infinity nothing.
+    short = tf32((x[number].view(np.uint32) + np.uint32(0x1000)).view(np.float32))
+    np.testing.assert_array_equal(out[131072:][number], np.where(np.isinf(x[number]), x[number], short))
+    assert np.isnan(out[131072:][~number]).all()
     assert np.isnan(packed[~number, 0].astype(np.uint16).view(np.float16)).all()
     assert np.isnan(reference.as_float64((packed[~number, 1].view(np.uint32) >> 16).astype(np.uint16))).all()
 
@@ -280,6 +332,6 @@ def test_sanitizers(which: int, n: int, message: str) -> None:
 
 
 def test_no_false_alarm_under_sanitizers() -> None:
-    names = "product or conversions or copies or groups or blocks_wait or broken_rule or ids"
+    names = "product or words or conversions or copies or groups or blocks_wait or broken_rule or ids"
     done = sanitized.pytest(__file__, "-k", f"({names}) and not sanit")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -215,6 +215,7 @@ FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
+CHUNK = "common/chunk.cuh"
 FILL, TILES = "smxx/fill_unseen.cu", "common/bwd_tiles.cuh"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
@@ -567,7 +568,7 @@ MUTANTS = [
     ("bwd", "splits", BWD, "(row + accumulator_row()) * kCols", "accumulator_row() * kCols"),
     ("bwd", "splits", POST, "split < params.splits", "split < params.splits - 1"),
     ("bwd", "splits", POST, "split < params.splits", "split <= params.splits"),
-    ("bwd", "splits", POST, "row_of_keys * params.splits * part_floats", "row_of_keys * part_floats"),
+    ("bwd", "splits", POST, "row_of_keys * params.splits * part_reals", "row_of_keys * part_reals"),
     ("bwd", "splits", POST, "ceil_div(shape.seqlen_k, kBlockN)) * kBlockN", "shape.seqlen_k)"),
     # of lists: several tiles or sequences of a thread block, and sequences whose keys are one block
     ("fwd", "listed-several", FWD, "linear < tiles; linear += gridDim.x", "linear < tiles - 1; linear += gridDim.x"),
@@ -643,10 +644,10 @@ MUTANTS = [
     ("bwd", "full", PRE, "row < rows ? head_dim_v", "row <= rows ? head_dim_v"),
     ("bwd", "full", PRE, "own_row < rows", "own_row <= rows"),
     ("bwd", "full", PRE, "if (own_row < (kShort ? rows : kBlockM))", "if (true)"),
-    ("bwd", "narrow", PRE, "if (col < cols)", "if (col <= cols)"),
-    ("bwd", "unaligned", PRE, "if (col + i < cols)", "if (col + i <= cols)"),
+    ("bwd", "narrow", CHUNK, "if (cols > col + i)", "if (cols >= col + i)"),
+    ("bwd", "unaligned", CHUNK, "if (col + i < cols) chunk", "if (col + i <= cols) chunk"),
     ("bwd", "tiny", PRE, "if (row < (kShort ? rows : kBlockM) && col == 0)", "if (col == 0)"),
-    ("bwd", "full", PRE, "i < kDqTileFloats / 4", "i < kDqTileFloats / 4 - 1"),
+    ("bwd", "full", PRE, "i < kDqTileFloats / kAtOnce", "i < kDqTileFloats / kAtOnce - 1"),
     # what is written
     ("fwd", "full", TILE, "if (row >= rows ||", "if (row > rows ||"),
     ("fwd", "narrow", TILE, "if (map.col + col < cols)", "if (map.col + col <= cols)"),
@@ -658,7 +659,13 @@ MUTANTS = [
     ("bwd", "narrow", POST, "if (dq_col(warp) + 8 * j >= kHeadDim) break;", ""),
     ("bwd", "splits", POST, "if (batch >= shape.batch) return", "if (batch > shape.batch) return"),
     ("bwd", "splits-unaligned", POST, "ceil_div(cols, 8)", "cols / 8"),
-    ("bwd", "splits-unaligned", POST, "if (col + i < cols)", "if (col + i <= cols)"),
+    (
+        "bwd",
+        "splits-unaligned",
+        CHUNK,
+        "if (col + i < cols) row[col + i] = T{",
+        "if (col + i <= cols) row[col + i] = T{",
+    ),
     ("fwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
     ("fwd", "dropped", FILL, "min(piece * 16 + 16, params.head_dim)", "piece * 16 + 16"),
     ("bwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),

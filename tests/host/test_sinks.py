@@ -120,7 +120,7 @@ PRE, OWN = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_sinks.cu"
 # Direction, case, file, what stands there, what is put there instead.
 MUTANTS = [
     ("fwd", "causal", SOFTMAX, "sum[i][h] * alpha + ex2(", "sum[i][h] + ex2("),
-    ("fwd", "causal", SOFTMAX, "const float inverse = alpha * (", "const float inverse = ("),
+    ("fwd", "causal", SOFTMAX, "Real inverse = alpha * (", "Real inverse = ("),
     (
         "fwd",
         "causal",
@@ -128,7 +128,7 @@ MUTANTS = [
         "(kOwnLogit ? max[i][h] : scaled(max[i][h], scale_log2))",
         "scaled(max[i][h], scale_log2)",
     ),
-    ("fwd", "causal", SOFTMAX, "__fmul_rn(sink, kLog2E)", "sink"),
+    ("fwd", "causal", SOFTMAX, "mul_rn(sink, kLog2E)", "sink"),
     (
         "fwd",
         "causal",

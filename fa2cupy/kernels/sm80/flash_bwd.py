@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fa2cupy.declared import TOO_WIDE
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import Backward, Defines, Order, Work
@@ -17,6 +18,8 @@ from fa2cupy.problem import AttentionProblem
 
 __all__ = [
     "BWD_TILES",
+    "BWD_TILES_F32",
+    "BWD_TILES_F64",
     "ROW",
     "BwdTile",
     "arch",
@@ -38,7 +41,7 @@ class BwdTile:
     """A row of the tables below.
 
     block_m query rows x block_n keys. num_stages: buffers of Q and dO. split: warps that share 16 key rows (2: P^T goes
-    through shared memory). dq_warps_m: warps along the rows of dQ.
+    through shared memory). dq_warps_m: warps along the rows of dQ. promote, of float32: as in the forward's rows.
     """
 
     head_dim: int
@@ -50,6 +53,8 @@ class BwdTile:
     dq_warps_m: int
     note: str
     spill_bytes: int = 0
+    element_bytes: int = 2
+    promote: bool = True
 
     family: ClassVar[str] = "sm80"
     cluster: ClassVar[int] = 1
@@ -64,14 +69,14 @@ class BwdTile:
 
     def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0) -> int:
         """Of `SharedMemory` in sm80/flash_bwd.cu; both are padded."""
-        statistics = 2 * self.num_stages * self.block_m * 4
+        element = self.element_bytes
         widths = head_dim, head_dim_v or head_dim
         total = (
-            sum(tile_bytes(self.block_n, width) for width in widths)
-            + self.num_stages * sum(tile_bytes(self.block_m, width) for width in widths)
-            + tile_bytes(self.block_n, self.block_m)
-            + tile_bytes(16 if self.split == 1 else self.block_n, self.block_m)
-            + statistics
+            sum(tile_bytes(self.block_n, width, element) for width in widths)
+            + self.num_stages * sum(tile_bytes(self.block_m, width, element) for width in widths)
+            + tile_bytes(self.block_n, self.block_m, element, scores=True)
+            + tile_bytes(16 if self.split == 1 else self.block_n, self.block_m, element, scores=True)
+            + 2 * self.num_stages * self.block_m * max(4, element)  # statistics
         )
         return -(-total // 128) * 128
 
@@ -105,6 +110,70 @@ BWD_TILES: dict[int, tuple[BwdTile, ...]] = {
     ),
 }
 
+
+def _f32(
+    head_dim: int,
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    split: int,
+    dq_warps_m: int,
+    note: str,
+    spill_bytes: int = 0,
+) -> BwdTile:
+    return BwdTile(head_dim, block_m, block_n, num_warps, num_stages, split, dq_warps_m, note, spill_bytes, 4)
+
+
+def _f64(
+    head_dim: int,
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    split: int,
+    dq_warps_m: int,
+    note: str,
+    spill_bytes: int = 0,
+) -> BwdTile:
+    return BwdTile(head_dim, block_m, block_n, num_warps, 1, split, dq_warps_m, note, spill_bytes, 8)
+
+
+# The rows of the wider types were chosen by what they compile to: none was measured. Of float32, both ways.
+BWD_TILES_F32: dict[int, tuple[BwdTile, ...]] = {
+    232448: (
+        _f32(64, 64, 64, 8, 2, 2, 4, "139 KB"),
+        _f32(128, 32, 64, 8, 2, 2, 2, "153 KB"),
+        _f32(256, 64, 32, 8, 1, 4, 4, "214 KB", 108),
+    ),
+    166912: (
+        _f32(64, 64, 64, 8, 2, 2, 4, "139 KB"),
+        _f32(128, 32, 64, 8, 2, 2, 2, "153 KB"),
+        _f32(256, 32, 32, 4, 1, 2, 2, "140 KB: 64x32x8 needs 214", 424),
+    ),
+    101376: (
+        _f32(64, 32, 64, 8, 2, 2, 2, "89 KB"),
+        _f32(128, 32, 32, 4, 1, 2, 2, "76 KB"),
+        _f32(224, 32, 16, 2, 1, 2, 2, "93 KB"),
+    ),
+}
+BWD_TILES_F64: dict[int, tuple[BwdTile, ...]] = {
+    232448: (
+        _f64(64, 32, 32, 4, 2, 2, "87 KB: two blocks per multiprocessor"),
+        _f64(128, 32, 32, 8, 4, 2, "151 KB; of four warps each spills 48 bytes"),
+        _f64(256, 32, 16, 4, 4, 2, "205 KB", 8),
+    ),
+    166912: (
+        _f64(64, 32, 32, 4, 2, 2, "87 KB"),
+        _f64(128, 32, 32, 8, 4, 2, "151 KB"),
+        _f64(192, 32, 16, 4, 4, 2, "157 KB"),
+    ),
+    101376: (
+        _f64(64, 32, 32, 4, 2, 2, "87 KB"),
+        _f64(160, 16, 16, 2, 2, 1, "87 KB", 8),
+    ),
+}
+_TABLES = {"float32": BWD_TILES_F32, "tf32": BWD_TILES_F32, "float64": BWD_TILES_F64}
+
 ROW = BwdTile
 
 
@@ -114,14 +183,25 @@ def arch(device: DeviceInfo) -> str:
 
 
 def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
-    """What speaks against it, or the empty string: nothing."""
+    """What speaks against it, or the empty string: of the wider types, heads for which there is no room."""
+    most = max(tile.head_dim for tile in table(problem.arithmetic, device.shared_mem_optin))
+    for name in ("head_dim", "head_dim_v"):
+        width = getattr(problem, name)
+        if width > most:
+            room = shared_memory_class(device.shared_mem_optin) // 1024
+            return str(TOO_WIDE.error(name=name, width=width, dtype=problem.dtype, kilobytes=room, most=most))
     return ""
+
+
+def table(arithmetic: str, shared_mem: int) -> tuple[BwdTile, ...]:
+    """The rows of a dtype or 'tf32', for GPUs with so many bytes of shared memory."""
+    return _TABLES.get(arithmetic, BWD_TILES)[shared_memory_class(shared_mem)]
 
 
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[BwdTile]:
     """The narrowest first, which is the best."""
     widest = max(problem.head_dim, problem.head_dim_v)
-    return [tile for tile in BWD_TILES[shared_memory_class(device.shared_mem_optin)] if widest <= tile.head_dim]
+    return [tile for tile in table(problem.arithmetic, device.shared_mem_optin) if widest <= tile.head_dim]
 
 
 def head_dims(problem: AttentionProblem, tile: BwdTile) -> tuple[int, int]:
@@ -140,7 +220,9 @@ def order(work: Work) -> Order:
     problem = work.problem
     splits = backward.splits_of_heads(work)
     shares = work.key_heads * splits
-    row_bytes = (2 + 4) * problem.head_dim + 2 * problem.head_dim_v  # Q, float32 dQ, dO
+    assert isinstance(work.tile, BwdTile)
+    element = work.tile.element_bytes
+    row_bytes = (element + max(4, element)) * problem.head_dim + element * problem.head_dim_v  # Q, dQ in `Real`, dO
     queries_bytes = work.group // splits * work.rows * row_bytes
     section = shares  # of lists, which have an order of their own
     if not work.lists:
@@ -167,7 +249,16 @@ def launch(whole: Backward, tile: BwdTile) -> KernelLaunch:
     """A thread block for each share of a block of keys, or for several short segments."""
     work, order = whole.work, whole.order
     side = whole.side_defines | backward.adding_defines(tile, order.cleared)
-    main = _defines(tile, side, *whole.head_dims, work.problem.causal, work.deterministic, order.partial)
+    main = _defines(
+        tile,
+        work.problem.dtype,
+        arch(work.device),
+        side,
+        *whole.head_dims,
+        work.problem.causal,
+        work.deterministic,
+        order.partial,
+    )
     blocks = work.blocks(work.key_tiles * order.splits, tile.num_warps)
     return whole.launch(
         _KERNEL, arch(work.device), main, backward.config(blocks, tile.num_warps, int(main["FA2_SHARED_BYTES"]))
@@ -176,6 +267,8 @@ def launch(whole: Backward, tile: BwdTile) -> KernelLaunch:
 
 def _defines(
     tile: BwdTile,
+    dtype: str,
+    arch: str,
     side: Mapping[str, int | str],
     head_dim: int,
     head_dim_v: int,
@@ -183,16 +276,21 @@ def _defines(
     deterministic: bool,
     partial: bool,
 ) -> Defines:
-    return backward.main_defines(tile, side, causal, deterministic, partial) | {
-        "FA2_NUM_STAGES": tile.num_stages,
-        "FA2_SPLIT": tile.split,
-        "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
-    }
+    products = common.product_defines(dtype, arch, tile.promote)
+    return (
+        backward.main_defines(tile, side, causal, deterministic, partial)
+        | products
+        | {
+            "FA2_NUM_STAGES": tile.num_stages,
+            "FA2_SPLIT": tile.split,
+            "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
+        }
+    )
 
 
-def rows_ahead(arch: str) -> Iterable[tuple[BwdTile, int, int]]:
+def rows_ahead(arch: str, dtype: str) -> Iterable[tuple[BwdTile, int, int]]:
     """(row, head_dim, head_dim_v) of what is compiled ahead."""
-    return head_dims_of_rows(BWD_TILES[shared_memory_class(SHARED_MEMORY[arch])])
+    return head_dims_of_rows(table(dtype, SHARED_MEMORY[arch]))
 
 
 def compile_jobs(
@@ -202,6 +300,6 @@ def compile_jobs(
 
     def defines(clear: bool, deterministic: bool, causal: bool, partial: bool) -> Defines:
         both = side | backward.adding_defines(tile, clear)
-        return _defines(tile, both, head_dim, head_dim_v, causal, deterministic, partial)
+        return _defines(tile, label.split()[0], arch, both, head_dim, head_dim_v, causal, deterministic, partial)
 
     return backward.main_jobs(_KERNEL, arch, label, tile, cleared, defines)

@@ -17,8 +17,21 @@ from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import FwdParams, pack_strides
 from fa2cupy.kernels.tiles import SHARED_MEMORY, head_dims_of_rows, rows_for, shared_memory_class, tile_bytes
 from fa2cupy.problem import AttentionProblem
+from fa2cupy.spec import of_dtype
 
-__all__ = ["FWD_TILES", "ROW", "FwdTile", "arch", "compile_jobs", "launch", "objection", "rows"]
+__all__ = [
+    "FWD_TILES",
+    "FWD_TILES_F32",
+    "FWD_TILES_F64",
+    "FWD_TILES_TF32",
+    "ROW",
+    "FwdTile",
+    "arch",
+    "compile_jobs",
+    "launch",
+    "objection",
+    "rows",
+]
 
 _KERNEL = ("sm80/flash_fwd.cu", "flash_fwd")
 _USUAL_KEYS = 128  # of segments: if they are shorter, thread blocks may take several tiles
@@ -30,6 +43,7 @@ class FwdTile:
 
     head_dim: the largest one that this row serves. block_m query rows x block_n keys. q_steps_in_regs: how many of Q's
     blocks of 16 columns stay in registers. spill_bytes: what ptxas is allowed to spill, the most on any architecture.
+    row_warps: warps that share query rows. promote, of float32: sums of products begin anew with every 16 terms.
     """
 
     head_dim: int
@@ -39,20 +53,23 @@ class FwdTile:
     q_steps_in_regs: int
     note: str
     spill_bytes: int = 0
+    element_bytes: int = 2
+    row_warps: int = 1
+    promote: bool = True
 
     family: ClassVar[str] = "sm80"
 
     @property
     def room(self) -> bool:
         """16 rows per warp, or a tile as small."""
-        rows = self.block_m // self.num_warps
-        return rows == 16 or rows * (self.block_n + self.head_dim) <= 4096
+        rows = self.block_m * self.row_warps // self.num_warps
+        return rows == 16 or (self.element_bytes == 2 and rows * (self.block_n + self.head_dim) <= 4096)
 
     def shared_mem_bytes(self, head_dim: int, head_dim_v: int = 0) -> int:
         """Of `SharedMemory` in sm80/flash_fwd.cu; both are padded."""
         head_dim_v = head_dim_v or head_dim
-        q_or_out = tile_bytes(self.block_m, max(head_dim, head_dim_v))
-        return q_or_out + tile_bytes(self.block_n, head_dim) + tile_bytes(self.block_n, head_dim_v)
+        tiles = (self.block_m, max(head_dim, head_dim_v)), (self.block_n, head_dim), (self.block_n, head_dim_v)
+        return sum(tile_bytes(rows, width, self.element_bytes) for rows, width in tiles)
 
 
 _FWD_LARGE = (
@@ -85,6 +102,78 @@ FWD_TILES: dict[int, tuple[FwdTile, ...]] = {
     ),
 }
 
+
+def _f32(head_dim: int, block_m: int, block_n: int, num_warps: int, note: str, spill_bytes: int = 0) -> FwdTile:
+    return FwdTile(head_dim, block_m, block_n, num_warps, 0, note, spill_bytes, 4)
+
+
+def _f64(
+    head_dim: int, block_m: int, block_n: int, num_warps: int, row_warps: int, note: str, spill_bytes: int = 0
+) -> FwdTile:
+    return FwdTile(head_dim, block_m, block_n, num_warps, 0, note, spill_bytes, 8, row_warps)
+
+
+# The rows of the wider types were chosen by what they compile to: none was measured.
+# Of float32, by three products of tf32.
+FWD_TILES_F32: dict[int, tuple[FwdTile, ...]] = {
+    232448: (
+        _f32(64, 64, 64, 4, "51 KB; 128x32 spills 16 to 48 bytes"),
+        _f32(128, 64, 64, 4, "99 KB: two blocks per multiprocessor"),
+        _f32(192, 64, 32, 4, "98 KB: two blocks per multiprocessor", 16),
+        _f32(256, 64, 16, 4, "98 KB: two blocks per multiprocessor; 64x32 spills 1152 bytes", 80),
+    ),
+    166912: (
+        _f32(64, 64, 64, 4, "51 KB; 128x32 spills 48 bytes"),
+        _f32(128, 64, 32, 4, "66 KB: two blocks per multiprocessor"),
+        _f32(192, 64, 32, 4, "98 KB", 32),
+        _f32(256, 64, 16, 4, "98 KB", 80),
+    ),
+    101376: (
+        _f32(64, 64, 32, 4, "34 KB: two blocks per multiprocessor"),
+        _f32(128, 64, 32, 4, "66 KB; 64x64 spills 580 bytes on sm_120"),
+        _f32(192, 64, 32, 4, "98 KB", 40),
+        _f32(256, 64, 16, 4, "98 KB", 80),
+    ),
+}
+# By single products: fewer registers, and more of what is read from shared memory for each product.
+FWD_TILES_TF32: dict[int, tuple[FwdTile, ...]] = {
+    232448: (
+        _f32(64, 128, 64, 4, "68 KB: 32 rows per warp"),
+        _f32(128, 128, 32, 4, "99 KB: 32 rows per warp"),
+        _f32(256, 64, 32, 4, "130 KB", 12),
+    ),
+    166912: (
+        _f32(64, 128, 64, 4, "68 KB: 32 rows per warp"),
+        _f32(128, 128, 32, 4, "99 KB: 32 rows per warp"),
+        _f32(256, 64, 32, 4, "130 KB", 12),
+    ),
+    101376: (
+        _f32(64, 128, 32, 4, "51 KB: 32 rows per warp"),
+        _f32(128, 64, 32, 4, "66 KB"),
+        _f32(192, 64, 32, 4, "98 KB"),
+        _f32(256, 64, 16, 4, "98 KB"),
+    ),
+}
+# Of float64. Above head_dim 128 the columns of O of 16 rows do not fit a warp's registers: two warps share the rows.
+FWD_TILES_F64: dict[int, tuple[FwdTile, ...]] = {
+    232448: (
+        _f64(64, 64, 32, 4, 1, "68 KB: two blocks per multiprocessor"),
+        _f64(128, 64, 16, 4, 1, "99 KB: two blocks per multiprocessor; 64x32 spills 360 bytes"),
+        _f64(256, 32, 16, 4, 2, "130 KB"),
+    ),
+    166912: (
+        _f64(64, 64, 32, 4, 1, "68 KB: two blocks per multiprocessor"),
+        _f64(128, 64, 32, 4, 1, "132 KB"),
+        _f64(256, 32, 16, 4, 2, "130 KB"),
+    ),
+    101376: (
+        _f64(64, 64, 32, 4, 1, "68 KB"),
+        _f64(128, 64, 16, 4, 1, "99 KB"),
+        _f64(256, 16, 16, 2, 2, "98 KB", 8),
+    ),
+}
+_TABLES = {"float32": FWD_TILES_F32, "tf32": FWD_TILES_TF32, "float64": FWD_TILES_F64}
+
 ROW = FwdTile
 
 
@@ -98,10 +187,14 @@ def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
     return ""
 
 
+def table(arithmetic: str, shared_mem: int) -> tuple[FwdTile, ...]:
+    """The rows of a dtype or 'tf32', for GPUs with so many bytes of shared memory."""
+    return _TABLES.get(arithmetic, FWD_TILES)[shared_memory_class(shared_mem)]
+
+
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTile]:
     """Of the smallest head_dim that is large enough, the best first: those whose grid fills the GPU, then the rest."""
-    table = FWD_TILES[shared_memory_class(device.shared_mem_optin)]
-    served = rows_for(table, max(problem.head_dim, problem.head_dim_v))
+    served = rows_for(table(problem.arithmetic, device.shared_mem_optin), max(problem.head_dim, problem.head_dim_v))
     seqlen_q = common.mean_seqlen_q(problem)
     heads = problem.batch * problem.num_heads
     filling = [tile for tile in served if -(-seqlen_q // tile.block_m) * heads > device.sm_count]
@@ -112,17 +205,17 @@ def launch(
     problem: AttentionProblem, device: DeviceInfo, tile: FwdTile, empty: int, lists: Lists | None
 ) -> KernelLaunch:
     """Of all query rows but the first `empty`; or of the tiles of a list, the launch before."""
-    head_dim, head_dim_v = common.padded_head_dims(problem)
+    head_dim, head_dim_v = common.padded_head_dims(problem, tile.row_warps)
     seqlen_q = problem.seqlen_q - empty
     # The order of tiles: sections of the heads whose keys fit the cache.
     m_blocks = -(-seqlen_q // tile.block_m)
     group = problem.num_heads // problem.num_heads_k
-    keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    keys_bytes = tile.element_bytes * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     heads_k = problem.batch * problem.num_heads_k
     section = order.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes)
 
     strides = dict(problem.strides)
-    params = FwdParams()
+    params = of_dtype(FwdParams, problem.dtype)()
     for name in FORWARD_ARRAYS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
     params.shape = common.shape_params(problem, seqlen_q, section * group)
@@ -130,8 +223,9 @@ def launch(
     params.head_dim_v = problem.head_dim_v
 
     tiles = m_blocks * problem.batch if lists is None else lists.tiles_of_head_q
+    scale_first = problem.softmax_scale <= 0
     defines = _defines(
-        tile, problem.dtype, head_dim, head_dim_v, problem.aligned, problem.causal, problem.softmax_scale <= 0
+        tile, arch(device), problem.dtype, head_dim, head_dim_v, problem.aligned, problem.causal, scale_first
     )
     if lists is not None and problem.lengths is not None and problem.lengths.segments:
         usual = Lists.of(problem, tile.block_m, tile.block_n, has_keys=False, short_keys=_USUAL_KEYS).tiles_of_head_q
@@ -157,16 +251,28 @@ def launch(
 
 
 def _defines(
-    tile: FwdTile, dtype: str, head_dim: int, head_dim_v: int, aligned: bool, causal: bool, scale_first: bool
+    tile: FwdTile,
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    aligned: bool,
+    causal: bool,
+    scale_first: bool,
 ) -> dict[str, int | str]:
-    return common.common_defines(dtype, head_dim, head_dim_v, aligned) | {
+    defines = common.common_defines(dtype, head_dim, head_dim_v, aligned) | common.product_defines(
+        dtype, arch, tile.promote
+    )
+    if tile.row_warps > 1:
+        defines["FA2_ROW_WARPS"] = tile.row_warps
+    return defines | {
         "FA2_BLOCK_M": tile.block_m,
         "FA2_BLOCK_N": tile.block_n,
         "FA2_NUM_WARPS": tile.num_warps,
         "FA2_Q_STEPS_IN_REGS": min(tile.q_steps_in_regs, head_dim // 16),
         "FA2_CAUSAL": int(causal),
         "FA2_SCALE_FIRST": int(scale_first),
-        "FA2_PARAMS_BYTES": ctypes.sizeof(FwdParams),
+        "FA2_PARAMS_BYTES": ctypes.sizeof(of_dtype(FwdParams, dtype)),
         "FA2_SHARED_BYTES": tile.shared_mem_bytes(head_dim, head_dim_v),
     }
 
@@ -177,11 +283,11 @@ def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
         CompileJob(
             *_KERNEL,
             arch,
-            _defines(tile, dtype, head_dim, head_dim_v, True, causal, False),
+            _defines(tile, arch, dtype, head_dim, head_dim_v, True, causal, False),
             common.forward_label(dtype, head_dim, head_dim_v, causal, tile),
             tile.shared_mem_bytes(head_dim, head_dim_v),
             tile.spill_bytes,
         )
-        for tile, head_dim, head_dim_v in head_dims_of_rows(FWD_TILES[shared_memory_class(SHARED_MEMORY[arch])])
+        for tile, head_dim, head_dim_v in head_dims_of_rows(table(dtype, SHARED_MEMORY[arch]))
         for causal in (False, True)
     ]

@@ -115,7 +115,7 @@ def launch(whole: Backward, tile: BwdTileNarrow) -> KernelLaunch:
     return sm90.launch(_KERNEL, whole, tile)
 
 
-def rows_ahead(arch: str) -> Iterable[tuple[BwdTileNarrow, int, int]]:
+def rows_ahead(arch: str, dtype: str) -> Iterable[tuple[BwdTileNarrow, int, int]]:
     """(row, head_dim, head_dim_v) of what is compiled ahead."""
     return [(tile, tile.head_dim, tile.head_dim_v) for tile in BWD_TILES_SM90]
 

@@ -107,7 +107,7 @@ def launch(whole: Backward, tile: BwdTileWide) -> KernelLaunch:
     return sm90.launch(_KERNEL, whole, tile)
 
 
-def rows_ahead(arch: str) -> Iterable[tuple[BwdTileWide, int, int]]:
+def rows_ahead(arch: str, dtype: str) -> Iterable[tuple[BwdTileWide, int, int]]:
     """(row, head_dim, head_dim_v) of what is compiled ahead."""
     return [(tile, tile.head_dim, tile.head_dim_v) for tile in BWD_TILES_SM90_WIDE]
 

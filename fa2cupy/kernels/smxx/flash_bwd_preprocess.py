@@ -10,7 +10,7 @@ from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import PREPROCESS_WARPS, Backward, BwdRow, Defines
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.params import BwdParams, composed
-from fa2cupy.spec import PREPROCESS, SinksSpec, SoftmaxSpec
+from fa2cupy.spec import PREPROCESS, SinksSpec, SoftmaxSpec, of_dtype
 
 __all__ = ["compile_jobs", "launch"]
 
@@ -33,7 +33,9 @@ def _defines(tile: BwdRow, side: Defines, cleared: bool) -> Defines:
     return side | backward.adding_defines(tile, cleared) | {"FA2_NUM_WARPS": PREPROCESS_WARPS}
 
 
-def compile_jobs(arch: str, label: str, tile: BwdRow, side: Defines, cleared: backward.Cleared) -> list[CompileJob]:
+def compile_jobs(
+    arch: str, label: str, dtype: str, tile: BwdRow, side: Defines, cleared: backward.Cleared
+) -> list[CompileJob]:
     """Beside a main kernel's jobs for a row: for nothing beyond dense attention; a gradient of lse, of sinks, both."""
     clears = sorted({clear for clear, *_ in backward.modes(cleared)})
     jobs = []
@@ -44,7 +46,7 @@ def compile_jobs(arch: str, label: str, tile: BwdRow, side: Defines, cleared: ba
             defines |= spec.defines()
         if specs:
             blocks = tuple(type(spec.params()) for spec in specs)
-            defines["FA2_PARAMS_BYTES"] = ctypes.sizeof(composed(BwdParams, blocks))
+            defines["FA2_PARAMS_BYTES"] = ctypes.sizeof(composed(of_dtype(BwdParams, dtype), blocks))
         kind = f"backward preprocess {label}{features}" + " of zeros" * clear
         jobs.append(CompileJob(*_KERNEL, arch, defines, kind, 0, 0))
     return jobs

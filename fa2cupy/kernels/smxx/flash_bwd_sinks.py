@@ -11,13 +11,13 @@ from fa2cupy.kernels.backward import PREPROCESS_WARPS, SINK_SUMS, Backward, Work
 from fa2cupy.kernels.common import Where
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.params import SinksBwdParams, composed
+from fa2cupy.kernels.tiles import ELEMENT_BYTES
 from fa2cupy.spec import OF_SINKS, SinksSpec, SoftmaxSpec
 
 __all__ = ["compile_jobs", "launches"]
 
 _KERNEL = (OF_SINKS, "flash_bwd_sinks")
 _WARPS = 8
-_SHARED_BYTES = 4 * _WARPS  # of `SharedMemory` there
 
 
 def launches(
@@ -40,13 +40,18 @@ def launches(
             _KERNEL,
             common.arch_of(work.device),
             _defines(problem.dtype, problem.causal),
-            backward.config(problem.num_heads, _WARPS, _SHARED_BYTES),
+            backward.config(problem.num_heads, _WARPS, _shared_bytes(problem.dtype)),
             params,
             pointers,
             names,
             listed=(work.lists, work.segments),
         ),
     )
+
+
+def _shared_bytes(dtype: str) -> int:
+    """Of `SharedMemory` there."""
+    return max(4, ELEMENT_BYTES[dtype]) * _WARPS
 
 
 def _defines(dtype: str, causal: bool) -> dict[str, int | str]:
@@ -57,7 +62,7 @@ def _defines(dtype: str, causal: bool) -> dict[str, int | str]:
         "FA2_NUM_WARPS": _WARPS,
         "FA2_CAUSAL": int(causal),
         "FA2_PARAMS_BYTES": ctypes.sizeof(SinksBwdParams),
-        "FA2_SHARED_BYTES": _SHARED_BYTES,
+        "FA2_SHARED_BYTES": _shared_bytes(dtype),
     }
 
 
@@ -72,5 +77,5 @@ def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
         blocks = tuple(type(spec.params()) for spec in specs)
         defines["FA2_PARAMS_BYTES"] = ctypes.sizeof(composed(SinksBwdParams, blocks))
         label = f"backward {dtype} sinks" + " dlse" * dlse
-        jobs.append(CompileJob(*_KERNEL, arch, defines, label, _SHARED_BYTES, 0))
+        jobs.append(CompileJob(*_KERNEL, arch, defines, label, _shared_bytes(dtype), 0))
     return jobs

@@ -35,6 +35,7 @@
 FA2_HOST_VECTORS(int, int)
 FA2_HOST_VECTORS(unsigned, uint)
 FA2_HOST_VECTORS(float, float)
+FA2_HOST_VECTORS(double, double)
 #undef FA2_HOST_VECTORS
 
 template <class T>
@@ -43,6 +44,7 @@ template <class T>
 inline T max(T a, T b) { return a < b ? b : a; }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
+using std::fma;  // of float and of double
 
 template <class To, class From>
 inline To fa2_host_bits(From from) {
@@ -53,6 +55,11 @@ inline To fa2_host_bits(From from) {
 }
 inline unsigned __float_as_uint(float x) { return fa2_host_bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return fa2_host_bits<float>(x); }
+inline int __double2hiint(double x) { return static_cast<int>(fa2_host_bits<uint64_t>(x) >> 32); }
+inline int __double2loint(double x) { return static_cast<int>(fa2_host_bits<uint64_t>(x)); }
+inline double __hiloint2double(int hi, int lo) {
+  return fa2_host_bits<double>(static_cast<uint64_t>(static_cast<unsigned>(hi)) << 32 | static_cast<unsigned>(lo));
+}
 
 inline void __syncthreads(FA2_HOST_SITE) { fa2_host::barrier("__syncthreads", 0, 0, {file, line}); }
 
@@ -65,20 +72,24 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, FA2_HOST_SITE) {
 
 namespace fa2_host {
 struct Shuffle {
-  uint32_t value, source, result;
+  uint64_t value, result;
+  uint32_t source;
 };
 template <class T>
 inline T shuffle(const char* name, unsigned mask, T value, unsigned source, Site site) {
-  static_assert(sizeof(T) == 4, "shuffles move 32 bits");
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 32 bits, or twice as many in two");
   if (mask != 0xffffffffu) fail("%s of part of a warp", name);
-  Shuffle args{fa2_host_bits<uint32_t>(value), source % 32, 0};
+  Shuffle args{0, 0, source % 32};
+  memcpy(&args.value, &value, sizeof(T));
   collective(name, &args, [](void* const* lanes) {
     for (int i = 0; i < 32; i++) {
       Shuffle& lane = *static_cast<Shuffle*>(lanes[i]);
       lane.result = static_cast<const Shuffle*>(lanes[lane.source])->value;
     }
   }, site);
-  return fa2_host_bits<T>(args.result);
+  T result;
+  memcpy(&result, &args.result, sizeof(T));
+  return result;
 }
 inline unsigned lane() {
   return (thread_index->x + block_dim.x * (thread_index->y + block_dim.y * thread_index->z)) % 32;
@@ -98,7 +109,7 @@ inline int __any_sync(unsigned mask, int predicate, FA2_HOST_SITE) {
   if (mask != 0xffffffffu) fa2_host::fail("__any_sync of part of a warp");
   fa2_host::Shuffle args{predicate != 0, 0, 0};
   fa2_host::collective("__any_sync", &args, [](void* const* lanes) {
-    uint32_t any = 0;
+    uint64_t any = 0;
     for (int i = 0; i < 32; i++) any |= static_cast<const fa2_host::Shuffle*>(lanes[i])->value;
     for (int i = 0; i < 32; i++) static_cast<fa2_host::Shuffle*>(lanes[i])->result = any;
   }, {file, line});
@@ -129,7 +140,7 @@ inline unsigned __match_any_sync(unsigned mask, int value, FA2_HOST_SITE) {
       }
     }
   }, {file, line});
-  return args.result;
+  return static_cast<unsigned>(args.result);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -152,5 +163,9 @@ inline int atomicCAS(int* address, int expected, int value) {
 // A product that no FMA swallows.
 inline float __fmul_rn(float a, float b) {
     volatile float product = a * b;
+    return product;
+}
+inline double __dmul_rn(double a, double b) {
+    volatile double product = a * b;
     return product;
 }

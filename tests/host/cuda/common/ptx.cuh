@@ -46,6 +46,13 @@ inline uint32_t cvt_pack(float lo, float hi) {
   return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 }
 
+inline uint32_t cvt_rna_tf32(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if (x != x) return 0x7fffffff;
+  if ((bits & 0x7fffffff) == 0x7f800000) return bits;
+  return (bits + 0x1000) & ~0x1fffu;  // ties away from zero
+}
+
 inline uint2 mul_wide_u32(uint32_t a, uint32_t b) {
   const uint64_t product = static_cast<uint64_t>(a) * b;
   return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
@@ -112,6 +119,16 @@ inline void check_aligned(const void* address, uintptr_t bytes, Site site) {
 }
 }  // namespace fa2_host
 
+inline uint2 ld_shared_v2(uint32_t address, FA2_HOST_SITE) { return fa2_host::load_shared<uint2>(address, {file, line}); }
+inline double ld_shared_f64(uint32_t address, FA2_HOST_SITE) {
+  return fa2_host::load_shared<double>(address, {file, line});
+}
+inline void st_shared_v2(uint32_t address, uint2 value, FA2_HOST_SITE) {
+  fa2_host::store_shared(address, value, {file, line});
+}
+inline void st_shared_v2_f64(uint32_t address, double x, double y, FA2_HOST_SITE) {
+  fa2_host::store_shared(address, double2{x, y}, {file, line});
+}
 inline void st_shared_b32(uint32_t address, uint32_t value, FA2_HOST_SITE) {
   fa2_host::store_shared(address, value, {file, line});
 }
@@ -124,6 +141,7 @@ inline int read_ctaid() { return static_cast<int>(blockIdx.x); }
 inline int read_nctaid() { return static_cast<int>(gridDim.x); }
 
 inline void red_add_f32(float* address, float value) { *address += value; }
+inline void red_add_f64(double* address, double value) { *address += value; }
 inline void red_add_v4_f32(float* address, float x, float y, float z, float w, FA2_HOST_SITE) {
   fa2_host::check_aligned(address, 16, {file, line});
   address[0] += x;

@@ -33,6 +33,22 @@ struct Mma {
 template <class T>
 void mma_complete(void* const* lanes);  // mma.cpp
 
+struct MmaTf32 {
+  float* d;           // as of Mma
+  const uint32_t* a;  // 4: rows g, g+8, g, g+8; k = t and, in the last two, t+4
+  uint32_t b[2];      // column g; k = t and t+4
+};
+void mma_tf32_complete(void* const* lanes);
+
+template <int kRows, int kSum>
+struct MmaF64 {
+  double* d;        // rows g (and g+8), columns 2t and 2t+1
+  const double* a;  // rows g (and g+8); k = t (and t+4)
+  const double* b;  // column g; k likewise
+};
+template <int kRows, int kSum>
+void mma_f64_complete(void* const* lanes);
+
 }  // namespace fa2_host
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, FA2_HOST_SITE) {
@@ -67,6 +83,23 @@ template <class T>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FA2_HOST_SITE) {
   fa2_host::Mma args{d, a, {b0, b1}};
   fa2_host::collective("mma_m16n8k16", &args, fa2_host::mma_complete<T>, {file, line});
+}
+
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FA2_HOST_SITE) {
+  fa2_host::MmaTf32 args{d, a, {b0, b1}};
+  fa2_host::collective("mma_m16n8k8_tf32", &args, fa2_host::mma_tf32_complete, {file, line});
+}
+
+inline void mma_m16n8k8_f64(double (&d)[4], const double (&a)[4], double b0, double b1, FA2_HOST_SITE) {
+  const double b[2] = {b0, b1};
+  fa2_host::MmaF64<16, 8> args{d, a, b};
+  fa2_host::collective("mma_m16n8k8_f64", &args, fa2_host::mma_f64_complete<16, 8>, {file, line});
+}
+inline void mma_m8n8k4_f64(double& d0, double& d1, double a, double b, FA2_HOST_SITE) {
+  double d[2] = {d0, d1};
+  fa2_host::MmaF64<8, 4> args{d, &a, &b};
+  fa2_host::collective("mma_m8n8k4_f64", &args, fa2_host::mma_f64_complete<8, 4>, {file, line});
+  d0 = d[0], d1 = d[1];
 }
 
 inline void cp_async_16(uint32_t smem, const void* gmem, int src_bytes, FA2_HOST_SITE) {
