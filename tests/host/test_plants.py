@@ -101,6 +101,8 @@ BACKWARD: dict[str, AnyCase] = {
     "hopper-wide-own-full": HostCase(Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72)),
     "hopper-wide-splits": HostCase(Case(120, 128, 192, "bfloat16", True, 1, (11, 1), seed=34, head_dim_v=72)),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
+    # what is summed up over all rows of a head
+    "sinks": HostCase(Case(20, 40, 64, "bfloat16", False, 2, (1, 1), seed=35), "sm_100", sinks="float32"),
     # tiles of lists
     "listed-short": LengthsCase(_SEGMENTS, 64, arch="sm_100"),
     "listed-short-unaligned": LengthsCase(_SEGMENTS, 59, arch="sm_86", heads=(4, 2)),
