@@ -57,6 +57,7 @@ class Case:
     head_dim_v: None is head_dim. order: index into ORDERS. pad: elements between the rows of neighbouring heads (or
     whatever lies next to the head dimension). shift: elements by which every tensor starts after a 16-byte boundary.
     given: outputs and workspace are the caller's. expanded: all key heads share one (stride 0). window: window_size.
+    sinks: their dtype, "float32" or the case's; a backward makes their gradient too. dlse: a backward is given one.
     """
 
     seqlen_q: int
@@ -78,6 +79,8 @@ class Case:
     seed: int = 0
     head_dim_v: int | None = None
     window: tuple[int, int] | None = None
+    sinks: str | None = None
+    dlse: bool = False
 
     @property
     def unseen(self) -> tuple[int, int]:
@@ -97,7 +100,18 @@ class Case:
         widths = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
         text = f"{self.seqlen_q}x{self.seqlen_k} {widths} {self.dtype} {'causal' if self.causal else 'full'}"
         text += f" b{self.batch} h{self.heads[0]}/{self.heads[1]} {self.layout} seed{self.seed}"
-        for name in ("scale", "order", "pad", "shift", "expanded", "deterministic", "outliers", "window"):
+        for name in (
+            "scale",
+            "order",
+            "pad",
+            "shift",
+            "expanded",
+            "deterministic",
+            "outliers",
+            "window",
+            "sinks",
+            "dlse",
+        ):
             value = getattr(self, name)
             if value not in (None, False) and (value or name == "scale"):
                 text += f" {name}={value}"
@@ -155,7 +169,16 @@ def problem_of(case: Case, backward: bool) -> AttentionProblem:
         dtype = "float32" if name == "lse" else case.dtype
         refs[name] = TensorRef(address, where.shape, where.strides, dtype, Device("cuda", 0), None)
     problem = AttentionProblem.from_refs(refs, sizes_of(case), case.dtype, options)
-    return problem if case.window is None else SPECS["window_size"](problem, case.window)
+    problem = problem if case.window is None else SPECS["window_size"](problem, case.window)
+    heads = case.heads[0]
+    for name in ("sinks", "dsinks") if backward else ("sinks",):
+        if case.sinks is not None:
+            problem = SPECS[name](problem, TensorRef(0, (heads,), (1,), case.sinks, Device("cuda", 0), None))
+    if backward and case.dlse:
+        shape = (case.batch, heads, case.seqlen_q)
+        strides = (heads * case.seqlen_q, case.seqlen_q, 1)
+        problem = SPECS["dlse"](problem, TensorRef(0, shape, strides, "float32", Device("cuda", 0), None))
+    return problem
 
 
 def _packed(case: Case) -> Case:
