@@ -122,8 +122,8 @@ struct Parts {
 FA2_DEVICE Parts parts_of_tile(const CacheParams& params, const Share& share, const Walk& walk, const Slices& slices) {
   const int64_t unit = share.from + walk.start;
   const int units = kFixedParts ? parts_of(params, slices) : slices.count();
-  const int first = owner_of(unit, share.total, gridDim.x);
-  const int sharers = owner_of(unit + units - 1, share.total, gridDim.x) - first + 1;
+  const int first = owner_of(share, unit);
+  const int sharers = owner_of(share, unit + units - 1) - first + 1;
   return {kFixedParts ? units : sharers, first, sharers, unit};
 }
 

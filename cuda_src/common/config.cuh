@@ -103,12 +103,12 @@ enum { kOwnLogit = 0 };
 #endif
 
 #ifdef FA2_DROPOUT
-enum { kDrawn = FA2_DROPOUT };  // some of P is dropped: dropout.cuh draws what is kept
+enum { kDrawn = FA2_DROPOUT };  // only some of P takes part in products: what does is drawn (dropout.cuh)
 #else
 enum { kDrawn = 0 };
 #endif
 #ifdef FA2_ONE_BY_ONE
-enum { kOneByOne = FA2_ONE_BY_ONE };  // it may have to be drawn element by element
+enum { kOneByOne = FA2_ONE_BY_ONE };  // element by element, if it has to be
 #else
 enum { kOneByOne = 0 };
 #endif

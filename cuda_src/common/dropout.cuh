@@ -90,6 +90,7 @@ struct KeptOf {
   FA2_DEVICE int before(const Drawing&, int x) const { return x; }
   FA2_DEVICE bool has(int, int, int) const { return true; }
   FA2_DEVICE void drop(Accumulator<kMTiles, kNTiles>&) const {}
+  FA2_DEVICE const Accumulator<kMTiles, kNTiles>& of(const Accumulator<kMTiles, kNTiles>& acc_p) const { return acc_p; }
   FA2_DEVICE void drop(int, uint32_t (&)[kNTiles / 2][4]) const {}
 };
 
@@ -130,6 +131,11 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
       for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc_p.x[i][j][e] = has(i, j, e) ? acc_p.x[i][j][e] : 0.f;
+  }
+
+  FA2_DEVICE Accumulator<kMTiles, kNTiles> of(Accumulator<kMTiles, kNTiles> acc_p) const {
+    drop(acc_p);
+    return acc_p;
   }
 
   // The same of 16 rows that have been rounded: pairs of columns, as the fragments of a product's A have them.

@@ -66,22 +66,24 @@ FA2_DEVICE int64_t shuffle64(int64_t x, int lane) {
   return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
 }
 
-// Thread block i of `blocks` has [i total / blocks, (i + 1) total / blocks) of all.
+// Thread block i of `blocks` has [i total / blocks, (i + 1) total / blocks) of all; those that there are more than `total` have nothing.
 struct Share {
   int64_t total, from;
-  int size;
+  int size, blocks;
 };
 FA2_DEVICE Share share_of(const CacheParams& params, int block, int blocks) {
   int64_t total = 0;
   for (int b = lane_id(); b < params.batch; b += 32) total += sequence_cost(params, b);
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) total += shuffle64(total, lane_id() ^ d);
+  blocks = static_cast<int>(min(total, static_cast<int64_t>(blocks)));
+  if (block >= blocks) return {total, total, 0, blocks};
   const int64_t from = total * block / blocks;
-  return {total, from, static_cast<int>(total * (block + 1) / blocks - from)};
+  return {total, from, static_cast<int>(total * (block + 1) / blocks - from), blocks};
 }
 // The thread block that has this place.
-FA2_DEVICE int owner_of(int64_t place, int64_t total, int blocks) {
-  return static_cast<int>(((place + 1) * blocks - 1) / total);
+FA2_DEVICE int owner_of(const Share& share, int64_t place) {
+  return static_cast<int>(((place + 1) * share.blocks - 1) / share.total);
 }
 
 // The tiles of a share, in order; with kFixedParts part by part. `start` is where the tile begins, from the start of the share on: below

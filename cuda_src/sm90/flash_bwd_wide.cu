@@ -59,7 +59,8 @@ struct SharedMemory {
   uint64_t p_full[kPBuffers], p_empty[kPBuffers], ds_full[2];
   uint64_t ds_peer_full, ds_peer_empty;  // the other block's dS has landed here; it is done with this one's
   alignas(128) float dq[kDqShared ? kBlockM * (kDqCols + cols_of_dq(true)) : 4];  // a piece of each warpgroup
-  uint64_t dq_full[2], dq_empty[2], dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
+  uint64_t dq_full[2], dq_empty[2];
+  uint64_t dq_turn[kTurns], dq_added, dq_seen;  // deterministic, the last two not kDqShared
 };
 static_assert(sizeof(SharedMemory) <= kSharedBytes && sizeof(SharedMemory) + 1024 > kSharedBytes,
               "kernels/tiles.py and this struct differ");
@@ -134,8 +135,10 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   Ring<kDoutBuffers> dout;
   AccS acc_s, acc_dp;
   Schedule schedule;
-  Work work = {}; int key = 0;  // this thread's first one
-  Drawing drawing; Kept<false, 1, kBlockN / 8> kept;
+  Work work = {};
+  int key = 0;  // this thread's first one
+  Drawing drawing;
+  Kept<false, 1, kBlockN / 8> kept;
 
   // S = Q K^T, dP = dO V^T, each in two halves: a warpgroup gets about eight products ahead of the tensor cores, and could do
   // nothing else while it issues more.
@@ -151,8 +154,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   auto issue_dp = [&](auto second) {
     constexpr int kHalf = (kHeadDimV + 64) / 128 * 64, kCol = decltype(second)::value ? kHalf : 0;
     constexpr int kCols = kCol ? kHeadDimV - kCol : kHalf;
-    const bool waits = kCol == 0 || kPartsV > 1;
-    if (waits) mbarrier_wait(smem.dout_loads.full[dout.stage], kept.before(drawing, dout.parity));  // dO and D landed: copy_tiles
+    const uint32_t parity = kept.before(drawing, dout.parity);
+    if (kCol == 0 || kPartsV > 1) mbarrier_wait(smem.dout_loads.full[dout.stage], parity);  // dO and D landed: copy_tiles
     wgmma_fence();
     gemm_ss<kCols / 16>(acc_dp, AlongRows(smem.dout[dout.stage], 0, kPartsV > 1 ? 0 : kCol), AlongRows(smem.v, 0, kCol),
                         kCol > 0);
@@ -192,12 +195,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
     if constexpr (kPackEarly) {
       kept.drop(0, packed.r);
       store_fragments(smem.p[p_stage], warp_row, packed);
-    } else if constexpr (kDrawn) {
-      AccS acc_p = acc_s;
-      kept.drop(acc_p);
-      store_accumulator(smem.p[p_stage], warp_row, acc_p);
     } else {
-      store_accumulator(smem.p[p_stage], warp_row, acc_s);
+      store_accumulator(smem.p[p_stage], warp_row, kept.of(acc_s));
     }
     const int dout_stage = (dout.stage + kDoutBuffers - kPartsV) % kDoutBuffers;  // of this step's dO
     const float* statistics = smem.dout_loads.statistics[dout_stage];

@@ -167,6 +167,16 @@ extern "C" __global__ void instrument(const __grid_constant__ InstrumentParams p
       p.out[t] = sum;
       return;
     }
+    case 24: {  // an ldmatrix of what the other lanes have copied, whom this one has not met since
+      cp_async_16(smem_address(&smem.x[8 * t]), p.a + 8 * t, 16);
+      cp_async_commit_group();
+      cp_async_wait_group<0>();
+      if (p.n) __syncwarp();
+      uint32_t r[4];
+      ldmatrix_x4(r, smem_address(&smem.x[8 * (t ^ 1)]));
+      p.out[t] = static_cast<float>(r[0]);
+      return;
+    }
     case 23: p.counter[0] += 0x7fffffff; return;  // int overflow
   }
 }

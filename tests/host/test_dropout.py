@@ -299,7 +299,7 @@ MUTANTS = [
     ("bwd-hopper-splits", BWD90, "acc_dv.x[0][j][e] *= inverse_of_kept(params)", "acc_dv.x[0][j][e] *= 1.f"),
     ("bwd-hopper-splits", BOTH90, "step.left == work.steps || ", ""),
     ("bwd-hopper-capped", BWD90, "kept.drop(0, frag_p.r);", ";"),
-    ("bwd-hopper-wide", WIDE90, "kept.drop(acc_p);", ""),
+    ("bwd-hopper-wide", WIDE90, "kept.of(acc_s)", "acc_s"),
     ("bwd-hopper-wide", WIDE90, "params.softmax_scale : inverse_of_kept(params);", "params.softmax_scale : 1.f;"),
     ("bwd-hopper-wide", SCORE, "kept.has(0, j, e) ? acc_dp.x[0][j][e] : 0.f", "acc_dp.x[0][j][e]"),
     ("bwd-hopper-wide", WIDE90, "kept.draw(drawing, {query, key});", "kept.draw(drawing, {query, key + 64});"),

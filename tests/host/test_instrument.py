@@ -219,6 +219,14 @@ def test_a_broken_rule_is_reported(which: int, threads: int, n: int, message: st
         launch(which, a=a, n=n, threads=threads, schedule=schedule)
 
 
+@pytest.mark.parametrize("schedule", Schedule)
+def test_lanes_meet_before_they_read_what_others_have_copied(schedule: Schedule) -> None:
+    a, out = np.arange(256, dtype=np.uint16), np.zeros(32, np.float32)
+    launch(24, a=a, out=out, n=1, schedule=schedule)
+    with pytest.raises(HostRunError, match="lane 0 reads what thread 1 has copied, but they have not met since"):
+        launch(24, a=a, out=out, schedule=schedule)
+
+
 def test_shared_memory_is_poisoned() -> None:
     out = np.zeros(32, np.float32)
     launch(21, out=out)
