@@ -31,6 +31,7 @@ _TRACED = frozenset(
             "options",
             "autograd.dispatch",
             "torch.dot_product",
+            "torch.seeds",
             "transformers",
             "autograd.features",
             "autograd.sharding",

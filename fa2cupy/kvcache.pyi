@@ -1,10 +1,14 @@
 # As type checkers see it; `kvcache.py` has the docstrings and takes more, to refuse it well.
 
-from typing import Literal, TypeVar, overload
-
-from fa2cupy.attention import Array
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 __all__ = ["KVCache", "attention_with_kvcache"]
+
+class Array(Protocol):
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
 
 A = TypeVar("A", bound=Array)  # arrays of one library
 

@@ -2,18 +2,19 @@
 
     lse = log(sum_i exp(lse_i)),   out = sum_i exp(lse_i - lse) out_i
 
-exact for any cut of the keys. In the arrays' own framework, by its own operators, so that torch and JAX differentiate
-it.
+exact for any cut of the keys. CuPy arrays and torch tensors on a GPU are merged by a kernel, forward and backward
+(`merged.py`); everything else by the framework's own operators, which torch and JAX differentiate.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fa2cupy.errors import InvalidArgument, InvalidType
-from fa2cupy.frameworks import JAX, TORCH, framework_of
+from fa2cupy.frameworks import CUPY, JAX, TORCH, framework_of
 
 __all__ = ["merge_attention"]
 
@@ -60,18 +61,41 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
         if "float" not in str(array.dtype):  # uint16 with dtype="bfloat16" would be added up as integers
             raise InvalidType(f"{name} has dtype {array.dtype}: a floating-point one is needed")
     if framework is TORCH:
-        import torch
+        from fa2cupy.autograd import merging
 
-        return _merge(torch, outs, lses, torch.Tensor.detach, torch.Tensor.to)
+        return merging.merge(outs, lses, _by_torch)
     if framework is JAX:
-        import jax
+        merged: tuple[Any, Any] = _jax_program()(outs, lses)
+        return merged
+    if framework is CUPY:
+        from fa2cupy import merged as kernels
 
-        return _merge(jax.numpy, outs, lses, jax.lax.stop_gradient, jax.lax.convert_element_type)
+        results = kernels.merge(CUPY, outs, lses)
+        if results is not None:
+            return results
     import numpy as np
 
     namespace = importlib.import_module(framework.namespace)
     with np.errstate(divide="ignore"):
         return _merge(namespace, outs, lses, lambda x: x, lambda x, dtype: x.astype(dtype))
+
+
+def _by_torch(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+    import torch
+
+    return _merge(torch, list(outs), list(lses), torch.Tensor.detach, torch.Tensor.to)
+
+
+@functools.cache
+def _jax_program() -> Callable[[list[Any], list[Any]], tuple[Any, Any]]:
+    """Jitted, so that XLA makes of it one pass over the pieces."""
+    import jax
+
+    def merge(outs: list[Any], lses: list[Any]) -> tuple[Any, Any]:
+        return _merge(jax.numpy, outs, lses, jax.lax.stop_gradient, jax.lax.convert_element_type)
+
+    program: Callable[[list[Any], list[Any]], tuple[Any, Any]] = jax.jit(merge)
+    return program
 
 
 def _merge(xp: Any, outs: list[Any], lses: list[Any], constant: Any, astype: Any) -> tuple[Any, Any]:

@@ -20,11 +20,11 @@ from fa2cupy.checks import DROPOUT_STEPS
 
 Array = npt.NDArray[Any]
 
-__all__ = ["kept", "philox2x32", "philox4x32", "tweaks", "words"]
+__all__ = ["KEY_STEPS", "MULTIPLIER", "MULTIPLIERS", "kept", "philox2x32", "philox4x32", "tweaks", "words"]
 
-_KEY_STEPS = _KEY_STEP, _ = 0x9E3779B9, 0xBB67AE85
-_MULTIPLIER = 0xD256D193  # of 2x32
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of 4x32
+KEY_STEPS = _KEY_STEP, _ = 0x9E3779B9, 0xBB67AE85
+MULTIPLIER = 0xD256D193  # of 2x32
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57  # of 4x32
 _LOW = np.uint64(0xFFFFFFFF)
 
 
@@ -36,7 +36,7 @@ def _mul(factor: int, x: Array) -> tuple[Array, Array]:
 
 def philox2x32(c0: Array, c1: Array, key: int, rounds: int) -> tuple[Array, Array]:
     for number in range(rounds):
-        high, low = _mul(_MULTIPLIER, c0)
+        high, low = _mul(MULTIPLIER, c0)
         c0, c1 = high ^ np.uint32((key + number * _KEY_STEP) % 2**32) ^ c1, low
     return c0, c1
 
@@ -44,8 +44,8 @@ def philox2x32(c0: Array, c1: Array, key: int, rounds: int) -> tuple[Array, Arra
 def philox4x32(counter: tuple[Array, Array, Array, Array], key: tuple[int, int], rounds: int = 10) -> tuple[Array, ...]:
     c0, c1, c2, c3 = counter
     for number in range(rounds):
-        keys = [np.uint32((k + number * step) % 2**32) for k, step in zip(key, _KEY_STEPS, strict=True)]
-        (high0, low0), (high2, low2) = _mul(_MULTIPLIERS[0], c0), _mul(_MULTIPLIERS[1], c2)
+        keys = [np.uint32((k + number * step) % 2**32) for k, step in zip(key, KEY_STEPS, strict=True)]
+        (high0, low0), (high2, low2) = _mul(MULTIPLIERS[0], c0), _mul(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high2 ^ c1 ^ keys[0], low2, high0 ^ c3 ^ keys[1], low0
     return c0, c1, c2, c3
 

@@ -7,14 +7,24 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fa2cupy.checks import SEED_DTYPES, SEED_SHAPES
+from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES
 from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import asked
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
-from fa2cupy.spec import LENGTHS, MASK_ARRAYS, LengthsSpec, ScoreSpec, SinksSpec, SoftmaxSpec, Spec, WindowSpec
+from fa2cupy.spec import (
+    LENGTHS,
+    MASK_ARRAYS,
+    DropoutSpec,
+    LengthsSpec,
+    ScoreSpec,
+    SinksSpec,
+    SoftmaxSpec,
+    Spec,
+    WindowSpec,
+)
 
 __all__ = [
     "ARRAY_RULES",
@@ -197,6 +207,20 @@ def _with_gradient_of_sinks(problem: AttentionProblem) -> AttentionProblem:
     return replace(problem, sinks=replace(problem.sinks, gradient=True))
 
 
+def _with_dropout(problem: AttentionProblem, p: float) -> AttentionProblem:
+    lengths, rows = problem.lengths, (problem.empty_rows, problem.empty_keys)
+    moves = lengths is not None and (
+        problem.causal or problem.window is not None or lengths.leftpad_k or lengths.segments
+    )
+    return replace(problem, dropout=DropoutSpec(round(p * DROPOUT_STEPS), 0, *rows, moves))
+
+
+def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:
+    assert problem.dropout is not None
+    words = ref.shape[0] * (1 if ref.dtype == "uint32" else 2)
+    return replace(problem, dropout=replace(problem.dropout, words=words))
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
@@ -207,6 +231,8 @@ SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
         problem, sinks=SinksSpec(ref.dtype != "float32", "dq" in dict(problem.strides))
     ),
     "dsinks": lambda problem, ref: _with_gradient_of_sinks(problem),
+    "dropout_p": _with_dropout,
+    "dropout_seed": _with_seed,
     **{name: functools.partial(_with_lengths, name) for name in LENGTHS},
     "dlse": lambda problem, ref: replace(
         problem, softmax=SoftmaxSpec(_kernel_strides("lse", ref, "bshd"), problem.empty_rows)
@@ -271,6 +297,7 @@ class AttentionProblem:
     window: WindowSpec | None = None
     score: ScoreSpec | None = None
     sinks: SinksSpec | None = None
+    dropout: DropoutSpec | None = None
     lengths: LengthsSpec | None = None
     softmax: SoftmaxSpec | None = None
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from fa2cupy.checks import DROPOUT_STEPS
+
 __all__ = [
     "CARRIED",
     "DIFFERENTIABLE",
@@ -17,6 +19,8 @@ __all__ = [
     "OF_SINKS",
     "PREPROCESS",
     "DlseParams",
+    "DropoutParams",
+    "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
     "Row",
@@ -228,6 +232,63 @@ class SinksSpec(Spec):
 
     def results(self) -> tuple[str, ...]:
         return ("dsinks",) if self.gradient else ()
+
+
+class DropoutParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        ("dropout_seed", ctypes.c_uint64),
+        ("words", ctypes.c_int32),
+        ("threshold", ctypes.c_uint32),
+        ("kept", ctypes.c_float),
+        ("inverse", ctypes.c_float),
+        ("first_query", ctypes.c_int32),
+        ("first_key", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutSpec(Spec):
+    """Some of P is dropped: `threshold` of 32768, by a seed of so many 32-bit `words` (2, 4 or 8).
+
+    empty_rows, empty_keys: those of the problem, which are left out, and count all the same. moves: the device may
+    leave out some, too.
+    """
+
+    threshold: int
+    words: int = 0
+    empty_rows: int = 0
+    empty_keys: int = 0
+    moves: bool = False
+
+    positions: ClassVar[bool] = True
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/") or source == PREPROCESS
+
+    def defines(self) -> dict[str, int | str]:
+        """One by one: where rows may be left out, or the threshold is a NaN among half numbers (dropout.cuh)."""
+        one_by_one = self.moves or self.empty_rows or self.empty_keys or self.threshold > 0x7C00
+        return {"FA2_DROPOUT": 1, **({"FA2_ONE_BY_ONE": 1} if one_by_one else {})}
+
+    def params(self) -> DropoutParams:
+        rows = self.empty_rows, self.empty_keys
+        return DropoutParams(0, self.words, self.threshold * 0x10001, self.kept, 1 / self.kept, *rows)
+
+    @property
+    def kept(self) -> float:
+        """What part of P is."""
+        return 1 - self.threshold / DROPOUT_STEPS
+
+    def arrays(self) -> tuple[str, ...]:
+        """Words of 32 bits, contiguous: the seed, its low word first; of 4 the offset, too; of 8 also what is added to
+        the numbers of sequences and of query heads, in two words each.
+        """
+        return ("dropout_seed",)
+
+    def objection(self, row: Row) -> str:
+        return "" if row.room else "no registers are left for dropout"
 
 
 # The arrays that say where sequences lie, in the order of the keywords. Those of segments, segment_ids, are two: one

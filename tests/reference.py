@@ -398,9 +398,9 @@ def _slab(
         if dlse is not None:
             dlse = xp.where(sees, dlse, 0.0)
             D = D - dlse
-        dS = rounded(P * (dP - D) * derivative)
-        dq = rounded(scale * (dS @ K))
-        dk = rounded(scale * (dS.swapaxes(1, 2) @ Q))
+        dS = rounded(P * (dP - D) * derivative / r)
+        dq = rounded(scale * r * (dS @ K))
+        dk = rounded(scale * r * (dS.swapaxes(1, 2) @ Q))
         dv = rounded(r * (rounded(kept(P)).swapaxes(1, 2) @ dO))
         dP = dP if dlse is None else dP + dlse
         return out, lse[..., 0], dq, dk, dv, _largest(xp.where(mask, dP, 0.0), xp), terms

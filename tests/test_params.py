@@ -28,21 +28,30 @@ ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
 BLOCKS = {
     name: getattr(spec, name)
-    for name in ("DlseParams", "LengthsParams", "ScoreParams", "SinksGradientParams", "SinksParams", "WindowParams")
+    for name in (
+        "DlseParams",
+        "DropoutParams",
+        "LengthsParams",
+        "ScoreParams",
+        "SinksGradientParams",
+        "SinksParams",
+        "WindowParams",
+    )
 }
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
 _SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
 _SCORES = ("FA2_SOFTCAP FA2_ALIBI", spec.ScoreParams)
+_DROPOUT = ("FA2_DROPOUT", spec.DropoutParams)
 _SINKS_GRADIENT = spec.SinksGradientParams
 _SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
 # Struct with parts -> the twin of its first, and each other with the macros with one of which it is there; with none,
 # always.
 COMPOSED = {
-    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _SINKS, _LISTED)),
-    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _SINKS, _LISTED)),
-    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _LISTED)),
-    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _LISTED)),
-    "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DLSE, _LISTED)),
+    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _SINKS, _DROPOUT, _LISTED)),
+    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _SINKS, _DROPOUT, _LISTED)),
+    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _DROPOUT, _LISTED)),
+    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _DROPOUT, _LISTED)),
+    "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DROPOUT, _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
     "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams), _SEGMENTS)),
     "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
@@ -90,7 +99,7 @@ def sets_of_defines() -> list[Defines]:
     for first in (params.FindParams, params.ListTilesParams):
         size = ctypes.sizeof(params.composed(first, (spec.LengthsParams, params.SegmentParams)))
         found.append(fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": size})
-    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_LISTED")
+    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_DROPOUT", "FA2_LISTED")
     any_size = {"FA2_PARAMS_BYTES": 0}
     for n in (1, 2, len(more)):
         found += [{**found[0], **dict.fromkeys(macros, 1), **any_size} for macros in itertools.combinations(more, n)]

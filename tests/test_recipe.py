@@ -59,7 +59,7 @@ EDITS: dict[str, list[tuple[str, str]]] = {
         (_OBJECTION, _OBJECTION + _SPEC),
     ],
     "fa2cupy/problem.py": [
-        ("from fa2cupy.spec import ", "from fa2cupy.spec import Lift, "),
+        ("from fa2cupy.spec import (\n", "from fa2cupy.spec import (\n    Lift,\n"),
         ("    aligned: bool\n", "    aligned: bool\n    lift: Lift | None = None\n"),
         ("AttentionProblem]] = {\n", "AttentionProblem]] = {\n" + _INTO_THE_PROBLEM),
     ],

@@ -102,8 +102,29 @@ enum { kOwnLogit = FA2_SINKS };  // each head has a logit of its own, which take
 enum { kOwnLogit = 0 };
 #endif
 
+#ifdef FA2_DROPOUT
+enum { kDrawn = FA2_DROPOUT };  // only some of P takes part in products: what does is drawn (dropout.cuh)
+#else
+enum { kDrawn = 0 };
+#endif
+#ifdef FA2_ONE_BY_ONE
+enum { kOneByOne = FA2_ONE_BY_ONE };  // element by element, if it has to be
+#else
+enum { kOneByOne = 0 };
+#endif
+
 #ifdef FA2_FILL_THREADS
 constexpr int kFillThreads = FA2_FILL_THREADS;
+#endif
+
+// Of pieces of attention that are merged; a thread block takes kBlockM rows
+#ifdef FA2_PIECES
+constexpr int kPieces = FA2_PIECES;
+#if FA2_FLOAT32
+using PieceElement = float;  // of out; else Element
+#else
+using PieceElement = Element;
+#endif
 #endif
 
 #ifdef FA2_UNSEEN_ROWS

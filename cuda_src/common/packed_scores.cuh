@@ -16,7 +16,7 @@ struct RowSlopesOf<kMTiles, true> {
 template <int kMTiles>
 using RowSlopes = RowSlopesOf<kMTiles, kAlibi>;
 template <int kMTiles, typename Params>
-FA2_DEVICE RowSlopes<kMTiles> row_slopes(const Params& params, int b, int head_k, int first_row) {
+FA2_DEVICE RowSlopes<kMTiles> scores_of_rows(const Params& params, int b, int head_k, int first_row) {
   RowSlopes<kMTiles> slopes;
   if constexpr (kAlibi) {
 #pragma unroll

@@ -43,6 +43,15 @@ struct SinksGradientParams {
   int sinks_are_16_bit;
 };
 
+// What dropout drops (dropout.cuh).
+struct DropoutParams {
+  const uint32_t* dropout_seed;  // so many words: seed and offset, of two each, and two each for what is added to batch and head; or the
+  int words;                     // first 2 or 4 of them, and the others are 0
+  uint32_t threshold;            // of 32768, in both halves of the word: as many of so many elements are dropped
+  float kept, inverse;           // what part of P is kept, and its inverse
+  int first_query, first_key;    // how many queries and keys the host has left out in front
+};
+
 // The struct of a kernel with the blocks behind it that there are, in this order. Without any it is the struct itself: an empty base
 // would make some plain kernels of sm80/flash_bwd.cu others.
 template <bool kGiven, typename Block>
@@ -88,7 +97,7 @@ struct alignas(64) TensorMap {
 };
 
 using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
-                               Part<kListed, ListParams>>;
+                               Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -101,7 +110,7 @@ struct FwdTmaParams {
 };
 
 using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kOwnLogit, SinksParams>, Part<kListed, ListParams>>;
+                                  Part<kOwnLogit, SinksParams>, Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -115,7 +124,7 @@ struct BwdParams {
   Element* dv;          // like v
   // Workspaces; a row of tiles is m_blocks * kBlockM query rows long.
   float* lse_log2;   // (batch, num_heads, m_blocks * kBlockM): lse * log2(e), +inf past the last row
-  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O), 0 past the last row
+  float* softmax_d;  // (batch, num_heads, m_blocks * kBlockM): D = rowsum(dO * O) (of what dropout keeps), 0 past the last row
   float* dq_accum;   // (batch, num_heads, m_blocks, kDqTileFloats), in the order of dq_accum.cuh
   int* dq_turn;      // (batch, num_heads, m_blocks, kDqParts), from 0: whose turn it is to add to dQ
   float* dk_partial;  // (batch, num_heads_k, splits, n_blocks * kBlockN, kHeadDim), scaled (splits > 1 only)
@@ -136,8 +145,10 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
-using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDrawn, DropoutParams>,
+                               Part<kListed, ListParams>>;
+using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDrawn, DropoutParams>,
+                                  Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
 
 // The backward of sm_90: arrays and workspaces as in BwdParams. Boxes are 64 columns x kBlockM (q, dout) or kBlockN (k, v)
@@ -156,7 +167,8 @@ struct BwdTmaParams {
   int splits, head_dim_v;
 };
 
-using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kListed, ListParams>>;
+using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
+                                  Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
@@ -199,3 +211,27 @@ struct SinksBwdParams {
 using SinksBwdBandParams =
     Composed<SinksBwdParams, Part<kBand, WindowParams>, Part<true, SinksGradientParams>, Part<kListed, LengthsParams>,
              Part<kDlse, DlseParams>, Part<kListed, ListParams>, Part<kSegments, SegmentParams>>;
+
+// Pieces of attention that are merged: out and lse of the queries over some of the keys each. All are laid out alike.
+struct MergeParams {
+  const void* outs[32];  // (batch, num_rows, num_heads, cols), PieceElement
+  const float* lses[32];  // (batch, num_heads, num_rows)
+  void* out;  // likewise, over all keys
+  float* lse;
+  Strides outs_strides, lses_strides, out_strides, lse_strides;
+  int batch, num_rows, num_heads, cols;
+};
+
+// The gradients of that: of the pieces those that come out, dense ones.
+struct MergeBwdParams {
+  const void* outs[32];
+  const float* lses[32];
+  void* douts[32];
+  float* dlses[32];
+  const void* out;
+  const float* lse;
+  const void* dout;
+  const float* dlse;
+  Strides outs_strides, lses_strides, douts_strides, dlses_strides, out_strides, lse_strides, dout_strides, dlse_strides;
+  int batch, num_rows, num_heads, cols;
+};

@@ -93,6 +93,26 @@ FA2_DEVICE float to_float(half_t x) {
 }
 FA2_DEVICE float to_float(bf16_t x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
+// mul.wide.u32: all of a product, its low word in x (PTX ISA 9.7.1.3). Of a product in C++ the halves take an instruction more.
+FA2_DEVICE uint2 mul_wide_u32(uint32_t a, uint32_t b) {
+  uint2 product;
+  asm("{\n.reg .b64 p;\nmul.wide.u32 p, %2, %3;\nmov.b64 {%0, %1}, p;\n}" : "=r"(product.x), "=r"(product.y) : "r"(a), "r"(b));
+  return product;
+}
+
+// abs.f16x2: both halves without their signs (PTX ISA 9.7.4.6); no instruction of its own in front of the next
+FA2_DEVICE uint32_t abs_f16x2(uint32_t x) {
+  uint32_t y;
+  asm("abs.f16x2 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+// set.geu.u32.f16x2: 0xffff in each half where a is not less than b, where one is NaN too (PTX ISA 9.7.7.1)
+FA2_DEVICE uint32_t set_geu_u32_f16x2(uint32_t a, uint32_t b) {
+  uint32_t halves;
+  asm("set.geu.u32.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(a), "r"(b));
+  return halves;
+}
+
 // %ctaid.x and %nctaid.x, read here: what is computed of blockIdx and gridDim may be kept in registers for a long time
 FA2_DEVICE int read_ctaid() {
   int block;

@@ -6,6 +6,7 @@
 // whole row, at once (RowShift), and what an element gets is small, however far away the keys are.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/mask.cuh"
 #include "common/ptx.cuh"
 #include "common/softmax.cuh"
@@ -206,26 +207,41 @@ FA2_DEVICE void recompute_p(Accumulator<1, kNTiles>& acc, Packed& packed, int h,
   }
 }
 
+// dS of an element, P * (dP - D). With kDrawn dP counts only where P is kept, and P becomes 0 elsewhere.
+FA2_DEVICE float differentiated(float dp, float& p, float d, bool kept) {
+  if constexpr (kDrawn) {
+    const float without = -p * d;
+    p = kept ? p : 0.f;
+    return fmaf(p, dp, without);
+  } else {
+    return p * (dp - d);
+  }
+}
+
 // dS^T = P^T * (dP^T - D), in place of dP^T. `softmax_d`: of this thread's first query.
 template <int kMTiles, int kNTiles>
-FA2_DEVICE void differentiate_softmax(Accumulator<kMTiles, kNTiles>& acc_dp, const Accumulator<kMTiles, kNTiles>& acc_p,
-                                      const float* softmax_d) {
+FA2_DEVICE void differentiate_softmax(Accumulator<kMTiles, kNTiles>& acc_dp, Accumulator<kMTiles, kNTiles>& acc_p,
+                                      const float* softmax_d, const Kept<true, kMTiles, kNTiles>& kept) {
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j) {
     const float2 d = *reinterpret_cast<const float2*>(softmax_d + 8 * j);
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc_dp.x[i][j][e] = acc_p.x[i][j][e] * (acc_dp.x[i][j][e] - (e % 2 == 0 ? d.x : d.y));
+      for (int e = 0; e < 4; ++e)
+        acc_dp.x[i][j][e] = differentiated(acc_dp.x[i][j][e], acc_p.x[i][j][e], e % 2 == 0 ? d.x : d.y, kept.has(i, j, e));
   }
 }
 
-// The same of a plain tile. `softmax_d`: of this thread's two rows.
+// The same of a plain tile, where P stays. `softmax_d`: of this thread's two rows.
 template <int kNTiles>
 FA2_DEVICE void differentiate_softmax_of_rows(Accumulator<1, kNTiles>& acc_dp, const Accumulator<1, kNTiles>& acc_p,
-                                              const float (&softmax_d)[2]) {
+                                              const float (&softmax_d)[2], const Kept<false, 1, kNTiles>& kept) {
 #pragma unroll
   for (int j = 0; j < kNTiles; ++j)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (acc_dp.x[0][j][e] - softmax_d[e / 2]);
+    for (int e = 0; e < 4; ++e) {
+      const float dp = kept.has(0, j, e) ? acc_dp.x[0][j][e] : 0.f;
+      acc_dp.x[0][j][e] = acc_p.x[0][j][e] * (dp - softmax_d[e / 2]);
+    }
 }

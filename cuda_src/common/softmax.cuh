@@ -143,16 +143,18 @@ struct Softmax {
   }
 
   // O becomes diag(l)^-1 O. Afterwards lse(i, h) is the log-sum-exp of a row. Of one that has seen no key (l = 0; kUnseenRows) O
-  // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that.
+  // stays 0, and lse is -inf. With kOwnLogit l has the sink in it, and such a row no more than that. factor: of
+  // O besides, with kDrawn.
   template <int kOTiles>
-  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink) {
+  FA2_DEVICE void finish(Accumulator<kMTiles, kOTiles>& acc_o, float scale_log2, float sink, float factor) {
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         sum[i][h] = row_sum(sum[i][h]);
         const float alpha = add_sink(i, h, scale_log2, sink);
-        const float inverse = alpha * (kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]));
+        float inverse = alpha * (kUnseenRows && sum[i][h] == 0.f ? 0.f : rcp(sum[i][h]));
+        if constexpr (kDrawn) inverse *= factor;
 #pragma unroll
         for (int j = 0; j < kOTiles; ++j)
 #pragma unroll

@@ -1,5 +1,5 @@
-// What a row's statistics take in beside its scores: a logit of its head's own (attention sinks), and a gradient of lse. All are
-// templates, since parameters that are not there must not be looked up.
+// What a row's statistics take in beside its scores: a logit of its head's own (attention sinks), a gradient of lse, and what
+// dropout keeps. All are templates, since parameters that are not there must not be looked up.
 #pragma once
 
 #include "common/params.cuh"
@@ -36,5 +36,15 @@ FA2_DEVICE void store_own_logit_sum(const Params& params, int64_t tile, float su
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     if (threadIdx.x % 32 == 0) params.sink_sums[tile * kWarps + threadIdx.x / 32] = sum;
+  }
+}
+
+// What part of P dropout keeps. As much of D goes with dS: the inverse of this is a factor of what is multiplied by dS.
+template <typename Params>
+FA2_DEVICE float part_kept(const Params& params) {
+  if constexpr (kDrawn) {
+    return params.kept;
+  } else {
+    return 1.f;
   }
 }

@@ -274,10 +274,15 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
 
   const bool any = visit.begin < visit.end;
   Step step{tile.head * heads, visit.begin, 0};
+  Drawing drawing;
+  Kept<true, kKeyTiles, kSCols / 8> kept;
   if (any) load_queries(step);
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
     const int stage = step.stage, m_block = step.m_block;
+    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
+    if (kDrawn && m_block == visit.begin) drawing = drawing_of(params, entry, step.head);
+    kept.draw(drawing, position);
     cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
     __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
     pass_turn();
@@ -286,12 +291,15 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     AccS acc_p;
     acc_p.clear();
     gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
-    const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
     FragmentsP packed;
     if (m_block < mask_to_of(visit, m_block)) {
       compute_p(acc_p, packed, step, position, True{});
     } else {
       compute_p(acc_p, packed, step, position, False{});
+    }
+    if constexpr (kPackEarly) {
+#pragma unroll
+      for (int i = 0; i < kKeyTiles; ++i) kept.drop(i, packed.r[i]);
     }
     if constexpr (kPackEarly && kSplit > 1) store_fragments(smem.p, warp_row, s_col, packed);
     // dP^T = V dO^T, dS^T = P^T * (dP^T - D)
@@ -300,9 +308,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     gemm<kHeadStepsV>(acc_ds, smem_v, operand_b_transposed(smem.dout[stage], s_col, 0), [&](int k) {
       if (kStages > 1) load_q(next, k, kHeadStepsV);
     });
-    keep(acc_ds, position);
-    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col());
-    keep(acc_p, position);
+    differentiate_softmax(acc_ds, acc_p, smem.softmax_d[stage] + s_col + accumulator_col(), kept);
     store_accumulator(smem.ds, warp_row, s_col, acc_ds);
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
@@ -354,6 +360,14 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     for (int j = 0; j < kDCols / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_dk.x[i][j][e] *= params.softmax_scale;
+  if constexpr (kDrawn) {
+#pragma unroll
+    for (int i = 0; i < kKeyTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kDColsV / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_dv.x[i][j][e] *= inverse_of_kept(params);
+  }
   cp_async_wait_group<0>();  // the zeros, or K and V, should there have been no step
   __syncthreads();           // everybody is done with K and V
   pass_turn();

@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
     operand_q.keep();
     const float factor = factor_of_tile<false>(params, walk), scale_log2 = packed_exponent_scale(params, factor);
     const int row = walk.block() * kBlockM + accumulator_row();  // this thread's first, among those of the sequence
-    const auto slopes = row_slopes<kMTiles>(params, walk.b, walk.head(), row);
+    const auto of_rows = scores_of_rows<kMTiles>(params, walk.b, walk.head(), row);
 
     Softmax<kMTiles> softmax;
     Accumulator<kMTiles, kOTiles> acc_o;
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_decode(const 
       multiply_keys(acc_s, operand_q, smem, ring[slot]);
       const int first_key = n * kBlockN;
       const CachedSequence& sequence = smem.work.walk.sequence;
-      const auto shift = modify_packed_scores(acc_s, params, factor, slopes, sequence, row, first_key + accumulator_col());
+      const auto shift = modify_packed_scores(acc_s, params, factor, of_rows, sequence, row, first_key + accumulator_col());
       if (first_key < all_from || first_key + kBlockN > all_to) {
         mask_packed_scores(acc_s, params, sequence, row, first_key + accumulator_col());
       }

@@ -122,7 +122,10 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   auto position_of = [&](int n) {
     return Position<false>{first_query + warp_row + accumulator_row(), n * kBlockN + accumulator_col()};
   };
+  const Drawing drawing = drawing_of(params, tile, tile.head);
+  Kept<false, kMTiles, kSTiles> kept;
   auto step = [&](int n, auto masked, auto whole) {
+    kept.draw(drawing, position_of(n));
     cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
     // S = Q K^T
@@ -136,7 +139,7 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
       mask_scores(acc_s, sequence, position_of(n));
     }
     softmax.update(acc_s, acc_o, scale_log2, shift);
-    keep(acc_s, position_of(n));
+    kept.drop(acc_s);
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
@@ -153,7 +156,7 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.
-  softmax.finish(acc_o, scale_log2, own_logit(params, tile.head));
+  softmax.finish(acc_o, scale_log2, own_logit(params, tile.head), inverse_of_kept(params));
   float* gmem_lse = params.lse + query_batch(tile) * params.lse_strides.batch + tile.head * params.lse_strides.head;
   store_lse(softmax, gmem_lse + query_row(tile, first_query) * params.lse_strides.row, params.lse_strides.row,
             warp_row + accumulator_row(), queries, scale_log2);

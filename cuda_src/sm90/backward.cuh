@@ -92,6 +92,11 @@ struct Step {
   }
 };
 
+// Whether a step is the first of its tile that is of its head.
+FA2_DEVICE bool starts_head(const Work& work, const Step& step) {
+  return step.left == work.steps || step.m_block == work.head_begin;
+}
+
 FA2_DEVICE int cluster_rank() { return kCluster > 1 ? blockIdx.x % kCluster : 0; }
 
 // lse_log2 or softmax_d of a step. One thread; the barrier expects kStatisticsBytes. A tensor copy, though the floats lie in a

@@ -212,6 +212,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   AccS acc_s, acc_dp;
   AccKV acc_dk, acc_dv;
   Fragments<kQuerySteps> frag_p, frag_ds;
+  Drawing drawing;
+  Kept<true, 1, kBlockM / 8> kept;
 
   auto issue_s = [&](bool first) {  // S^T = K Q^T
     if (first) mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_tiles
@@ -281,7 +283,10 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc_dk.x[0][j][e] *= params.softmax_scale;
+        for (int e = 0; e < 4; ++e) {
+          acc_dk.x[0][j][e] *= params.softmax_scale;
+          if constexpr (kDrawn) acc_dv.x[0][j][e] *= inverse_of_kept(params);
+        }
       const int64_t offset = (static_cast<int64_t>(work.part) * kBlockN + warp_row) * kHeadDim;
       store_partial(params.dk_partial + offset, kHeadDim, acc_dk);
       store_partial(params.dv_partial + offset, kHeadDim, acc_dv);
@@ -293,7 +298,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
       store_gradient(params.dk + key_batch(work) * dks.batch + work.head_k * dks.head + row * dks.row, dks.row, rows,
                      shape.head_dim, acc_dk, params.softmax_scale);
       store_gradient(params.dv + key_batch(work) * dvs.batch + work.head_k * dvs.head + row * dvs.row, dvs.row, rows,
-                     params.head_dim_v, acc_dv, 1.f);
+                     params.head_dim_v, acc_dv, inverse_of_kept(params));
     }
   };
 
@@ -303,21 +308,22 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     const bool last = step.left == 1;  // of its tile
     const Sequence& sequence = sequence_of_tile(shape, work, params);
     const int key = work.n_block * kBlockN + warp_row + accumulator_row(), first_query = step.m_block * kBlockM;
-    bar_sync(kTurn + group, 128 * kKeyGroups);  // the other warpgroup has its dS
-    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, {first_query + accumulator_col(), key});
+    const Position<true> position{first_query + accumulator_col(), key};
+    if (kDrawn && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
+    kept.draw(drawing, position);
+    bar_sync(kept.before(drawing, kTurn + group), 128 * kKeyGroups);  // the other warpgroup has its dS
+    const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, position);
     if (step.m_block < mask_to_of(work, step.m_block)) {
       recompute_p<true>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
     } else {
       recompute_p<false>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
     }
+    if constexpr (kPackEarly) kept.drop(0, frag_p.r);
     pin(acc_s);
     wgmma_wait_group<0>();  // dP(m)
     pin(acc_dp);
     if (last && leader) mbarrier_arrive(smem.v_empty);
-    const Position<true> position{first_query + accumulator_col(), key};
-    keep(acc_dp, position);
-    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage] + accumulator_col());
-    keep(acc_s, position);
+    differentiate_softmax(acc_dp, acc_s, smem.softmax_d[ring.stage] + accumulator_col(), kept);
     if constexpr (!kPackEarly) to_fragments(frag_p, acc_s);
     to_fragments(frag_ds, acc_dp);
     bar_arrive(kTurn + 1 - group, 128 * kKeyGroups);  // the other warpgroup's turn

@@ -15,6 +15,7 @@
 // What a tile of 64 keys adds to dQ in L2 would be the limit. So two thread blocks, a cluster, take neighbouring tiles, and
 // the same queries at the same time: each sends its dS to the other, and sums other columns of dQ over the keys of both.
 #include "common/dq_accum.cuh"
+#include "common/dropout.cuh"
 #include "common/score.cuh"
 #include "sm90/backward.cuh"
 #include "sm90/pipeline.cuh"
@@ -136,6 +137,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   Schedule schedule;
   Work work = {};
   int key = 0;  // this thread's first one
+  Drawing drawing;
+  Kept<false, 1, kBlockN / 8> kept;
 
   // S = Q K^T, dP = dO V^T, each in two halves: a warpgroup gets about eight products ahead of the tensor cores, and could do
   // nothing else while it issues more.
@@ -151,7 +154,8 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   auto issue_dp = [&](auto second) {
     constexpr int kHalf = (kHeadDimV + 64) / 128 * 64, kCol = decltype(second)::value ? kHalf : 0;
     constexpr int kCols = kCol ? kHeadDimV - kCol : kHalf;
-    if (kCol == 0 || kPartsV > 1) mbarrier_wait(smem.dout_loads.full[dout.stage], dout.parity);  // dO and D landed: copy_tiles
+    const uint32_t parity = kept.before(drawing, dout.parity);
+    if (kCol == 0 || kPartsV > 1) mbarrier_wait(smem.dout_loads.full[dout.stage], parity);  // dO and D landed: copy_tiles
     wgmma_fence();
     gemm_ss<kCols / 16>(acc_dp, AlongRows(smem.dout[dout.stage], 0, kPartsV > 1 ? 0 : kCol), AlongRows(smem.v, 0, kCol),
                         kCol > 0);
@@ -181,22 +185,25 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
       }
       pin(acc_s);
     };
+    if (kDrawn && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
+    kept.draw(drawing, {query, key});
     issue_dp(False{});
     half_of_p(0);
     issue_dp(True{});
     half_of_p(1);
     mbarrier_wait(smem.p_empty[p_stage], p_parity ^ 1);  // released by sum_gradient
     if constexpr (kPackEarly) {
+      kept.drop(0, packed.r);
       store_fragments(smem.p[p_stage], warp_row, packed);
     } else {
-      store_accumulator(smem.p[p_stage], warp_row, acc_s);
+      store_accumulator(smem.p[p_stage], warp_row, kept.of(acc_s));
     }
     const int dout_stage = (dout.stage + kDoutBuffers - kPartsV) % kDoutBuffers;  // of this step's dO
     const float* statistics = smem.dout_loads.statistics[dout_stage];
     const float softmax_d[2] = {statistics[row], statistics[row + 8]};
     wgmma_wait_group<0>();  // dP
     pin(acc_dp);
-    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d);
+    differentiate_softmax_of_rows(acc_dp, acc_s, softmax_d, kept);
     announce(smem.p_full[p_stage]);
     if constexpr (kMore) issue_s(False{});
     // Released by both sum_gradient of the other block: its ds_peer is free. And so is ds here: the other block has sent what they
@@ -325,7 +332,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
 
   // Columns [col, col + kPartCols) of dV or dK. A loop over the parts would put them into local memory.
   auto store = [&](Accumulator<1, kPartCols / 8>& part, int col) {
-    const float factor = kSecond ? params.softmax_scale : 1.f;
+    const float factor = kSecond ? params.softmax_scale : inverse_of_kept(params);
     if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
 #pragma unroll
       for (int j = 0; j < kPartCols / 8; ++j)

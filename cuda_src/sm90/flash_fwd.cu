@@ -164,6 +164,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   AccS acc_s;
   AccO acc_o;
   Fragments<kKeySteps> frag_p;
+  Drawing drawing;
+  Kept<false, 1, kBlockN / 8> kept;
 
   auto issue_s = [&] {  // S = Q K^T
     mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_keys
@@ -206,11 +208,16 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     softmax = Softmax<1>();
     float alpha[2];
     softmax.exponentiate(acc_s, alpha, scale_log2, shift);
-    keep(acc_s, position_of(work, work.visit.end - 1));
+    kept.drop(acc_s);
+  };
+  auto draw_first = [&](const Work& work) {  // of a tile
+    drawing = drawing_of(params, work, work.head);
+    kept.draw(drawing, position_of(work, work.visit.end - 1));
   };
   auto start_tile = [&](const Work& work) {
     mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
     issue_s();
+    draw_first(work);
     wgmma_wait_group<0>();
     finish_s();
     if (work.visit.end == work.visit.begin + 1) release_q();
@@ -219,7 +226,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   };
   // O = diag(l)^-1 O of a tile, whose Q was at `stage`
   auto finish_tile = [&](const Work& work, Softmax<1>& done, float logit, int stage) {
-    done.finish(acc_o, scale_log2, logit);
+    done.finish(acc_o, scale_log2, logit, inverse_of_kept(params));
     const int first_query = work.m_block * kBlockM;
     if (accumulator_col() == 0) {
       float* lse = params.lse + query_batch(work) * params.lse_strides.batch + work.head * params.lse_strides.head;
@@ -257,7 +264,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     auto step = [&](int n, auto masked) {
       take_turn();
       issue_s();
-      issue_o(!first);
+      kept.draw(drawing, position_of(work, n));
+      issue_o(kept.before(drawing, !first));
       pass_turn();
       first = false;
       wgmma_wait_group<1>();  // S(n)
@@ -267,7 +275,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       if constexpr (decltype(masked)::value) mask(work, n);
       float alpha[2];
       softmax.exponentiate(acc_s, alpha, scale_log2, shift);
-      keep(acc_s, position_of(work, n));
+      kept.drop(acc_s);
       pin(acc_s);             // what can be done of P(n) before the wait is not left for after it
       wgmma_wait_group<0>();  // O += P(n+1) V(n+1)
       finish_o();
@@ -292,7 +300,8 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
       take_turn();
       issue_s();
-      issue_o(!first);
+      draw_first(next);
+      issue_o(kept.before(drawing, !first));
       pass_turn();
       more_after = schedule.next(shape, after, params);
       wgmma_wait_group<1>();  // S of the next tile

@@ -4,6 +4,7 @@
 // The first thread blocks take a tile of kBlockM query rows each, with the warps that share it, heads from the last to the first:
 // those that flash_bwd ended with are still in L2. The others take 8 columns of a row of dK, later of dV, with each thread.
 #include "common/bwd_tiles.cuh"
+#include "common/chunk.cuh"
 #include "common/dq_accum.cuh"
 #include "sm80/tile.cuh"
 
@@ -52,20 +53,6 @@ FA2_DEVICE void convert_dq(SharedMemory& smem, const PostprocessParams& params, 
   const int first_query = (kListed ? entry.block : place) * kBlockM;
   store_tile(params.dq + query_batch(entry) * dqs.batch + head * dqs.head + query_row(entry, first_query) * dqs.row, dqs.row,
              sequence.seqlen_q - first_query, shape.head_dim, smem.dq);
-}
-
-// Elements [col, col + 8) of a row of `cols` = x, rounded; nothing past its end.
-FA2_DEVICE void store_chunk(Element* row, int col, int cols, const float (&x)[8]) {
-  uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = cvt_pack<Element>(x[2 * i], x[2 * i + 1]);
-  if constexpr (kAligned) {
-    *reinterpret_cast<uint4*>(row + col) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (col + i < cols) row[col + i] = Element{static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)};
-  }
 }
 
 // dK or dV: chunk `index` of 8 columns, counted along rows, keys, key heads and batches. Its parts are added in the order of the

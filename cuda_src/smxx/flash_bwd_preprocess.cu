@@ -6,6 +6,7 @@
 // its 16-byte chunks. Heads are taken from the last to the first: what flash_bwd begins with is the last that has been touched, and
 // still in L2.
 #include "common/bwd_tiles.cuh"
+#include "common/chunk.cuh"
 #include "common/dq_accum.cuh"
 #include "common/statistics.cuh"
 
@@ -17,22 +18,7 @@ constexpr int kPassesAtOnce = kPasses < 4 ? kPasses : 4;  // all of their loads 
 static_assert(kPasses % kPassesAtOnce == 0);
 static_assert(kBlockM <= kNumThreads, "a thread for each row's lse");
 
-struct alignas(16) Chunk {
-  Element x[8];
-};
-
-// Eight neighbouring elements of a row, zeros past column `cols`.
-FA2_DEVICE Chunk load_chunk(const Element* row, int col, int cols) {
-  Chunk chunk = {};
-  if constexpr (kAligned) {
-    if (col < cols) *reinterpret_cast<uint4*>(&chunk) = *reinterpret_cast<const uint4*>(row + col);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (col + i < cols) chunk.x[i] = row[col + i];
-  }
-  return chunk;
-}
+using Chunk = ChunkOf<Element>;
 
 extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(const __grid_constant__ PreprocessParams params) {
   griddepcontrol_launch_dependents();  // flash_bwd may start: it waits before it needs what is written here
@@ -87,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
         const int row = (first + pass) * kRowsPerPass + pass_row;
         if (kDlse && row < rows && col == 0) d -= dlse_of(params, batch, head, first_row + row);
         if (kOwnLogit) logit_sum -= ex2((logit - row_lse[pass]) * kLog2E) * d;
+        if constexpr (kDrawn) d *= part_kept(params);
         if (row < (kShort ? rows : kBlockM) && col == 0) params.softmax_d[tile * kPlaces + row] = d;
       }
     }

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 import fa2cupy
+from fa2cupy.errors import InvalidArgument
+from fa2cupy.flash_attn.dmask import s_dmask
 from fa2cupy.flash_attn.translate import (
     check_tensors,
     from_flash_attn_lse,
     keywords,
     lengths,
     refuse,
+    seeded,
     seqlens,
     to_flash_attn_lse,
     took,
@@ -41,11 +44,12 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax_lse, S_dmask, rng_state) of (batch, seqlen, heads, head_dim) tensors.
 
-    S_dmask is empty and rng_state means nothing without dropout, as in flash_attn; generator belongs to dropout.
+    S_dmask (`dmask.py`) is empty unless return_softmax asks for it, which needs dropout; rng_state, int64 (2,), is what
+    was drawn from generator, or from torch's own, and means nothing without dropout.
     """
     window = window_size_left, window_size_right
     options = keywords(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, sizes=seqlens(q, k))
-    return _forward(q, k, v, out, options)
+    return _forward(q, k, v, out, options, return_softmax, generator)
 
 
 def varlen_fwd(
@@ -79,7 +83,7 @@ def varlen_fwd(
     packed = lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     used = {"seqused_k": seqused_k, "leftpad_k": leftpad_k}
     packed |= {name: value for name, value in used.items() if value is not None}
-    return _forward(q, k, v, out, packed | options)
+    return _forward(q, k, v, out, packed | options, return_softmax, generator)
 
 
 def bwd(
@@ -103,13 +107,13 @@ def bwd(
     generator: object = None,
     rng_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, softmax_d), the first three into what is given; softmax_d: rowsum(dout * out), (batch, heads, rows)
-    float32, rows being seqlen_q rounded up to a multiple of 128."""
+    """(dq, dk, dv, softmax_d), the first three into what is given; softmax_d: rowsum(dout * out), times 1 - dropout_p,
+    (batch, heads, rows) float32, rows being seqlen_q rounded up to a multiple of 128. rng_state: the forward's."""
     window = window_size_left, window_size_right
     options = keywords(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, sizes=seqlens(q, k))
-    gradients = _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), deterministic, options)
+    gradients = _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), deterministic, options, rng_state)
     batch, seqlen_q = q.shape[:2]
-    softmax_d = _softmax_d(dout.flatten(0, 1), out.flatten(0, 1)).unflatten(1, (batch, seqlen_q))
+    softmax_d = _softmax_d(dout.flatten(0, 1), out.flatten(0, 1), options).unflatten(1, (batch, seqlen_q))
     padding = round_multiple(seqlen_q, 128) - seqlen_q
     return *gradients, torch.nn.functional.pad(softmax_d.transpose(0, 1), (0, padding))
 
@@ -144,11 +148,11 @@ def varlen_bwd(
     window = window_size_left, window_size_right
     options = keywords(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     packed = lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    gradients = _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), deterministic, packed | options)
+    gradients = _backward(dout, q, k, v, out, softmax_lse, (dq, dk, dv), deterministic, packed | options, rng_state)
     rows = torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
     sequence = torch.searchsorted(cu_seqlens_q[1:-1], rows, right=True)
     softmax_d = q.new_zeros(q.shape[1], q.shape[0] + 128 * (cu_seqlens_q.numel() - 1), dtype=torch.float32)
-    softmax_d[:, rows + 128 * sequence] = _softmax_d(dout, out)
+    softmax_d[:, rows + 128 * sequence] = _softmax_d(dout, out, options)
     return *gradients, softmax_d
 
 
@@ -204,13 +208,24 @@ def round_multiple(x: int, m: int) -> int:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    options: dict[str, Any],
+    return_softmax: bool = False,
+    generator: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_tensors(q=q, k=k, v=v)
+    if return_softmax and "dropout_p" not in options:
+        raise InvalidArgument("return_softmax=True without dropout_p: S_dmask belongs to dropout")
     with torch.no_grad():
+        options = seeded(options, q, generator)
         out, lse = fa2cupy.attention(q, k, v, out=out, return_lse=True, **options)
         took()
-        return out, to_flash_attn_lse(lse), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
+        dmask = s_dmask(q, k, options) if return_softmax else q.new_empty(0)
+        drawn = options.get("dropout_seed")
+        return out, to_flash_attn_lse(lse), dmask, q.new_empty(2, dtype=torch.int64) if drawn is None else drawn
 
 
 def _backward(
@@ -223,8 +238,13 @@ def _backward(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     deterministic: bool,
     options: dict[str, Any],
+    rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = gradients
+    if "dropout_p" in options:
+        if rng_state is None:
+            raise InvalidArgument("dropout_p is given without rng_state: what the forward returned is needed")
+        options = {**options, "dropout_seed": rng_state}
     check_tensors(dout=dout, q=q, k=k, v=v, out=out, lse=lse)
     with torch.no_grad():
         lse = from_flash_attn_lse(lse)
@@ -233,8 +253,9 @@ def _backward(
         )
 
 
-def _softmax_d(dout: Tensor, out: Tensor) -> Tensor:
-    """rowsum(dout * out) of (rows, heads, head_dim) tensors: (heads, rows) float32, some rows at a time."""
+def _softmax_d(dout: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
+    """rowsum(dout * out) of (rows, heads, head_dim) tensors, times 1 - dropout_p: (heads, rows) float32, some rows at a
+    time."""
     dout, out = dout.detach(), out.detach()
     sums = [(x.float() * y.float()).sum(-1) for x, y in zip(dout.split(_ROWS), out.split(_ROWS), strict=True)]
-    return torch.cat(sums).T
+    return torch.cat(sums).T * (1 - options.get("dropout_p", 0.0))

@@ -1,7 +1,8 @@
 """flash_attn.flash_attn_interface: the seven public functions, the functions below them, and the autograd names.
 
 Arguments, their order, defaults and returns are flash_attn 2.8's; what they ask for is computed by fa2cupy, and what
-fa2cupy does not have yet is refused with its name. Rows that see no key have log-sum-exp +inf here, as there.
+fa2cupy does not have yet is refused with its name. Rows that see no key have log-sum-exp +inf here, as there. What
+dropout drops is drawn from torch's generator of the tensors' device.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 import fa2cupy
 from fa2cupy.flash_attn import extension as flash_attn_gpu
-from fa2cupy.flash_attn.autograd import attend
+from fa2cupy.flash_attn.autograd import attend, separate
+from fa2cupy.flash_attn.dmask import BLOCK_SIZE_N, s_dmask
 from fa2cupy.flash_attn.extension import maybe_contiguous, round_multiple
-from fa2cupy.flash_attn.translate import keywords, lengths, refuse, seqlens, to_flash_attn_lse
+from fa2cupy.flash_attn.translate import keywords, lengths, refuse, seeded, seqlens, to_flash_attn_lse
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -65,8 +67,9 @@ def flash_attn_func(
     """Exact attention, differentiable; causal is bottom-right aligned.
 
     q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k, head_dim). Returns out, of q's shape; with
-    return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (batch, heads, seqlen_q) float32, S_dmask empty.
-    s_aux (heads,), which flash_attn does not have: attention sinks, as transformers passes them.
+    return_attn_probs (out, softmax_lse, S_dmask): softmax_lse (batch, heads, seqlen_q) float32; S_dmask is empty where
+    nothing is dropped, else what `dmask.s_dmask` says. alibi_slopes: (heads,) or (batch, heads) float32; softmax_lse
+    has them in it. s_aux (heads,), which flash_attn does not have: attention sinks, as transformers passes them.
     """
     sizes = seqlens(q, k)
     options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, sizes=sizes)
@@ -232,10 +235,13 @@ def flash_attn_with_kvcache(
 def _dense(
     inputs: tuple[Tensor, ...], options: dict[str, Any], deterministic: bool, return_attn_probs: bool
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    options = seeded(options, inputs[0])
     out, lse = attend(inputs, options, deterministic, return_attn_probs)
     if not return_attn_probs or lse is None:
         return out
-    return out, to_flash_attn_lse(lse), out.new_empty(0)
+    q, k, _ = separate(inputs)
+    dmask = s_dmask(q, k, options) if "dropout_p" in options else out.new_empty(0)
+    return out, to_flash_attn_lse(lse), dmask
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,7 +261,7 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, softmax_lse, S_dmask (empty), rng_state (its contents mean something with dropout only)."""
+    """out, softmax_lse, S_dmask (empty unless return_softmax), rng_state (which means something with dropout only)."""
     out, softmax_lse, dmask, rng_state = flash_attn_gpu.fwd(
         q,
         k,
@@ -344,7 +350,8 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Writes dq, dk and dv; returns softmax_d, (batch, heads, seqlen_q rounded up to 128) float32."""
+    """Writes dq, dk and dv; returns softmax_d, (batch, heads, seqlen_q rounded up to 128) float32. rng_state: the
+    forward's, which dropout needs."""
     *_, softmax_d = flash_attn_gpu.bwd(
         dout,
         q,
@@ -431,8 +438,8 @@ _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 
 def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
-    """Keys between two maxima that S_dmask is relative to, which only dropout gives."""
-    raise fa2cupy.InvalidArgument("_get_block_size_n: it belongs to S_dmask, which is not supported yet (dropout_p)")
+    """Keys between two maxima that S_dmask is relative to: more than there are, so that there is one for a row."""
+    return BLOCK_SIZE_N
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From flash_attn's arguments to fa2cupy's keywords. What is not supported yet is refused there, by its name."""
+"""From flash_attn's arguments to fa2cupy's keywords."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fa2cupy import counts, dynamo
 from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.torch.seeds import draw, rounded
 
 __all__ = [
     "check_tensors",
@@ -18,6 +19,7 @@ __all__ = [
     "lengths",
     "packed_parts",
     "refuse",
+    "seeded",
     "seqlens",
     "to_flash_attn_lse",
     "took",
@@ -35,7 +37,7 @@ def keywords(
     *,
     sizes: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Keywords of `fa2cupy.attention`, of what is not neutral.
+    """Keywords of `fa2cupy.attention`, of what is not neutral; dropout_p still without a seed.
 
     sizes: (seqlen_q, seqlen_k) where every sequence has these; a window that hides nothing is then left out.
     """
@@ -47,17 +49,27 @@ def keywords(
         left = -1 if left >= sizes[1] - 1 else left
         right = -1 if right >= sizes[0] - 1 else right
     features = {
-        "dropout_p": dropout_p if dropout_p is not None and dropout_p > 0 else None,
         "window_size": (left, right) if max(left, right) >= 0 else None,
         "softcap": softcap if softcap is not None and softcap > 0 else None,
         "alibi_slopes": alibi_slopes,
         "sinks": s_aux,
+        "dropout_p": _probability(dropout_p),
     }
     asked = {name: value for name, value in features.items() if value is not None}
-    for name in ("dropout_p", "softcap", "alibi_slopes", "sinks"):
-        if name in asked:
-            raise InvalidArgument(f"{name} is given, which fa2cupy.flash_attn does not support yet")
     return {"causal": causal, "softmax_scale": softmax_scale, **asked}
+
+
+def _probability(dropout_p: float | None) -> float | None:
+    if dropout_p is None or dropout_p <= 0:
+        return None
+    return (rounded(dropout_p) or None) if dropout_p < 1 else dropout_p
+
+
+def seeded(options: dict[str, Any], q: Any, generator: Any = None) -> dict[str, Any]:
+    """With a dropout_seed if there is dropout: from the generator, or torch's of q's device."""
+    if "dropout_p" not in options or not isinstance(q, Tensor):
+        return options
+    return {**options, "dropout_seed": draw(q.device, generator=generator)}
 
 
 def _window(window_size: Any) -> tuple[int, int]:

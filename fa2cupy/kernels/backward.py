@@ -281,7 +281,8 @@ class Backward:
         params.shape = common.shape_params(problem, work.rows, order.section)
         params.shape.batch = work.batch
         params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
-        params.softmax_scale = problem.softmax_scale
+        kept = problem.dropout.kept if problem.dropout else 1.0  # of what dK and dQ are summed from
+        params.softmax_scale = problem.softmax_scale / kept
         params.splits = order.splits
         params.head_dim_v = problem.head_dim_v
         names = common.pointer_names(problem, ARRAYS)

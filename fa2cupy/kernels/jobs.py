@@ -7,7 +7,7 @@ from fa2cupy.kernels import backward, planner
 from fa2cupy.kernels.launch import CompileJob
 from fa2cupy.kernels.planner import BackwardKernel
 from fa2cupy.kernels.sm90 import tma
-from fa2cupy.kernels.smxx import flash_bwd_postprocess, flash_bwd_preprocess, flash_bwd_sinks
+from fa2cupy.kernels.smxx import flash_bwd_postprocess, flash_bwd_preprocess, flash_bwd_sinks, merge
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 
 __all__ = ["compile_jobs"]
@@ -35,6 +35,7 @@ def compile_jobs(arch: str, all_rows: bool) -> list[CompileJob]:
                 if main.ROW.family == family:
                     jobs += _backward_jobs(main, own, dtype)
         jobs += flash_bwd_sinks.compile_jobs(base, dtype)
+        jobs += merge.compile_jobs(base, dtype)
     return jobs if all_rows else [job for job in jobs if job.defines["FA2_HEAD_DIM"] in (64, 128)]
 
 

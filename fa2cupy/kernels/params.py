@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint64
 
 __all__ = [
+    "MAX_PIECES",
     "BwdParams",
     "BwdTmaParams",
     "FillParams",
@@ -29,6 +30,8 @@ __all__ = [
     "ListTilesParams",
     "ListedPlace",
     "ListedPosition",
+    "MergeBwdParams",
+    "MergeParams",
     "SegmentParams",
     "Shape",
     "SinksBwdParams",
@@ -179,6 +182,29 @@ class ListTilesParams(ctypes.Structure):
         *((f"{name}_strides", Strides3) for name in ("out", "lse", "dk", "dv")),
         *((name, c_int32) for name in ("rows_q", "rows_k", "tiles_of_head_q", "tiles_of_head_k")),
         *((name, c_int32) for name in ("num_heads", "num_heads_k", "cols_out", "cols_dk", "cols_dv")),
+    )
+
+
+MAX_PIECES = 32
+_Pieces = c_uint64 * MAX_PIECES
+_SIZES = tuple((name, c_int32) for name in ("batch", "num_rows", "num_heads", "cols"))
+
+
+class MergeParams(ctypes.Structure):
+    _fields_ = (
+        *((name, _Pieces) for name in ("outs", "lses")),
+        *((name, c_uint64) for name in ("out", "lse")),
+        *((f"{name}_strides", Strides3) for name in ("outs", "lses", "out", "lse")),
+        *_SIZES,
+    )
+
+
+class MergeBwdParams(ctypes.Structure):
+    _fields_ = (
+        *((name, _Pieces) for name in ("outs", "lses", "douts", "dlses")),
+        *((name, c_uint64) for name in ("out", "lse", "dout", "dlse")),
+        *((f"{name}_strides", Strides3) for name in ("outs", "lses", "douts", "dlses", "out", "lse", "dout", "dlse")),
+        *_SIZES,
     )
 
 

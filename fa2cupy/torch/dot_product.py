@@ -13,6 +13,7 @@ from fa2cupy import counts, dynamo
 from fa2cupy.attention import attention
 from fa2cupy.errors import MissingDependency, UnsupportedDevice
 from fa2cupy.problem import MAX_HEAD_DIM
+from fa2cupy.torch.seeds import MOST, draw
 
 __all__ = ["Features", "objection", "scaled_dot_product_attention", "top_left"]
 
@@ -37,10 +38,11 @@ def scaled_dot_product_attention(
 ) -> Any:
     """torch.nn.functional.scaled_dot_product_attention by our kernels: (batch, num_heads, seqlen, head_dim).
 
-    is_causal is aligned top-left, as torch's: query i sees keys j <= i. What our kernels do not compute (masks,
-    dropout, float32 on a GPU, shapes that broadcast) goes to torch's function, counted by `fa2cupy.report()` and logged
-    the first time; FA2CUPY_STRICT=1 makes it an error. float16 and bfloat16 on a GPU, on the CPU also float32 and
-    float64. Differentiable as `fa2cupy.attention` is.
+    is_causal is aligned top-left, as torch's: query i sees keys j <= i. dropout_p is rounded to multiples of 2^-15, and
+    what it drops is drawn from torch's generator of the device. What our kernels do not compute (masks, float32 on a
+    GPU, shapes that broadcast) goes to torch's function, counted by `fa2cupy.report()` and logged the first time;
+    FA2CUPY_STRICT=1 makes it an error. float16 and bfloat16 on a GPU, on the CPU also float32 and float64.
+    Differentiable as `fa2cupy.attention` is.
 
     Returns (batch, num_heads, seqlen_q, head_dim_v) in the dtype of query, or of autocast. Raises as torch's function.
     """
@@ -54,7 +56,10 @@ def scaled_dot_product_attention(
     if is_causal and query.shape[2] < key.shape[2]:  # nobody sees the keys behind, and a square is aligned both ways
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     causal, features = top_left(is_causal, query.shape[2], key.shape[2])
-    return attention(query, key, value, causal=causal, softmax_scale=scale, layout="bhsd", **dict(features))
+    keywords = dict(features)
+    if dropout_p:
+        keywords.update(dropout_p=dropout_p, dropout_seed=draw(query.device))
+    return attention(query, key, value, causal=causal, softmax_scale=scale, layout="bhsd", **keywords)
 
 
 def top_left(is_causal: bool, seqlen_q: int, seqlen_k: int) -> tuple[bool, Features]:
@@ -82,8 +87,8 @@ def objection(q: Any, k: Any, v: Any, dropout_p: float, dtypes: tuple[Any, Any, 
 
     dtypes: what the tensors have, or will have been cast to.
     """
-    if dropout_p:
-        return "dropout is not supported yet"
+    if not 0 <= dropout_p < MOST:
+        return "dropout of everything is not supported"
     device = q.device
     supported = _DTYPES.get(device.type)
     if supported is None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fa2cupy.torch.seeds import draw, rounded
+
 __all__ = ["laid_out", "models", "order", "random_state"]
 
 
@@ -44,10 +46,12 @@ def laid_out(result: Any, like: Any, swapped: bool) -> Any:
     return copy
 
 
-def random_state(q: Any) -> tuple[Any, Any, Any]:
-    """Seed and offset of a dropout that there is not, and the mask for debugging: what nobody reads."""
+def random_state(q: Any, dropout_p: float) -> tuple[Any, Any, Any]:
+    """What torch's flash attention returns of its random numbers: ours, seed and offset in one uint64 (2,), drawn if
+    there is dropout; one that nobody reads; and the mask for debugging, empty."""
     seed, offset, mask = models(q.device, torch.uint64, (2,), q.dtype)
-    return torch.empty_like(seed), torch.empty_like(offset), torch.empty_like(mask)
+    drawn = draw(q.device).view(torch.uint64) if rounded(dropout_p) else torch.empty_like(seed)
+    return drawn, torch.empty_like(offset), torch.empty_like(mask)
 
 
 @functools.lru_cache(maxsize=64)

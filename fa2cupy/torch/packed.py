@@ -18,32 +18,31 @@ __all__ = ["backward", "forward"]
 
 Features = tuple[tuple[str, Any], ...]
 
-_STARTS = ("cu_seqlens_q", "cu_seqlens_k")
-_FORWARD, _BACKWARD = (ASKED[operation].extended(_STARTS) for operation in (FORWARD, BACKWARD))
-_FORWARD_USED = _FORWARD.extended(("seqused_k",))
+_FORWARD, _BACKWARD = ASKED[FORWARD], ASKED[BACKWARD]
 
 
 def forward(
-    q: Any, k: Any, v: Any, starts: tuple[Any, Any], used_k: Any, causal: bool, scale: float | None, features: Features
+    q: Any, k: Any, v: Any, extra: dict[str, Any], causal: bool, scale: float | None, features: Features
 ) -> tuple[Any, Any]:
-    """out, lse (heads, total_q). used_k: keys in use of each sequence, or None."""
+    """out, lse (heads, total_q). extra: arrays of keywords by name, in the table's order, cu_seqlens_q and cu_seqlens_k
+    among them."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
-    operation, extra = (_FORWARD, starts) if used_k is None else (_FORWARD_USED, (*starts, used_k))
     options = (causal, scale, "bshd", None, False, features)
-    out, lse = call(operation, [q, k, v, None, None, *extra], None, options)
+    out, lse = call(_FORWARD.extended(tuple(extra)), [q, k, v, None, None, *extra.values()], None, options)
     return _like(out, q), lse
 
 
 def backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, starts: tuple[Any, Any], causal: bool, scale: float | None,
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, extra: dict[str, Any], causal: bool, scale: float | None,
     features: Features,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """dq, dk, dv."""
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
     options = (causal, scale, "bshd", None, torch.are_deterministic_algorithms_enabled(), features)
-    dq, dk, dv = call(_BACKWARD, [dout, q, k, v, out, lse, None, None, None, *starts], None, options)
+    arrays = [dout, q, k, v, out, lse, None, None, None, *extra.values()]
+    dq, dk, dv = call(_BACKWARD.extended(tuple(extra)), arrays, None, options)
     return _like(dq, q), _like(dk, k), _like(dv, v)
 
 

@@ -32,6 +32,7 @@ from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 from fa2cupy.torch import packed
 from fa2cupy.torch.dot_product import Features, objection, top_left
 from fa2cupy.torch.layouts import laid_out, models, order, random_state
+from fa2cupy.torch.seeds import draw, rounded
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
 
@@ -48,8 +49,9 @@ def enable_sdpa(*, device: str = "cuda") -> None:
     torch's (float32, masks) stay its own and are not seen; of what comes, dropout and cuDNN's packed sequences go on to
     torch's kernels, which `fa2cupy.report()` counts and the logger "fa2cupy" tells the first time. With
     FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Flash attention's packed sequences and windows are computed here:
-    those of `torch.nn.attention.varlen.varlen_attn` and of jagged nested tensors. Compiled functions need no compiling
-    again. Enabling twice is once.
+    those of `torch.nn.attention.varlen.varlen_attn` and of jagged nested tensors. What dropout drops is drawn from
+    torch's generator: other numbers than torch's kernels draw from it, repeated in the same way. Compiled functions
+    need no compiling again. Enabling twice is once.
 
     device: "cuda"; "cpu" replaces the CPU's flash attention by NumPy, which is slow: for tests.
 
@@ -146,6 +148,22 @@ _FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=Tru
 _BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
+def _with_dropout(features: Features, dropout_p: float) -> Features:
+    p = rounded(dropout_p)
+    return (*features, ("dropout_p", p)) if p else features
+
+
+def _extra(features: Features, seed: Any, **more: Any) -> dict[str, Any]:
+    """Arrays of keywords by name, in the table's order: the seed if there is dropout, and what else there is.
+
+    cuDNN's seed and offset are two tensors: all is in the first, int64 (); as uint32 (2,) it has offset 0.
+    """
+    extra = {name: array for name, array in more.items() if array is not None}
+    if features and features[-1][0] == "dropout_p":
+        extra = {"dropout_seed": seed if seed.dim() else seed.reshape(1).view(torch.uint32), **extra}
+    return extra
+
+
 def _took(door: str) -> None:
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()
@@ -154,16 +172,20 @@ def _took(door: str) -> None:
 
 def _forward(
     q: Any, k: Any, v: Any, causal: bool, scale: float | None, *,
-    features: Features = (), swapped: bool = False, lse_dims: int = 3, kind: Kind = NO_KIND, more: tuple[Any, ...] = (),
+    features: Features = (), seed: Any = None, swapped: bool = False, lse_dims: int = 3, kind: Kind = NO_KIND,
+    more: tuple[Any, ...] = (),
 ) -> tuple[Any, Any]:  # fmt: skip
     """out, lse (contiguous). swapped: the tensors are views of those that the operator was given, as are results.
 
-    kind: what learns from a call with the operator's tensors, and of new ones like `more` that go with the results.
+    seed: what dropout goes by, if features have it. kind: what learns from a call with the operator's tensors, and of
+    new ones like `more` that go with the results.
     """
     _took(_DOOR)
     layout = order(q)
     operation, options = _FORWARDS[layout or "bhsd"], (causal, scale, "bhsd", None, False, features)
-    out, lse = call(operation, [q, k, v, None, None], None, options)
+    extra = _extra(features, seed)
+    operation = operation.extended(tuple(extra))
+    out, lse = call(operation, [q, k, v, None, None, *extra.values()], None, options)
     lse = lse.unsqueeze(3) if lse_dims == 4 else lse
     if not layout:
         return laid_out(out, q, swapped), lse
@@ -173,10 +195,10 @@ def _forward(
 
 def _backward(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, scale: float | None, *,
-    features: Features = (), unseen: int = 0, swapped: bool = False, kind: Kind = NO_KIND,
+    features: Features = (), seed: Any = None, unseen: int = 0, swapped: bool = False, kind: Kind = NO_KIND,
     given: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """dq, dk, dv. unseen: so many keys at the end, which have gradient 0. swapped: as for `_forward`.
+    """dq, dk, dv. seed: the forward's. unseen: so many keys at the end, which have gradient 0. swapped: as there.
 
     kind: what learns from it, the one of `deterministic_algorithms()`. given: as for `Kind.learn`.
     """
@@ -184,9 +206,9 @@ def _backward(
     layout = None if unseen else order(q, k, v)
     options = (causal, scale, "bhsd", None, deterministic_algorithms(), features)
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
-    inputs = [dout, q, seen_k, seen_v, out, lse, None, None, None]
-    operation = _BACKWARDS[layout or "bhsd"]
-    dq, dk, dv = call(operation, inputs, None, options)
+    extra = _extra(features, seed)
+    operation = _BACKWARDS[layout or "bhsd"].extended(tuple(extra))
+    dq, dk, dv = call(operation, [dout, q, seen_k, seen_v, out, lse, None, None, None, *extra.values()], None, options)
     if layout:
         kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), options, given)
         return dq, dk, dv
@@ -217,8 +239,9 @@ def _sdpa_flash(native: Native) -> Kernel:
             why = "a head_dim of v of its own is not expected here"
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
-        seed, offset, mask = more = random_state(q)
-        out, lse = _forward(q, k, v, is_causal, scale, kind=kind, more=more)
+        seed, offset, mask = more = random_state(q, dropout_p)
+        features = _with_dropout((), dropout_p)
+        out, lse = _forward(q, k, v, is_causal, scale, features=features, seed=seed, kind=kind, more=more)
         return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
 
     return kernel
@@ -240,7 +263,8 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale,
             )  # fmt: skip
-        return _backward(dout, q, k, v, out, lse, is_causal, scale, kind=kind)
+        features = _with_dropout((), dropout_p)
+        return _backward(dout, q, k, v, out, lse, is_causal, scale, features=features, seed=seed, kind=kind)
 
     return kernel
 
@@ -267,11 +291,15 @@ def _cudnn(native: Native) -> Kernel:
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
         if is_causal and seqlen_q < seqlen_k:
             k, v, kind = k[:, :, :seqlen_q], v[:, :, :seqlen_q], NO_KIND
-        seed, offset, _ = models(q.device, torch.int64, (), q.dtype)
-        seed, offset = more = torch.empty_like(seed), torch.empty_like(offset)
         causal, features = top_left(is_causal, seqlen_q, seqlen_k)
-        dims = _cudnn_lse_dims()
-        out, lse = _forward(q, k, v, causal, scale, features=features, lse_dims=dims, kind=kind, more=more)
+        seed, offset, _ = models(q.device, torch.int64, (), q.dtype)
+        seed = draw(q.device, ()) if rounded(dropout_p) else torch.empty_like(seed)
+        offset = torch.empty_like(offset)
+        features = _with_dropout(features, dropout_p)
+        out, lse = _forward(
+            q, k, v, causal, scale, features=features, seed=seed, lse_dims=_cudnn_lse_dims(), kind=kind,
+            more=(seed, offset),
+        )  # fmt: skip
         return out, lse, None, None, seqlen_q, seqlen_k, seed, offset, None
 
     return kernel
@@ -299,8 +327,9 @@ def _cudnn_backward(native: Native) -> Kernel:
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
         unseen = max(0, k.shape[2] - q.shape[2]) if is_causal else 0
         causal, features = top_left(is_causal, q.shape[2], k.shape[2])
+        features = _with_dropout(features, dropout_p)
         return _backward(
-            dout, q, k, v, out, lse, causal, scale, features=features, unseen=unseen, kind=kind, given=given
+            dout, q, k, v, out, lse, causal, scale, features=features, seed=seed, unseen=unseen, kind=kind, given=given
         )  # fmt: skip
 
     return kernel
@@ -334,15 +363,16 @@ def _flash(native: Native) -> Kernel:
                 why, keyset, q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, scale=scale,
                 **more,
             )  # fmt: skip
-        causal, features = _windowed(is_causal, more)
+        causal, features = _features(is_causal, dropout_p, more)
+        seed, *rest = random_state(q, dropout_p)
         if cum_q is not None:
             counts.took(_DOOR)
-            used = more.get("seqused_k")
-            out, lse = packed.forward(q, k, v, (cum_q, cum_k), used, causal, scale, features)
-            return out, lse, *random_state(q)
+            extra = _extra(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k, seqused_k=more.get("seqused_k"))
+            out, lse = packed.forward(q, k, v, extra, causal, scale, features)
+            return out, lse, seed, *rest
         q, k, v = _swapped(q, k, v)
-        out, lse = _forward(q, k, v, causal, scale, features=features, swapped=True)
-        return out.transpose(1, 2), lse, *random_state(q)
+        out, lse = _forward(q, k, v, causal, scale, features=features, seed=seed, swapped=True)
+        return out.transpose(1, 2), lse, seed, *rest
 
     return kernel
 
@@ -359,12 +389,13 @@ def _flash_backward(native: Native) -> Kernel:
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale, **more,
             )  # fmt: skip
-        causal, features = _windowed(is_causal, more)
+        causal, features = _features(is_causal, dropout_p, more)
         if cum_q is not None:
             counts.took(_DOOR_BACKWARD)
-            return packed.backward(dout, q, k, v, out, lse, (cum_q, cum_k), causal, scale, features)
+            extra = _extra(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k)
+            return packed.backward(dout, q, k, v, out, lse, extra, causal, scale, features)
         dout, q, k, v, out = _swapped(dout, q, k, v, out)
-        return _swapped(*_backward(dout, q, k, v, out, lse, causal, scale, features=features, swapped=True))
+        return _swapped(*_backward(dout, q, k, v, out, lse, causal, scale, features=features, seed=seed, swapped=True))
 
     return kernel
 
@@ -382,12 +413,13 @@ def _flash_objection(q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, dropout_p: 
     return objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
 
 
-def _windowed(is_causal: bool, more: dict[str, Any]) -> tuple[bool, Features]:
-    """causal and the options of the operators' windows, of which None and negative ends are unlimited."""
+def _features(is_causal: bool, dropout_p: float, more: dict[str, Any]) -> tuple[bool, Features]:
+    """causal and the options of the operators' windows, of which None and negative ends are unlimited, and dropout."""
     left, right = (more.get(f"window_size_{side}") for side in ("left", "right"))
     left, right = (-1 if end is None else max(int(end), -1) for end in (left, right))
     right = -1 if is_causal else right
-    return is_causal, (("window_size", (left, right)),) if max(left, right) >= 0 else ()
+    window = (("window_size", (left, right)),) if max(left, right) >= 0 else ()
+    return is_causal, _with_dropout(window, dropout_p)
 
 
 def _cpu(native: Native) -> Kernel:
@@ -426,6 +458,8 @@ def _cpu_backward(native: Native) -> Kernel:
 def _cpu_objection(q: Any, k: Any, v: Any, attn_mask: Any, dropout_p: float) -> str:
     if attn_mask is not None:
         return "attn_mask is not supported yet"
+    if dropout_p:
+        return "dropout is not supported by an operator that returns no seed"
     return _cudnn_objection(q, k, v, None, dropout_p)
 
 

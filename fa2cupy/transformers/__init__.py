@@ -21,9 +21,9 @@ def register(*, wait: bool = True) -> None:
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="fa2cupy")    # or set_attn_implementation
 
     Causal, bidirectional, windowed, padded and packed attention runs on our kernels: float16 and bfloat16 on a GPU, on
-    the CPU also float32 and float64, with gradients, static caches and torch.compile. Other masks, dropout, biases and
-    float32 on a GPU go to torch's SDPA, counted by `fa2cupy.report()` and logged the first time; FA2CUPY_STRICT=1 makes
-    it an error. Softcaps and sinks are errors that name them.
+    the CPU also float32 and float64, with softcaps, sinks, dropout, gradients, static caches and torch.compile. Other
+    masks, biases and float32 on a GPU go to torch's SDPA, counted by `fa2cupy.report()` and logged the first time;
+    FA2CUPY_STRICT=1 makes it an error. Softcaps and sinks are errors there, since SDPA has none.
 
     No layer waits for the GPU. wait: a forward may wait once for each padding mask that it is given, to leave one
     without padding away and to find one with gaps, which is SDPA's. With False, under torch.compile and in a CUDA graph

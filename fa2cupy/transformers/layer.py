@@ -16,6 +16,7 @@ from fa2cupy.autograd.dispatch import cast
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.log import warn_once
 from fa2cupy.torch.dot_product import objection
+from fa2cupy.torch.seeds import draw
 from fa2cupy.transformers.masks import Keys, dense, is_ours, read
 
 __all__ = ["DOOR", "attention_layer"]
@@ -42,7 +43,8 @@ def attention_layer(
 
     attention_mask: what `masks.mask` returned, or a 4-D mask of the user's. sliding_window counts the query itself; it
     is asked only where there is no attention_mask, which knows of windows too. cu_seq_lens_q and cu_seq_lens_k among
-    the keywords say where packed sequences start, whatever the mask; all rows of a batch are one then.
+    the keywords say where packed sequences start, whatever the mask; all rows of a batch are one then. s_aux (heads,):
+    sinks. What dropout drops is drawn from torch's generator.
 
     Returns (batch, seqlen, heads, head_dim) and no weights.
     """
@@ -56,15 +58,12 @@ def attention_layer(
             why, module, query, key, value, attention_mask if keys is None else keys, dropout, scaling, is_causal,
             position_bias, softcap, s_aux,
         ), None  # fmt: skip
-    for name, given in (("softcap", softcap), ("sinks (s_aux)", s_aux)):
-        if given is not None:
-            raise InvalidArgument(
-                f"{name} is not supported yet by fa2cupy.transformers: use attn_implementation='eager'"
-            )
     _took()
     assert keys is not None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    features: dict[str, Any] = {}
+    features: dict[str, Any] = {"softcap": softcap, "sinks": _as_sinks(s_aux, query)}
+    if dropout:
+        features.update(dropout_p=dropout, dropout_seed=draw(query.device))
     if keys.window is not None:
         features["window_size"] = keys.window
     if keys.starts_q is not None:
@@ -117,8 +116,8 @@ def _by_sdpa(
     for name, given in (("softcap", softcap), ("sinks (s_aux)", s_aux)):
         if given is not None:
             raise InvalidArgument(
-                f"{name} is not supported yet where attention goes to torch's SDPA, as here because {why}: "
-                "use attn_implementation='eager'"
+                f"{name} is not supported where attention goes to torch's SDPA, as here because {why}: use "
+                "attn_implementation='eager'"
             )
     _fell_back(why)
     batch, _, seqlen, _ = query.shape
@@ -152,6 +151,13 @@ def _as_its_weights(module: Any, query: Any, key: Any, value: Any) -> tuple[Any,
                 dtype = layer.weight.dtype
                 break
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _as_sinks(s_aux: Any, query: Any) -> Any:
+    """Parameters, in a dtype that goes with that of the query."""
+    if s_aux is None or s_aux.dtype == query.dtype or (s_aux.dtype == torch.float32 and query.dtype.itemsize == 2):
+        return s_aux
+    return s_aux.to(query.dtype)
 
 
 @dynamo.constant

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
 from fa2cupy.errors import Fa2Error, InvalidArgument
@@ -179,7 +180,7 @@ def test_calls_are_counted() -> None:
     flash_attn_func(*qkv.unbind(2))
     _flash_attn_forward(*qkv.unbind(2), 0.0, None, False, -1, -1, 0.0, None, False)
     with pytest.raises(Fa2Error):
-        flash_attn_func(*qkv.unbind(2), dropout_p=0.1)
+        flash_attn_func(*qkv.unbind(2), dropout_p=1.0)
     assert [(row.door, row.kernel, row.calls) for row in fa2cupy.report(reset=True)] == [("flash_attn", "fa2cupy", 3)]
 
 
@@ -259,7 +260,8 @@ def test_extension_by_position() -> None:
 
 def test_softmax_d_of_packed_rows() -> None:
     dout, out = (x.detach() for x in make((6, 2, 8), (6, 2, 8)))
-    close(extension._softmax_d(dout, out), (dout.double() * out.double()).sum(-1).T, 2e-5)
+    for options, kept in (({}, 1), ({"dropout_p": 0.25}, 0.75)):
+        close(extension._softmax_d(dout, out, options), kept * (dout.double() * out.double()).sum(-1).T, 2e-5)
 
 
 def test_kvcache_that_is_full() -> None:
@@ -451,24 +453,225 @@ def test_compiled_packed_sequences() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is not there
+# softcap, ALiBi, sinks, dropout
 
 Q = torch.zeros(1, 4, 2, 8)
 CU = torch.tensor([0, 4], dtype=torch.int32)
-ASKED = {
-    "dropout_p": {"dropout_p": 0.1},
-    "softcap": {"softcap": 30.0},
-    "alibi_slopes": {"alibi_slopes": torch.ones(2)},
-    "sinks": {"s_aux": torch.ones(2)},
+SLOPES = torch.tensor([[0.5, 0.25, 0.125, 1.0], [0.3, 0.2, 0.1, 0.0]])
+SCORES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 1.5},
+    "alibi_slopes": {"alibi_slopes": SLOPES},
+    "alibi_slopes of heads": {"alibi_slopes": SLOPES[0]},
+    "dropout_p": {"dropout_p": 0.3},
+    "all": {"softcap": 1.5, "alibi_slopes": SLOPES, "dropout_p": 0.3, "window_size": (6, 0)},
 }
 
 
-@pytest.mark.parametrize("feature", ASKED)
-def test_features_that_are_not_there_are_named(feature: str) -> None:
-    with pytest.raises(Fa2Error, match=feature):
-        flash_attn_func(Q, Q, Q, **ASKED[feature])
-    with pytest.raises(Fa2Error, match=feature):
-        flash_attn_varlen_func(Q[0], Q[0], Q[0], CU, CU, 4, 4, **ASKED[feature])
+def probabilities(q: Tensor, k: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """P in float64, before dropout, and exp(s - the largest of its row), of dense sequences with causal masks."""
+    slopes, softcap = keywords.get("alibi_slopes"), keywords.get("softcap")
+    q, k = (x.detach().double().transpose(1, 2) for x in (q, k))
+    s = q @ k.repeat_interleave(2, 1).mT * DIM**-0.5
+    s = softcap * (s / softcap).tanh() if softcap else s
+    distance = torch.arange(s.shape[2])[:, None] + s.shape[3] - s.shape[2] - torch.arange(s.shape[3])
+    if slopes is not None:
+        s = s - (slopes if slopes.ndim == 2 else slopes[None])[..., None, None] * distance.abs()
+    left, _ = keywords.get("window_size", (-1, -1))
+    s = s.masked_fill((distance < 0) | ((left >= 0) & (distance > left)), -math.inf)
+    return s.softmax(3), (s - s.amax(3, keepdim=True)).exp()
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_and_dropout(name: str) -> None:
+    """By the formula, with what S_dmask says is dropped; packed in one tensor with one gradient, and as sequences."""
+    keywords = {**SCORES[name], "causal": True}
+    q, kv = make((BATCH, 9, HEADS, DIM), (BATCH, 20, 2, HEADS_K, DIM))
+    k, v = kv.unbind(2)
+    torch.manual_seed(4)
+    out, lse, dmask = flash_attn_func(q, k, v, **keywords, return_attn_probs=True)
+    p, unnormalised = probabilities(q, k, **keywords)
+    kept = torch.ones_like(p, dtype=torch.bool)
+    if "dropout_p" in keywords:
+        assert (dmask.shape, dmask.dtype) == ((BATCH, HEADS, 128, 128), q.dtype)
+        assert not dmask[:, :, 9:].any() and not dmask[:, :, :, 20:].any()
+        found = dmask[:, :, :9, :20]
+        close(found.abs(), unnormalised, 1e-5)
+        kept = ~found.signbit()
+        torch.manual_seed(4)
+        seed = torch.randint(2**63 - 1, (2,))
+        assert torch.equal(kept, fa2cupy.dropout_mask(BATCH, HEADS, 9, 20, 0.3, seed, like=q))
+        p = p * kept / (1 - round(0.3 * 2**15) / 2**15)
+    else:
+        assert dmask.numel() == 0
+    close(out, (p @ v.detach().double().transpose(1, 2).repeat_interleave(2, 1)).transpose(1, 2), 2e-5)
+    (dout,) = make(tuple(out.shape), seed=1)
+    gradients = torch.autograd.grad(out, (q, kv), dout)
+    torch.manual_seed(4)
+    together = flash_attn_kvpacked_func(q, kv, **keywords)
+    assert torch.equal(together, out)
+    for x, y in zip(gradients, torch.autograd.grad(together, (q, kv), dout), strict=True):
+        assert torch.equal(x, y)
+    starts_q, starts_k = (torch.arange(BATCH + 1, dtype=torch.int32) * n for n in (9, 20))
+    for function, tensors in (
+        (flash_attn_varlen_func, (q, k, v)), (flash_attn_varlen_kvpacked_func, (q, kv)),
+    ):  # fmt: skip
+        torch.manual_seed(4)
+        flat = (x.flatten(0, 1) for x in tensors)
+        packed, packed_lse, packed_dmask = function(
+            *flat, starts_q, starts_k, 9, torch.tensor(20), **keywords, return_attn_probs=True
+        )
+        close(packed.unflatten(0, (BATCH, 9)), out, 1e-6)
+        close(packed_lse.unflatten(1, (BATCH, 9)).transpose(0, 1), lse, 1e-6)
+        close(packed_dmask, dmask, 1e-6)
+        assert torch.equal(packed_dmask.signbit(), dmask.signbit())
+        for x, y in zip(torch.autograd.grad(packed, (q, kv), dout.flatten(0, 1)), gradients, strict=True):
+            close(x, y, 1e-5)
+
+
+def test_dropout_of_one_tensor_of_all() -> None:
+    """Everything at once, by position."""
+    (qkv,) = make((BATCH, 11, 3, HEADS, DIM))
+    starts = torch.tensor([0, 11, 22], dtype=torch.int32)
+    results = []
+    for function, more, shape in (
+        (flash_attn_qkvpacked_func, (), (BATCH, 11)), (flash_attn_varlen_qkvpacked_func, (starts, 11), (22,)),
+    ):  # fmt: skip
+        torch.manual_seed(8)
+        x = qkv.detach().reshape(*shape, 3, HEADS, DIM).requires_grad_()
+        out = function(x, *more, 0.5, None, True, (5, 5), 2.0, SLOPES, True)
+        (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        results.append((out.reshape(BATCH, 11, HEADS, DIM), gradient.reshape(qkv.shape)))
+    for one, other in zip(*results, strict=True):
+        close(one, other, 1e-5)
+
+
+def test_batched_gradients_of_one_tensor() -> None:
+    """Gradients that have no memory of their own go through the operator."""
+    (qkv,) = make((BATCH, 11, 3, HEADS, DIM))
+    out = flash_attn_qkvpacked_func(qkv, causal=True, softcap=1.5, alibi_slopes=SLOPES)
+    douts = torch.stack([torch.ones_like(out), out.detach()])
+    (found,) = torch.autograd.grad(out, qkv, douts, is_grads_batched=True, retain_graph=True)
+    for gradient, dout in zip(found, douts, strict=True):
+        close(gradient, torch.autograd.grad(out, qkv, dout, retain_graph=True)[0], 1e-6)
+
+
+def test_sinks() -> None:
+    """s_aux in flash_attn 2's and 3's functions, with its gradient."""
+    q, k, v, sinks = make((BATCH, 9, HEADS, DIM), *[(BATCH, 12, HEADS_K, DIM)] * 2, (HEADS,))
+    out, lse = fa2cupy.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    (dout,) = make(tuple(out.shape), seed=1)
+    wanted = torch.autograd.grad(out, (q, k, v, sinks), dout)
+    cu = [torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (9, 12)]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    for result in (
+        flash_attn_func(q, k, v, causal=True, return_attn_probs=True, s_aux=sinks)[:2],
+        fa3.flash_attn_func(q, k, v, causal=True, return_attn_probs=True, s_aux=sinks),
+        flash_attn_varlen_func(*flat, *cu, 9, 12, causal=True, return_attn_probs=True, s_aux=sinks)[:2],
+        fa3.flash_attn_varlen_func(*flat, *cu, 9, 12, causal=True, return_attn_probs=True, s_aux=sinks),
+    ):
+        close(result[0].reshape(out.shape), out, 1e-6)
+        found = result[1] if result[1].ndim == 3 else result[1].unflatten(1, (BATCH, 9)).transpose(0, 1)
+        close(found, lse, 1e-6)
+        for x, y in zip(torch.autograd.grad(result[0].reshape(out.shape), (q, k, v, sinks), dout), wanted, strict=True):
+            close(x, y, 1e-5)
+
+
+def test_scores_of_flash_attention_3_and_of_caches() -> None:
+    q, k, v = make((BATCH, 9, HEADS, DIM), *[(BATCH, 12, HEADS_K, DIM)] * 2)
+    wanted = fa2cupy.attention(q, k, v, softcap=1.5, alibi_slopes=SLOPES)
+    assert torch.equal(flash_attn_with_kvcache(q, k, v, softcap=1.5, alibi_slopes=SLOPES), wanted)
+    wanted = fa2cupy.attention(q, k, v, softcap=1.5)
+    assert torch.equal(fa3.flash_attn_func(q, k, v, softcap=1.5), wanted)
+    assert torch.equal(fa3.flash_attn_with_kvcache(q, k, v, softcap=1.5), wanted)
+
+
+def test_dropout_below_autograd() -> None:
+    """rng_state of the forward is what the backward drops by; a generator of one's own."""
+    q, k, v = (x.detach() for x in make((BATCH, 9, HEADS, DIM), *[(BATCH, 12, HEADS_K, DIM)] * 2))
+    below = (0.25, None, True, -1, -1, 2.0, SLOPES)
+    torch.manual_seed(6)
+    out, lse, dmask, rng_state = _flash_attn_forward(q, k, v, *below, True)
+    torch.manual_seed(6)
+    assert torch.equal(rng_state, torch.randint(2**63 - 1, (2,)))
+    options: dict[str, Any] = {"causal": True, "softcap": 2.0, "alibi_slopes": SLOPES, "dropout_p": 0.25}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = fa2cupy.attention(*leaves, **options, dropout_seed=rng_state)
+    assert torch.equal(out, expected) and dmask.shape == (BATCH, HEADS, 128, 128)
+    (dout,) = make(tuple(out.shape), seed=1)
+    wanted = torch.autograd.grad(expected, leaves, dout)
+    found = [torch.empty_like(x) for x in (q, k, v)]
+    softmax_d = _flash_attn_backward(dout, q, k, v, out, lse, *found, *below, False, rng_state)
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(x, y)
+    close(softmax_d[:, :, :9], 0.75 * (dout * out).sum(-1).transpose(1, 2), 1e-5)
+    generator = torch.Generator().manual_seed(6)
+    cu = [torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (9, 12)]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    packed, _, packed_dmask, state = extension.varlen_fwd(
+        *flat, None, *cu, None, None, None, SLOPES, 9, 12, 0.25, None, False, True, -1, -1, 2.0, True, generator
+    )
+    assert torch.equal(state, rng_state) and torch.equal(packed_dmask.signbit(), dmask.signbit())
+    close(packed.unflatten(0, (BATCH, 9)), out, 1e-6)
+    used = torch.tensor([7, 12], dtype=torch.int32), torch.tensor([2, 0], dtype=torch.int32)
+    generator.manual_seed(6)
+    *_, partly, _ = extension.varlen_fwd(
+        *flat, None, *cu, *used, None, None, 9, 12, 0.25, None, False, False, -1, -1, 0.0, True, generator
+    )
+    seen = torch.zeros(BATCH, HEADS, 128, 128, dtype=torch.bool)
+    seen[0, :, :9, 2:7], seen[1, :, :9, :12] = True, True
+    assert torch.equal(partly != 0, seen)
+    for call in (
+        lambda: _flash_attn_backward(dout, q, k, v, out, lse, *found, *below, False),
+        lambda: extension.fwd(q, k, v, None, None, 0.0, None, True, -1, -1, 0.0, True),
+    ):
+        with pytest.raises(InvalidArgument, match=r"dropout_p is given without rng_state|without dropout_p"):
+            call()
+
+
+def test_dropout_compiled_and_checkpointed() -> None:
+    q, k, v = make((BATCH, 9, HEADS, DIM), *[(BATCH, 12, HEADS_K, DIM)] * 2)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = flash_attn_func(q, k, v, 0.5, causal=True, softcap=1.5, alibi_slopes=SLOPES)
+        return out
+
+    results = []
+    torch.compiler.reset()
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True), checkpointed(run)):
+        torch.manual_seed(3)
+        out = function(q, k, v)
+        torch.manual_seed(8)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert torch.equal(x, y)
+
+
+def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *tensors: checkpoint(function, *tensors, use_reentrant=False)
+
+
+def test_what_is_wrong_with_scores_is_said() -> None:
+    for asked, words in (
+        ({"dropout_p": 1.0}, "dropout_p=1.0 is not supported"),
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes has shape \(3,\)"),
+        ({"alibi_slopes": torch.ones(2, dtype=torch.float16)}, "alibi_slopes"),
+        ({"alibi_slopes": torch.ones(2, requires_grad=True)}, "alibi_slopes requires grad, and has no gradient"),
+    ):
+        with pytest.raises(Fa2Error, match=words):
+            flash_attn_func(Q, Q, Q, **asked)
+        with pytest.raises(Fa2Error, match=words):
+            flash_attn_qkvpacked_func(torch.zeros(1, 4, 3, 2, 8, requires_grad=True), **asked)
+
+
+def test_the_block_of_s_dmask_is_the_row() -> None:
+    """As flash_attn's tests split scores by it."""
+    size = _get_block_size_n(torch.device("cpu"), 64, True, False)
+    assert len(torch.zeros(3, 300).split(size, dim=-1)) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is not there
 
 
 def test_caches_are_named() -> None:
@@ -477,8 +680,6 @@ def test_caches_are_named() -> None:
     for name in ("block_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "k", "rotary_cos"):
         with pytest.raises(Fa2Error, match=f"flash_attn_with_kvcache: {name} is given, which is not supported yet"):
             flash_attn_with_kvcache(Q, Q, Q, **{name: 0 if name == "cache_seqlens" else CU})
-    with pytest.raises(Fa2Error, match="dropout_p"):
-        _get_block_size_n(torch.device("cpu"), 64, True, False)
 
 
 def test_shapes_of_packed_tensors() -> None:

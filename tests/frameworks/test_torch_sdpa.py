@@ -19,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, list_flash_attention_impls, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
 from fa2cupy.errors import InvalidArgument, MissingDependency, NotTaken
@@ -246,22 +247,99 @@ def test_packed_flash() -> None:
         assert torch.equal(got, wanted)
 
 
+def dropped(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[Any, ...]:
+    """An operator's arguments with dropout, by its forward; and those of its backward behind lse, by what came back."""
+    sizes = q.shape[2], k.shape[2]
+    if name == "_flash_attention":
+        return (q, k, v, None, None, *sizes, 0.3, causal, False), (None, None, *sizes, 0.3, causal)
+    if name == "_scaled_dot_product_cudnn_attention":
+        return (q, k, v, None, True, 0.3, causal), (None, None, None, *sizes, 0.3, causal)
+    return (q, k, v, 0.3, causal), (None, None, *sizes, 0.3, causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "name", ["_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_flash_attention"]
+)
+def test_dropout_of_operators(name: str, causal: bool) -> None:
+    """What a forward returns of its random numbers is what the backward drops by, and what torch's generator gave."""
+    lengths = (9, 7) if "cudnn" in name else (7, 7)  # top-left: a window
+    q, k, v, dout = tensors(*lengths)
+    own = "_flash_attention_forward" if name == "_flash_attention" else name
+    if name == "_flash_attention":
+        q, k, v, dout = (x.transpose(1, 2) for x in (q, k, v, dout))
+    forward, rest = dropped(name, q, k, v, causal)
+    torch.manual_seed(1)
+    results = kernel(own)(*forward)
+    like_meta(results, getattr(aten, own), *forward)
+    seed, offset = results[2:4] if name == "_flash_attention" else results[6:8]
+    torch.manual_seed(1)
+    given = seed
+    if "cudnn" in name:
+        assert int(seed) == int(torch.randint(2**63 - 1, ()))
+        given = torch.tensor([int(seed), 0])
+    else:
+        assert torch.equal(seed.view(torch.int64), torch.randint(2**63 - 1, (2,)))
+    again = kernel(own)(*forward)  # the generator goes on
+    assert not torch.equal(again[0], results[0])
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    layout = "bshd" if name == "_flash_attention" else "bhsd"
+    options: dict[str, Any] = {"causal": causal, "layout": layout, "dropout_p": 0.3, "dropout_seed": given}
+    if "cudnn" in name and causal:
+        options |= {"causal": False, "window_size": (-1, 2)}
+    out, lse = fa2cupy.attention(*leaves, return_lse=True, **options)
+    assert torch.equal(results[0], out) and torch.equal(results[1].reshape(lse.shape), lse)
+    saved = (dout, q, k, v, *results[:2])
+    behind = (*rest, seed, offset) if "cudnn" not in name else (seed, offset, *rest)
+    gradients = kernel(own.replace("_forward", "") + "_backward")(*saved, *behind)
+    for got, wanted in zip(gradients, torch.autograd.grad(out, leaves, dout), strict=True):
+        assert torch.equal(got, wanted)
+    assert counted() == {OURS: 2, BACKWARD: 1}
+
+
+def test_dropout_of_packed_flash() -> None:
+    q, k, v, dout = (torch.randn(n, h, 8, dtype=torch.float16) for h, n in ((4, 7), (2, 9), (2, 9), (4, 7)))
+    starts = torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+    window = {"window_size_left": 2, "window_size_right": 1}
+    arguments = (*starts, 4, 4, 0.5, False)
+    out, lse, seed, offset, _ = kernel("_flash_attention_forward")(q, k, v, *arguments, False, **window)
+    gradients = kernel("_flash_attention_backward")(dout, q, k, v, out, lse, *arguments, seed, offset, **window)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    options: dict[str, Any] = {"window_size": (2, 1), "dropout_p": 0.5, "dropout_seed": seed.view(torch.int64)}
+    wanted = fa2cupy.attention(*leaves, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], **options)
+    assert torch.equal(out, wanted)
+    for got, one in zip(gradients, torch.autograd.grad(wanted, leaves, dout), strict=True):
+        assert torch.equal(got, one)
+
+
+def test_dropout_that_is_rounded_away_draws_nothing() -> None:
+    q, k, v, _ = tensors()
+    before = torch.random.get_rng_state()
+    for name, more in (
+        ("_scaled_dot_product_flash_attention", ()),
+        ("_scaled_dot_product_cudnn_attention", (None, True)),
+    ):
+        results = kernel(name)(q, k, v, *more, 1e-5, True)
+        assert torch.equal(results[0], fa2cupy.attention(q, k, v, causal=True, layout="bhsd"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_what_goes_on_to_torch() -> None:
     """With all arguments as they came, and why."""
     q, k, v, _ = tensors()
     wide = torch.zeros(1, 1, 2, 264, dtype=torch.float16)
     lengths = torch.tensor([0, 4])
     for name, words, arguments, keywords in (
-        ("_scaled_dot_product_flash_attention", "dropout is not", (q, k, v, 0.5, True, False), {"scale": 0.1}),
+        ("_scaled_dot_product_flash_attention", "dropout of", (q, k, v, 0.99999, True, False), {"scale": 0.1}),
         ("_scaled_dot_product_flash_attention", "a debug mask", (q, k, v, 0.0, True, True), {"scale": None}),
         ("_scaled_dot_product_flash_attention", "head_dim", (wide, wide, wide, 0.0, True, False), {"scale": None}),
         ("_scaled_dot_product_flash_attention", "int32", (q.int(), k.int(), v.int(), 0.0, True, False), {"scale": 1.0}),
         ("_scaled_dot_product_cudnn_attention", "bias", (q, k, v, q, True, 0.0, True, False), {"scale": None}),
         ("_scaled_dot_product_cudnn_attention", "debug", (q, k, v, None, True, 0.0, True, True), {"scale": None}),
         ("_scaled_dot_product_cudnn_attention_backward", "dropout",
-         (q, q, k, v, q, q, q, q, None, None, None, 7, 7, 0.5, True), {"scale": None}),
+         (q, q, k, v, q, q, q, q, None, None, None, 7, 7, 1.0, True), {"scale": None}),
         ("_scaled_dot_product_flash_attention_backward", "dropout",
-         (q, q, k, v, q, q, None, None, 7, 7, 0.5, True, q, q), {"scale": None}),
+         (q, q, k, v, q, q, None, None, 7, 7, 1.0, True, q, q), {"scale": None}),
         ("_flash_attention_forward", "one packed side",
          (q[0], k, v, lengths, None, 4, 4, 0.0, True, False), {"scale": None}),
         ("_flash_attention_forward", "seqused_k",
@@ -269,7 +347,7 @@ def test_what_goes_on_to_torch() -> None:
         ("_flash_attention_forward", "alibi_slopes",
          (q, k, v, None, None, 4, 4, 0.0, True, False), {"scale": None, "alibi_slopes": q}),
         ("_flash_attention_backward", "dropout",
-         (q, q, k, v, q, q, lengths, lengths, 4, 4, 0.5, True, q, q), {"scale": None, "window_size_left": None}),
+         (q, q, k, v, q, q, lengths, lengths, 4, 4, 1.0, True, q, q), {"scale": None, "window_size_left": None}),
     ):  # fmt: skip
         handed_on: list[Any] = []
         kernel(name, handed_on)(*arguments, **keywords)
@@ -465,7 +543,7 @@ def test_what_the_function_leaves_to_torch() -> None:
         ("attn_mask is not supported yet", (q, k, v, torch.zeros(7, 7)), {}),
         ("shapes that broadcast are not supported", (q, k[:1], v[:1]), {}),
         ("tensors of other than 4 dimensions are not supported", (q[0], k[0], v[0]), {}),
-        ("dropout is not supported yet", (q, k, v), {"dropout_p": 0.999}),
+        ("dropout of everything is not supported", (q, k, v), {"dropout_p": 0.99999}),
         ("fewer key heads than query heads without enable_gqa are not supported", (q, k[:, :1], v[:, :1]), {}),
     ):
         fa2cupy.report(reset=True)
@@ -473,6 +551,65 @@ def test_what_the_function_leaves_to_torch() -> None:
         assert [row.why for row in fa2cupy.report()] == [why]
         if not keywords:
             assert torch.equal(out, functional.scaled_dot_product_attention(*arguments))
+
+
+def drop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = scaled_dot_product_attention(q, k, v, None, 0.25, True, enable_gqa=True)
+    return out
+
+
+def test_function_with_dropout() -> None:
+    """By torch's generator; what is dropped is the same when checkpointing computes it again, and in the gradient."""
+    q, k, v, dout = tensors(dtype=torch.float64)
+    torch.manual_seed(2)
+    out = drop(q, k, v)
+    torch.manual_seed(2)
+    seed = torch.randint(2**63 - 1, (2,))
+    keywords: dict[str, Any] = {"causal": True, "dropout_p": 0.25, "dropout_seed": seed, "layout": "bhsd"}
+    assert torch.equal(out, fa2cupy.attention(q, k, v, **keywords))
+    assert not torch.equal(out, drop(q, k, v))
+    assert counted() == {("fa2cupy.torch.scaled_dot_product_attention", "fa2cupy", ""): 2}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(fa2cupy.attention(*leaves, **keywords), leaves, dout)
+    torch.manual_seed(2)
+    found = [drop(*leaves)]
+    for reentrant in (False, True):
+        torch.manual_seed(2)
+        found.append(checkpoint(drop, *leaves, use_reentrant=reentrant))
+    torch.manual_seed(9)
+    for one in found:
+        assert torch.equal(one, out)
+        one.backward(dout)
+        for leaf, gradient in zip(leaves, wanted, strict=True):
+            assert leaf.grad is not None and torch.equal(leaf.grad, gradient)
+            leaf.grad = None
+
+
+def test_function_with_dropout_compiled() -> None:
+    """One graph, with torch's generator in it: checkpointed, its gradient drops what its forward does."""
+    q, k, *_ = (x.requires_grad_() for x in tensors(dtype=torch.float64))
+    basis = torch.eye(7, dtype=torch.float64).expand(2, 2, 7, 7).clone().requires_grad_()  # out is P then
+
+    def run(q: torch.Tensor, k: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(drop, q, k, basis, use_reentrant=False)
+        return out
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    first, second = compiled(q, k, basis), compiled(q, k, basis)
+    assert not torch.equal(first == 0, second == 0)
+    (gradient,) = torch.autograd.grad(first, basis, torch.ones_like(first))
+    sums = (
+        first.detach().sum(2).reshape(2, 2, 2, 7).sum(2)
+    )  # of P over queries, and over the heads that share a key head
+    assert_close(gradient, sums[..., None].expand(2, 2, 7, 7))
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_dropout_under_vmap_is_refused(randomness: str) -> None:
+    many = [x[None].expand(3, *x.shape) for x in tensors(dtype=torch.float32)[:3]]
+    words = "random operation while in randomness error mode" if randomness == "error" else "dropout_seed is not supp"
+    with pytest.raises((RuntimeError, InvalidArgument), match=words):
+        torch.func.vmap(drop, randomness=randomness)(*many)
 
 
 def test_function_under_autocast() -> None:

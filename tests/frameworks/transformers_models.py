@@ -10,10 +10,9 @@ import torch
 import transformers as t
 
 LAYERS, VOCABULARY, WINDOW = 2, 64, 5
-DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2"]
+DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "gemma2", "gpt-oss"]
 ENCODERS = ["bert", "modernbert"]
-# Beside these: whisper, bart, phimoe, which has a window that it does not tell its layers, and two with features to
-# come.
+# Beside these: whisper, bart, and phimoe, which has a window that it does not tell its layers.
 
 
 @functools.cache
@@ -65,7 +64,7 @@ def config(name: str, head_dim: int) -> Any:
                 "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "forced_eos_token_id": None,
             },
         ),
-        "gemma2": (t.Gemma2Config, gemma),
+        "gemma2": (t.Gemma2Config, {**gemma, "attn_logit_softcapping": 0.1}),  # of scores that are small here
         "gpt-oss": (
             t.GptOssConfig,
             {**windowed, **experts, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},

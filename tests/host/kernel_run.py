@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fa2cupy import philox
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.jit import source as source_module
 from fa2cupy.jit.driver import DeviceInfo
@@ -37,7 +38,8 @@ class HostCase:
 
     flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
     dlse: the backward is given a gradient of lse, too. sinks: their dtype, "float32" or the case's, or none; and
-    whether the backward is to make their gradient. scores: what becomes of them, of `tests.scores.NAMES`.
+    whether the backward is to make their gradient. scores: what becomes of them, of `tests.scores.NAMES`. dropout: its
+    p, and 32-bit words of its seed.
     """
 
     case: Case
@@ -48,10 +50,12 @@ class HostCase:
     sinks: str = ""
     dsinks: bool = True
     scores: tuple[str, ...] = ()
+    dropout: tuple[float, int] = (0.0, 4)
 
     def __str__(self) -> str:
         own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "") + " dlse" * self.dlse
         own += "".join(f" {name}" for name in self.scores)
+        own += f" dropout {self.dropout[0]} of {self.dropout[1]} words" if self.dropout[0] else ""
         own += f" sinks {self.sinks}" + " without dsinks" * (not self.dsinks) if self.sinks else ""
         return f"{self.case} {self.arch}" + own
 
@@ -63,7 +67,8 @@ class HostCase:
     def extra(self, backward: bool) -> tuple[str, ...]:
         """Inputs beyond those of dense attention, in the order of a call."""
         alibi = ("alibi_slopes",) * any(name.startswith("alibi") for name in self.scores)
-        return (*alibi, *("sinks",) * bool(self.sinks), *("dlse",) * (backward and self.dlse))
+        sinks, dropout = ("sinks",) * bool(self.sinks), ("dropout_seed",) * bool(self.dropout[0])
+        return (*alibi, *sinks, *dropout, *("dlse",) * (backward and self.dlse))
 
     def features(self) -> dict[str, Any]:
         """Of scores, as keywords of `attention`."""
@@ -192,7 +197,13 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     features = host_case.features()
     if "alibi_slopes" in features:
         tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
-    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores)  # all that the values depend on
+    p, keep = host_case.dropout[0], None
+    if p:
+        seed = seed_of(case.seed, host_case.dropout[1])
+        tensors["dropout_seed"].values.view(np.uint32)[...] = seed
+        keep = keep_of(seed, case.batch, case.heads[0], slice(0, case.seqlen_q), slice(0, case.seqlen_k), p)
+    # All that the values depend on.
+    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores, host_case.dropout)
     if key not in _EXPECTED:
         if len(_EXPECTED) >= _MAX_EXPECTED:
             _EXPECTED.clear()
@@ -205,7 +216,9 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
             scale=case.softmax_scale,
             window=case.window,
             dlse=tensors["dlse"].values if "dlse" in tensors else None,
-            features=reference.Features(features.get("softcap"), features.get("alibi_slopes"), values.get("sinks")),
+            features=reference.Features(
+                features.get("softcap"), features.get("alibi_slopes"), values.get("sinks"), p, keep
+            ),
         )
     expected = _EXPECTED[key]
     if backward:
@@ -225,6 +238,8 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     for name in ("alibi_slopes", "sinks", "dsinks"):
         if name in refs:
             problem = SPECS[name](problem, refs[name])
+    if p:
+        problem = with_dropout(problem, host_case.dropout)
     if "dlse" in tensors:
         batch, head, row = tensors["dlse"].strides
         problem = dataclasses.replace(problem, softmax=SoftmaxSpec((batch, head, row), empty))
@@ -235,6 +250,23 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
     results = prepared.results
     prepared.inputs = {name: tensor.bits() for name, tensor in tensors.items() if name not in results}
     return prepared
+
+
+def seed_of(seed: int, words: int) -> np.ndarray:
+    """A dropout_seed of so many 32-bit words; of 8, what is added to the numbers of sequences and heads is small."""
+    drawn = np.random.default_rng(seed).integers(0, 1 << 32, 4, np.uint32)
+    return np.concatenate([drawn, np.array([3, 0, 5, 0], np.uint32)])[:words]
+
+
+def keep_of(seed: np.ndarray, batch: int, heads: int, queries: slice, keys: slice, p: float) -> np.ndarray:
+    """(batch, heads, queries, keys) bool: which P dropout keeps."""
+    return philox.kept(philox.tweaks(seed, np.arange(batch), np.arange(heads)), queries, keys, p)
+
+
+def with_dropout(problem: AttentionProblem, dropout: tuple[float, int]) -> AttentionProblem:
+    p, words = dropout
+    seed = TensorRef(0, (words,), (1,), "uint32", Device("cuda", 0), None)
+    return SPECS["dropout_seed"](SPECS["dropout_p"](problem, p), seed)
 
 
 def sinks_of(seed: int, heads: int, dtype: str) -> np.ndarray:
@@ -256,6 +288,8 @@ def _tensor(host_case: HostCase, name: str) -> Tensor:
         if "alibi of batch" in host_case.scores:  # heads outermost: any strides will do
             return Tensor((case.batch, heads), (1, case.batch), "float32")
         return Tensor((heads,), (1,), "float32")
+    if name == "dropout_seed":
+        return Tensor((host_case.dropout[1],), (1,), "float32")
     if name in ("sinks", "dsinks"):
         return Tensor((case.heads[0],), (1,), host_case.sinks)
     if name == "dlse":  # seqlen outermost: any strides will do

@@ -18,7 +18,17 @@ from fa2cupy.spec import LengthsSpec
 from tests import reference, scores
 from tests.host import run
 from tests.host.build import Mutation
-from tests.host.kernel_run import BACKWARD, FORWARD, Tensor, device, run_plan, sinks_of
+from tests.host.kernel_run import (
+    BACKWARD,
+    FORWARD,
+    Tensor,
+    device,
+    keep_of,
+    run_plan,
+    seed_of,
+    sinks_of,
+    with_dropout,
+)
 from tests.host.run import Schedule
 
 ARRAYS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
@@ -200,7 +210,7 @@ def segments_of(
 class LengthsCase:
     """Lengths, and what else a call has. pad: elements between heads. heads_first: in memory heads before rows.
     dlse: a backward is given a gradient of lse. sinks: their dtype, "float32" or the case's, or none. scores: what
-    becomes of them, of `tests.scores.NAMES`.
+    becomes of them, of `tests.scores.NAMES`. dropout: its p, and 32-bit words of its seed.
     """
 
     lengths: Lengths
@@ -217,6 +227,7 @@ class LengthsCase:
     dlse: bool = False
     sinks: str = ""
     scores: tuple[str, ...] = ()
+    dropout: tuple[float, int] = (0.0, 4)
 
     def features(self) -> dict[str, Any]:
         """Of scores, as keywords of `attention`."""
@@ -251,6 +262,8 @@ def _tensor(case: LengthsCase, name: str) -> Tensor:
     lengths = case.lengths
     if name in ("sinks", "dsinks"):
         return Tensor((case.heads[0],), (1,), case.sinks)
+    if name == "dropout_seed":
+        return Tensor((case.dropout[1],), (1,), "float32")
     if name == "alibi_slopes":
         shape = case.features()[name].shape
         return Tensor(shape, (1, shape[0])[: len(shape)], "float32")  # of the batch, heads outermost
@@ -284,7 +297,7 @@ def problem_of(case: LengthsCase, tensors: dict[str, Tensor]) -> AttentionProble
     for name in ("alibi_slopes", "sinks", "dsinks", "dlse"):
         if name in refs:
             problem = SPECS[name](problem, refs[name])
-    return problem
+    return with_dropout(problem, case.dropout) if case.dropout[0] else problem
 
 
 def prepare(case: LengthsCase, backward: bool) -> Prepared:
@@ -293,7 +306,7 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
     names = (BACKWARD if backward else FORWARD) + ("dlse",) * (backward and case.dlse)
     names += ("sinks",) * bool(case.sinks) + ("dsinks",) * (backward and bool(case.sinks))
     features = case.features()
-    names += ("alibi_slopes",) * ("alibi_slopes" in features)
+    names += ("alibi_slopes",) * ("alibi_slopes" in features) + ("dropout_seed",) * bool(case.dropout[0])
     tensors = {name: _tensor(case, name) for name in names}
     if "alibi_slopes" in features:
         tensors["alibi_slopes"].values[...] = features["alibi_slopes"]
@@ -318,6 +331,8 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
         stored = sinks_of(case.seed, case.heads[0], case.sinks)
         tensors["sinks"].values[...] = stored.view(tensors["sinks"].values.dtype)
         sinks = reference.as_float64(stored)
+    if case.dropout[0]:
+        tensors["dropout_seed"].values.view(np.uint32)[...] = seed_of(case.seed, case.dropout[1])
     expected: list[reference.Expected | None] = []
     for b, ((first_q, sq), (first_k, sk)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
         if not sq or not (sk or case.sinks):
@@ -326,12 +341,14 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
         of = {
             name: _part(case, tensor, name, b, (first_q, sq) if name in _OF_QUERIES else (first_k, sk))
             for name, tensor in tensors.items()
-            if name not in ("alibi_slopes", "sinks", "dsinks")
+            if name not in ("alibi_slopes", "sinks", "dsinks", "dropout_seed")
         }
         want = reference.expect(
             of["q"], of["k"], of["v"], of.get("dout"), causal=lengths.causal, window=lengths.window,
             dlse=of.get("dlse"),
-            features=reference.Features(features.get("softcap"), _slopes(features, lengths.number(b)), sinks),
+            features=reference.Features(
+                features.get("softcap"), _slopes(features, lengths.number(b)), sinks, case.dropout[0], _keep(case, b)
+            ),
         )  # fmt: skip
         expected.append(want)
         if backward:
@@ -354,6 +371,23 @@ def prepare(case: LengthsCase, backward: bool) -> Prepared:
 def _slopes(features: dict[str, Any], number: int) -> np.ndarray | None:
     slopes = features.get("alibi_slopes")
     return slopes if slopes is None or slopes.ndim == 1 else slopes[number]
+
+
+def _keep(case: LengthsCase, sequence: int) -> np.ndarray | None:
+    """(1, heads, queries, keys) bool: what dropout keeps of a sequence. Rows in front of it count, of a segment those
+    of its row of the batch."""
+    p, words = case.dropout
+    if not p:
+        return None
+    lengths, number = case.lengths, case.lengths.number(sequence)
+    firsts = []
+    for side in "qk":
+        first, starts = lengths.runs(side)[sequence][0], getattr(lengths, f"cu_seqlens_{side}")
+        firsts.append(first - starts[sequence] if starts else first)
+    (first_q, first_k), seed = firsts, seed_of(case.seed, words)
+    sq, sk = (lengths.runs(side)[sequence][1] for side in "qk")
+    whole = keep_of(seed, number + 1, case.heads[0], slice(first_q, first_q + sq), slice(first_k, first_k + sk), p)
+    return whole[number : number + 1]
 
 
 def _part(case: LengthsCase, tensor: Tensor, name: str, sequence: int, rows: tuple[int, int]) -> np.ndarray:
@@ -381,7 +415,9 @@ def execute(
     names = BACKWARD if prepared.backward else FORWARD
     pointers = tuple(prepared.tensors[name].pointer for name in names)
     pointers += tuple(
-        prepared.tensors[name].pointer for name in ("dsinks", "alibi_slopes", "sinks") if name in prepared.tensors
+        prepared.tensors[name].pointer
+        for name in ("dsinks", "alibi_slopes", "sinks", "dropout_seed")
+        if name in prepared.tensors
     )
     pointers += tuple(array.ctypes.data for array in (arrays or prepared.arrays).values())
     if "dlse" in prepared.tensors:

@@ -159,6 +159,7 @@ FORWARD = (
     case("nothing", 64, "sm_90"),
     case("mixed", 64, "sm_90", sinks="float32"),
     case("window", 64, "sm_86", scores=("alibi of batch", "softcap")),
+    case("used", 64, "sm_90", dropout=(0.3, 4)),
 )
 BACKWARD = (
     case("causal", 64, "sm_80"),
@@ -176,6 +177,8 @@ BACKWARD = (
     case("nothing", 64, "sm_90"),
     case("tiny", 64, "sm_90", sinks="bfloat16", dlse=True, scores=("alibi of batch",)),
     case("mixed", 128, "sm_80", sinks="float32", dlse=True, scores=("softcap",)),
+    case("tiny", 64, "sm_80", dropout=(0.3, 4), dlse=True),
+    case("used", 128, "sm_90", dropout=(0.3, 4)),
 )
 
 
@@ -287,8 +290,8 @@ SINKS_MUTANTS = [
         SINKS_BACKWARD,
         True,
         "smxx/flash_bwd_preprocess.cu",
-        "sink_sum_before += sink_sum;",
-        "sink_sum_before = sink_sum;",
+        "logit_sum_before += logit_sum;",
+        "logit_sum_before = logit_sum;",
     ),
     (SINKS_BACKWARD, True, "common/bwd_tiles.cuh", "* params.tiles_of_head_k + place;", "+ place;"),
 ]

@@ -46,6 +46,20 @@ inline uint32_t cvt_pack(float lo, float hi) {
   return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 }
 
+inline uint2 mul_wide_u32(uint32_t a, uint32_t b) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
+}
+
+inline uint32_t abs_f16x2(uint32_t x) { return x & 0x7fff7fff; }
+inline uint32_t set_geu_u32_f16x2(uint32_t a, uint32_t b) {
+  uint32_t halves = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const half_t x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    if (!(to_float(x) < to_float(y))) halves |= 0xffffu << shift;
+  }
+  return halves;
+}
 inline uint32_t cvt_f16x2_e4m3x2(uint32_t pair) {
   uint32_t x = 0;
   for (int i = 0; i < 2; i++) {
