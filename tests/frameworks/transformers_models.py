@@ -10,7 +10,8 @@ import torch
 import transformers as t
 
 LAYERS, VOCABULARY, WINDOW = 2, 64, 5
-DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "gemma2", "gpt-oss"]
+DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2"]
+SCORED = ["gemma2", "gpt-oss"]  # decoders too: softcaps, and sinks
 ENCODERS = ["bert", "modernbert"]
 # Beside these: whisper, bart, and phimoe, which has a window that it does not tell its layers.
 
