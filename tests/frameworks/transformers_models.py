@@ -69,7 +69,10 @@ def config(name: str, head_dim: int) -> Any:
         "gpt-oss": (
             t.GptOssConfig,
             # All experts: nobody is routed another way by a rounding.
-            {**windowed, **experts, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            {
+                **windowed, **experts, "num_experts_per_tok": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
         ),
     }  # fmt: skip
     make, keywords = makers[name]
