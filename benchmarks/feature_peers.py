@@ -34,6 +34,7 @@ __all__ = [
     "as_given",
     "make",
     "make_tensors",
+    "ours",
     "probe",
     "warm",
 ]
@@ -118,7 +119,8 @@ def as_given(found: Any, tensors: Tensors, mode: str) -> list[Any]:
 # Ours
 
 
-def _ours(cell: Cell, t: Tensors, mode: str) -> Call:
+def ours(cell: Cell, t: Tensors, mode: str, package: Any = None) -> Call:
+    """A call of `package`: fa2cupy, or the same of another commit."""
     keywords: dict[str, Any] = {"causal": cell.causal}
     if cell.window != (-1, -1):
         keywords["window_size"] = cell.window
@@ -126,7 +128,7 @@ def _ours(cell: Cell, t: Tensors, mode: str) -> Call:
         keywords |= {"cu_seqlens_q": t.starts, "cu_seqlens_k": t.starts}
     if t.used is not None:
         keywords["seqused_k"] = t.used
-    return _ours_with(t, mode, keywords)
+    return _ours_with(t, mode, keywords, package)
 
 
 def _ours_dense(cell: Cell, t: Tensors, mode: str) -> Call:
@@ -136,19 +138,20 @@ def _ours_dense(cell: Cell, t: Tensors, mode: str) -> Call:
     return _ours_with(Tensors(q, k, v, dout), mode, {"causal": cell.causal})
 
 
-def _ours_with(t: Tensors, mode: str, keywords: dict[str, Any]) -> Call:
-    import fa2cupy
+def _ours_with(t: Tensors, mode: str, keywords: dict[str, Any], package: Any = None) -> Call:
+    if package is None:
+        import fa2cupy as package
 
     q, k, v = (x.detach() if hasattr(x, "detach") else x for x in (t.q, t.k, t.v))
     try:
-        out, lse = fa2cupy.attention(q, k, v, **keywords, return_lse=True)
-    except fa2cupy.InvalidArgument as error:
+        out, lse = package.attention(q, k, v, **keywords, return_lse=True)
+    except package.InvalidArgument as error:
         if "not supported yet" in str(error):
             raise MissingError(str(error)) from None
         raise
     if mode == "fwd":
-        return lambda: fa2cupy.attention(q, k, v, **keywords, return_lse=True)[0]
-    return lambda: fa2cupy.attention_backward(t.dout, q, k, v, out, lse, **keywords)
+        return lambda: package.attention(q, k, v, **keywords, return_lse=True)[0]
+    return lambda: package.attention_backward(t.dout, q, k, v, out, lse, **keywords)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -419,7 +422,7 @@ def _jax(cell: Cell, t: Tensors, mode: str) -> Call:
 
 
 _MAKERS: dict[str, Callable[[Cell, Tensors, str], Call]] = {
-    results.OURS: _ours,
+    results.OURS: ours,
     DENSE: _ours_dense,
     FORMULA: _formula,
     "fa2": _fa2,

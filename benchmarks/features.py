@@ -169,14 +169,14 @@ def _turns(
     return {}
 
 
-def compile_ours(cells: Sequence[Cell], modes: Sequence[str]) -> None:
+def compile_ours(cells: Sequence[Cell], modes: Sequence[str], package: Any = None) -> None:
     """Compile our kernels for the cells at once; what fails here fails, and is reported, where it is measured."""
     import contextlib
 
     def compile_one(cell: Cell) -> None:
         for mode in modes:
             with contextlib.suppress(Exception):
-                feature_peers.make(results.OURS, cell, feature_peers.make_tensors(cell), mode)()
+                feature_peers.ours(cell, feature_peers.make_tensors(cell), mode, package)()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(compile_one, cells))
