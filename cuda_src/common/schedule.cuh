@@ -28,7 +28,6 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
 
 // Launch order of a list of `count` tiles, each of which is there for all heads. So many neighbours, mostly of one sequence, go
 // together: head by head, so that a head's keys are read once for all of them. The list runs slowest, longest tiles first.
-constexpr int kListedRun = 8;
 struct ListPlace {
   int entry, head;
 };
