@@ -13,6 +13,7 @@ __all__ = [
     "BESIDE_BLOCK_MASK",
     "BHSD_OF_PACKED",
     "DECLARED",
+    "DROPOUT_OF_CACHE",
     "FLOAT32_ON_GPU",
     "GPU_TOO_OLD",
     "RIGHT_OF_CAUSAL",
@@ -76,14 +77,13 @@ BESIDE_BLOCK_MASK = Declared(
     InvalidArgument,
     "{name}={value} is given beside a BlockMask, which has its own: give it to the BlockMask",
 )
+DROPOUT_OF_CACHE = Declared(
+    "dropout with a KVCache",
+    "a cache serves inference",
+    InvalidArgument,
+    "dropout_p={value} is not for a KVCache: leave it out",
+)
 _TO_COME = (
-    Declared(
-        "dropout with a KVCache",
-        "a cache serves inference",
-        InvalidArgument,
-        "dropout_p={value} is not for a KVCache: leave it out",
-        "dropout_p",
-    ),
     Declared(
         "`precision=` with other arrays than float32",
         "it chooses how float32 is computed",
@@ -94,5 +94,7 @@ _TO_COME = (
 )
 
 DECLARED = (
-    FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, BESIDE_BLOCK_MASK, *_TO_COME,
+    FLOAT32_ON_GPU, GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, BESIDE_BLOCK_MASK,
+    DROPOUT_OF_CACHE,
+    *_TO_COME,
 )  # fmt: skip

@@ -124,7 +124,7 @@ _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
 # test_list_tiles.py, test_segments.py and test_block_lists.py leave out each of their barriers.
 _OWN_TESTS = (
     "smxx/list_tiles.cu", "smxx/find_segments.cu", "common/sequences.cuh", "smxx/classify_blocks.cu",
-    "smxx/list_blocks.cu",
+    "smxx/list_blocks.cu", "sm80/flash_decode.cu", "common/combine.cuh",
 )  # fmt: skip
 
 
@@ -217,6 +217,7 @@ FWD90, BWD90, TILE90 = "sm90/flash_fwd.cu", "sm90/flash_bwd.cu", "sm90/tile.cuh"
 RING90 = "sm90/pipeline.cuh"  # of all three kernels
 BOTH90, WIDE90 = "sm90/backward.cuh", "sm90/flash_bwd_wide.cu"  # of both backward kernels, and the one for wide heads
 PRE, POST = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
+CHUNK = "common/chunk.cuh"
 FILL, TILES = "smxx/fill_unseen.cu", "common/bwd_tiles.cuh"
 
 # Bounds, each off by one or gone. Direction, case, file, what stands there, what is put there instead.
@@ -474,7 +475,13 @@ MUTANTS = [
     ("bwd", "hopper-wide", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     ("bwd", "hopper-wide", WIDE90, "params.dout, params.softmax_d", "params.dout, params.lse_log2"),
     ("bwd", "hopper-wide", WIDE90, "alignas(128) float statistics", "float statistics"),
-    ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < mask_to_of(work, step.m_block)", "false"),
+    (
+        "bwd",
+        "hopper-wide-turns",
+        WIDE90,
+        "if (step.m_block < mask_to_of(work, step.m_block)) mask_p",
+        "if (false) mask_p",
+    ),
     (
         "bwd",
         "hopper-wide-turns",
@@ -645,8 +652,8 @@ MUTANTS = [
     ("bwd", "full", PRE, "row < rows ? head_dim_v", "row <= rows ? head_dim_v"),
     ("bwd", "full", PRE, "own_row < rows", "own_row <= rows"),
     ("bwd", "full", PRE, "if (own_row < (kShort ? rows : kBlockM))", "if (true)"),
-    ("bwd", "narrow", PRE, "if (col < cols)", "if (col <= cols)"),
-    ("bwd", "unaligned", PRE, "if (col + i < cols)", "if (col + i <= cols)"),
+    ("bwd", "narrow", CHUNK, "if (col < cols)", "if (col <= cols)"),
+    ("bwd", "unaligned", CHUNK, "if (col + i < cols) chunk.x[i]", "if (col + i <= cols) chunk.x[i]"),
     ("bwd", "tiny", PRE, "if (row < (kShort ? rows : kBlockM) && col == 0)", "if (col == 0)"),
     ("bwd", "full", PRE, "i < kDqTileFloats / 4", "i < kDqTileFloats / 4 - 1"),
     # what is written
@@ -660,7 +667,13 @@ MUTANTS = [
     ("bwd", "narrow", POST, "if (dq_col(warp) + 8 * j >= kHeadDim) break;", ""),
     ("bwd", "splits", POST, "if (batch >= shape.batch) return", "if (batch > shape.batch) return"),
     ("bwd", "splits-unaligned", POST, "ceil_div(cols, 8)", "cols / 8"),
-    ("bwd", "splits-unaligned", POST, "if (col + i < cols)", "if (col + i <= cols)"),
+    (
+        "bwd",
+        "splits-unaligned",
+        CHUNK,
+        "if (col + i < cols) row[col + i] = T{",
+        "if (col + i <= cols) row[col + i] = T{",
+    ),
     ("fwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
     ("fwd", "dropped", FILL, "min(piece * 16 + 16, params.head_dim)", "piece * 16 + 16"),
     ("bwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
