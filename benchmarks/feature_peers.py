@@ -476,20 +476,32 @@ class Queued:
 
 
 def _jax(cell: Cell, t: Tensors, mode: str) -> Call:
-    if cell.lengths:
-        raise UnableError("jax.nn's attention has no packed sequences")
+    """jax.nn's cuDNN; packed sequences by the function below it."""
     _no_scores(cell)
     if cell.windowed and not cell.causal:
         raise UnableError("cuDNN has windows of causal masks only")
     import jax
     import torch
 
+    def of_jax(x: Any) -> Any:
+        return jax.dlpack.from_dlpack(x.detach().contiguous())
+
     torch.cuda.synchronize()
-    q, k, v, dout = (jax.dlpack.from_dlpack(x.detach().contiguous()) for x in (t.q, t.k, t.v, t.dout))
-    used = None if t.used is None else jax.dlpack.from_dlpack(t.used)
+    q, k, v, dout = (of_jax(x if x.ndim == 4 else x[None]) for x in (t.q, t.k, t.v, t.dout))
+    used = None if t.used is None else of_jax(t.used)
     window = (cell.window[0], 0) if cell.windowed else None
+    if t.starts is not None:
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+        starts, lengths = of_jax(t.starts[None]), of_jax(t.starts.diff()[None])
+        options = {
+            "scale": cell.head_dim**-0.5,
+            "mask_type": MaskType.PADDING_CAUSAL if cell.causal else MaskType.PADDING,
+        }
 
     def attend(q: Any, k: Any, v: Any) -> Any:
+        if t.starts is not None:
+            return dot_product_attention(q, k, v, None, None, lengths, lengths, starts, starts, **options)
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=cell.causal, key_value_seq_lengths=used, local_window_size=window, implementation="cudnn"
         )

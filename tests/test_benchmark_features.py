@@ -145,7 +145,7 @@ def test_the_reference(name: str, rows_at_once: int, monkeypatch: pytest.MonkeyP
     shaped = [a.reshape(t.shape) for a, t in zip(right, (tensors.q, tensors.q, tensors.k, tensors.v), strict=True)]
     assert references.errors(shaped[:1], "fwd")["out"] < 1e-14
     assert all(error < 1e-13 for error in references.errors(shaped[1:], "bwd").values())
-    for mode in MODES:  # the contestant of a rehearsal
+    for mode in MODES if not cell.dropout else ():  # the contestant of a rehearsal
         found = feature_peers.as_given(feature_peers.make("formula", cell, tensors, mode)(), tensors, mode)
         assert all(error < 1e-6 for error in references.errors(found, mode).values())
 
