@@ -1,6 +1,8 @@
 """Two commits as peers in one process: how the other one gets in, and what "level" means.
 
     python benchmarks/bench.py --against REV            the whole grid, forward and backward, three times
+    python benchmarks/bench.py --against REV --features 'w*,vl*'    cells of features, or these and --cases ...
+    python benchmarks/bench.py --against FA2_X=1,FA2_Y=2             this tree, its kernels with other constants
     python benchmarks/host_cost.py --against REV        microseconds of the host, likewise
     python benchmarks/bench.py --against DIRECTORY      where there is no git: `git archive REV | tar -x -C DIRECTORY`
 
@@ -37,6 +39,8 @@ OTHER = "fa2cupy_other"
 REPEATS = 3
 MEAN = 0.005  # a direction's mean may be slower by as much
 LOST = 0.015  # a cell may be, in every repeat
+
+_CONSTANTS = re.compile(r"(FA2_\w+=-?\d+)(,FA2_\w+=-?\d+)*")
 
 Times = Mapping[str, tuple[float, float]]  # cell -> time of ours and of the other
 
@@ -75,7 +79,7 @@ class Verdict:
 
 
 def direction_of(cell: str) -> str:
-    """'fwd' of the cell 'fwd:d64:...'."""
+    """'fwd' of the cell 'fwd:d64:...', 'fwd of features' of 'fwd of features:w1k_8k'."""
     return cell.partition(":")[0]
 
 
@@ -93,9 +97,8 @@ def judge(repeats: Sequence[Times]) -> Verdict:
 
 
 def load(what: str) -> tuple[ModuleType, str]:
-    """The package of a commit or a directory, imported beside ours as `OTHER`, and what it is called.
-
-    SystemExit for what is neither.
+    """The package of a commit or a directory, or this one with other constants, imported beside ours as `OTHER`, and
+    what it is called. SystemExit for what is none of these.
     """
     if OTHER in sys.modules:
         raise RuntimeError("one other tree in a process")
@@ -115,7 +118,10 @@ def load(what: str) -> tuple[ModuleType, str]:
 
 def _copy(what: str, folder: Path) -> str:
     """The package as `folder`/OTHER, with its own name replaced in all of it, and cuda_src beside it."""
-    if Path(what).is_dir():
+    constants = dict(part.split("=", 1) for part in what.split(",")) if _CONSTANTS.fullmatch(what) else {}
+    if constants:
+        tree, name = results.ROOT, f"this tree with {what}"
+    elif Path(what).is_dir():
         tree, name = Path(what), str(what)
     else:
         tree, name = folder / "tree", _export(what, folder / "tree")
@@ -125,6 +131,13 @@ def _copy(what: str, folder: Path) -> str:
     shutil.copytree(tree / "cuda_src", folder / "cuda_src")
     for path in (folder / OTHER).rglob("*.py"):
         path.write_text(re.sub(r"\bfa2cupy\b", OTHER, path.read_text()))
+    if constants:
+        config = folder / "cuda_src" / "common" / "config.cuh"  # what reads them, in every kernel
+        text = config.read_text()
+        unread = [constant for constant in constants if not re.search(rf"\b{constant}\b", text)]
+        if unread:
+            sys.exit(f"--against {what}: no kernel has a constant {unread[0]}")
+        config.write_text("".join(f"#define {key} {value}\n" for key, value in constants.items()) + text)
     return name
 
 

@@ -7,6 +7,7 @@
     python benchmarks/bench.py --cases features [--check]       packed sequences, windows, padded keys: features.py
     python benchmarks/bench.py --part 1/2                       half of the cells; prints the command for the rest
     python benchmarks/bench.py --against REV [--json PATH]      this tree and another as the only two: against.py
+    python benchmarks/bench.py --against REV --cases causal --features 'w*'     on other cells than the grid's
 
 How it is timed is in timing.py, what each library is in peers.py, what a record holds in results.py.
 """
@@ -19,14 +20,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import against, decode, features, peers, plot, results, timing
+from benchmarks import against, decode, feature_cells, feature_peers, features, peers, plot, results, timing
 from benchmarks import cases as case_module
 from benchmarks.cases import Case
 from benchmarks.timing import Clock, TorchClock, take_turns
@@ -59,7 +60,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         type=words,
-        default=["grid"],
         help=f"{', '.join(case_module.CASE_SETS)}, or fwd:d128:b2:s8192:h32/8:causal; or features alone, which has "
         "options of its own: --cases features --help",
     )
@@ -68,6 +68,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bursts", type=int, default=8, help="bursts of each library in each cell")
     parser.add_argument("--burst-ms", type=float, help="about how long a burst is (default: 20; against a commit, 12)")
     parser.add_argument("--against", metavar="REV", help="a commit, or a directory with its tree, as the only peer")
+    parser.add_argument(
+        "--features", type=words, default=[], metavar="'w*,vl*'", help="with --against: cells of features"
+    )
     parser.add_argument("--json", type=Path, help="with --against: everything that was measured, in this file")
     parser.add_argument("--out", type=Path, help="file or directory (default: benchmarks/results/<gpu>.jsonl)")
     parser.add_argument("--commit", help="default: what git says")
@@ -75,6 +78,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.burst_ms = args.burst_ms or (AGAINST_BURST_MS if args.against else 20.0)
     if args.json and not args.against:
         parser.error("--json is for --against; other runs are written to --out")
+    if args.features and not args.against:
+        parser.error("--features is for --against; others are --cases features")
+    if args.cases is None:
+        args.cases = [] if args.features else ["grid"]
     unknown = [p for p in args.peers if p not in peers.NAMES]
     if unknown:
         parser.error(f"unknown peer {unknown[0]!r}: {', '.join(peers.NAMES)}")
@@ -82,15 +89,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--modes takes {' and '.join(case_module.MODES)}")
     try:
         args.selected = case_module.select(args.cases, args.modes, args.head_dims, args.seqlens, args.part)
+        args.feature_cells = feature_cells.select(args.features)
     except ValueError as error:
         parser.error(str(error))
-    if not args.selected:
+    if not args.selected and not args.feature_cells:
         parser.error("no cell passes these filters")
     return args
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureCase:
+    """A cell of features and a mode, by the names that a `Case` has."""
+
+    cell: feature_cells.Cell
+    mode: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.mode} of features:{self.cell.name}"
+
+    @property
+    def flops(self) -> float:
+        return self.cell.flops(self.mode)
+
+
 def estimated_seconds(
-    cases: Sequence[Case],
+    cases: Sequence[Case | FeatureCase],
     libraries: int,
     bursts: int,
     burst_ms: float,
@@ -108,14 +132,13 @@ def estimated_seconds(
 
 
 def compile_ours(cases: Sequence[Case], package: Any = None) -> None:
-    """Compile our kernels for the cases at once, by a small call of each kind in threads of its own."""
-    kinds = sorted({replace(c, batch=1, seqlen=256) for c in cases}, key=lambda c: c.label)
-    with ThreadPoolExecutor(min(len(kinds), os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda c: peers.ours(c, peers.make_tensors(c), package=package)(), kinds))
+    """Compile our kernels for the cases at once, by a call of each in threads of its own: rows serve lengths, too."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda c: peers.ours(c, peers.make_tensors(c), package=package)(), cases))
 
 
 def check_agreement(
-    case: Case, calls: Mapping[str, Any], names: Sequence[str], all_ours: Sequence[str] | None = None
+    case: Case | FeatureCase, calls: Mapping[str, Any], names: Sequence[str], all_ours: Sequence[str] | None = None
 ) -> None:
     """RuntimeError when ours differs from the first peer that runs the case: a wrong kernel's speed means nothing."""
     if all_ours is None:
@@ -182,14 +205,19 @@ def measure(case: Case, names: Sequence[str], clock: Clock, bursts: int, burst_m
 
 
 def measure_against(
-    cases: Sequence[Case], clock: Clock, bursts: int, burst_ms: float, packages: Mapping[str, Any]
+    cases: Sequence[Case | FeatureCase], clock: Clock, bursts: int, burst_ms: float, packages: Mapping[str, Any]
 ) -> against.Times:
     """One repeat: cell -> milliseconds of ours and of the other. `packages`: both, in this order."""
     times = {}
     names = list(packages)
     for case in cases:
-        tensors = peers.make_tensors(case)
-        calls = {name: peers.ours(case, tensors, package=package) for name, package in packages.items()}
+        tensors: Any
+        if isinstance(case, FeatureCase):
+            tensors = feature_peers.make_tensors(case.cell)
+            calls = {n: feature_peers.ours(case.cell, tensors, case.mode, package) for n, package in packages.items()}
+        else:
+            tensors = peers.make_tensors(case)
+            calls = {name: peers.ours(case, tensors, package=package) for name, package in packages.items()}
         check_agreement(case, calls, names, (names[0],))
         found = take_turns(
             calls, clock, bursts=bursts, burst_ms=burst_ms, warm_up=AGAINST_WARM_UP, min_calls=AGAINST_CALLS
@@ -207,13 +235,15 @@ def run_against(args: argparse.Namespace) -> int:
 
     other, name = against.load(args.against)
     packages = {results.OURS: fa2cupy, against.OTHER: other}
-    cases, gpu, commit = args.selected, torch.cuda.get_device_name(), args.commit or results.commit()
+    gpu, commit, modes = torch.cuda.get_device_name(), args.commit or results.commit(), args.modes or case_module.MODES
+    cases = [*args.selected, *(FeatureCase(cell, mode) for mode in modes for cell in args.feature_cells)]
     seconds = against.REPEATS * estimated_seconds(cases, 2, args.bursts, args.burst_ms, min_calls=AGAINST_CALLS)
     print(f"commit {commit} against {name}, {gpu}, NVRTC {compiler.nvrtc_build()}")
     print(f"{len(cases)} cells, {against.REPEATS} repeats, about {seconds:.0f} s after compiling", flush=True)
     start = time.monotonic()
     for package in packages.values():
-        compile_ours(cases, package)
+        compile_ours(args.selected, package)
+        features.compile_ours(args.feature_cells, modes, package)
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
     clock, repeats = TorchClock(), []
     for number in range(against.REPEATS):

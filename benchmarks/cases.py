@@ -113,6 +113,11 @@ def _long() -> list[Case]:
     return [c for s in (16384, 65536) for causal in (False, True) for c in _both(Case("fwd", 64, s, causal, 1, 16, 16))]
 
 
+def _causal() -> list[Case]:
+    """The grid's cells with a mask."""
+    return [case for case in grid() if case.causal]
+
+
 def _tiny() -> list[Case]:
     """One small cell of each mode: a quick look at whether everything runs."""
     return _both(Case("fwd", 64, 512, True, 2, 4, 4))
@@ -120,6 +125,7 @@ def _tiny() -> list[Case]:
 
 CASE_SETS = {
     "grid": grid,
+    "causal": _causal,
     "gqa": _gqa,
     "fp16": _fp16,
     "thin": _thin,

@@ -1,4 +1,4 @@
-"""Ours and the peers on packed sequences, windows, padded keys, float32 and float64, in one run. Needs a GPU and torch.
+"""Ours and the peers on packed sequences, windows, padded keys, changed scores and wider types. Needs a GPU and torch.
 
     python benchmarks/bench.py --cases features                          every cell
     python benchmarks/bench.py --cases features --check                  the same; exit status 1 if a bar is missed
@@ -96,8 +96,8 @@ def measure(
             try:
                 call = feature_peers.make(name, cell, tensors, mode)
                 result = feature_peers.as_given(call(), tensors, mode)
-                references = references or References(xp, cell, tensors.flat())
-                errors = references.errors(result, mode)
+                references = references or References(xp, cell, tensors.flat(), tensors.sinks)
+                bad = references.wrong(result, mode)
             except UnableError as error:
                 row.refused[name] = str(error)
                 continue
@@ -113,9 +113,8 @@ def measure(
                 row.refused[name] = reason
                 continue
             calls[name] = call
-            bad = {what: error for what, error in errors.items() if not error < cell.right}
             if bad:
-                row.wrong[name] = ", ".join(f"{what} is off by {error:.1e}" for what, error in bad.items())
+                row.wrong[name] = bad
             del result
         if not row.missing and not row.failed:
             _time(calls, clock, bursts, burst_ms, row)
@@ -168,14 +167,14 @@ def _turns(
     return {}
 
 
-def compile_ours(cells: Sequence[Cell], modes: Sequence[str]) -> None:
+def compile_ours(cells: Sequence[Cell], modes: Sequence[str], package: Any = None) -> None:
     """Compile our kernels for the cells at once; what fails here fails, and is reported, where it is measured."""
     import contextlib
 
     def compile_one(cell: Cell) -> None:
         for mode in modes:
             with contextlib.suppress(Exception):
-                feature_peers.make(results.OURS, cell, feature_peers.make_tensors(cell), mode)()
+                feature_peers.ours(cell, feature_peers.make_tensors(cell), mode, package)()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(compile_one, cells))

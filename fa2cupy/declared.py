@@ -13,6 +13,7 @@ __all__ = [
     "BESIDE_BLOCK_MASK",
     "BHSD_OF_PACKED",
     "DECLARED",
+    "DROPOUT_OF_CACHE",
     "GPU_TOO_OLD",
     "PRECISION_OF_OTHERS",
     "RIGHT_OF_CAUSAL",
@@ -84,23 +85,14 @@ BESIDE_BLOCK_MASK = Declared(
     InvalidArgument,
     "{name}={value} is given beside a BlockMask, which has its own: give it to the BlockMask",
 )
-_TO_COME = (
-    Declared(
-        "dropout with a KVCache",
-        "a cache serves inference",
-        InvalidArgument,
-        "dropout_p={value} is not for a KVCache: leave it out",
-        "dropout_p",
-    ),
+DROPOUT_OF_CACHE = Declared(
+    "dropout with a KVCache",
+    "a cache serves inference",
+    InvalidArgument,
+    "dropout_p={value} is not for a KVCache: leave it out",
 )
 
 DECLARED = (
-    GPU_TOO_OLD,
-    RIGHT_OF_CAUSAL,
-    BHSD_OF_PACKED,
-    SEGMENTS_OF_PACKED,
-    PRECISION_OF_OTHERS,
-    TOO_WIDE,
-    BESIDE_BLOCK_MASK,
-    *_TO_COME,
-)
+    GPU_TOO_OLD, RIGHT_OF_CAUSAL, BHSD_OF_PACKED, SEGMENTS_OF_PACKED, PRECISION_OF_OTHERS, TOO_WIDE, BESIDE_BLOCK_MASK,
+    DROPOUT_OF_CACHE,
+)  # fmt: skip

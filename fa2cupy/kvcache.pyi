@@ -1,16 +1,11 @@
 # As type checkers see it; `kvcache.py` has the docstrings and takes more, to refuse it well.
 
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 __all__ = ["KVCache", "attention_with_kvcache"]
 
-class Array(Protocol):
-    @property
-    def shape(self) -> Any: ...
-    @property
-    def dtype(self) -> Any: ...
-
-A = TypeVar("A", bound=Array)  # arrays of one library
+Array: TypeAlias = Any
+A = TypeVar("A")  # arrays of one library
 
 class KVCache:
     def __init__(

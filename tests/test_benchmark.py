@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import against, bench, cases, host_cost, peers, plot, results, timing, variants
+from benchmarks import against, bench, cases, feature_peers, host_cost, peers, plot, results, timing, variants
 from benchmarks.cases import Case
 from fa2cupy import jit
 from fa2cupy.jit import driver
@@ -481,6 +481,28 @@ def test_both_trees_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked == [("fa2cupy", "fa2cupy_other", "fa2cupy")] * 2
 
 
+def test_cells_of_features_against_another_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others, or alone; they are a direction of their own, so that the grid's mean is the grid's."""
+    alone = bench.parse(["--against", "HEAD", "--features", "w1k_8k,vl*"])
+    assert not alone.selected and alone.feature_cells[-1].name == "w1k_8k" and len(alone.feature_cells) == 10
+    both = bench.parse(["--against", "HEAD", "--cases", "causal", "--seqlens", "512", "--features", "w256_8k"])
+    assert {(c.seqlen, c.causal) for c in both.selected} == {(512, True)} and len(both.selected) == 6
+    for wrong in (["--features", "w*"], ["--against", "HEAD", "--features", "x*"]):
+        with pytest.raises(SystemExit):
+            bench.parse(wrong)
+    clock = FakeClock({"fa2cupy": 2.0, "fa2cupy_other": 1.0}, {"fa2cupy": 0.01, "fa2cupy_other": 0.01})
+    for module in (peers, feature_peers):
+        monkeypatch.setattr(module, "make_tensors", lambda case: None)
+    monkeypatch.setattr(peers, "ours", lambda case, tensors, package: package)
+    monkeypatch.setattr(feature_peers, "ours", lambda cell, tensors, mode, package: package)
+    monkeypatch.setattr(bench, "check_agreement", lambda case, calls, names, ours: None)
+    chosen = [*both.selected[:1], *(bench.FeatureCase(both.feature_cells[0], mode) for mode in cases.MODES)]
+    times = bench.measure_against(chosen, clock, 4, 12.0, clock.contestants())
+    assert list(times)[1:] == ["fwd of features:w256_8k", "bwd of features:w256_8k"]
+    assert set(against.judge([times]).directions) == {"fwd", "fwd of features", "bwd of features"}
+    assert bench.estimated_seconds(chosen, 2, 8, 12.0) > bench.estimated_seconds(chosen[:1], 2, 8, 12.0)
+
+
 def test_three_repeats_of_the_grid_fit_four_minutes() -> None:
     args = bench.parse(["--against", "HEAD"])
     seconds = bench.estimated_seconds(args.selected, 2, args.bursts, args.burst_ms, min_calls=bench.AGAINST_CALLS)
@@ -525,6 +547,15 @@ def test_neither_a_commit_nor_a_directory(tmp_path: Path) -> None:
         against._copy("no-such-commit", tmp_path)
     with pytest.raises(SystemExit, match="no package fa2cupy"):
         against._copy(str(tmp_path), tmp_path)
+
+
+def test_this_tree_with_other_constants(tmp_path: Path) -> None:
+    assert against._copy("FA2_LISTED_RUN=4,FA2_BF16=0", tmp_path) == "this tree with FA2_LISTED_RUN=4,FA2_BF16=0"
+    ours = (ROOT / "cuda_src" / "common" / "config.cuh").read_text()
+    theirs = (tmp_path / "cuda_src" / "common" / "config.cuh").read_text()
+    assert theirs == "#define FA2_LISTED_RUN 4\n#define FA2_BF16 0\n" + ours
+    with pytest.raises(SystemExit, match="no kernel has a constant FA2_LISTED"):
+        against._copy("FA2_LISTED_RUNS=4", tmp_path / "again")
 
 
 def test_host_cost_inside_a_context() -> None:

@@ -71,7 +71,7 @@ def output_of(arguments: Sequence[str | Path], folder: Path) -> str:
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 13
+    assert len(SNIPPETS) == 14
     for page, imports in (
         ("README.md", {"torch", "jax", "cupy"}),
         ("docs/torch.md", {"torch"}),

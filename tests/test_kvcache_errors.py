@@ -118,7 +118,7 @@ def test_the_good_call_is_good() -> None:
         ({"softmax_scale": np.inf}, "softmax_scale=inf"),
         ({"page_table": ints(1)}, "did you mean 'block_table'"),
         ({"cu_seqlens_k": ints(1)}, "'cu_seqlens_k' is a keyword of attention()"),
-        ({"dropout_p": 0.1}, "attention_with_kvcache() has no keyword 'dropout_p'"),
+        ({"dropout_p": 0.1}, "dropout_p=0.1 is not for a KVCache: leave it out"),
         ({"cu_seqlens_q": ints(0, 1, 2, 3)}, "q has 4 dimensions, shape (3, 2, 4, 32): (total, num_heads, head_dim)"),
         ({"cu_seqlens_q": ints(0, 1, 2, 6), "q": zeros(6, 4, 32), "k": zeros(5, 2, 32), "v": zeros(5, 2, 24)},
          "k has 5 rows but q has 6"),

@@ -147,7 +147,7 @@ def test_the_lengths_are_read_at_each_launch(decode: Decode) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        CacheCase((70, 3, 33), (2, 0, 5), None, (4, 2), 64, page=3, causal=True, layout="bhsd"),
+        CacheCase((70, 3, 33), (2, 0, 5), None, (4, 2), 64, page=4, causal=True, layout="bhsd"),
         CacheCase((70, 3, 33), 2, None, (4, 2), 40, 24, window=(20, 0), table="indptr", page=16, by="seqused_k"),
         CacheCase((70, 3), 2, None, (2, 2), 33, dtype="bfloat16", leftpad=(5, 0), batch_idx=True),
         CacheCase((128, 128), 1, None, (2, 2), 64, by=None),

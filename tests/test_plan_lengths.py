@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import pytest
@@ -10,6 +11,7 @@ from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import KernelLaunch, plan_forward
 from fa2cupy.kernels.listed import Lists, Segments
+from fa2cupy.kernels.params import ListedPlace, ListedPosition
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import LengthsSpec, WindowSpec
@@ -157,3 +159,14 @@ def test_tokens_are_counted_in_32_bits() -> None:
     message = r"segment_ids of 2147483648 tokens \(batch 1048576\) are not supported on a GPU: at most 1073741824"
     with pytest.raises(InvalidArgument, match=message):
         plan_forward(segments_of(1 << 20, 1 << 11), H200)
+
+
+@pytest.mark.parametrize("positioned", [False, True])
+def test_lists_have_room_for_whole_runs(positioned: bool) -> None:
+    """The kernels read a run of eight neighbours as if all were there."""
+    entry = ctypes.sizeof(ListedPosition if positioned else ListedPlace)
+    for tiles in (1, 5, 8, 9, 17):
+        lists = Lists(64, 64, 100, 100, tiles, tiles, True, positioned)
+        run = -(-tiles // 8) * 8 * entry
+        first, second = lists.offsets["tiles_q"], lists.offsets["tiles_k"]
+        assert first % 256 == second % 256 == 0 and second - first >= run and lists.end - second >= run

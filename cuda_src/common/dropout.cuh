@@ -158,10 +158,7 @@ struct KeptOf<true, kTransposed, kMTiles, kNTiles> {
   }
 
  private:
-#ifndef FA2_AT_ONCE
-#define FA2_AT_ONCE 4
-#endif
-  static constexpr int kAtOnce = FA2_AT_ONCE;
+  static constexpr int kAtOnce = 4;  // units that are drawn side by side
   // 0, since a threshold has no such bit; but nobody says so, and so it is not there before x is.
   template <typename Drawing>
   static FA2_DEVICE uint32_t nothing_of(const Drawing& drawing, uint32_t x) {

@@ -28,7 +28,6 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
 
 // Launch order of a list of `count` tiles, each of which is there for all heads. So many neighbours, mostly of one sequence, go
 // together: head by head, so that a head's keys are read once for all of them. The list runs slowest, longest tiles first.
-constexpr int kListedRun = 8;
 struct ListPlace {
   int entry, head;
 };
@@ -38,14 +37,19 @@ FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads) {
   return {first + index % neighbours, index / neighbours};
 }
 
+// An entry of a list of its words, those of its position included.
+template <typename Tile>
+FA2_DEVICE Tile positioned(const int4& low, const int4& high, const int4& position) {
+  return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w, position.x, position.y};
+}
+
 // An entry of a list, in two reads, or three.
 template <typename Tile>
 FA2_DEVICE Tile read_listed(const Tile* tile) {
   const int4* words = reinterpret_cast<const int4*>(tile);
   const int4 low = words[0], high = words[1];
   if constexpr (kPositioned) {
-    const int2 position = *reinterpret_cast<const int2*>(words + 2);
-    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w, position.x, position.y};
+    return positioned<Tile>(low, high, words[2]);
   } else {
     return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fa2cupy.checks import shown
-from fa2cupy.declared import RIGHT_OF_CAUSAL
+from fa2cupy.declared import DROPOUT_OF_CACHE, RIGHT_OF_CAUSAL
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
@@ -44,6 +44,8 @@ def given(function: str, positional: tuple[object, ...], keywords: Mapping[str, 
     """From all that `function` was given beyond its arrays. Raises for what it does not take."""
     if positional:
         raise too_many_by_position(function, positional)
+    if "dropout_p" in keywords:
+        raise DROPOUT_OF_CACHE.error(value=repr(keywords["dropout_p"]))
     for name in keywords:
         if name not in KEYWORDS or function not in KEYWORDS[name].functions:
             raise unknown(function, name)

@@ -46,7 +46,8 @@ __all__ = [
 
 ARRAYS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
 WORKSPACES = ("lse_log2", "softmax_d", "dq_accum", "dq_turn", "dk_partial", "dv_partial")  # as they lie there
-SINK_SUMS = "sink_sums"  # behind them, where the gradient of sinks is wanted
+# Behind them where there are sinks; their gradient need not be wanted, which `backward_workspace_bytes` does not know.
+SINK_SUMS = "sink_sums"
 PREPROCESS_WARPS = 8  # each leaves one of those sums
 _ALIGNMENT = 256  # bytes, of each
 
@@ -351,7 +352,7 @@ def _workspace(work: Work, order: Order, head_dims: tuple[int, int]) -> tuple[di
     dk, dv = (partial_rows * width * real for width in (head_dim, head_dim_v or head_dim))
     offsets, end = {}, work.end_of_lists
     sizes = dict(zip(WORKSPACES, (statistics, statistics, dq, turns, dk, dv), strict=True))
-    if work.has_sink_sums:
+    if work.problem.sinks is not None:
         sums = work.shorts.tiles_of_head_k * work.problem.num_heads if work.shorts else work.query_tiles
         sizes[SINK_SUMS] = sums * PREPROCESS_WARPS * real
     for name, size in sizes.items():

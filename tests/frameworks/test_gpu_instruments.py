@@ -34,14 +34,20 @@ USUAL = Case(45, 70, 40, "bfloat16", True, heads=(6, 3), layout="bhsd", order=2,
         Case(17, 29, 64, "bfloat16", False, expanded=True),
         Case(9, 0, 8, "float16", False),
         Case(33, 70, 40, "bfloat16", True, heads=(6, 3), head_dim_v=24),
+        Case(70, 33, 40, "bfloat16", True, heads=(6, 3), sinks="float32", dlse=True),
+        Case(33, 70, 16, "float16", False, heads=(4, 4), window=(40, 3), sinks="float16"),
+        Case(33, 70, 16, "float16", False, heads=(4, 4), dlse=True),
     ],
     ids=str,
 )
 def test_the_oracle_is_the_reference(case: Case) -> None:
     inputs = runner.inputs_of(case, CPU)
     q, k, v, dout = (inputs[name] for name in ("q", "k", "v", "dout"))
-    lse, bounds = oracle.attention(q, k, v, dout, causal=case.causal, scale=case.softmax_scale)
-    expected = reference.expect(q, k, v, dout, causal=case.causal, scale=case.softmax_scale)
+    options = {"causal": case.causal, "scale": case.softmax_scale, "window": case.window}
+    extras = runner.extras_of(case, CPU)
+    lse, bounds = oracle.attention(q, k, v, dout, **options, **extras)
+    features = reference.Features(sinks=extras.get("sinks"))
+    expected = reference.expect(q, k, v, dout, **options, dlse=extras.get("dlse"), features=features)
     assert np.allclose(lse.numpy(), expected.lse, rtol=1e-6, atol=1e-6)
     for name, bound in expected.bounds.items():
         mine = bounds[name]
@@ -59,6 +65,9 @@ def test_good_results_pass_in_every_layout() -> None:
             assert runner.check(case, True, CPU) == []
     assert runner.check(USUAL, True, CPU) == []
     assert runner.check(replace(USUAL, head_dim_v=56), True, CPU) == []
+    for given, sinks in ((True, "float32"), (False, "bfloat16"), (True, None)):
+        case = replace(USUAL, given=given, sinks=sinks, dlse=True, seqlen_q=70, seqlen_k=45)
+        assert runner.check(case, True, CPU) == []
     for window in ((9, -1), (20, 3)):
         windowed = replace(USUAL, window=window, causal=window[1] < 0)
         for case in (windowed, replace(windowed, seqlen_q=windowed.seqlen_k, seqlen_k=windowed.seqlen_q)):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
 from fa2cupy.errors import InvalidArgument, InvalidType
+from fa2cupy.spec import CARRIED
 from fa2cupy.torch import backward_op, forward_op
 from tests.lengths import FORMS, Case, draw, expect_sequences
 
@@ -119,7 +120,9 @@ def test_opcheck(form: str) -> None:
     x = make(form, ALL)
     q, k, v = (y.detach().nan_to_num().requires_grad_() for y in x.qkv)
     ids = x.lengths.get("segment_ids")
-    extra = [*(x.lengths.get(name) for name in LENGTHS), *(ids if isinstance(ids, tuple) else (ids, ids))]
+    of_sides = ids if isinstance(ids, tuple) else (ids, ids)
+    arrays = {**x.lengths, **dict(zip(("segment_ids_q", "segment_ids_k"), of_sides, strict=True))}
+    extra = [arrays.get(name) for name in CARRIED]
     options = (True, 0.3, "bshd", None, False, "")
     torch.library.opcheck(forward_op, (q, k, v, *options, *extra))
     out, lse = (y.detach() for y in forward_op(q, k, v, *options, *extra))

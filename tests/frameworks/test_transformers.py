@@ -17,6 +17,7 @@ import torch
 import torch._dynamo.utils
 
 import fa2cupy
+from fa2cupy import attention
 from fa2cupy.errors import InvalidArgument, MissingDependency, NotTaken
 
 transformers = pytest.importorskip("transformers")
@@ -35,6 +36,7 @@ from tests.frameworks.transformers_models import (  # noqa: E402
     DECODERS,
     ENCODERS,
     LAYERS,
+    SCORED,
     WINDOW,
     config,
     made,
@@ -102,7 +104,7 @@ def same(name: str, tokens: torch.Tensor | None = None, **inputs: Any) -> None:
 # Models
 
 
-@pytest.mark.parametrize("name", [*DECODERS, "phimoe", *ENCODERS])
+@pytest.mark.parametrize("name", [*DECODERS, *SCORED, "phimoe", *ENCODERS])
 def test_full_and_padded(name: str) -> None:
     same(name, input_ids=IDS)
     same(name, input_ids=IDS, attention_mask=torch.ones_like(IDS))
@@ -110,7 +112,7 @@ def test_full_and_padded(name: str) -> None:
         same(name, mask, input_ids=IDS, attention_mask=mask)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, "gemma2"])
 def test_packed(name: str) -> None:
     """Found in position_ids; said by DataCollatorWithFlattening's keywords; two rows, each packed in its own way."""
     row = {"input_ids": IDS[:1], "position_ids": POSITIONS, "use_cache": False}
@@ -134,11 +136,14 @@ def test_the_collator_of_packed_sequences() -> None:
     torch.testing.assert_close(got, wanted)
 
 
-def test_packed_is_each_sequence_by_itself() -> None:
-    """Not only what eager's mask of position_ids says."""
-    _, ours = pair("mistral")
-    whole = output(ours, input_ids=IDS[:1], position_ids=POSITIONS, use_cache=False)[0]
-    parts = [output(ours, input_ids=IDS[:1, a:b], use_cache=False)[0] for a, b in ((0, 6), (6, 7), (7, 12))]
+@pytest.mark.parametrize("name", ["mistral", "gpt-oss"])
+def test_packed_is_each_sequence_by_itself(name: str) -> None:
+    """Not only what eager's mask of position_ids says, which GPT-OSS does not show to its masks."""
+    eager, ours = pair(name)
+    starts = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS} if name == "gpt-oss" else {}
+    whole = output(ours, input_ids=IDS[:1], position_ids=POSITIONS, use_cache=False, **starts)[0]
+    assert counted() == {"fa2cupy": LAYERS}
+    parts = [output(eager, input_ids=IDS[:1, a:b], use_cache=False)[0] for a, b in ((0, 6), (6, 7), (7, 12))]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=2e-6)
 
 
@@ -173,7 +178,7 @@ def test_cross_attention_to_padding(side: str) -> None:
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *SCORED])
 def test_generate(name: str, cache: str | None) -> None:
     """Without padding and with it on the left; windows slide."""
     assert WINDOW < SEQLEN
@@ -223,8 +228,8 @@ def gradients(model: Any, name: str, labels: torch.Tensor, **inputs: Any) -> dic
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in (*DECODERS, *ENCODERS) for kind in ("full", "left", "right")]
-    + [(name, "packed") for name in DECODERS],  # transformers packs causal sequences alone
+    [(name, kind) for name in (*DECODERS, *SCORED, *ENCODERS) for kind in ("full", "left", "right")]
+    + [(name, "packed") for name in (*DECODERS, "gemma2")],  # transformers packs causal sequences alone
 )
 def test_gradients(name: str, kind: str) -> None:
     mask = {"left": LEFT, "right": RIGHT}.get(kind)
@@ -337,7 +342,8 @@ def test_checkpointed_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "plain"), ("gemma3", "left"), ("gemma3", "packed"), ("modernbert", "left")]
+    ("name", "kind"),
+    [("llama", "plain"), ("gemma3", "left"), ("gemma3", "packed"), ("modernbert", "left"), ("gemma2", "left")],
 )
 def test_compiled(name: str, kind: str) -> None:
     """One graph, forward and backward; counted once a layer, when it is traced."""
@@ -398,14 +404,83 @@ def test_compiled_generation() -> None:
 
 
 @pytest.mark.parametrize(("name", "feature"), [("gemma2", "softcap"), ("gpt-oss", "sinks")])
-def test_features_to_come_raise_with_their_name(name: str, feature: str) -> None:
+def test_scores_count(name: str, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them these models' outputs are others; and on the way to SDPA, which has none, they are not dropped."""
     _, ours = pair(name)
-    with pytest.raises(InvalidArgument, match=f"{feature}.*not supported"):
-        output(ours, input_ids=IDS)
+    whole = output(ours, input_ids=IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "attention", lambda *arrays, **keywords: attention(*arrays, **{**keywords, feature: None}))
+        without = output(ours, input_ids=IDS)
+    assert not torch.allclose(whole, without, rtol=1e-4, atol=2e-6)
     gaps = LEFT.clone()
     gaps[0, 3] = 0
-    with pytest.raises(InvalidArgument, match=f"{feature}.*not supported"):  # and are not dropped on the way to SDPA
+    with pytest.raises(InvalidArgument, match=f"{feature}.*not supported where attention goes to torch's SDPA"):
         output(ours, input_ids=IDS, attention_mask=gaps)
+
+
+class Dropped:
+    """nn.functional.dropout of eager's P: by numbers from torch's generator, as our layers draw them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, p: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
+        if not training or not probability:
+            return p
+        self.calls += 1
+        seed = torch.randint(2**63 - 1, (2,))
+        kept = fa2cupy.dropout_mask(*p.shape, probability, seed, like=p)
+        return p * kept / (1 - round(probability * 2**15) / 2**15)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss", "gemma2", "bert"])
+def test_dropout_of_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training: loss and gradients are eager's with the same P dropped, checkpointed too; without it nothing is."""
+    dropped = Dropped()
+    monkeypatch.setattr(
+        torch.nn.functional, "dropout", lambda x, p=0.5, training=True, inplace=False: dropped(x, p, training)
+    )
+    models = [made(name, implementation) for implementation in ("eager", "fa2cupy", "fa2cupy")]
+    for model in models:
+        for module in model.modules():
+            for attribute in ("attention_dropout", "dropout"):
+                if isinstance(getattr(module, attribute, None), float) and "Attention" in type(module).__name__:
+                    setattr(module, attribute, 0.25)
+            if "SelfAttention" in type(module).__name__:
+                module.dropout = torch.nn.Dropout(0.25)
+        model.train()
+    models[2].gradient_checkpointing_enable()
+    labels = IDS.masked_fill(LEFT.cumsum(1) < 2, -100)
+    results = []
+    for model in models:
+        torch.manual_seed(5)
+        results.append(gradients(model, name, labels, input_ids=IDS, attention_mask=LEFT))
+    assert dropped.calls == LAYERS
+    assert counted() == {"fa2cupy": 3 * LAYERS}
+    for found in results[1:]:
+        assert set(found) == set(results[0])
+        for parameter, wanted in results[0].items():
+            torch.testing.assert_close(
+                found[parameter], wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-8
+            )
+    model = models[1].eval()
+    assert torch.equal(output(model, input_ids=IDS), output(model, input_ids=IDS))
+
+
+def test_sinks_in_other_dtypes() -> None:
+    """Parameters in another 16-bit type than the query's, or beside float64."""
+    q, k, v = heads()
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    for dtype, other, tolerance in (
+        (torch.float64, torch.float32, 1e-6), (torch.float16, torch.bfloat16, 3e-3),
+        (torch.bfloat16, torch.float32, 2e-2),
+    ):  # fmt: skip
+        query, key, value = (x.to(dtype) for x in (q, k, v))
+        found, _ = layer.attention_layer(Layer(), query, key, value, None, s_aux=sinks.to(other), softcap=2.0)
+        arrays = (x.transpose(1, 2) for x in (q, k, v))
+        wanted = attention(*arrays, causal=True, sinks=sinks.double(), softcap=2.0)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -745,12 +820,12 @@ def test_what_goes_to_sdpa_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = (scores.masked_fill(~lower, -torch.inf).softmax(3) @ v.repeat_interleave(2, 1)).transpose(1, 2)
     torch.testing.assert_close(out, wanted)
     torch.manual_seed(1)
-    dropped, _ = run(q, k, v, None, dropout=0.5)
-    assert not torch.allclose(dropped, by_formula(q, k, v, lower))
+    dropped, _ = run(q, k, v, odd[None, None], dropout=0.5)
+    assert not torch.allclose(dropped, by_formula(q, k, v, odd))
     run(*wide, None)
     whys = {row.why: row.calls for row in fa2cupy.report() if row.kernel == "torch's SDPA"}
-    words = ("a mask that is not", "position_bias", "dropout", "head_dim")
-    assert len(whys) == 4 and all(any(word in why for why in whys) for word in words)
+    words = ("a mask that is not", "position_bias", "head_dim")
+    assert len(whys) == 3 and all(any(word in why for why in whys) for word in words)
     assert sum(whys.values()) == 5
     monkeypatch.setenv("FA2CUPY_STRICT", "1")
     with pytest.raises(NotTaken, match="transformers would run torch's SDPA"):

@@ -10,7 +10,8 @@ import torch
 import transformers as t
 
 LAYERS, VOCABULARY, WINDOW = 2, 64, 5
-DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2", "gemma2", "gpt-oss"]
+DECODERS = ["llama", "mistral", "gemma3", "qwen3", "gpt2"]
+SCORED = ["gemma2", "gpt-oss"]  # decoders too: softcaps, and sinks
 ENCODERS = ["bert", "modernbert"]
 # Beside these: whisper, bart, and phimoe, which has a window that it does not tell its layers.
 
@@ -67,7 +68,11 @@ def config(name: str, head_dim: int) -> Any:
         "gemma2": (t.Gemma2Config, {**gemma, "attn_logit_softcapping": 0.1}),  # of scores that are small here
         "gpt-oss": (
             t.GptOssConfig,
-            {**windowed, **experts, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            # All experts: nobody is routed another way by a rounding.
+            {
+                **windowed, **experts, "num_experts_per_tok": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
         ),
     }  # fmt: skip
     make, keywords = makers[name]

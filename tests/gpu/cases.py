@@ -59,7 +59,8 @@ class Case:
     head_dim_v: None is head_dim. order: index into ORDERS. pad: elements between the rows of neighbouring heads (or
     whatever lies next to the head dimension). shift: elements by which every tensor starts after a 16-byte boundary.
     given: outputs and workspace are the caller's. expanded: all key heads share one (stride 0). window: window_size.
-    mean: added to every element of the inputs. precision: that of a float32 case.
+    mean: added to every element of the inputs. precision: that of a float32 case. sinks: their dtype, "float32" or the
+    case's; a backward makes their gradient too. dlse: a backward is given one.
     """
 
     seqlen_q: int
@@ -83,6 +84,8 @@ class Case:
     window: tuple[int, int] | None = None
     mean: float = 0.0
     precision: str | None = None
+    sinks: str | None = None
+    dlse: bool = False
 
     @property
     def unseen(self) -> tuple[int, int]:
@@ -122,6 +125,8 @@ class Case:
             "window",
             "mean",
             "precision",
+            "sinks",
+            "dlse",
         )
         for name in names:
             value = getattr(self, name)
@@ -183,6 +188,14 @@ def problem_of(case: Case, backward: bool) -> AttentionProblem:
     problem = AttentionProblem.from_refs(refs, sizes_of(case), case.dtype, options)
     for name, value in (("window_size", case.window), ("precision", case.precision)):
         problem = problem if value is None else SPECS[name](problem, value)
+    heads = case.heads[0]
+    for name in ("sinks", "dsinks") if backward else ("sinks",):
+        if case.sinks is not None:
+            problem = SPECS[name](problem, TensorRef(0, (heads,), (1,), case.sinks, Device("cuda", 0), None))
+    if backward and case.dlse:
+        shape = (case.batch, heads, case.seqlen_q)
+        strides = (heads * case.seqlen_q, case.seqlen_q, 1)
+        problem = SPECS["dlse"](problem, TensorRef(0, shape, strides, case.lse_dtype, Device("cuda", 0), None))
     return problem
 
 

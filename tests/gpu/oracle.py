@@ -35,9 +35,12 @@ def attention(
     scale: float,
     window: tuple[int, int] | None = None,
     out: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dlse: Tensor | None = None,
     want_model: bool = True,
 ) -> tuple[Tensor, dict[str, Bound]]:
-    """lse (batch, heads, seqlen_q) and the bounds of out, and with `dout` of dq, dk, dv. All (batch, seqlen, heads, d).
+    """lse (batch, heads, seqlen_q) and the bounds of out, and with `dout` of dq, dk, dv, and with `sinks` (heads,) of
+    dsinks. All (batch, seqlen, heads, d), dlse as lse.
 
     Rows of q and dout that see no key may hold anything, and so may keys that no query sees. `out`: what the backward
     was given, which the model takes D from; the errors of another out would be another draw.
@@ -58,6 +61,10 @@ def attention(
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).double()
 
+    def of_rows(x: Tensor) -> Tensor:
+        """(batch, heads, seqlen_q) -> (batch, heads_k, heads in the group x seqlen_q, 1)"""
+        return x.double().reshape(batch, heads_k, group * seqlen_q, 1)
+
     # Row i stands beside key i + seqlen_k - seqlen_q.
     beside = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device).repeat(group)[:, None]
     left, right = window or (-1, -1)
@@ -77,9 +84,13 @@ def attention(
     m = torch.where(sees, m, 0.0)
     P = torch.exp(S - m)
     l = torch.where(sees, P.sum(-1, keepdim=True), 1.0)
+    lse = torch.where(sees, m + torch.log(l), -math.inf)
+    if sinks is not None:
+        sink = of_rows(sinks[None, :, None].expand(batch, heads, seqlen_q))
+        lse = torch.logaddexp(lse, sink)
+        l = torch.where(sees, torch.exp(lse - m), 1.0)
     O = (P @ V) / l
     out_model = rounded((rounded(P) @ V) / l) if want_model else O
-    lse = torch.where(sees, m + torch.log(l), -math.inf)
     bounds = {"out": Bound(merge(O, group, seqlen_q), merge(out_model, group, seqlen_q), _largest(V, 1e-5))}
     lse_out = lse.reshape(batch, heads, seqlen_q)
     if dout is None:
@@ -88,20 +99,32 @@ def attention(
     dO = torch.where(sees, split(dout, group), 0.0)
     dP = dO @ V.mT
     P = P.div_(l)
-    dS = (dP - (dO * O).sum(-1, keepdim=True)).mul_(P)
+    of_lse = 0.0 if dlse is None else of_rows(dlse)
+    D = (dO * O).sum(-1, keepdim=True) - of_lse
+    model_D = D
+    dS = (dP - torch.where(sees, D, 0.0)).mul_(P)
     refs = scale * (dS @ K), scale * (dS.mT @ Q), P.mT @ dO
     models = refs
     if want_model:
         P = torch.exp(S - torch.where(sees, lse.float().double(), 0.0))
         if out is not None:
-            out_model = split(out, group)
-        dS = rounded((dP - (dO * out_model).sum(-1, keepdim=True)).mul_(P))
+            out_model = torch.where(sees, split(out, group), 0.0)
+        model_D = (dO * out_model).sum(-1, keepdim=True) - of_lse
+        dS = rounded((dP - torch.where(sees, model_D, 0.0)).mul_(P))
         models = rounded(scale * (dS @ K)), rounded(scale * (dS.mT @ Q)), rounded(rounded(P).mT @ dO)
+    if dlse is not None:
+        dP = dP + torch.where(sees, of_lse, 0.0)
     largest_dP = _largest(dP.masked_fill_(hidden, 0.0), abs(scale) * 1e-5)
     floors = largest_dP * _largest(K), largest_dP * _largest(Q), _largest(dO, 1e-5)
     shapes = ((group, seqlen_q), (1, seqlen_k), (1, seqlen_k))
     for name, ref, model, floor, shape in zip(("dq", "dk", "dv"), refs, models, floors, shapes, strict=True):
         bounds[name] = Bound(merge(ref, *shape), merge(model, *shape), floor)
+    if sinks is not None:
+        share = torch.where(torch.isinf(sink), 0.0, torch.exp(sink - lse))
+        terms, of_model = (torch.where(share == 0, 0.0, -share * each) for each in (D, model_D))
+        ref, model = (x.reshape(batch, heads, seqlen_q).sum((0, 2)) for x in (terms, of_model))
+        floor = _largest(terms.abs().reshape(batch, heads, seqlen_q).sum((0, 2)), 1e-5)
+        bounds["dsinks"] = Bound(ref, model.to(sinks.dtype).double(), floor)
     return lse_out, bounds
 
 

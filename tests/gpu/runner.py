@@ -111,6 +111,22 @@ def inputs_of(case: Case, device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
+def extras_of(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """sinks and dlse of the case, if it has them. Of four heads one has no sink, and one a large one."""
+    generator = torch.Generator(device=device).manual_seed(7 + case.seed)
+    extras = {}
+    if case.sinks is not None:
+        sinks = torch.randn(case.heads[0], device=device, generator=generator) + 1
+        sinks[1::4], sinks[2::4] = -torch.inf, 30
+        extras["sinks"] = sinks.to(getattr(torch, case.sinks))
+    if case.dlse:  # NaN of rows that see no key, if it does not matter
+        shape = (case.batch, case.heads[0], case.seqlen_q)
+        extras["dlse"] = torch.randn(shape, device=device, generator=generator)
+        if case.sinks is None:
+            extras["dlse"][:, :, : case.unseen[0]] = torch.nan
+    return extras
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What a call made, in (batch, seqlen, heads, d), and the sentences about memory."""
@@ -137,6 +153,9 @@ def run(case: Case, tensors: dict[str, Tensor], backward: bool, device: torch.de
     options: dict[str, Any] = {"causal": case.causal, "softmax_scale": case.scale, "layout": case.layout}
     if case.window is not None:
         options["window_size"] = case.window
+    extras = extras_of(case, device)
+    if "sinks" in extras:
+        options["sinks"] = extras["sinks"].clone()
     if case.given:
         out, lse = arena.take("out"), arena.take("lse_out")
         got, got_lse = fa2cupy.attention(q, k, v, return_lse=True, out=out, lse_out=lse, **options)
@@ -149,21 +168,30 @@ def run(case: Case, tensors: dict[str, Tensor], backward: bool, device: torch.de
     if backward:
         dout = arena.put("dout", user(tensors["dout"]))
         options["deterministic"] = case.deterministic
+        more: dict[str, Any] = {"dlse": extras["dlse"]} if "dlse" in extras else {}
+        if "sinks" in extras:
+            more["grad_of"] = ("sinks",)
+            more |= {"dsinks": torch.full_like(extras["sinks"], torch.nan)} if case.given else {}
+        names = ("dq", "dk", "dv", "dsinks")[: 3 + ("sinks" in extras)]
         needed = fa2cupy.backward_workspace_bytes(q, k, v, **options)
         if case.given:
             gradients = [arena.take(name) for name in ("dq", "dk", "dv")]
             got = fa2cupy.attention_backward(
                 dout, q, k, v, out, lse, workspace=arena.take_workspace(needed),
-                **dict(zip(("dq", "dk", "dv"), gradients, strict=True)), **options,
+                **dict(zip(("dq", "dk", "dv"), gradients, strict=True)), **options, **more,
             )  # fmt: skip
+            gradients += [more["dsinks"]] if "dsinks" in more else []
             assert all(x is y for x, y in zip(got, gradients, strict=True))
         else:
             _poison((needed, *(x.numel() * 2 for x in (q, k, v))), device)
-            gradients = list(fa2cupy.attention_backward(dout, q, k, v, out, lse, **options))
+            gradients = list(fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, **more))
         results.update(
-            {name: user(x).clone() for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)},
+            {name: (user(x) if x.dim() == 4 else x).clone() for name, x in zip(names, gradients, strict=True)},
         )
-    return Run(results, lse_result, arena.flags())
+    flags = arena.flags()
+    if "sinks" in extras:
+        flags["sinks was written"] = (extras["sinks"] == options["sinks"]).all()
+    return Run(results, lse_result, flags)
 
 
 def check(case: Case, backward: bool, device: torch.device) -> list[str]:
@@ -179,6 +207,7 @@ def check(case: Case, backward: bool, device: torch.device) -> list[str]:
         scale=case.softmax_scale,
         window=case.window,
         out=made.results["out"],
+        **extras_of(case, device),
     )
     queries, keys = case.unseen
     flags = {
@@ -186,6 +215,7 @@ def check(case: Case, backward: bool, device: torch.device) -> list[str]:
             made.results[name][:, : keys if name in ("dk", "dv") else queries] == 0
         ).all()
         for name in made.results
+        if name != "dsinks"
     }
     judgements = oracle.judge(made.results, made.lse, lse_ref, bounds, made.flags | flags)
     LEDGER.add(case.dtype, judgements)

@@ -127,6 +127,8 @@ def run_cases() -> None:
         for x in (out, again, *gradients):
             assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
     run_listed_cases(cupy, np, rng, types)
+    run_sinks_cases(cupy, np, rng, types)
+    run_merge_cases(cupy, np, rng, types)
     cupy.cuda.Device().synchronize()
 
 
@@ -182,6 +184,55 @@ def run_listed_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> Non
                     gradients += fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, workspace=workspace)
             for x in (out, *gradients):
                 assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+
+
+def run_sinks_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None:
+    """With rows that see no key but the sink: dense, and packed with NaN in rows of no sequence."""
+    import fa2cupy
+
+    starts = cupy.asarray(np.array((3, 153, 153, 154, 354), np.int32))
+    for d, dtype, packed in ((64, "bfloat16", False), (128, "float16", True), (256, "bfloat16", True)):
+
+        def array(rows: int, h: int, d: int = d, dtype: str = dtype, packed: bool = packed) -> Any:
+            values = rng.standard_normal((rows, h, d)).astype(types[dtype])
+            if packed:
+                values[:3], values[354:] = np.nan, np.nan
+            return cupy.asarray(values if packed else values[None])
+
+        q, dout, k, v = array(360, 4), array(360, 4), array(360 if packed else 200, 2), array(360 if packed else 200, 2)
+        sinks = cupy.asarray(rng.standard_normal(4).astype(np.float32))
+        dlse = cupy.asarray(rng.standard_normal((4, 360) if packed else (1, 4, 360)).astype(np.float32))
+        keys = starts if d == 128 else cupy.asarray(np.array((3, 40, 100, 154, 354), np.int32))  # some are shorter
+        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": keys} if packed else {}
+        options = {"causal": True, "sinks": sinks, **lengths}
+        for kernels in (contextlib.nullcontext, sm80_kernels):
+            with kernels():
+                size = fa2cupy.forward_workspace_bytes(q, k, v, **options)
+                given = {"workspace": cupy.full(size, 0xFF, cupy.uint8)} if size else {}
+                out, lse = fa2cupy.attention(
+                    q, k, v, **options, return_lse=True, out=cupy.full_like(dout, math.nan), **given
+                )
+                workspace = cupy.full(fa2cupy.backward_workspace_bytes(q, k, v, **options), 0xFF, cupy.uint8)
+                gradients = fa2cupy.attention_backward(
+                    dout, q, k, v, out, lse, **options, dlse=dlse, grad_of=("sinks",), workspace=workspace
+                )
+                for x in (out, *gradients):
+                    assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+
+
+def run_merge_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None:
+    from fa2cupy import merged
+    from fa2cupy.frameworks import CUPY
+    from fa2cupy.merge import merge_attention
+
+    for pieces, d, dtype in ((4, 128, "bfloat16"), (2, 59, "float16"), (9, 64, "float32")):
+        kind = types.get(dtype, np.float32)
+        outs = [cupy.asarray(rng.standard_normal((2, 13, 3, d)).astype(kind)) for _ in range(pieces)]
+        lses = [cupy.asarray(rng.standard_normal((2, 3, 13)).astype(np.float32)) for _ in range(pieces)]
+        out, lse = merge_attention(outs, lses)
+        douts, dlses = merged.differentiate(CUPY, (out, lse), outs, lses, out, lse)
+        for x in (out, lse, *douts, *dlses):
+            assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
 
 
 def errors_reported(output: str) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch._inductor.utils import fresh_cache
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
 from fa2cupy.torch import disable_sdpa, enable_sdpa, sdpa
@@ -408,17 +409,28 @@ def test_sdpa_of_cudnn_with_lengths_that_differ(device: torch.device, counted: A
     assert (kernels == {"fa2cupy"}) == (lengths[0] < lengths[1])
 
 
-def test_sdpa_with_dropout_stays_torchs(device: torch.device, counted: Any) -> None:
-    q, k, v, _ = by_head(device, seqlen_q=512, seqlen_k=512, heads=(8, 8))
-    results = []
-    for enabled in (False, True):
-        if enabled:
-            enable_sdpa()
-        torch.manual_seed(3)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            results.append(functional.scaled_dot_product_attention(q, k, v, dropout_p=0.25))
-    assert torch.equal(*results)
-    assert ("torch's SDPA", "aten::_scaled_dot_product_flash_attention") in counted()
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_sdpa_with_dropout(device: torch.device, counted: Any, backend: str) -> None:
+    """By torch's generator, whose seed the backward drops by; under checkpointing the same again."""
+    q, k, v, dout = by_head(device, seqlen_q=512, seqlen_k=512, heads=(8, 8))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def run(*tensors: Any) -> Any:
+        return functional.scaled_dot_product_attention(*tensors, dropout_p=0.25)
+
+    torch.manual_seed(3)
+    numbers = torch.randint(2**63 - 1, (2,) if backend == "flash" else (), device=device)
+    seed = numbers if backend == "flash" else torch.stack([numbers, torch.zeros_like(numbers)])
+    expected = fa2cupy.attention(*leaves, layout="bhsd", dropout_p=0.25, dropout_seed=seed, deterministic=True)
+    wanted = torch.autograd.grad(expected, leaves, dout)
+    with sdpa(), sdpa_kernel(BACKENDS[backend]):
+        for again in (False, True):
+            torch.manual_seed(3)
+            out = checkpoint(run, *leaves, use_reentrant=False) if again else run(*leaves)
+            assert torch.equal(out, expected)
+            for x, y in zip(torch.autograd.grad(out, leaves, dout), wanted, strict=True):
+                assert relative_rms(x, y.double()) < 1e-3
+    assert {kernel for _, kernel in counted()} == {"fa2cupy"}
 
 
 def test_sdpa_disabled_between_forward_and_backward(device: torch.device, counted: Any) -> None:

@@ -23,6 +23,7 @@ from tests.frameworks.transformers_models import (  # noqa: E402
     DECODERS,
     ENCODERS,
     LAYERS,
+    SCORED,
     VOCABULARY,
     WINDOW,
     made,
@@ -119,10 +120,10 @@ def counted() -> dict[str, int]:
     return {row.kernel: sum(r.calls for r in rows if r.kernel == row.kernel) for row in rows}
 
 
-def models(name: str, device: torch.device) -> dict[str, Any]:
+def models(name: str, device: torch.device, peer: str = "sdpa") -> dict[str, Any]:
     """By implementation; "exact" is eager attention in float32 with the weights that the others have in bfloat16."""
     ours = made(name, "fa2cupy", HEAD_DIM).to(device, torch.bfloat16)
-    sdpa = made(name, "sdpa", HEAD_DIM).to(device, torch.bfloat16)
+    sdpa = made(name, peer, HEAD_DIM).to(device, torch.bfloat16)
     exact = made(name, "eager", HEAD_DIM).to(device)
     exact.load_state_dict({n: x.float() for n, x in ours.state_dict().items()})
     return {"ours": ours, "sdpa": sdpa, "exact": exact}
@@ -151,12 +152,12 @@ def no_further_than_sdpa(results: dict[str, Tensor]) -> None:
     assert error <= 1.3 * peers + 1e-3 * rms(exact)
 
 
-def results(name: str, inputs: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+def results(name: str, inputs: dict[str, Any], device: torch.device, peer: str = "sdpa") -> dict[str, Tensor]:
     """Output where there are tokens and the gradient of a weight below all attention, in one."""
     mask = inputs.get("attention_mask")
     tokens = slice(None) if mask is None else mask.bool()
     found = {}
-    for key, model in models(name, device).items():
+    for key, model in models(name, device, peer).items():
         out = result_of(model, **inputs)[tokens].float()
         weight = (out * torch.arange(out.numel(), device=device).reshape(out.shape).sin()).sum()
         [gradient] = torch.autograd.grad(weight, [model.get_input_embeddings().weight])
@@ -168,6 +169,14 @@ def results(name: str, inputs: dict[str, Any], device: torch.device) -> dict[str
 def test_models(device: torch.device, name: str, kind: str) -> None:
     assert WINDOW < SEQLEN
     no_further_than_sdpa(results(name, inputs_of(kind, device), device))
+    assert counted() == {"fa2cupy": LAYERS}
+
+
+@pytest.mark.parametrize("kind", ["full", "left"])
+@pytest.mark.parametrize("name", SCORED)
+def test_scores(device: torch.device, name: str, kind: str) -> None:
+    """Softcaps and sinks, which SDPA has not: eager attention in bfloat16 is the peer."""
+    no_further_than_sdpa(results(name, inputs_of(kind, device), device, "eager"))
     assert counted() == {"fa2cupy": LAYERS}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from tests.host.test_plants import check as check_any
 from tests.host.test_segments import MIXED, TINY
 
 HERE = Path(__file__).resolve().parent
+
+
+def some(every: Sequence[Any], usual: Collection[int]) -> list[Any]:
+    """Parameters, of which `make test` has the usual ones."""
+    return [
+        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=[] if n in usual else pytest.mark.slow)
+        for n, each in enumerate(every)
+    ]
 
 
 class Params(ctypes.Structure):
@@ -152,9 +161,7 @@ def test_the_bits_of_the_mutants_are_right(drawn: Drawn) -> None:
     assert is_right(drawn)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=[] if n % 4 == 0 else pytest.mark.slow) for n in range(len(MUTANTS_OF_BITS))]
-)
+@pytest.mark.parametrize("number", some(range(len(MUTANTS_OF_BITS)), range(0, len(MUTANTS_OF_BITS), 4)))
 def test_mutants_of_bits(number: int) -> None:
     drawn, old, new = MUTANTS_OF_BITS[number]
     assert not is_right(drawn, Mutation(DROPOUT, old, new))
@@ -192,18 +199,16 @@ def dropout_cases(head_dim: int, arch: str, deterministic: bool) -> list[HostCas
     return cases
 
 
-EACH = pytest.mark.parametrize(
-    ("arch", "head_dim"), [("sm_80", 64), ("sm_86", 128), ("sm_90", 64), ("sm_90", 128), ("sm_90", 192), ("sm_90", 256)]
-)
+EACH = (("sm_80", 64), ("sm_86", 128), ("sm_90", 64), ("sm_90", 128), ("sm_90", 192), ("sm_90", 256))
 
 
-@EACH
+@pytest.mark.parametrize(("arch", "head_dim"), some(EACH, (0, 3, 5)))
 def test_forward(arch: str, head_dim: int) -> None:
     for host_case in dropout_cases(head_dim, arch, False)[head_dim // 64 % 3 :: 3]:
         check(host_case, False)
 
 
-@EACH
+@pytest.mark.parametrize(("arch", "head_dim"), some(EACH, (1, 2, 3, 4)))
 def test_backward(arch: str, head_dim: int) -> None:
     first = (head_dim // 64 + (arch == "sm_86")) % 3
     for host_case in dropout_cases(head_dim, arch, head_dim in (64, 192))[first::3]:
@@ -228,8 +233,10 @@ LISTS = (
 )
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_90", 128), ("sm_90", 256)])
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "backward"),
+    some([(*each, backward) for backward in (False, True) for each in (EACH[0], EACH[3], EACH[5])], (0, 2, 4)),
+)
 def test_lists(arch: str, head_dim: int, backward: bool) -> None:
     number = (64, 128, 256).index(head_dim)
     case = LengthsCase(LISTS[(number + backward) % 3], head_dim, DTYPES[number % 2], (4, 2), arch, seed=number)
@@ -307,20 +314,15 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLACES)
+FEW = chosen([{"case": mutant[0], "file": mutant[1]} for mutant in MUTANTS])
+
+
+@pytest.mark.parametrize("name", some(list(PLACES), range(0, len(PLACES), 3)))
 def test_the_cases_of_the_mutants_are_right(name: str) -> None:
     check_any(PLACES[name], name.startswith("bwd"))
 
 
-FEW = chosen([{"case": mutant[0], "file": mutant[1]} for mutant in MUTANTS])
-
-
-@pytest.mark.parametrize(
-    ("name", "path", "old", "new"),
-    [
-        pytest.param(*mutant, id=f"{mutant[0]}-{number}", marks=[] if number in FEW else pytest.mark.slow)
-        for number, mutant in enumerate(MUTANTS)
-    ],
-)
-def test_mutants(name: str, path: str, old: str, new: str) -> None:
+@pytest.mark.parametrize("number", some(range(len(MUTANTS)), FEW))
+def test_mutants(number: int) -> None:
+    name, path, old, new = MUTANTS[number]
     assert is_caught(PLACES[name], name.startswith("bwd"), mutation=Mutation(path, old, new))

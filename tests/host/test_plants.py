@@ -101,6 +101,8 @@ BACKWARD: dict[str, AnyCase] = {
     "hopper-wide-own-full": HostCase(Case(90, 270, 160, "float16", True, 1, (2, 2), seed=30, head_dim_v=72)),
     "hopper-wide-splits": HostCase(Case(120, 128, 192, "bfloat16", True, 1, (11, 1), seed=34, head_dim_v=72)),
     "hopper-wide-short": HostCase(Case(60, 600, 192, "bfloat16", False, 1, (2, 2), seed=29)),
+    # what is summed up over all rows of a head
+    "sinks": HostCase(Case(20, 40, 64, "bfloat16", False, 2, (1, 1), seed=35), "sm_100", sinks="float32"),
     # tiles of lists
     "listed-short": LengthsCase(_SEGMENTS, 64, arch="sm_100"),
     "listed-short-unaligned": LengthsCase(_SEGMENTS, 59, arch="sm_86", heads=(4, 2)),
@@ -122,7 +124,7 @@ _WRAPPERS = ("ptx.cuh", "wgmma.cuh")
 # test_list_tiles.py, test_segments.py and test_block_lists.py leave out each of their barriers.
 _OWN_TESTS = (
     "smxx/list_tiles.cu", "smxx/find_segments.cu", "common/sequences.cuh", "smxx/classify_blocks.cu",
-    "smxx/list_blocks.cu",
+    "smxx/list_blocks.cu", "sm80/flash_decode.cu", "common/combine.cuh",
 )  # fmt: skip
 
 
@@ -473,7 +475,13 @@ MUTANTS = [
     ("bwd", "hopper-wide", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     ("bwd", "hopper-wide", WIDE90, "params.dout, params.softmax_d", "params.dout, params.lse_log2"),
     ("bwd", "hopper-wide", WIDE90, "alignas(128) float statistics", "float statistics"),
-    ("bwd", "hopper-wide-turns", WIDE90, "step.m_block < mask_to_of(work, step.m_block)", "false"),
+    (
+        "bwd",
+        "hopper-wide-turns",
+        WIDE90,
+        "if (step.m_block < mask_to_of(work, step.m_block)) mask_p",
+        "if (false) mask_p",
+    ),
     (
         "bwd",
         "hopper-wide-turns",
@@ -645,7 +653,7 @@ MUTANTS = [
     ("bwd", "full", PRE, "own_row < rows", "own_row <= rows"),
     ("bwd", "full", PRE, "if (own_row < (kShort ? rows : kBlockM))", "if (true)"),
     ("bwd", "narrow", CHUNK, "if (cols > col + i)", "if (cols >= col + i)"),
-    ("bwd", "unaligned", CHUNK, "if (col + i < cols) chunk", "if (col + i <= cols) chunk"),
+    ("bwd", "unaligned", CHUNK, "if (col + i < cols) chunk.x[i]", "if (col + i <= cols) chunk.x[i]"),
     ("bwd", "tiny", PRE, "if (row < (kShort ? rows : kBlockM) && col == 0)", "if (col == 0)"),
     ("bwd", "full", PRE, "i < kDqTileFloats / kAtOnce", "i < kDqTileFloats / kAtOnce - 1"),
     # what is written

@@ -110,7 +110,6 @@ def test_a_backward_whose_lse_has_them_need_not_know_them() -> None:
     without = plan_backward(dataclasses.replace(problem, sinks=None), device("sm_90"), False)
     with_sinks = plan_backward(problem, device("sm_90"), False)
     assert [each.defines for each in with_sinks.launches] == [each.defines for each in without.launches]
-    assert with_sinks.workspace_bytes == without.workspace_bytes
 
 
 SOFTMAX, STATISTICS = "common/softmax.cuh", "common/statistics.cuh"
