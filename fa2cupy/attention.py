@@ -242,8 +242,8 @@ def attention_backward(
         q, k, v: what `attention` was called with.
         out, lse: what it returned; lse is (batch, num_heads, seqlen_q), float32 (float64 for float64 inputs); of a
             packed q (num_heads, total_q).
-        causal, window_size, softmax_scale, softcap, alibi_slopes, mask, sinks, dropout_p, dropout_seed, layout, dtype:
-            as they were given to `attention`.
+        causal, window_size, softmax_scale, softcap, alibi_slopes, mask, sinks, dropout_p, dropout_seed, layout, dtype,
+            precision: as they were given to `attention`.
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, segment_ids, max_seqlen_q, max_seqlen_k: likewise.
         deterministic: same inputs, same bits, at some cost; otherwise a GPU adds the parts of dq up in any order.
         dlse: gradient of the loss with respect to lse, of lse's shape and dtype; None is 0.

@@ -28,14 +28,12 @@ class Declared:
     """One declared error.
 
     what: is refused; why: or what to do instead; message: a format string.
-    keyword: the keyword of `keywords.py` with which it comes, None if it is there already.
     """
 
     what: str
     why: str
     kind: type[Fa2Error]
     message: str
-    keyword: str | None = None
 
     def error(self, **values: object) -> Fa2Error:
         return self.kind(self.message.format(**values))

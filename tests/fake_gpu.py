@@ -83,11 +83,18 @@ def tensor(problem: AttentionProblem, name: str, ptr: int) -> np.ndarray:
     batch = 1 if p.lengths is not None and starts in p.lengths.arrays() else p.batch
     if name == "lse":
         shape: tuple[int, ...] = (batch, p.num_heads, p.seqlen_q)
-        return view(ptr, shape, tuple(4 * s for s in strides), np.float32)
+        real = real_of(p)
+        return view(ptr, shape, tuple(real.itemsize * s for s in strides), real)
     length, heads = (p.seqlen_k, p.num_heads_k) if name in ("k", "v", "dk", "dv") else (p.seqlen_q, p.num_heads)
     width = p.head_dim_v if name in ("v", "dv", "out", "dout") else p.head_dim
-    dtype = np.uint16 if p.dtype == "bfloat16" else p.dtype
-    return view(ptr, (batch, length, heads, width), (*(2 * s for s in strides), 2), dtype)
+    dtype = np.dtype(np.uint16 if p.dtype == "bfloat16" else p.dtype)
+    size = dtype.itemsize
+    return view(ptr, (batch, length, heads, width), (*(size * s for s in strides), size), dtype)
+
+
+def real_of(problem: AttentionProblem) -> Any:
+    """The dtype of lse and of its gradient."""
+    return np.dtype(np.float64 if problem.dtype == "float64" else np.float32)
 
 
 @dataclass
@@ -107,8 +114,9 @@ class Launch:
         arrays = {name: tensor(p, name, ptr) for name, ptr in self.pointers.items() if name not in extra}
         if p.softmax is not None:
             shape = arrays["lse"].shape
-            steps = tuple(4 * step for step in p.softmax.dlse)
-            arrays["dlse"] = view(self.pointers["dlse"], shape, steps, np.float32)
+            real = real_of(p)
+            steps = tuple(real.itemsize * step for step in p.softmax.dlse)
+            arrays["dlse"] = view(self.pointers["dlse"], shape, steps, real)
         window = None if p.window is None else (p.window.left, p.window.right)
         options = {"causal": p.causal, "softmax_scale": p.softmax_scale, "window_size": window, **self.features()}
         compute = cpu.backward if "dout" in arrays else cpu.forward
@@ -127,8 +135,9 @@ class Launch:
         if p.score is not None:
             options["softcap"] = p.score.softcap
             if p.score.alibi is not None:
-                steps = tuple(4 * step for step in p.score.alibi)
-                options["alibi_slopes"] = view(self.pointers["alibi_slopes"], (p.batch, p.num_heads), steps, np.float32)
+                kind = np.dtype(np.float64 if p.score.wide_slopes else np.float32)
+                steps = tuple(kind.itemsize * step for step in p.score.alibi)
+                options["alibi_slopes"] = view(self.pointers["alibi_slopes"], (p.batch, p.num_heads), steps, kind)
         if p.sinks is not None:
             dtype = np.dtype((np.uint16 if p.dtype == "bfloat16" else p.dtype) if p.sinks.sixteen_bit else np.float32)
             for name in (*p.sinks.arrays(), *p.sinks.results()):

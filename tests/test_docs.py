@@ -142,7 +142,7 @@ def test_a_stale_block_is_renewed_and_a_lost_one_reported() -> None:
 
 def test_notes_of_rows_say_how_much_shared_memory_they_take() -> None:
     noted = 0
-    for title, rows, shared_bytes in docs.tile_tables():
+    for title, rows, shared_bytes in (*docs.tile_tables(), *docs.tile_tables(wide=True)):
         for row in rows:
             for said in re.findall(r"(?<!need )\b(\d+) KB", row.note):
                 noted += 1

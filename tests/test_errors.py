@@ -160,15 +160,26 @@ def test_shapes_in_the_backward(make: Any, name: str) -> None:
 @pytest.mark.parametrize("dtype", ["int32", "int8", "bool", "complex64", "uint8"])
 def test_unsupported_dtypes(make: Any, dtype: str) -> None:
     arrays = {name: make(x.shape, dtype) for name, x in inputs(make).items()}
-    supported = "float16, bfloat16, float32, float64" if make.library == "numpy" else "float16, bfloat16"
-    fails(InvalidType, "q has dtype " + dtype, supported, **arrays)
+    fails(InvalidType, "q has dtype " + dtype, "float16, bfloat16, float32, float64", **arrays)
 
 
-def test_float32_on_a_gpu(make: Any) -> None:
-    if make.library == "cupy":
-        for dtype in ("float32", "float64"):
-            arrays = {name: make(x.shape, dtype) for name, x in inputs(make).items()}
-            fails(InvalidType, f"q has dtype {dtype}", "on a GPU (for now) float16, bfloat16", **arrays)
+def test_precision(make: Any) -> None:
+    """It is for float32, and what it may be is said."""
+    arrays = inputs(make)
+    for dtype in ("float16", "float64"):
+        others = {name: make(x.shape, dtype) for name, x in arrays.items()}
+        words = "is for float32 arrays", f"q has dtype {dtype}", "leave it out"
+        fails(InvalidArgument, "precision='tf32'", *words, precision="tf32", **others)
+        fails(InvalidArgument, "precision='float32'", *words, precision="float32", **others)
+    arrays = {name: make(x.shape, "float32") for name, x in arrays.items()}
+    allowed = "None, 'float32' or 'tf32' is needed"
+    fails(InvalidArgument, "precision='highest' is unknown", allowed, precision="highest", **arrays)
+    fails(InvalidType, "precision=32", allowed, precision=32, **arrays)
+
+
+def test_lse_of_float64(make: Any) -> None:
+    arrays = {name: make(x.shape, "float64") for name, x in backward_inputs(make).items() if name != "lse"}
+    backward_fails(InvalidType, "lse has dtype float32", "float64", lse=make((2, 4, 5), np.float32), **arrays)
 
 
 def test_other_byte_order(make: Any) -> None:

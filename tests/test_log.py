@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import fa2cupy
-from fa2cupy import declared, errors, keywords, log
+from fa2cupy import declared, errors, log
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +82,7 @@ def test_warn_once() -> None:
 
 @pytest.mark.parametrize("entry", declared.DECLARED, ids=lambda entry: entry.what)
 def test_declared_errors_are_sentences(entry: declared.Declared) -> None:
-    values = dict.fromkeys(("name", "dtype", "value", "index", "major", "minor"), "x")
+    values = dict.fromkeys(("name", "dtype", "value", "index", "major", "minor", "width", "kilobytes", "most"), "x")
     error = entry.error(**values)
     assert isinstance(error, errors.Fa2Error)
     assert "{" not in str(error) and ": " in str(error)
-    # What comes with a keyword leaves this list of the future when the keyword is there.
-    assert entry.keyword is None or not keywords.KEYWORDS[entry.keyword].since

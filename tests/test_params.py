@@ -139,7 +139,10 @@ def constants_of(text: str) -> dict[str, int]:
 
 def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[dict[str, Layout]]:
     """For each set of macros: name of each struct -> its layout, as g++ has it."""
-    parts = ["#define FA2_HOST 1\n#define FA2_DEVICE inline\n#define FA2_SHARED_MEMORY(Type, name)\n"]
+    parts = [
+        "#define FA2_HOST 1\n#define FA2_DEVICE inline\n#define FA2_SHARED_MEMORY(Type, name)\n",
+        "class float2;\nclass double2;\n",  # of which only the names are asked for
+    ]
     for number, defines in enumerate(sets):
         macros = "".join(f"#define {name} {value}\n" for name, value in defines.items())
         undone = "".join(f"#undef {name}\n" for name in defines)

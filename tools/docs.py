@@ -30,22 +30,38 @@ from fa2cupy.keywords import KEYWORDS, OTHER_NAMES  # noqa: E402
 __all__ = ["PAGES", "renewed"]
 
 # Fields that have a column of their own, in every table.
-_SHOWN = ("head_dim", "head_dim_v", "block_m", "block_n", "num_warps", "note", "spill_bytes")
+_SHOWN = ("head_dim", "head_dim_v", "block_m", "block_n", "num_warps", "note", "spill_bytes", "element_bytes")
 
 
-def tile_tables() -> Iterator[tuple[str, Sequence[Any], Callable[[Any], int]]]:
-    """(title, rows, bytes of shared memory of a row) of each table. Nothing else here knows where the tables are."""
+def tile_tables(wide: bool = False) -> Iterator[tuple[str, Sequence[Any], Callable[[Any], int]]]:
+    """(title, rows, bytes of shared memory of a row) of each table; wide: of float32 and float64. Nothing else here
+    knows where the tables are."""
 
     def padded_bytes(row: Any) -> int:
-        return row.shared_mem_bytes(tiles.padded_head_dim(row.head_dim, getattr(row, "split", 1)))
+        return row.shared_mem_bytes(
+            tiles.padded_head_dim(row.head_dim, getattr(row, "split", getattr(row, "row_warps", 1)))
+        )
 
     def own_bytes(row: Any) -> int:
         return row.shared_mem_bytes()
 
-    for direction, tables in (("forward", fwd_sm80.FWD_TILES), ("backward", bwd_sm80.BWD_TILES)):
+    sm80: tuple[tuple[str, dict[int, Any]], ...] = (
+        ("forward", fwd_sm80.FWD_TILES),
+        ("backward", bwd_sm80.BWD_TILES),
+    )
+    wider: tuple[tuple[str, dict[int, Any]], ...] = (
+        ("forward of float32", fwd_sm80.FWD_TILES_F32),
+        ("forward of tf32", fwd_sm80.FWD_TILES_TF32),
+        ("backward of float32 and tf32", bwd_sm80.BWD_TILES_F32),
+        ("forward of float64", fwd_sm80.FWD_TILES_F64),
+        ("backward of float64", bwd_sm80.BWD_TILES_F64),
+    )
+    for what, tables in wider if wide else sm80:
         for shared_memory, rows in tables.items():
             architectures = [arch for arch, size in tiles.SHARED_MEMORY.items() if size == shared_memory]
-            yield f"`sm80` {direction}, {shared_memory // 1024} KB ({', '.join(architectures)})", rows, padded_bytes
+            yield f"`sm80` {what}, {shared_memory // 1024} KB ({', '.join(architectures)})", rows, padded_bytes
+    if wide:
+        return
     for causal, rows in fwd_sm90.FWD_TILES_SM90.items():
         yield f"`sm90` forward, {'causal' if causal else 'full'}", rows, own_bytes
     yield "`sm90` backward", bwd_sm90.BWD_TILES_SM90, own_bytes
@@ -78,10 +94,10 @@ def _table(rows: Sequence[Any], shared_bytes: Callable[[Any], int]) -> Iterator[
         yield f"| {' | '.join(cells)} |"
 
 
-def tile_rows() -> str:
+def tile_rows(wide: bool = False) -> str:
     """Every row of every table, as they are now."""
     lines = []
-    for title, rows, shared_bytes in tile_tables():
+    for title, rows, shared_bytes in tile_tables(wide):
         lines += ["", f"**{title}**", "", *_table(rows, shared_bytes)]
     return "\n".join(lines) + "\n"
 
@@ -119,16 +135,16 @@ def other_names() -> str:
 
 def declared_errors() -> str:
     """Every declared error."""
-    lines = ["", "| refused | why, or what instead | error | |", "|---|---|---|---|"]
+    lines = ["", "| refused | why, or what instead | error |", "|---|---|---|"]
     for entry in DECLARED:
-        when = f"comes with `{entry.keyword}`" if entry.keyword else ""
-        lines.append(f"| {entry.what} | {entry.why} | `{entry.kind.__name__}` | {when} |")
+        lines.append(f"| {entry.what} | {entry.why} | `{entry.kind.__name__}` |")
     return "\n".join(lines) + "\n"
 
 
 # What is generated, by page and by the name in the comments around it.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/tuning.md": {"tile rows": tile_rows},
+    "docs/lab/precision.md": {"tile rows": lambda: tile_rows(wide=True)},
     "docs/usage.md": {"keywords": keywords, "other names": other_names, "declared errors": declared_errors},
 }
 

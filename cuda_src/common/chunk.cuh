@@ -14,20 +14,33 @@ struct alignas(16) ChunkOf {
 };
 
 // The elements of a row from column `col` on, zeros past column `cols`.
-template <int kCount = 1, typename T>
-FA2_DEVICE ChunkOf<T, kCount> load_chunk(const T* row, int col, int cols) {
-  constexpr int kAtOnce = 16 / static_cast<int>(sizeof(T)), kColumns = kCount * kAtOnce;
-  ChunkOf<T, kCount> chunk = {};
+template <typename T>
+FA2_DEVICE ChunkOf<T> load_chunk(const T* row, int col, int cols) {
+  ChunkOf<T> chunk = {};
   if constexpr (kAligned) {
-#pragma unroll
-    for (int i = 0; i < kColumns; i += kAtOnce)
-      if (cols > col + i) *reinterpret_cast<uint4*>(chunk.x + i) = *reinterpret_cast<const uint4*>(row + col + i);
+    if (col < cols) *reinterpret_cast<uint4*>(&chunk) = *reinterpret_cast<const uint4*>(row + col);
   } else {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i)
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i)
       if (col + i < cols) chunk.x[i] = row[col + i];
   }
   return chunk;
+}
+template <int kCount, typename T>
+FA2_DEVICE ChunkOf<T, kCount> load_chunks(const T* row, int col, int cols) {
+  constexpr int kAtOnce = 16 / static_cast<int>(sizeof(T));
+  if constexpr (kCount == 1) {
+    return load_chunk(row, col, cols);
+  } else {
+    ChunkOf<T, kCount> chunks = {};
+#pragma unroll
+    for (int piece = 0; piece < kCount; ++piece) {
+      const ChunkOf<T> chunk = load_chunk(row, col + piece * kAtOnce, cols);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) chunks.x[piece * kAtOnce + i] = chunk.x[i];
+    }
+    return chunks;
+  }
 }
 
 // They become x, rounded; nothing past the end of the row.

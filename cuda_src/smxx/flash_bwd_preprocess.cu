@@ -61,8 +61,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) flash_bwd_preprocess(c
 #pragma unroll
       for (int pass = 0; pass < kPassesAtOnce; ++pass) {
         const int row = (first + pass) * kRowsPerPass + pass_row, cols = row < rows ? head_dim_v(params) : 0;
-        out[pass] = load_chunk<kPiecesOfEight>(gmem_out + row * os.row, col, cols);
-        dout[pass] = load_chunk<kPiecesOfEight>(gmem_dout + row * dos.row, col, cols);
+        out[pass] = load_chunks<kPiecesOfEight>(gmem_out + row * os.row, col, cols);
+        dout[pass] = load_chunks<kPiecesOfEight>(gmem_dout + row * dos.row, col, cols);
         row_lse[pass] = kOwnLogit && row < rows && col == 0 ? gmem_lse[row * ls.row] : kInfinity;
       }
 #pragma unroll

@@ -1,10 +1,10 @@
 """torch's own SDPA taken over: our kernels in the place of its flash, cuDNN and memory-efficient attention in the
 dispatcher.
 
-cuDNN is what SDPA takes on Hopper unless it is told otherwise, and float32 is memory-efficient attention's, so all are
-replaced. Everything above stays torch's:
-the choice of a backend, autograd, torch.compile and what it compiled and cached before, DTensor, ring attention. What
-we do not compute goes on to the kernels that were there; `fa2cupy.report()` counts both.
+cuDNN is what SDPA takes on Hopper unless it is told otherwise, and memory-efficient attention what it takes for
+float32, so all are replaced. Everything above stays torch's: the choice of a backend, autograd, torch.compile and what
+it compiled and cached before, DTensor, ring attention. What we do not compute goes on to the kernels that were there;
+`fa2cupy.report()` counts both.
 
 Results have the shapes and strides of torch's meta functions, which Inductor asserts: out and gradients as
 `empty_like` of what they belong to, lse contiguous. In aten, causal is aligned bottom-right for the flash operators
@@ -14,7 +14,6 @@ and top-left for cuDNN's.
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,36 +24,33 @@ from typing import Any
 import torch
 import torch.nn.attention
 
-from fa2cupy import counts, dynamo
+from fa2cupy import counts
 from fa2cupy.autograd.known import KINDS, NO_KIND, Kind
 from fa2cupy.autograd.watchers import deterministic_algorithms
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, MissingDependency
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
 from fa2cupy.torch import efficient, packed
+from fa2cupy.torch.counted import DOOR, DOOR_BACKWARD, Native, counted, took
 from fa2cupy.torch.dot_product import Features, objection, top_left
 from fa2cupy.torch.layouts import laid_out, models, order, random_state
-from fa2cupy.torch.seeds import draw, rounded
+from fa2cupy.torch.seeds import draw, rounded, with_dropout, with_seed
 
 __all__ = ["disable_sdpa", "enable_sdpa", "sdpa"]
 
-_DOOR, _DOOR_BACKWARD = "torch's SDPA", "torch's SDPA, backward"
-
 Kernel = Callable[..., Any]
-Native = Callable[..., Any]  # (why, keyset, *arguments, **keywords): the kernel that was there, counted
 
 
 def enable_sdpa(*, device: str = "cuda") -> None:
     """Compute torch.nn.functional.scaled_dot_product_attention with our kernels, in this process from now on.
 
-    Where torch chooses flash or cuDNN attention, that is float16 and bfloat16 without a mask, and where it chooses
-    memory-efficient attention for float32 without one. Other choices of torch's (float64, masks) stay its own and are
-    not seen; of what comes, dropout and cuDNN's packed sequences go on to
-    torch's kernels, which `fa2cupy.report()` counts and the logger "fa2cupy" tells the first time. With
-    FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Flash attention's packed sequences and windows are computed here:
-    those of `torch.nn.attention.varlen.varlen_attn` and of jagged nested tensors. What dropout drops is drawn from
-    torch's generator: other numbers than torch's kernels draw from it, repeated in the same way. Compiled functions
-    need no compiling again. Enabling twice is once.
+    Where torch chooses flash or cuDNN attention, that is: float16 and bfloat16 without a mask; and float32 without one
+    on GPUs on which ours was measured to be faster. Other choices of torch's (float64, masks) stay its own and are not
+    seen; of what comes, cuDNN's packed sequences go on to torch's kernels, which `fa2cupy.report()` counts and the
+    logger "fa2cupy" tells the first time. With FA2CUPY_STRICT=1 they raise `fa2cupy.NotTaken`. Flash attention's packed
+    sequences and windows are computed here: those of `torch.nn.attention.varlen.varlen_attn` and of jagged nested
+    tensors. What dropout drops is drawn from torch's generator: other numbers than torch's kernels draw from it,
+    repeated in the same way. Compiled functions need no compiling again. Enabling twice is once.
 
     device: "cuda"; "cpu" replaces the CPU's flash attention by NumPy, which is slow: for tests.
 
@@ -124,19 +120,8 @@ def _install(device: str) -> Any:
                 native = get_kernel(f"aten::{name}", key)
             except RuntimeError as error:
                 raise MissingDependency(f"this torch has no kernel aten::{name} for {key}: {error}") from error
-            library.impl(name, make(_counted(name, native)), key, with_keyset=True)
+            library.impl(name, make(counted(name, native)), key, with_keyset=True)
     return library
-
-
-def _counted(name: str, kernel: Any) -> Native:
-    door = _DOOR_BACKWARD if "backward" in name else _DOOR
-
-    def native(why: str, keyset: Any, *arguments: Any, **keywords: Any) -> Any:
-        if why:  # else nobody is to hear of it
-            counts.fell_back(door, f"aten::{name}", why)
-        return kernel.call_boxed(keyset, *arguments, **keywords)
-
-    return native
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,28 +137,6 @@ _FORWARDS = {"bhsd": ASKED[FORWARD], "bshd": replace(ASKED[FORWARD], swapped=Tru
 _BACKWARDS = {"bhsd": ASKED[BACKWARD], "bshd": replace(ASKED[BACKWARD], swapped=True)}
 
 
-def _with_dropout(features: Features, dropout_p: float) -> Features:
-    p = rounded(dropout_p)
-    return (*features, ("dropout_p", p)) if p else features
-
-
-def _extra(features: Features, seed: Any, **more: Any) -> dict[str, Any]:
-    """Arrays of keywords by name, in the table's order: the seed if there is dropout, and what else there is.
-
-    cuDNN's seed and offset are two tensors: all is in the first, int64 (); as uint32 (2,) it has offset 0.
-    """
-    extra = {name: array for name, array in more.items() if array is not None}
-    if features and features[-1][0] == "dropout_p":
-        extra = {"dropout_seed": seed if seed.dim() else seed.reshape(1).view(torch.uint32), **extra}
-    return extra
-
-
-def _took(door: str) -> None:
-    if not dynamo.told and "torch._dynamo" in sys.modules:
-        dynamo.tell()
-    counts.took(door)
-
-
 def _forward(
     q: Any, k: Any, v: Any, causal: bool, scale: float | None, *,
     features: Features = (), seed: Any = None, swapped: bool = False, lse_dims: int = 3, kind: Kind = NO_KIND,
@@ -184,10 +147,10 @@ def _forward(
     seed: what dropout goes by, if features have it. kind: what learns from a call with the operator's tensors, and of
     new ones like `more` that go with the results.
     """
-    _took(_DOOR)
+    took(DOOR)
     layout = order(q)
     operation, options = _FORWARDS[layout or "bhsd"], (causal, scale, "bhsd", None, False, features)
-    extra = _extra(features, seed)
+    extra = with_seed(features, seed)
     operation = operation.extended(tuple(extra))
     out, lse = call(operation, [q, k, v, None, None, *extra.values()], None, options)
     lse = lse.unsqueeze(3) if lse_dims == 4 else lse
@@ -206,11 +169,11 @@ def _backward(
 
     kind: what learns from it, the one of `deterministic_algorithms()`. given: as for `Kind.learn`.
     """
-    _took(_DOOR_BACKWARD)
+    took(DOOR_BACKWARD)
     layout = None if unseen else order(q, k, v)
     options = (causal, scale, "bhsd", None, deterministic_algorithms(), features)
     seen_k, seen_v = (x[:, :, : x.shape[2] - unseen] for x in (k, v)) if unseen else (k, v)
-    extra = _extra(features, seed)
+    extra = with_seed(features, seed)
     operation = _BACKWARDS[layout or "bhsd"].extended(tuple(extra))
     dq, dk, dv = call(operation, [dout, q, seen_k, seen_v, out, lse, None, None, None, *extra.values()], None, options)
     if layout:
@@ -231,7 +194,7 @@ def _sdpa_flash(native: Native) -> Kernel:
         kind = KINDS["flash", dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
         known = kind.find(q, k, v)
         if known is not None:
-            _took(_DOOR)
+            took(DOOR)
             out, lse, seed, offset, mask = known
             return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
         why = (
@@ -244,7 +207,7 @@ def _sdpa_flash(native: Native) -> Kernel:
         if why:
             return native(why, keyset, q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
         seed, offset, mask = more = random_state(q, dropout_p)
-        features = _with_dropout((), dropout_p)
+        features = with_dropout((), dropout_p)
         out, lse = _forward(q, k, v, is_causal, scale, features=features, seed=seed, kind=kind, more=more)
         return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, mask
 
@@ -259,7 +222,7 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
         kind = KINDS["flash backward", dropout_p, is_causal, deterministic_algorithms(), scale, q.shape, k.shape]
         known = kind.find(dout, q, k, v, out, lse)
         if known is not None:
-            _took(_DOOR_BACKWARD)
+            took(DOOR_BACKWARD)
             return known
         why = objection(q, k, v, dropout_p, (q.dtype, k.dtype, v.dtype))
         if why:
@@ -267,7 +230,7 @@ def _sdpa_flash_backward(native: Native) -> Kernel:
                 why, keyset, dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
                 scale=scale,
             )  # fmt: skip
-        features = _with_dropout((), dropout_p)
+        features = with_dropout((), dropout_p)
         return _backward(dout, q, k, v, out, lse, is_causal, scale, features=features, seed=seed, kind=kind)
 
     return kernel
@@ -281,7 +244,7 @@ def _cudnn(native: Native) -> Kernel:
         kind = KINDS["cudnn", attn_bias is None, dropout_p, is_causal, return_debug_mask, scale, q.shape, k.shape]
         known = kind.find(q, k, v)
         if known is not None:
-            _took(_DOOR)
+            took(DOOR)
             out, lse, seed, offset = known
             return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p)
@@ -299,7 +262,7 @@ def _cudnn(native: Native) -> Kernel:
         seed, offset, _ = models(q.device, torch.int64, (), q.dtype)
         seed = draw(q.device, ()) if rounded(dropout_p) else torch.empty_like(seed)
         offset = torch.empty_like(offset)
-        features = _with_dropout(features, dropout_p)
+        features = with_dropout(features, dropout_p)
         out, lse = _forward(
             q, k, v, causal, scale, features=features, seed=seed, lse_dims=_cudnn_lse_dims(), kind=kind,
             more=(seed, offset),
@@ -320,7 +283,7 @@ def _cudnn_backward(native: Native) -> Kernel:
         given = dout, q, k, v, out, lse
         known = kind.find(*given)
         if known is not None:
-            _took(_DOOR_BACKWARD)
+            took(DOOR_BACKWARD)
             return known
         why = _cudnn_objection(q, k, v, attn_bias, dropout_p)
         if why:
@@ -331,7 +294,7 @@ def _cudnn_backward(native: Native) -> Kernel:
         lse = lse.squeeze(3) if lse.dim() == 4 else lse
         unseen = max(0, k.shape[2] - q.shape[2]) if is_causal else 0
         causal, features = top_left(is_causal, q.shape[2], k.shape[2])
-        features = _with_dropout(features, dropout_p)
+        features = with_dropout(features, dropout_p)
         return _backward(
             dout, q, k, v, out, lse, causal, scale, features=features, seed=seed, unseen=unseen, kind=kind, given=given
         )  # fmt: skip
@@ -370,8 +333,8 @@ def _flash(native: Native) -> Kernel:
         causal, features = _features(is_causal, dropout_p, more)
         seed, *rest = random_state(q, dropout_p)
         if cum_q is not None:
-            counts.took(_DOOR)
-            extra = _extra(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k, seqused_k=more.get("seqused_k"))
+            counts.took(DOOR)
+            extra = with_seed(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k, seqused_k=more.get("seqused_k"))
             out, lse = packed.forward(q, k, v, extra, causal, scale, features)
             return out, lse, seed, *rest
         q, k, v = _swapped(q, k, v)
@@ -395,8 +358,8 @@ def _flash_backward(native: Native) -> Kernel:
             )  # fmt: skip
         causal, features = _features(is_causal, dropout_p, more)
         if cum_q is not None:
-            counts.took(_DOOR_BACKWARD)
-            extra = _extra(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k)
+            counts.took(DOOR_BACKWARD)
+            extra = with_seed(features, seed, cu_seqlens_q=cum_q, cu_seqlens_k=cum_k)
             return packed.backward(dout, q, k, v, out, lse, extra, causal, scale, features)
         dout, q, k, v, out = _swapped(dout, q, k, v, out)
         return _swapped(*_backward(dout, q, k, v, out, lse, causal, scale, features=features, seed=seed, swapped=True))
@@ -423,7 +386,7 @@ def _features(is_causal: bool, dropout_p: float, more: dict[str, Any]) -> tuple[
     left, right = (-1 if end is None else max(int(end), -1) for end in (left, right))
     right = -1 if is_causal else right
     window = (("window_size", (left, right)),) if max(left, right) >= 0 else ()
-    return is_causal, _with_dropout(window, dropout_p)
+    return is_causal, with_dropout(window, dropout_p)
 
 
 def _cpu(native: Native) -> Kernel:
@@ -473,10 +436,8 @@ _OPERATORS: dict[str, dict[str, Callable[[Native], Kernel]]] = {
         "_scaled_dot_product_flash_attention_backward": _sdpa_flash_backward,
         "_scaled_dot_product_cudnn_attention": _cudnn,
         "_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
-        "_scaled_dot_product_efficient_attention": lambda native: efficient.forward(native, lambda: _took(_DOOR)),
-        "_scaled_dot_product_efficient_attention_backward": lambda native: efficient.backward(
-            native, lambda: _took(_DOOR_BACKWARD)
-        ),
+        "_scaled_dot_product_efficient_attention": efficient.forward,
+        "_scaled_dot_product_efficient_attention_backward": efficient.backward,
         "_flash_attention_forward": _flash,
         "_flash_attention_backward": _flash_backward,
     },

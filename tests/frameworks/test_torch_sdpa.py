@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
 from fa2cupy.errors import InvalidArgument, MissingDependency, NotTaken
-from fa2cupy.torch import disable_sdpa, enable_sdpa, scaled_dot_product_attention, sdpa, takeover
+from fa2cupy.torch import disable_sdpa, efficient, enable_sdpa, scaled_dot_product_attention, sdpa, takeover
 
 aten = torch.ops.aten
 OURS, BACKWARD = ("torch's SDPA", "fa2cupy", ""), ("torch's SDPA, backward", "fa2cupy", "")
@@ -197,15 +197,48 @@ def test_memory_efficient(layout: str, causal: bool, lengths: tuple[int, int]) -
 
 
 def test_memory_efficient_of_others_is_not_seen() -> None:
-    """16 bits and biases stay torch's, and nobody hears of it; dropout is told."""
+    """16 bits, biases, and GPUs on which nobody has measured it stay torch's, and nobody hears of it; what cannot be
+    computed is told."""
     q, k, v, _ = tensors(7, 7, (4, 4))
     for whose, why in (((q, k, v, None, True), ""), ((*(x.float() for x in (q, k, v)), q.float(), True), "")):
         calls: list[Any] = []
         kernel("_scaled_dot_product_efficient_attention", calls)(*whose)
         assert [call[0] for call in calls] == [why]
     calls = []
-    kernel("_scaled_dot_product_efficient_attention", calls)(*(x.float() for x in (q, k, v)), None, True, 0.5)
-    assert "dropout" in calls[0][0]
+    kernel("_scaled_dot_product_efficient_attention", calls)(*(x.float() for x in (q, k, v)), None, True, 1.0)
+    assert "dropout of everything" in calls[0][0]
+
+
+def test_memory_efficient_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU float32 is ours where somebody has seen that it is faster."""
+
+    class OnGpu:
+        dtype, device, shape = torch.float32, torch.device("cuda", 0), (1, 4, 7, 16)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(efficient, "objection", lambda *arguments: "")
+    x = OnGpu()
+    assert efficient._objection(x, x, x, None, 0.0) == ""
+    monkeypatch.setattr(efficient, "FASTER_ON", frozenset({(9, 0)}))
+    assert efficient._objection(x, x, x, None, 0.0) is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_memory_efficient_dropout(causal: bool) -> None:
+    """The backward goes by the seed that the forward returned: the same elements are dropped."""
+    q, k, v, dout = (x.float() for x in tensors(7, 9, (4, 4), 16))
+    results = kernel("_scaled_dot_product_efficient_attention")(q, k, v, None, True, 0.25, causal)
+    seed = int(results[2])
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    kept = torch.from_numpy(fa2cupy.dropout_mask(2, 4, 7, 9, 0.25, (seed, 0))) / 0.75
+    scores = leaves[0] @ leaves[1].mT * 8**-0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(7, 9, dtype=torch.bool).triu(1), -torch.inf)
+    out = (scores.softmax(-1) * kept) @ leaves[2]
+    check((results[0],), (out,))
+    saved = (dout, q, k, v, None, *results, 0.25, [True, True, True, False], causal)
+    gradients = kernel("_scaled_dot_product_efficient_attention_backward")(*saved)
+    check(gradients[:3], torch.autograd.grad(out, leaves, dout.double()))
 
 
 @pytest.mark.parametrize("causal", [False, True])

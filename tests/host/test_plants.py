@@ -652,7 +652,7 @@ MUTANTS = [
     ("bwd", "full", PRE, "row < rows ? head_dim_v", "row <= rows ? head_dim_v"),
     ("bwd", "full", PRE, "own_row < rows", "own_row <= rows"),
     ("bwd", "full", PRE, "if (own_row < (kShort ? rows : kBlockM))", "if (true)"),
-    ("bwd", "narrow", CHUNK, "if (cols > col + i)", "if (cols >= col + i)"),
+    ("bwd", "narrow", CHUNK, "if (col < cols)", "if (col <= cols)"),
     ("bwd", "unaligned", CHUNK, "if (col + i < cols) chunk.x[i]", "if (col + i <= cols) chunk.x[i]"),
     ("bwd", "tiny", PRE, "if (row < (kShort ? rows : kBlockM) && col == 0)", "if (col == 0)"),
     ("bwd", "full", PRE, "i < kDqTileFloats / kAtOnce", "i < kDqTileFloats / kAtOnce - 1"),
