@@ -126,6 +126,7 @@ def plan_backward(
 ) -> BackwardPlan:
     """How to compute the gradients of `problem` on `device`; the rest as `plan_forward`."""
     _check_segments(problem)
+    bwd_sm80.check_room(problem, device)  # the narrowest of all kernels, and of the wider types the only one
     empty = problem.empty_rows
     heads = problem.num_heads * problem.batch
     busy = (problem.seqlen_q - empty) * heads > 0  # then there are keys, unless lengths are data

@@ -23,6 +23,7 @@ __all__ = [
     "ROW",
     "BwdTile",
     "arch",
+    "check_room",
     "cleared",
     "compile_jobs",
     "head_dims",
@@ -183,14 +184,18 @@ def arch(device: DeviceInfo) -> str:
 
 
 def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
-    """What speaks against it, or the empty string: of the wider types, heads for which there is no room."""
+    """What speaks against it, or the empty string: nothing."""
+    return ""
+
+
+def check_room(problem: AttentionProblem, device: DeviceInfo) -> None:
+    """InvalidArgument for heads of the wider types for which the GPU's shared memory has no room."""
     most = max(tile.head_dim for tile in table(problem.arithmetic, device.shared_mem_optin))
     for name in ("head_dim", "head_dim_v"):
         width = getattr(problem, name)
         if width > most:
             room = shared_memory_class(device.shared_mem_optin) // 1024
-            return str(TOO_WIDE.error(name=name, width=width, dtype=problem.dtype, kilobytes=room, most=most))
-    return ""
+            raise TOO_WIDE.error(name=name, width=width, dtype=problem.dtype, kilobytes=room, most=most)
 
 
 def table(arithmetic: str, shared_mem: int) -> tuple[BwdTile, ...]:

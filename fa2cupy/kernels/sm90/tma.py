@@ -51,6 +51,8 @@ def objection(problem: AttentionProblem, device: DeviceInfo, names: Sequence[str
     if device.cc != (9, 0):
         named = f" ({device.name})" if device.name else ""
         return f"device {device.index}{named} has compute capability {device.cc[0]}.{device.cc[1]}, not 9.0"
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"its products are of 16 bits, and the arrays of {problem.dtype}"
     if problem.head_dim % 8:
         return f"head_dim {problem.head_dim} is not a multiple of 8"
     if problem.head_dim_v % 8:
