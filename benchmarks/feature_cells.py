@@ -115,9 +115,9 @@ class Cell:
     def right(self) -> float:
         """Relative error of a result that is right. Of bfloat16's rounding there are 3e-3, and a window that is off by
         one has 1.6e-2 at 4,096 keys; under a softcap there are libraries whose tanh is right to percents. Of float32's
-        rounding there are 1e-6, of tf32's 5e-4, of float64's 1e-15."""
+        rounding there are 1e-6, of tf32's 5e-4 (FlexAttention's 1.3e-3), of float64's 1e-15."""
         if self.dtype != "bfloat16":
-            return 1e-13 if self.dtype == "float64" else 2e-3 if self.precision else 1e-5
+            return 1e-13 if self.dtype == "float64" else 5e-3 if self.precision else 1e-5
         return 8e-2 if self.softcap else 1e-2
 
 

@@ -467,7 +467,8 @@ def _flex(cell: Cell, t: Tensors, mode: str) -> Call:
         return attend(q, k, v, block_mask=mask, enable_gqa=gqa, **options).transpose(1, 2).reshape(t.q.shape)
 
     # With a graph in both modes, so that one compilation serves both.
-    return forward if mode == "fwd" else peers.torch_call(mode, t, forward)
+    forward = _of_precision(cell, forward)
+    return _of_precision(cell, forward if mode == "fwd" else peers.torch_call(mode, t, forward))
 
 
 def _unfused(cell: Cell, t: Tensors, mode: str) -> Call:
@@ -483,15 +484,25 @@ def _unfused(cell: Cell, t: Tensors, mode: str) -> Call:
         scores = scores.masked_fill(hidden, -torch.inf) if cell.causal else scores
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
-    call = peers.torch_call(mode, t, forward)
+    forward = _of_precision(cell, forward)
+    return _of_precision(cell, peers.torch_call(mode, t, forward))
+
+
+def _of_precision(cell: Cell, call: Call) -> Call:
+    """With torch's products of float32 in tf32 or not, as the cell says: compiled code asks when it is compiled, cuBLAS
+    with each call."""
+    import torch
+
+    if cell.dtype != "float32":
+        return call
 
     def with_precision() -> Any:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = cell.precision == "tf32"
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if cell.precision == "tf32" else "highest")
         try:
             return call()
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            torch.set_float32_matmul_precision(before)
 
     return with_precision
 

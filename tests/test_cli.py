@@ -170,7 +170,7 @@ def test_compile_prints_a_table(
 ) -> None:
     pytest.importorskip("cupy")
     few = kernels.compile_jobs("sm_80", all_rows=False)[:2]
-    monkeypatch.setattr(kernels, "compile_jobs", lambda arch, all_rows: few)
+    monkeypatch.setattr(kernels, "compile_jobs", lambda arch, all_rows, wide: few)
     monkeypatch.setenv("FA2CUPY_CACHE_DIR", str(tmp_path / "cache"))
     assert __main__.main(["compile", "--arch", "sm_80", "--quick"]) == 0
     said = capsys.readouterr().out

@@ -75,7 +75,7 @@ FA2_DEVICE void load_q(SharedMemory& smem, const Params& params, const Work& wor
 
 // Q as the A operand: its first kQStepsInRegs blocks of 16 columns stay in registers.
 struct QOperand {
-  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
+  Operand<Element, Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
   Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
 
   FA2_DEVICE void keep() {
