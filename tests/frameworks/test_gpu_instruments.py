@@ -18,8 +18,9 @@ from benchmarks import bench, peers, results
 from fa2cupy.jit import compiler
 from fa2cupy.jit.driver import DeviceInfo
 from tests import reference
-from tests.gpu import cases, compile_ahead, oracle, runner
+from tests.gpu import cases, compile_ahead, oracle, runner, wide
 from tests.gpu.cases import Case
+from tests.lengths import draw
 
 CPU = torch.device("cpu")
 H100 = DeviceInfo(0, "x", (9, 0), 132, 232448, 50 << 20)
@@ -229,3 +230,41 @@ def test_the_speed_of_a_wrong_kernel_is_not_recorded(tmp_path: Path, monkeypatch
     with pytest.raises(RuntimeError, match="out of fa2cupy and fa2 differ"):
         bench.main(["--cases", CELLS.split(",")[0], "--out", str(tmp_path), "--peers", "fa2cupy,fa2"])
     assert results.load(tmp_path / "made-up-1.jsonl") == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# float32 and float64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_judges_float32_and_float64(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's results pass, features and sequences too; a little noise does not."""
+    for options in (
+        {"causal": True, "layout": "bhsd", "scale": -0.3},
+        {"scores": ("softcap", "alibi of batch", "sinks", "dropout_p"), "window": (9, 3), "dlse": True},
+        {"head_dim": 24, "head_dim_v": 40, "heads": (6, 1), "deterministic": True},
+    ):
+        wide.check(dtype, 33, 50, CPU, **options)
+    for form in ("packed", "segments"):
+        wide.check_lengths(dtype, draw(4, form, dtype=dtype), CPU, causal=False, window=(50, 10))
+    ours, theirs = wide.errors(dtype, Case(70, 70, 16, dtype, True, mean=1.0, given=False), CPU)
+    assert theirs == {} if dtype == "float64" else theirs["unfused"].keys() == ours.keys()
+    assert all(error < (1e-5 if dtype == "float32" else 1e-13) for error in ours.values())
+    plain = wide.both
+    noise = 5e-6 if dtype == "float32" else 5e-14
+
+    def noisy(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+        results = plain(*arguments, **options)
+        return {**results, what: results[what] + noise * torch.randn(results[what].shape, dtype=results[what].dtype)}
+
+    monkeypatch.setattr(wide, "both", noisy)
+    for what in ("out", "dq", "dk", "dv"):
+        with pytest.raises(AssertionError, match=f"{what}: "):
+            wide.check(dtype, 33, 50, CPU)
+
+
+def test_torch_in_tf32_is_told_so() -> None:
+    before = torch.get_float32_matmul_precision()
+    with wide.matmul_precision("high"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before

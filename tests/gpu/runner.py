@@ -101,7 +101,8 @@ def inputs_of(case: Case, device: torch.device) -> dict[str, Tensor]:
     for name, seqlen in lengths.items():
         heads = case.heads[name in ("k", "v")]
         width = widths.head_dim_v if name in ("v", "dout") else widths.head_dim
-        x = torch.randn((case.batch, seqlen, heads, width), device=device, generator=generator)
+        real = torch.float64 if case.dtype == "float64" else torch.float32
+        x = torch.randn((case.batch, seqlen, heads, width), device=device, dtype=real, generator=generator) + case.mean
         if case.outliers and name != "dout":
             rare = torch.rand(x.shape, device=device, generator=generator) < 1e-3
             x += 10 * torch.randn(x.shape, device=device, generator=generator) * rare
