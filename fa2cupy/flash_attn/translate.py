@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fa2cupy import counts, dynamo
@@ -24,6 +25,9 @@ __all__ = [
     "to_flash_attn_lse",
     "took",
 ]
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def keywords(
@@ -122,10 +126,16 @@ def from_flash_attn_lse(lse: Tensor) -> Tensor:
 
 
 def check_tensors(**tensors: object) -> None:
-    """Everything here is torch's."""
+    """Everything here is torch's, and on a GPU of the types that flash_attn has: who calls it with others relies on its
+    error. Autocast casts them later."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise InvalidType(f"{name} is a {type(value).__name__}: a torch.Tensor is needed")
+        if value.is_cuda and value.dtype in _WIDE and name != "lse" and not torch.is_autocast_enabled("cuda"):
+            raise InvalidType(
+                f"{name} has dtype {value.dtype}, which flash_attn has not on a GPU: float16 or bfloat16 is needed; "
+                "fa2cupy.attention takes it"
+            )
 
 
 def refuse(function: str, **arguments: object) -> None:

@@ -117,7 +117,9 @@ def flax_attention(
         query, key, value: any number of batch dimensions.
         bias, mask: as `fa2cupy.attention` has them; an error that names them until then.
         dropout_rate: has to be 0 unless deterministic is True.
-        dtype: computed in, None for query's. precision, broadcast_dropout, dropout_rng, module: not used.
+        dtype: computed in, None for query's. broadcast_dropout, dropout_rng, module: not used.
+        precision: of float32, "TF32_TF32_F32" (of `jax.lax.DotAlgorithmPreset`) is `fa2cupy.attention`'s "tf32"; all
+            else is float32's own accuracy.
         is_causal: nnx's, top-left aligned: query i sees keys j <= i.
         options: further keywords of `fa2cupy.attention`: causal, softmax_scale, ...
 
@@ -138,5 +140,7 @@ def flax_attention(
     batch = query.shape[:-3]
     q, k, v = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
     given = {name: value for name, value in (("bias", bias), ("mask", mask)) if value is not None}
+    if q.dtype == jnp.float32 and getattr(precision, "name", precision) in ("tf32", "TF32_TF32_F32"):
+        options["precision"] = "tf32"
     out = attention(q, k, v, **given, **options)
     return out.reshape(*batch, *out.shape[1:])

@@ -33,7 +33,7 @@ from fa2cupy.flash_attn.flash_attn_interface import (
     _flash_attn_varlen_forward,
     _get_block_size_n,
 )
-from fa2cupy.flash_attn.translate import keywords
+from fa2cupy.flash_attn.translate import check_tensors, keywords
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 BATCH, HEADS, HEADS_K, DIM = 2, 4, 2, 24
@@ -753,3 +753,18 @@ def test_flash_attention_3_packed_sequences() -> None:
         expected, expected_lse = formula(q[None, q0 : q0 + i], k[None, k0 : k0 + j], v[None, k0 : k0 + j], True)
         close(out[q0 : q0 + i], expected[0], 2e-5)
         close(lse[:, q0 : q0 + i], expected_lse[0].where(~expected_lse[0].isinf(), -expected_lse[0]), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_types_on_a_gpu_are_its_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash_attn has none of them, and its callers go by the error; autocast casts first."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    q = torch.zeros(1, 5, 2, 8, dtype=dtype).as_subclass(OnGpu)
+    with pytest.raises(TypeError, match=f"q has dtype {dtype}, which flash_attn has not on a GPU: float16 or"):
+        flash_attn_func(q, q, q)
+    check_tensors(lse=q, q=q.to(torch.bfloat16))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    check_tensors(q=q)

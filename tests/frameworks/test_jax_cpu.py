@@ -17,6 +17,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import JAX, framework_of
 from fa2cupy.frameworks.base import Device
 from fa2cupy.frameworks.jax import is_traced
+from fa2cupy.jax import flax_attention
 from fa2cupy.kernels import planner
 from fa2cupy.prepared import PLAIN, PREPARED
 from fa2cupy.xla import door, ffi, transforms
@@ -278,7 +279,7 @@ def register_gpu_handler_for_cpu() -> None:
     jax.ffi.register_ffi_target("fa2cupy_gpu_test", ffi.capsule("CUDA"), platform="cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint16", "float32"])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 @pytest.mark.parametrize("workspace_bytes", [0, 1024])
 def test_gpu(cuda: FakeGpu, dtype: str, layout: str, workspace_bytes: int) -> None:
@@ -333,14 +334,57 @@ def test_gpu_workspace_bytes(cuda: FakeGpu) -> None:
     assert fa2cupy.backward_workspace_bytes(x.q, x.k, x.v) == cuda.workspace_bytes
 
 
-def test_gpu_dtypes(cuda: FakeGpu) -> None:
-    q = jnp.zeros((2, 5, 4, 16))
-    with pytest.raises(InvalidType, match=r"q has dtype float32.*on a GPU \(for now\) float16, bfloat16"):
-        fa2cupy.attention(q, q, q)
-    # Traced, nobody knows yet where it will run: then XLA's call says so.
-    with pytest.raises(Exception, match=r"INVALID_ARGUMENT: fa2cupy: q has dtype float32.*on a GPU \(for now\)"):
-        jax.block_until_ready(jax.jit(lambda x: fa2cupy.attention(x, x, x))(q))
-    assert not cuda.launches
+@pytest.mark.parametrize("traced", [False, True])
+def test_gpu_float64(cuda: FakeGpu, traced: bool) -> None:
+    """With x64, and outside of the scope that made the arrays; under jit gradients too."""
+    with x64():
+        stored, x = inputs(2, "float64")
+        if traced:
+            loss = jax.value_and_grad(lambda q, k, v: (fa2cupy.attention(q, k, v) * x.dout).sum(), (0, 1, 2))
+            _, gradients = jax.jit(loss)(x.q, x.k, x.v)
+            results = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    if not traced:
+        results = both(x)
+        assert results["lse"].dtype == "float64"
+    jax.block_until_ready(results)
+    assert all(array.dtype == "float64" for array in results.values())
+    expect(*stored).check(**results)
+    assert {launch.problem.dtype for launch in cuda.launches} == {"float64"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "arithmetic"),
+    [
+        (None, "float32"),
+        ("highest", "float32"),
+        (jax.lax.DotAlgorithmPreset.TF32_TF32_F32, "tf32"),
+        ("TF32_TF32_F32", "tf32"),
+        ("tf32", "tf32"),
+        (jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3, "float32"),
+    ],
+    ids=str,
+)
+def test_gpu_precision_of_flax(cuda: FakeGpu, precision: Any, arithmetic: str) -> None:
+    """Of other types than float32 it says nothing."""
+    for dtype in ("float32", "bfloat16"):
+        _, x = inputs(4, dtype)
+        jax.block_until_ready(flax_attention(x.q, x.k, x.v, precision=precision))
+        assert cuda.last.problem.arithmetic == (arithmetic if dtype == "float32" else dtype)
+
+
+def test_gpu_precision(cuda: FakeGpu) -> None:
+    """A choice of the call's: what JAX's own products are asked for changes nothing."""
+    _, x = inputs(4, "float32")
+    with jax.default_matmul_precision("tensorfloat32"):
+        jax.block_until_ready(fa2cupy.attention(x.q, x.k, x.v))
+    assert cuda.last.problem.arithmetic == "float32"
+    for run in (fa2cupy.attention, jax.jit(fa2cupy.attention, static_argnames="precision")):
+        jax.block_until_ready(run(x.q, x.k, x.v, precision="tf32"))
+        assert cuda.last.problem.arithmetic == "tf32"
+        jax.block_until_ready(run(x.q, x.k, x.v, precision="float32"))
+        assert cuda.last.problem.arithmetic == "float32"
+    jax.block_until_ready(jax.grad(lambda q: fa2cupy.attention(q, x.k, x.v, precision="tf32").sum())(x.q))
+    assert [launch.problem.arithmetic for launch in cuda.launches[-2:]] == ["tf32", "tf32"]
 
 
 def test_gpu_workspace_of_another_machine(cuda: FakeGpu) -> None:
