@@ -381,3 +381,21 @@ def problem_of(head_dim: int, aligned: bool) -> AttentionProblem:
         strides=tuple(strides.items()),
         aligned=aligned,
     )
+
+
+def wide_jobs(arch: str) -> list[CompileJob]:
+    return compile_jobs(arch, True, wide=True)
+
+
+def test_some_rows_of_float32_and_float64() -> None:
+    """One of each kernel; of the forward the narrowest of float64, of the backward that of tf32."""
+    chosen = ("forward float64 head_dim 64 full", "backward tf32 head_dim 64 64x64x8 causal from zeros")
+    jobs = [job for job in wide_jobs("sm_90a") if job.label.startswith(chosen)]
+    assert len(jobs) == 2
+    check_spills(jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a"])
+def test_all_rows_of_float32_and_float64(arch: str) -> None:
+    check_spills(wide_jobs(arch))

@@ -119,13 +119,13 @@ FWD_TILES_F32: dict[int, tuple[FwdTile, ...]] = {
     232448: (
         _f32(64, 64, 64, 4, "51 KB; 128x32 spills 16 to 48 bytes"),
         _f32(128, 64, 64, 4, "99 KB: two blocks per multiprocessor"),
-        _f32(192, 64, 32, 4, "98 KB: two blocks per multiprocessor", 16),
+        _f32(192, 64, 32, 4, "98 KB: two blocks per multiprocessor", 32),
         _f32(256, 64, 16, 4, "98 KB: two blocks per multiprocessor; 64x32 spills 1152 bytes", 80),
     ),
     166912: (
         _f32(64, 64, 64, 4, "51 KB; 128x32 spills 48 bytes"),
         _f32(128, 64, 32, 4, "66 KB: two blocks per multiprocessor"),
-        _f32(192, 64, 32, 4, "98 KB", 32),
+        _f32(192, 64, 32, 4, "98 KB", 40),
         _f32(256, 64, 16, 4, "98 KB", 80),
     ),
     101376: (
@@ -145,11 +145,11 @@ FWD_TILES_TF32: dict[int, tuple[FwdTile, ...]] = {
     166912: (
         _f32(64, 128, 64, 4, "68 KB: 32 rows per warp"),
         _f32(128, 128, 32, 4, "99 KB: 32 rows per warp"),
-        _f32(256, 64, 32, 4, "130 KB", 12),
+        _f32(256, 64, 32, 4, "130 KB", 20),
     ),
     101376: (
         _f32(64, 128, 32, 4, "51 KB: 32 rows per warp"),
-        _f32(128, 64, 32, 4, "66 KB"),
+        _f32(128, 64, 32, 4, "66 KB", 8),
         _f32(192, 64, 32, 4, "98 KB"),
         _f32(256, 64, 16, 4, "98 KB"),
     ),
@@ -159,7 +159,7 @@ FWD_TILES_F64: dict[int, tuple[FwdTile, ...]] = {
     232448: (
         _f64(64, 64, 32, 4, 1, "68 KB: two blocks per multiprocessor"),
         _f64(128, 64, 16, 4, 1, "99 KB: two blocks per multiprocessor; 64x32 spills 360 bytes"),
-        _f64(256, 32, 16, 4, 2, "130 KB"),
+        _f64(256, 32, 16, 4, 2, "130 KB; spills with head_dim_v 128", 136),
     ),
     166912: (
         _f64(64, 64, 32, 4, 1, "68 KB: two blocks per multiprocessor"),
@@ -169,7 +169,7 @@ FWD_TILES_F64: dict[int, tuple[FwdTile, ...]] = {
     101376: (
         _f64(64, 64, 32, 4, 1, "68 KB"),
         _f64(128, 64, 16, 4, 1, "99 KB"),
-        _f64(256, 16, 16, 2, 2, "98 KB", 8),
+        _f64(256, 16, 16, 2, 2, "98 KB", 20),
     ),
 }
 _TABLES = {"float32": FWD_TILES_F32, "tf32": FWD_TILES_TF32, "float64": FWD_TILES_F64}
