@@ -201,7 +201,7 @@ def _with_extra(
                 raise not_through_torch(asked(others[0]))
             options = (*options[:4], deterministic, options[5])
             return way(q, k, v, options, return_lse, carried)
-    if deterministic and any(map(is_traced, (q, k, v))):
+    if deterministic and any(map(is_traced, (q, k, v, *more))):
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()

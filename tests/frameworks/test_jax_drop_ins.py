@@ -81,8 +81,13 @@ def test_flax_attention() -> None:
     out = fa2cupy.jax.flax_attention(q[None], k[None], v[None], causal=True, dtype="bfloat16")
     assert out.shape == (1, *q.shape) and out.dtype == "bfloat16"
     assert_close(out[0].astype("float32"), theirs(q, k, v), 3e-2)
-    with pytest.raises(InvalidArgument, match=r"dropout_rate=0\.1 is not supported yet"):
+    with pytest.raises(InvalidArgument, match=r"broadcast_dropout=True with dropout_rate=0\.1"):
         fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1)
+    with pytest.raises(InvalidArgument, match=r"dropout_rng=None with dropout_rate=0\.1: a key is needed"):
+        fa2cupy.jax.flax_attention(q, k, v, broadcast_dropout=False, dropout_rate=0.1)
+    key = jax.random.key(3)
+    dropped = fa2cupy.jax.flax_attention(q, k, v, broadcast_dropout=False, dropout_rate=0.1, dropout_rng=key)
+    assert_close(dropped, fa2cupy.attention(q, k, v, dropout_p=0.1, dropout_seed=key), 0)
     fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1, deterministic=True)
     assert_close(fa2cupy.jax.flax_attention(q, k, v, is_causal=True), theirs(q, k, v))
     for queries, keys in ((16, 8), (5, 16)):
