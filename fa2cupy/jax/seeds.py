@@ -33,6 +33,7 @@ def dropout_seed(seed: Any, *, first_sequence: Any = 0, first_head: Any = 0) -> 
     (found,) = check_seed("dropout_seed", seed)
     words = JAX.seed(found, None) if isinstance(found, tuple) else jnp.asarray(found)
     for name, number in (("first_sequence", first_sequence), ("first_head", first_head)):
-        if not jnp.issubdtype(jnp.result_type(number), jnp.integer) or jnp.ndim(number):
+        is_integer = hasattr(number, "dtype") and jnp.issubdtype(number.dtype, jnp.integer) and not number.ndim
+        if not is_integer and (isinstance(number, bool) or not isinstance(number, int)):
             raise InvalidType(f"{shown(name, number)} is a {describe(number)}: an integer is needed")
     return seed_from(passed_on("dropout_seed", words), first_sequence, first_head)
