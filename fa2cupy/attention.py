@@ -76,7 +76,7 @@ def attention(
             knows nothing of it. Rounded to a multiple of 2^-15, and then below 1. It needs dropout_seed.
         dropout_seed: (seed, offset), two ints of 64 bits (negative ones as two's complement), or an array on the
             inputs' device, which a captured graph reads anew: int64 or uint64 (2,), uint32 (4,), the words of both, low
-            ones first, or uint32 (2,), a seed alone. What is dropped depends on these, the number of the sequence, the
+            ones first, or uint32 (2,), a seed alone. Or a key of JAX, whose words are a seed. What is dropped depends on these, the number of the sequence, the
             query head, i and j only, counted from a sequence's first stored row (of segments, the batch row's):
             `dropout_mask` says what. Without dropout_p it is not used.
         mask: bool, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), True where a query sees a key; with causal,
@@ -123,8 +123,9 @@ def attention(
         layout torch.jagged are packed sequences: out is one too, with q's offsets, and lse is (num_heads, total_q).
 
     JAX:
-        Differentiable, in q, k and v, through out and lse, once and in reverse mode; under jit, vmap, scan, remat,
-        export and shard_map, and on meshes (batch and heads may be sharded) too. The arrays in keywords are operands.
+        Differentiable, in q, k, v and sinks, through out and lse, once and in reverse mode; under jit, vmap, scan,
+        remat, export and shard_map, and on meshes (batch and heads may be sharded) too. The arrays in keywords are
+        operands, keys too. No masks yet, and no dropout under vmap.
 
     Where and when:
         On the arrays' device, queued on the current stream of that device (JAX: XLA's), whichever device is current.

@@ -159,7 +159,7 @@ def check_dropout(name: str, value: Any) -> float | None:
 # there are eight, the first batch and the first head. Two alone are a seed, as JAX's keys have it, and offset 0.
 SEED_SHAPES = ((2,), (4,), (8,))
 SEED_DTYPES = ("int64", "uint64", "uint32")
-_SEEDS = "(seed, offset), two ints, or an array of them, int64 or uint64 (2,) or uint32 (4,) or (2,),"
+_SEEDS = "(seed, offset), two ints, or an array of them, int64 or uint64 (2,) or uint32 (4,) or (2,), or a JAX key"
 
 
 def is_seed(shape: tuple[int, ...], dtype: str) -> bool:

@@ -34,7 +34,7 @@ def dropout_mask(
         batch, num_heads, seqlen_q, seqlen_k: 0 or more. Of packed sequences batch is their number, and the mask of
             each is the corner that its lengths say.
         dropout_p: as `attention` takes it: rounded to a multiple of 2^-15, and then below 1.
-        dropout_seed: as `attention` takes it; an array on a GPU is waited for.
+        dropout_seed: as `attention` takes it, a JAX key too; an array on a GPU is waited for.
         like: an array whose framework and device are taken; None gives NumPy. It is computed on the CPU all the same.
 
     Raises: ValueError or TypeError for anything else.

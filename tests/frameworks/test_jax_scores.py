@@ -244,7 +244,7 @@ def test_the_seed_of_a_part() -> None:
     np.testing.assert_array_equal(fa2cupy.dropout_mask(1, 3, 20, 18, 0.3, again), whole_mask[2:, 2:])
     np.testing.assert_array_equal(fa2cupy.jax.dropout_seed((2**40 + 3, -1)), [3, 256, 2**32 - 1, 2**32 - 1, 0, 0, 0, 0])
     for wrong in (1.5, jnp.ones(2, "int32"), "1"):
-        with pytest.raises(InvalidType, match="first_head.* is a .*: an integer is needed"):
+        with pytest.raises(InvalidType, match=r"first_head.* is a .*: an integer is needed"):
             fa2cupy.jax.dropout_seed(KEY, first_head=wrong)
 
 
