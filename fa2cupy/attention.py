@@ -76,9 +76,9 @@ def attention(
             knows nothing of it. Rounded to a multiple of 2^-15, and then below 1. It needs dropout_seed.
         dropout_seed: (seed, offset), two ints of 64 bits (negative ones as two's complement), or an array on the
             inputs' device, which a captured graph reads anew: int64 or uint64 (2,), uint32 (4,), the words of both, low
-            ones first, or uint32 (2,), a seed alone. Or a key of JAX, whose words are a seed. What is dropped depends on these, the number of the sequence, the
-            query head, i and j only, counted from a sequence's first stored row (of segments, the batch row's):
-            `dropout_mask` says what. Without dropout_p it is not used.
+            ones first, or uint32 (2,), a seed alone. Or a key of JAX, whose words are a seed. What is dropped depends
+            on these, the number of the sequence, the query head, i and j only, counted from a sequence's first stored
+            row (of segments, the batch row's): `dropout_mask` says what. Without dropout_p it is not used.
         mask: bool, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), True where a query sees a key; with causal,
             windows and lengths. Or a `BlockMask`, of these lengths, which has its own causal and window. With a packed
             q either is over the packed rows, and its batch is 1.
