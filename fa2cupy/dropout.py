@@ -12,6 +12,7 @@ from fa2cupy.checks import check_dropout, check_seed, shown
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import framework_of
 from fa2cupy.frameworks.base import describe
+from fa2cupy.frameworks.jax import is_traced
 
 __all__ = ["dropout_mask"]
 
@@ -74,4 +75,6 @@ def _on_the_host(array: Any) -> np.ndarray:
         raise InvalidType(
             f"dropout_seed is a {describe(array)}: two ints, or an array of CuPy, PyTorch, JAX or NumPy is needed"
         )
+    if is_traced(array):
+        raise InvalidType("dropout_seed is traced: dropout_mask is computed on the CPU, outside of jit")
     return framework.to_host(array)

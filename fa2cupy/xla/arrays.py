@@ -54,16 +54,17 @@ def passed_on(name: str, array: Any) -> Any:
     if name in LENGTHS and array.dtype != jnp.int32:
         limits = np.iinfo(np.int32)
         return jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
-    if name == "dropout_seed":
+    if name == "dropout_seed" and array.dtype != jnp.uint32:
         return jax.lax.bitcast_convert_type(array, jnp.uint32).reshape(-1)
     return array
 
 
 def seed_from(seed: Any, first_sequence: Any, first_head: Any) -> Any:
     """The seed, uint32, of a part of the problem that begins at this sequence and this query head."""
-    first = [jnp.asarray(number).astype(jnp.uint32) for number in (first_sequence, first_head)]
+    zero = jnp.uint32(0)
+    sequence, head = (jnp.asarray(number).astype(jnp.uint32) for number in (first_sequence, first_head))
     words = jnp.concatenate([seed, jnp.zeros(8 - seed.size, jnp.uint32)])
-    return words + jnp.zeros(8, jnp.uint32).at[jnp.asarray([4, 6])].set(jnp.stack(first))
+    return words + jnp.stack([zero, zero, zero, zero, sequence, zero, head, zero])
 
 
 # Arrays that go by the numbers of sequences and of query heads: (array, the first ones of a part of the problem) ->

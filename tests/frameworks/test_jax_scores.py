@@ -199,6 +199,8 @@ def test_keys_of_every_kind() -> None:
     np.testing.assert_array_equal(
         fa2cupy.dropout_mask(2, 3, 20, 40, 0.3, KEY), fa2cupy.dropout_mask(2, 3, 20, 40, 0.3, numbers(KEY))
     )
+    with pytest.raises(InvalidType, match=r"^dropout_seed is traced: dropout_mask is computed on the CPU, outside"):
+        jax.jit(lambda key: fa2cupy.dropout_mask(1, 1, 2, 2, 0.3, key))(KEY)
     four = jax.random.key(7, impl="rbg")  # of four words: seed and offset
     words = np.asarray(jax.random.key_data(four))
     np.testing.assert_array_equal(run(q, four), fa2cupy.attention(*inputs[:3], dropout_p=0.3, dropout_seed=words))
