@@ -198,7 +198,7 @@ def remember_plain(q: Any, return_lse: bool, options: RawOptions, function: Call
         functions.clear()
     plain_type, causal = type(q), options[0]
     functions[(return_lse, *options[:4], type(causal), type(options[1]))] = function
-    if type(causal) is bool and (return_lse, *options[1:4]) == (False, None, "bshd", None):
+    if type(causal) is bool and not return_lse and options[1:4] == (None, "bshd", None):
         functions[causal] = function
 
 
