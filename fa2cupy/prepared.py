@@ -197,7 +197,8 @@ def remember_plain(q: Any, return_lse: bool, options: RawOptions, function: Call
     if len(functions) >= MAX_PREPARED:
         functions.clear()
     plain_type, causal = type(q), options[0]
-    functions[(return_lse, *options[:4], type(causal), type(options[1]))] = function
+    which = return_lse, *options[:4], type(causal), type(options[1])
+    functions[which] = function
     if type(causal) is bool and not return_lse and options[1:4] == (None, "bshd", None):
         functions[causal] = function
 
