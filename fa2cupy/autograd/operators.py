@@ -27,7 +27,7 @@ from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
 from fa2cupy.spec import CARRIED, DIFFERENTIABLE
 
-__all__ = ["OPERATORS", "Operators", "backward_op", "forward_op"]
+__all__ = ["OPERATORS", "Operators", "backward_op", "backward_ops", "forward_op", "forward_ops"]
 
 # features: the options beyond dense attention, as `features_text` writes them. Behind them the arrays beyond it.
 _OPTIONS = 'bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic, str features=""'
@@ -67,6 +67,8 @@ def _defined(form: tuple[str, ...]) -> Operators:
 
 OPERATORS = {count: _defined(form) for count, form in FORMS.items()}  # by the number of inputs
 forward_op, backward_op = OPERATORS[3].forward, OPERATORS[3].backward
+forward_ops = tuple(operators.forward for operators in OPERATORS.values())
+backward_ops = tuple(operators.backward for operators in OPERATORS.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
