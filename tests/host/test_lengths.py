@@ -157,7 +157,6 @@ MUTANTS = [
     ("sm80-dense", VISIT, "return tile.batch_k;", "return 0;"),
     ("sm80", ORDER, "return {tile.block, place.head, tile.first_q", "return {tile.block, 0, tile.first_q"),
     ("sm90", ORDER, "count - 1 - place.block", "count - place.block"),
-    ("sm80", ORDER, "if (linear >= count * heads) return {0, -1};", ""),
     ("sm90", ORDER, "if (linear >= count * heads) return {0, -1};", "if (linear >= count) return {0, -1};"),
     ("sm90", TILE90, "min(query, tile.seqlen_q - 1)", "min(query + 1, tile.seqlen_q - 1)"),
     ("sm90", TILE90, "min(key, tile.seqlen_k - 1)", "key - 1"),
