@@ -9,11 +9,12 @@ import numpy as np
 
 from fa2cupy.jit.driver import DeviceInfo
 
-__all__ = ["heads_per_even_section", "heads_per_section", "heads_per_turn_section"]
+__all__ = ["heads_per_even_section", "heads_per_listed_section", "heads_per_section", "heads_per_turn_section"]
 
 _BLOCKS_PER_SM = 4  # thread blocks for each multiprocessor that a section of a causal problem is to have
 _SHORT_SECTION = 16  # tiles
 _ROUNDS = 64
+_LISTED_TILES = 4.2  # for each worker, of a section of a list
 
 
 def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int) -> int:
@@ -47,6 +48,16 @@ def heads_per_even_section(workers: int, causal: bool, heads: int, tiles_per_hea
     enough = _largest_share(workers, heads, tiles_per_head, usual) + 0.005
     fewer = (n for n in range(-(-_SHORT_SECTION // tiles_per_head), usual) if heads % n == 0)
     return next((n for n in fewer if _largest_share(workers, heads, tiles_per_head, n) <= enough), usual)
+
+
+def heads_per_listed_section(workers: int, heads: int, tiles_of_head: int) -> int:
+    """Where `workers` take tiles from a list of sequences of any lengths, longest first: as few as share them out well
+    by `_LISTED_TILES`, and if possible as many in every section. tiles_of_head: the most that there can be.
+
+    Few, so that what long sequences read and add to is in L2. By simulation of mixed lengths: docs/lab/lengths.md.
+    """
+    least = min(heads, math.ceil(_LISTED_TILES * workers / tiles_of_head))
+    return next((n for n in range(least, 2 * least + 1) if heads % n == 0), least)
 
 
 def _largest_share(workers: int, heads: int, tiles_per_head: int, section: int) -> float:

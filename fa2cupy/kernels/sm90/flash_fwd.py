@@ -145,13 +145,18 @@ def launch(
     m_blocks = -(-seqlen_q // tile.block_m)
     group = problem.num_heads // problem.num_heads_k
     heads_k = problem.batch * problem.num_heads_k
-    section = order.heads_per_even_section(device.sm_count, problem.causal, heads_k, m_blocks * group)
+    if lists is None:
+        section = order.heads_per_even_section(device.sm_count, problem.causal, heads_k, m_blocks * group)
+    else:
+        section = order.heads_per_listed_section(device.sm_count, problem.num_heads_k, lists.tiles_of_head_q * group)
 
     strides = dict(problem.strides)
     params = FwdTmaParams()
     for name in _PLAIN:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
     params.shape = common.shape_params(problem, seqlen_q, section * group)
+    if lists is not None:
+        params.shape.batch = 1  # in which all tiles of a head are one after the other
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
 
     names = common.pointer_names(problem, FORWARD_ARRAYS)
