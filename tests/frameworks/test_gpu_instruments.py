@@ -130,7 +130,7 @@ def test_faults_are_caught(what: str, sentence: str, monkeypatch: pytest.MonkeyP
 
 def test_plans_are_made_for_every_case_of_the_plan() -> None:
     wanted = [(case, True) for group in cases.groups()[:3] for case in group.values[0]]
-    jobs = compile_ahead.jobs_of(wanted, H100)
+    jobs = list(compile_ahead.jobs_of(wanted, H100))
     assert {job.name for job in jobs} >= {"flash_fwd", "flash_bwd", "fill_unseen"} and len(jobs) < 50
 
 

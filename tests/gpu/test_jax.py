@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
+from tests.gpu.cases import Case
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -25,6 +26,12 @@ SHAPES = {
     "256": ((1, 200, 4, 256), (1, 333, 2, 256)),
     "72 unaligned": ((1, 150, 2, 72), (1, 150, 2, 72)),
 }
+
+NEEDS = [
+    Case(q[1], k[1], q[3], "bfloat16", causal, q[0], (q[2], k[2]), given=False, deterministic=deterministic)
+    for q, k in SHAPES.values()
+    for causal, deterministic in ((True, False), (False, False), (True, True))
+]
 
 
 def normal(seed: int, *shape: int, dtype: str = "bfloat16") -> Any:
