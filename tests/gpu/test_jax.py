@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
+from tests.gpu.cases import Case
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -26,6 +27,12 @@ SHAPES = {
     "72 unaligned": ((1, 150, 2, 72), (1, 150, 2, 72)),
     "64 even": ((2, 130, 4, 64), (2, 130, 2, 64)),
 }
+
+NEEDS = [
+    Case(q[1], k[1], q[3], "bfloat16", causal, q[0], (q[2], k[2]), given=False, deterministic=deterministic)
+    for q, k in SHAPES.values()
+    for causal, deterministic in ((True, False), (False, False), (True, True))
+]
 
 
 def normal(seed: int, *shape: int, dtype: str = "bfloat16") -> Any:
