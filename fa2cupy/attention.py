@@ -150,10 +150,10 @@ def attention(
         return_lse = check_flag("return_lse", return_lse)
     if deterministic is not False:
         deterministic = check_flag("deterministic", deterministic)
-    alone = out is None and lse_out is None and workspace is None
+    alone, kind = out is None and lse_out is None and workspace is None, type(q)
     # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one, and a
     # tuple with its hash half of that.
-    if type(q) is type(k) is type(v) is prepared.plain_type and alone and not (positional or keywords):
+    if kind is prepared.plain_type and kind is type(k) and kind is type(v) and alone and not (positional or keywords):
         which: Any = causal
         if softmax_scale is not None or dtype is not None or layout != "bshd" or return_lse or type(causal) is not bool:
             which = return_lse, causal, softmax_scale, layout, dtype, type(causal), type(softmax_scale)
