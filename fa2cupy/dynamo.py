@@ -34,6 +34,7 @@ _TRACED = frozenset(
             "torch.seeds",
             "transformers",
             "autograd.features",
+            "autograd.forms",
             "autograd.sharding",
         )
     }
