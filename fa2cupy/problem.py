@@ -215,7 +215,7 @@ def _with_dropout(problem: AttentionProblem, p: float) -> AttentionProblem:
     moves = lengths is not None and (
         problem.causal or problem.window is not None or lengths.leftpad_k or lengths.segments
     )
-    return replace(problem, dropout=DropoutSpec(round(p * DROPOUT_STEPS), 0, *rows, moves))
+    return replace(problem, dropout=DropoutSpec(round(p * DROPOUT_STEPS), 0, *rows, moves, problem.dtype))
 
 
 def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:

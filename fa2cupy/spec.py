@@ -289,7 +289,7 @@ class DropoutSpec(Spec):
     """Some of P is dropped: `threshold` of 32768, by a seed of so many 32-bit `words` (2, 4 or 8).
 
     empty_rows, empty_keys: those of the problem, which are left out, and count all the same. moves: the device may
-    leave out some, too.
+    leave out some, too. dtype: the problem's.
     """
 
     threshold: int
@@ -297,6 +297,7 @@ class DropoutSpec(Spec):
     empty_rows: int = 0
     empty_keys: int = 0
     moves: bool = False
+    dtype: str = "bfloat16"
 
     positions: ClassVar[bool] = True
 
@@ -308,9 +309,11 @@ class DropoutSpec(Spec):
         one_by_one = self.moves or self.empty_rows or self.empty_keys or self.threshold > 0x7C00
         return {"FA2_DROPOUT": 1, **({"FA2_ONE_BY_ONE": 1} if one_by_one else {})}
 
-    def params(self) -> DropoutParams:
+    def params(self) -> ctypes.Structure:
         rows = self.empty_rows, self.empty_keys
-        return DropoutParams(0, self.words, self.threshold * 0x10001, self.kept, 1 / self.kept, *rows)
+        return of_dtype(DropoutParams, self.dtype)(
+            0, self.words, self.threshold * 0x10001, self.kept, 1 / self.kept, *rows
+        )
 
     @property
     def kept(self) -> float:

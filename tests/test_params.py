@@ -85,8 +85,8 @@ def sets_of_defines() -> list[Defines]:
     """
     found: list[Defines] = []
     covered: set[object] = set()
-    for arch in ARCHS:
-        for job in compile_jobs(arch, True):
+    for arch, wide in itertools.product(ARCHS, (False, True)):
+        for job in compile_jobs(arch, True, wide=wide):
             choice = sorted((name, str(value) if value in (0, 1) else "") for name, value in job.defines.items())
             pairs = {*itertools.combinations(choice, 2), tuple(name for name, _ in choice)}
             if not pairs <= covered:
@@ -102,7 +102,8 @@ def sets_of_defines() -> list[Defines]:
     more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_DROPOUT", "FA2_LISTED")
     any_size = {"FA2_PARAMS_BYTES": 0}
     for n in (1, 2, len(more)):
-        found += [{**found[0], **dict.fromkeys(macros, 1), **any_size} for macros in itertools.combinations(more, n)]
+        for first in (found[0], {**found[0], "FA2_FLOAT_BITS": 64}):
+            found += [{**first, **dict.fromkeys(macros, 1), **any_size} for macros in itertools.combinations(more, n)]
     return found
 
 
@@ -207,13 +208,15 @@ def fields_of(twin: Any) -> Iterator[str]:
 
 def twins(defines: Defines) -> dict[str, Any]:
     """Name of each struct in C++ -> its twin, in a set of macros."""
+    dtype = "float64" if defines.get("FA2_FLOAT_BITS") == 64 else "bfloat16"
     exported = {name: getattr(params, name) for name in params.__all__}
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():
         there = tuple(block for macros, block in others if not macros or any(map(defines.get, macros.split())))
-        found[name] = params.composed(first, there) if there else first
-    return found
+        first, *there = (spec.of_dtype(block, dtype) for block in (first, *there))
+        found[name] = params.composed(first, tuple(there)) if there else first
+    return {name: spec.of_dtype(twin, dtype) for name, twin in found.items()}
 
 
 def compare(layout: dict[str, Layout], defines: Defines) -> None:
@@ -223,6 +226,8 @@ def compare(layout: dict[str, Layout], defines: Defines) -> None:
     assert set(own) == set(expected)
     assert layout["TensorMap"][""] == (0, ctypes.sizeof(params.TensorMap))
     for name, fields in own.items():
+        if "Tma" in name and defines.get("FA2_FLOAT_BITS") == 64:
+            continue  # those are of 16 bits alone: nobody fills such a struct
         assert fields == layout_in_ctypes(expected[name]), f"{name} of {dict(defines)}"
     assert defines["FA2_PARAMS_BYTES"] in [0, *(fields[""][1] for fields in own.values())]
 

@@ -16,7 +16,7 @@ from tests.gpu.cases import Case
 from tests.host import build, cases, lengths, run
 from tests.host.build import Mutation
 from tests.host.kernel_run import HostCase, Prepared, check, execute, judge, prepare
-from tests.host.lengths import Lengths, LengthsCase, starts
+from tests.host.lengths import Lengths, LengthsCase, segments_of, starts
 from tests.host.run import HostRunError, Schedule
 
 FEW = {backward: cases.wide_groups(backward, 1) for backward in (False, True)}
@@ -180,6 +180,27 @@ USED = Lengths(33, 100, 2, seqused_k=(90, 20), leftpad_k=(7, 0), window=(25, 5))
 @pytest.mark.parametrize("of_lengths, dtype", [(PACKED, "float32"), (USED, "float64")])
 def test_lengths(of_lengths: Lengths, dtype: str, backward: bool) -> None:
     lengths.check(LengthsCase(of_lengths, 64, dtype, arch="sm_86", deterministic=True), backward, schedules=ONCE)
+
+
+# Segments; and some that are so short that a backward has no room for tiles of all, and computes some whole.
+SEGMENTS = segments_of(((70, 90), (0, 33), (30, 40, 2), (65, 0)), ((1, 1),), ((20, 60, 5), (3, 70)), causal=True)
+SHORT = segments_of(tuple((1 + n % 5, 1 + n % 5, n % 11 == 0) for n in range(60)), ((2, 3),) * 20, causal=True)
+OF_LENGTHS = (
+    LengthsCase(
+        SEGMENTS, 64, "float64", arch="sm_100", sinks="float32", scores=("softcap",), dropout=(0.5, 2), dlse=True
+    ),
+    LengthsCase(PACKED, 64, "float32", arch="sm_100", scores=("alibi of batch",), dropout=(0.25, 4)),
+    LengthsCase(SHORT, 40, "float32", arch="sm_86", sinks="float32", head_dim_v=24),
+    LengthsCase(SHORT, 40, "float64", arch="sm_80"),
+)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if n else ()) for n, case in enumerate(OF_LENGTHS)]
+)
+def test_lengths_with_features(case: LengthsCase, backward: bool) -> None:
+    lengths.check(case, backward, schedules=ONCE)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
