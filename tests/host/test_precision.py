@@ -169,6 +169,16 @@ FEATURES = (
     ),
     HostCase(Case(33, 100, 64, "float64", False, 1, (8, 1), seed=6, scale=-0.2), "sm_80", sinks="float64"),
 )
+DROPPED = (
+    HostCase(Case(40, 60, 130, "float64", True, 1, (2, 1), seed=7), "sm_86", dropout=(0.25, 4)),
+    HostCase(Case(70, 90, 64, "float32", True, 1, (4, 1), seed=8, deterministic=True), "sm_100", dropout=(0.25, 8)),
+    HostCase(
+        Case(90, 70, 128, "float32", True, 1, (2, 2), seed=9, precision="tf32"), "sm_86", dropout=(0.5, 2),
+        sinks="float32", scores=("softcap",),
+    ),
+    HostCase(Case(60, 70, 250, "float32", False, 1, (1, 1), seed=10, window=(30, 9)), "sm_100", dropout=(0.25, 2)),
+    HostCase(Case(60, 70, 250, "float64", False, 1, (1, 1), seed=11), "sm_100", dropout=(0.25, 2)),
+)  # fmt: skip
 
 
 # Packed, with a gap, sequences of no keys and of no queries; and a batch of rows in use, on the side of the keys.
@@ -204,7 +214,11 @@ def test_lengths_with_features(case: LengthsCase, backward: bool) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("host_case", FEATURES, ids=str)
+@pytest.mark.parametrize(
+    "host_case",
+    [*FEATURES, *(pytest.param(case, marks=pytest.mark.slow if n > 1 else ()) for n, case in enumerate(DROPPED))],
+    ids=str,
+)
 def test_features(host_case: HostCase, backward: bool) -> None:
     check(host_case, backward, schedules=ONCE)
 
