@@ -63,6 +63,10 @@ DENSE = (
     (150, 330, (64, 64), (2, 1), "float16", False, False, False, (70, 20)),
     (150, 330, (128, 128), (2, 1), "bfloat16", False, True, False, (100, 10)),
     (200, 140, (256, 256), (1, 1), "bfloat16", True, False, False, (30, 0)),
+    (150, 230, (64, 64), (2, 1), "float32", True, False, False, None),
+    (100, 140, (256, 256), (1, 1), "float32", False, True, True, None),
+    (150, 230, (40, 72), (1, 1), "float64", False, False, True, None),
+    (100, 140, (160, 160), (2, 1), "float64", True, True, False, (30, 0)),
 )
 
 # Which lengths, (head_dim, head_dim_v), heads, dtype, causal, deterministic, window: of sequences that only the device
@@ -75,6 +79,8 @@ LISTED = (
     ("packed", (192, 128), (1, 1), "bfloat16", True, True, None),
     ("segments", (256, 256), (2, 1), "float16", True, False, (60, 0)),
     ("padded", (256, 256), (1, 1), "bfloat16", True, False, None),
+    ("packed", (128, 128), (1, 1), "float32", False, True, (100, 20)),
+    ("segments", (64, 64), (2, 1), "float64", True, False, None),
 )
 
 # head_dim, dtype, whether packed, which of tests/scores.py.
@@ -85,6 +91,8 @@ SCORED = (
     (64, "float16", False, ("softcap", "alibi_slopes", "dropout_p")),
     (128, "bfloat16", False, ("alibi of batch", "dropout_p")),
     (256, "float16", False, ("softcap", "alibi_slopes", "dropout_p")),
+    (64, "float32", True, ("sinks", "dropout_p")),
+    (128, "float64", False, ("softcap", "alibi_slopes", "sinks", "dropout_p")),
 )
 
 MERGED = ((4, 128, "bfloat16"), (2, 59, "float16"), (9, 64, "float32"))  # pieces, head_dim_v, dtype
@@ -111,7 +119,8 @@ class Tools:
         import numpy as np
 
         self.np, self.cupy, self.rng = np, cupy, np.random.default_rng(seed)
-        self.types = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+        self.types = {"bfloat16": ml_dtypes.bfloat16}
+        self.types |= {name: np.dtype(name) for name in ("float16", "float32", "float64")}
 
     def normal(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
         """On the host."""
@@ -239,7 +248,8 @@ def scored(tools: Tools, d: int, dtype: str, packed: bool, names: tuple[str, ...
     inputs = array(210, 2), array(rows_k, 1), array(rows_k, 1), array(210, 2)
     more: dict[str, Any] = {}
     if "sinks" in names:
-        more = {"dlse": tools.cupy.asarray(tools.normal((2, 210) if packed else (1, 2, 210))), "grad_of": ("sinks",)}
+        dlse = tools.normal((2, 210) if packed else (1, 2, 210), "float64" if dtype == "float64" else "float32")
+        more = {"dlse": tools.cupy.asarray(dlse), "grad_of": ("sinks",)}
     run_both(tools, fa2cupy, inputs, {"causal": True, **features, **lengths}, False, **more)
 
 
