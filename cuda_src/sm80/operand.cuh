@@ -50,8 +50,9 @@ struct Fragment {
     }
   }
 
-  // Element h * 2 and the one after of such a block, low or high: put there by themselves, dropped (of types that nothing is rounded
-  // to), and stored.
+  // Element h * 2 and the one after of such a block, low or high: put there by themselves, dropped (of 16 bits never: Kept drops
+  // whole fragments), and stored.
+  static void drop_of_pair(Words&, int, int, bool, bool);
   static FA2_DEVICE void set_pair(Words& words, int high, int h, float x, float y) { words[high * 2 + h] = cvt_pack<T>(x, y); }
   static FA2_DEVICE void store_pair_of(uint32_t address, const Words& words, int high, int h) {
     st_shared_b32(address, words[high * 2 + h]);
