@@ -221,6 +221,43 @@ def list_jobs(arch: str, band: bool) -> list[CompileJob]:
     return jobs
 
 
+# Of kernels of lists for segments, FA2_SHORT of backwards and FA2_REPEAT of forwards, by architecture, source,
+# head_dim, and whether there is a band: what they spill beyond what those of lists may.
+_SEGMENT_SPILLS = {
+    ("sm_80", "sm80/flash_bwd.cu", 128, True): 16,
+    ("sm_86", "sm80/flash_bwd.cu", 256, False): 24,
+    ("sm_86", "sm80/flash_bwd.cu", 256, True): 24,
+    ("sm_90", "sm80/flash_bwd.cu", 96, False): 4,
+    ("sm_90", "sm80/flash_bwd.cu", 96, True): 4,
+    ("sm_80", "sm80/flash_fwd.cu", 160, False): 12,
+    ("sm_80", "sm80/flash_fwd.cu", 160, True): 8,
+    ("sm_86", "sm80/flash_fwd.cu", 256, True): 24,
+    ("sm_90", "sm80/flash_fwd.cu", 160, False): 48,
+    ("sm_90", "sm80/flash_fwd.cu", 160, True): 36,
+    ("sm_90", "sm80/flash_fwd.cu", 192, True): 12,
+    ("sm_90", "sm80/flash_fwd.cu", 256, False): 12,
+    ("sm_90", "sm80/flash_fwd.cu", 256, True): 16,
+}
+
+
+def segment_jobs(arch: str, band: bool) -> list[CompileJob]:
+    """Every row of the backwards as it is compiled for short segments, whose dQ is no sum; and of the forward whose
+    thread blocks take several tiles of very many segments each."""
+    jobs = []
+    for job in list_jobs(arch, band):
+        if job.name == "flash_bwd" and not job.defines["FA2_DETERMINISTIC"]:
+            kind = "FA2_SHORT"
+        elif job.source == "sm80/flash_fwd.cu":
+            kind = "FA2_REPEAT"
+        else:
+            continue
+        more = _SEGMENT_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), band), 0)
+        label, allowed = f"{job.label} {kind}", job.allowed_spill_bytes + more
+        defines = {**job.defines, kind: 1}
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
 def sinks_jobs(arch: str) -> list[CompileJob]:
     """Every row of the forwards as it is compiled for sinks, which spill no more than without."""
     jobs = []
@@ -299,6 +336,21 @@ def test_all_rows_with_sinks(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_all_rows_of_lists(arch: str, band: bool) -> None:
     check_spills(list_jobs(arch, band))
+
+
+def test_some_rows_of_segments() -> None:
+    """The first row at head_dim 128, or above, of each kernel that has them."""
+    jobs = segment_jobs("sm_90a", False)
+    first = {job.source: job for job in reversed(jobs) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
+    assert len(first) == 4
+    check_spills(list(first.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("band", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_of_segments(arch: str, band: bool) -> None:
+    check_spills(segment_jobs(arch, band))
 
 
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2, 3))])
