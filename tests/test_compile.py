@@ -21,7 +21,7 @@ from fa2cupy.jit import DeviceInfo, compile_many
 from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import ScoreParams, SinksParams, WindowParams
+from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, SinksParams, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -150,6 +150,48 @@ def score_jobs(arch: str, scores: str) -> list[CompileJob]:
         defines = {**job.defines, **SCORES[scores], "FA2_PARAMS_BYTES": size}
         more = _SCORE_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"])), 0)
         label, allowed = f"{job.label} {scores}", job.allowed_spill_bytes + more
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
+# Of kernels that drop some of P, by architecture, source, head_dim, and whether one by one: likewise.
+_DROPOUT_SPILLS = {
+    ("sm_90a", "sm90/flash_fwd.cu", 128, False): 46,
+    ("sm_90a", "sm90/flash_fwd.cu", 192, False): 164,
+    ("sm_90a", "sm90/flash_fwd.cu", 256, False): 228,
+    ("sm_90a", "sm90/flash_fwd.cu", 256, True): 116,
+    ("sm_90a", "sm90/flash_bwd.cu", 128, False): 80,
+    ("sm_90a", "sm90/flash_bwd.cu", 128, True): 108,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 192, False): 32,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 192, True): 92,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 112,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 128,
+    ("sm_90", "sm80/flash_fwd.cu", 192, False): 20,
+    ("sm_90", "sm80/flash_fwd.cu", 192, True): 24,
+    ("sm_90", "sm80/flash_fwd.cu", 256, True): 20,
+    ("sm_90", "sm80/flash_bwd.cu", 80, False): 76,
+    ("sm_90", "sm80/flash_bwd.cu", 96, False): 48,
+    ("sm_90", "sm80/flash_bwd.cu", 96, True): 28,
+    ("sm_90", "sm80/flash_bwd.cu", 192, False): 20,
+    ("sm_90", "sm80/flash_bwd.cu", 192, True): 32,
+}
+
+
+def dropout_jobs(arch: str, one_by_one: bool) -> list[CompileJob]:
+    """Every row of the main kernels that has room, as it is compiled for dropout. one_by_one: rows are left out."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        if struct is None or not job.defines["FA2_BF16"] or not has_room(job):
+            continue
+        spec = DropoutSpec(threshold=8192, words=4, moves=one_by_one)
+        defines = {
+            **job.defines,
+            **spec.defines(),
+            "FA2_PARAMS_BYTES": ctypes.sizeof(composed(struct, (DropoutParams,))),
+        }
+        more = _DROPOUT_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), one_by_one), 0)
+        label, allowed = f"{job.label} dropout{' one by one' * one_by_one}", job.allowed_spill_bytes + more
         jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
     return jobs
 
@@ -308,6 +350,19 @@ def test_some_rows_of_scores() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_all_rows_of_scores(arch: str, scores: str) -> None:
     check_spills(score_jobs(arch, scores))
+
+
+def test_some_rows_with_dropout() -> None:
+    """One of each kernel of Hopper, where P is dropped several at a time."""
+    first = {job.source: job for job in dropout_jobs("sm_90a", False) if job.defines["FA2_HEAD_DIM"] in (64, 256)}
+    check_spills([job for source, job in first.items() if source.startswith("sm90/")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_with_dropout(arch: str, one_by_one: bool) -> None:
+    check_spills(dropout_jobs(arch, one_by_one))
 
 
 def test_some_rows_of_lists() -> None:
