@@ -95,7 +95,7 @@ class CompileAhead:
 def main() -> None:
     start = time.monotonic()
     wanted, sm80, modules, info = pickle.load(sys.stdin.buffer)
-    os.nice(10)
+    os.nice(5)
     plans = itertools.chain.from_iterable(importlib.import_module(name).needed_plans(info) for name in modules)
     with shared(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = [pool.submit(compile_many, [job]) for job in jobs_of(wanted, info, sm80, plans)]
