@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from fa2cupy import kernels
 from fa2cupy.jit import compile_many, driver
 from fa2cupy.kernels import CompileJob
+from fa2cupy.kernels.decode import DecodePlan
 from fa2cupy.kernels.plan import Plan
 from tests.gpu.cases import Case, problem_of
 
@@ -18,7 +19,7 @@ def jobs_of(
     wanted: Iterable[tuple[Case, bool]],
     info: driver.DeviceInfo,
     sm80: Iterable[Case] = (),
-    plans: Iterable[Plan] = (),
+    plans: Iterable[Plan | DecodePlan] = (),
 ) -> list[CompileJob]:
     """One job for each different kernel that the cases run on a device; a case's bool says whether backward too.
     sm80: cases whose backward runs with the kernels that every GPU has. plans: further ones."""
@@ -46,7 +47,7 @@ def jobs_of(
 def compile_ahead(
     wanted: Iterable[tuple[Case, bool]],
     sm80: Iterable[Case] = (),
-    plans: Iterable[Callable[[driver.DeviceInfo], Iterable[Plan]]] = (),
+    plans: Iterable[Callable[[driver.DeviceInfo], Iterable[Plan | DecodePlan]]] = (),
 ) -> int:
     """How many kernels there are; raises the first CompilationError."""
     info = driver.device_info(0)
