@@ -15,7 +15,7 @@
 #include "common/packed_scores.cuh"
 #include "sm80/key_stream.cuh"
 
-static_assert(sizeof(DecodeParams) == kParamsBytes, "kernels/params.py and common/cache.cuh differ");
+static_assert(sizeof(DecodeParams) == kParamsBytes, "kernels/cache_params.py and common/cache_params.cuh differ");
 
 constexpr int kMTiles = kBlockM / 16;
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;

@@ -129,6 +129,7 @@ def run_cases() -> None:
     run_listed_cases(cupy, np, rng, types)
     run_sinks_cases(cupy, np, rng, types)
     run_merge_cases(cupy, np, rng, types)
+    run_cache_cases(cupy, np)
     cupy.cuda.Device().synchronize()
 
 
@@ -233,6 +234,39 @@ def run_merge_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None
         douts, dlses = merged.differentiate(CUPY, (out, lse), outs, lses, out, lse)
         for x in (out, lse, *douts, *dlses):
             assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+
+
+def run_cache_cases(cupy: Any, np: Any) -> None:
+    """Caches with NaN where nobody may read: rows, pages, new keys, 8 bits; tiles that thread blocks share."""
+    import fa2cupy
+    from tests import caches
+    from tests.host.caches import arguments
+
+    usual: dict[str, Any] = {"heads": (4, 2), "causal": True}
+    turned = (32, "neox", "float32")
+    for case in (
+        caches.CacheCase((700, 0, 17), 1, None, head_dim=128, capacity=704, **usual),
+        caches.CacheCase((300, 0, 17), 9, None, head_dim=64, page=64, capacity=320, dtype="bfloat16", **usual),
+        caches.CacheCase((300, 5), 2, 2, head_dim=128, page=17, capacity=306, rotary=turned, **usual),
+        caches.CacheCase((90, 5), (70, 40), 1, head_dim=64, page=16, rotary=turned, **usual),
+        caches.CacheCase((100, 7), 2, 1, head_dim=33, head_dim_v=7, leftpad=(30, 0), softcap=2.0, slopes="head",
+                         sinks="float32", dtype="bfloat16", **usual),
+        caches.CacheCase((40, 7), 2, 2, head_dim=64, page=16, kv_dtype=caches.FLOAT8, scales=("page", "head"), **usual),
+        caches.CacheCase((300, 7), 1, 1, head_dim=256, page=16, capacity=320, kv_dtype=caches.INT8, **usual),
+    ):  # fmt: skip
+        drawn = caches.draw(case)
+        q, k, v, of_cache, of_call = arguments(drawn)
+        if case.rotary is not None:
+            cos, sin, style = of_call["rotary"]
+            of_call["rotary"] = cupy.asarray(cos), cupy.asarray(sin), style
+        of_cache, of_call = (
+            {name: cupy.asarray(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+            for given in (of_cache, of_call)
+        )
+        for split_size in (None, 64):
+            cache = fa2cupy.KVCache(cupy.asarray(k), cupy.asarray(v), **of_cache)
+            out = cache.attend(cupy.asarray(q), **of_call, split_size=split_size)
+            assert np.isfinite(cupy.asnumpy(out).astype(np.float32)).all()
 
 
 def errors_reported(output: str) -> int:
