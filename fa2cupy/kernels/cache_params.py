@@ -1,4 +1,4 @@
-"""What kernels over a cache are told of a problem: the twins of cuda_src/common/cache_params.cuh's structs, and pointers."""
+"""What kernels over a cache are told: the twins of cuda_src/common/cache_params.cuh's structs, and pointers."""
 
 from __future__ import annotations
 
