@@ -98,7 +98,7 @@ DECODE_TILES_8: dict[int, tuple[DecodeTile, ...]] = {
         DecodeTile(64, 32, 32, 8, 3, 4, "120 KB of slices", 1),
         DecodeTile(128, 16, 32, 8, 2, 8, "144 KB of slices", 1),
         DecodeTile(128, 32, 16, 8, 3, 0, "108 KB of slices", 1),
-        DecodeTile(256, 16, 16, 4, 4, 0, "136 KB of slices", 1),
+        DecodeTile(256, 16, 16, 4, 4, 0, "136 KB of slices", 1, 48),  # new keys in int8, scales by page
     ),
     166912: (
         DecodeTile(64, 16, 32, 8, 2, 4, "80 KB of slices", 1),
