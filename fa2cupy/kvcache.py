@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fa2cupy import dynamo
+from fa2cupy import doors, dynamo
 from fa2cupy.cached import repeated
 from fa2cupy.cached.arguments import Given, given
 from fa2cupy.cached.cache import Cache
 from fa2cupy.cached.call import Call
 from fa2cupy.cached.repeated import Fixed
-from fa2cupy.keywords import KEYWORDS, signature
+from fa2cupy.keywords import KEYWORDS, signature, too_many_by_position
 
 __all__ = ["KVCache", "attention_with_kvcache"]
 
@@ -40,9 +40,13 @@ class KVCache:
     Raises: as `attention`.
     """
 
+    @dynamo.leave
     def __init__(self, k: Any, v: Any, *positional: object, **keywords: Any) -> None:
         self._cache = cache = Cache.of(k, v, given("KVCache", positional, keywords), ("k", "v"))
         self._fixed = Fixed.of(cache.framework, cache.arrays, (cache.layout, cache.dtype, *cache.numbers.items()))
+        # For torch.compile: the arrays by name, and everything else.
+        self._arrays = dict(cache.arrays)
+        self._options = (("layout", cache.layout), ("kv_dtype", keywords.get("kv_dtype")), *cache.numbers.items())
 
     def __repr__(self) -> str:
         cache = self._cache
@@ -51,7 +55,6 @@ class KVCache:
         heads += f" and {cache.head_dim_v}" if cache.head_dim_v != cache.head_dim else ""
         return f"KVCache({rows}, {heads}, {cache.dtype}, {cache.framework.name} on {cache.device})"
 
-    @dynamo.leave
     def attend(self, q: Any, *positional: object, **keywords: Any) -> Any:
         """Attention of q over the keys that each sequence has here. Layout "bshd": q is (batch, seqlen_q, num_heads,
         head_dim). causal=True is bottom-right aligned: the last query stands beside the last key in use.
@@ -85,6 +88,11 @@ class KVCache:
 
         Where and when, Lengths, Raises: as `attention`. There are no gradients.
         """
+        if doors.torch_compiles():
+            return _traced("KVCache.attend", q, self._arrays, self._options, positional, keywords)
+        return self._attend(q, positional, keywords)
+
+    def _attend(self, q: Any, positional: tuple[object, ...], keywords: dict[str, Any]) -> Any:
         if self._fixed is not None and not positional:
             results = repeated.attend(self._fixed, q, keywords)
             if results is not None:
@@ -92,7 +100,6 @@ class KVCache:
         return _attend(self._cache, self._fixed, q, keywords, given("KVCache.attend", positional, keywords))
 
 
-@dynamo.leave
 def attention_with_kvcache(
     q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, *positional: object, **keywords: Any
 ) -> Any:
@@ -100,6 +107,15 @@ def attention_with_kvcache(
     num_heads, head_dim), the caches (batch or pages, seqlen or page_size, num_heads_k, head_dim). causal=True is
     bottom-right aligned. The keywords are those of `KVCache` and of its `attend`.
     """
+    if doors.torch_compiles():
+        arrays = {"k_cache": k_cache, "v_cache": v_cache}
+        return _traced("attention_with_kvcache", q, arrays, (), positional, {"k": k, "v": v, **keywords})
+    return _attend_once(q, k_cache, v_cache, k, v, positional, keywords)
+
+
+def _attend_once(
+    q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, positional: tuple[object, ...], keywords: dict[str, Any]
+) -> Any:
     new = {name: array for name, array in (("k", k), ("v", v)) if array is not None}
     of_call = new | {name: value for name, value in keywords.items() if name not in _OF_CACHE}
     fixed = None
@@ -112,6 +128,22 @@ def attention_with_kvcache(
     everything = given("attention_with_kvcache", positional, keywords)
     cache = Cache.of(k_cache, v_cache, _only(everything, _OF_CACHE), ("k_cache", "v_cache"))
     return _attend(cache, fixed, q, of_call, _without(everything, _OF_CACHE).both(Given(new)))
+
+
+def _traced(
+    function: str,
+    q: Any,
+    arrays: dict[str, Any],
+    options: tuple[tuple[str, Any], ...],
+    positional: tuple[object, ...],
+    keywords: dict[str, Any],
+) -> Any:
+    """Inside torch.compile: an operator."""
+    if positional:
+        raise too_many_by_position(function, positional)
+    own = {name: x for name, x in arrays.items() if name not in ("k_cache", "v_cache")}
+    own.update(options)
+    return doors.torch_attend(function, q, arrays["k_cache"], arrays["v_cache"], {**own, **keywords})
 
 
 _OF_CACHE = {name for name, keyword in KEYWORDS.items() if "KVCache" in keyword.functions}
