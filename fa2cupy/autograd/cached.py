@@ -131,11 +131,12 @@ def _shapes(q: Any, k_cache: Any, v_cache: Any, *rest: Any) -> tuple[Any, Any]:
     *arrays, _, _, text = rest[-len(_ARRAYS) - 3 :]
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     if arrays[_ARRAYS.index("cu_seqlens_q")] is not None:
-        shape = q.shape[1], q.shape[0]
+        sizes = [q.shape[1], q.shape[0]]
     else:
-        rows = q.shape[:-1]
-        shape = rows if dict(_options_of(text)).get("layout") == "bhsd" else (rows[0], rows[2], rows[1])
-    return out, q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        batch, first, second = q.shape[:-1]
+        is_bhsd = dict(_options_of(text)).get("layout") == "bhsd"
+        sizes = [batch, first, second] if is_bhsd else [batch, second, first]
+    return out, q.new_empty(sizes, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _refuse_gradients(operator: Any, names: tuple[str, ...]) -> Any:
