@@ -22,8 +22,9 @@ FRAMEWORKS = {
     "gpt_jax": "jax",
     "gpt_torch": "torch",
     "long_context": "torch",
+    "decode": "torch",
 }
-PROOFS = {"gpt_jax", "gpt_torch", "long_context"}  # whole trainings, which may be longer
+PROOFS = {"decode", "gpt_jax", "gpt_torch", "long_context"}  # whole models, which may be longer
 ARGUMENTS = {"ring_jax": ["--seqlen", "256"], **{name: ["--tiny"] for name in PROOFS}}
 SNIPPETS = {
     f"{page}-{number}": code
