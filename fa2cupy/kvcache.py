@@ -18,7 +18,8 @@ __all__ = ["KVCache", "attention_with_kvcache"]
 
 class KVCache:
     """Keys and values of sequences, in rows of the cache or in pages. Layout "bshd": k is (batch, capacity,
-    num_heads_k, head_dim), with pages (pages, page_size, num_heads_k, head_dim). The arrays are held, not copied.
+    num_heads_k, head_dim), with pages (pages, page_size, num_heads_k, head_dim). The arrays are held, not copied: their
+    memory must stay where it is.
 
         cache = fa2cupy.KVCache(k_pages, v_pages, block_table=table)
         out = cache.attend(q, cache_seqlens=lengths, k=k, v=v, causal=True)  # and k, v are in the cache
