@@ -36,6 +36,7 @@ _TRACED = frozenset(
             "torch.seeds",
             "transformers",
             "autograd.features",
+            "autograd.forms",
             "autograd.sharding",
         )
     }

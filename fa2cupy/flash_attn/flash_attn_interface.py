@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import fa2cupy
+from fa2cupy.autograd.forms import separate
 from fa2cupy.flash_attn import extension as flash_attn_gpu
-from fa2cupy.flash_attn.autograd import attend, separate
+from fa2cupy.flash_attn.autograd import attend
 from fa2cupy.flash_attn.caching import attend_cache, attend_pages
 from fa2cupy.flash_attn.dmask import BLOCK_SIZE_N, s_dmask
 from fa2cupy.flash_attn.extension import maybe_contiguous, round_multiple

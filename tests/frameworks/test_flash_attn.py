@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
+from fa2cupy.autograd import launching
 from fa2cupy.errors import Fa2Error, InvalidArgument
 from fa2cupy.flash_attn import (
     bert_padding,
@@ -115,18 +116,23 @@ def test_qkvpacked(causal: bool, dtype: torch.dtype) -> None:
     check(flash_attn_qkvpacked_func, inputs, lambda qkv: qkv.unbind(2), causal)
 
 
-def test_packed_gradients_are_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_gradients_are_one_buffer(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels write dq, dk and dv into it: nothing is stacked afterwards."""
-    written: list[tuple[Tensor, ...]] = []
-    real = fa2cupy.attention_backward
+    written: list[list[Tensor]] = []
+    real = launching.call
 
-    def backward(*arguments: Any, **options: Any) -> Any:
-        written.append((options["dq"], options["dk"], options["dv"]))
-        return real(*arguments, **options)
+    def call(operation: Any, arrays: list[Any], *rest: Any) -> Any:
+        if operation.is_backward:
+            written.append(arrays[6:9])
+        return real(operation, arrays, *rest)
 
-    monkeypatch.setattr(fa2cupy, "attention_backward", backward)
+    monkeypatch.setattr(launching, "call", call)
     (qkv,) = make((BATCH, 19, 3, HEADS, DIM))
-    (gradient,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv, causal=True).sum(), [qkv])
+    function = flash_attn_qkvpacked_func
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(function(qkv, causal=True).sum(), [qkv])
     ((dq, dk, dv),) = written
     size = HEADS * DIM * qkv.element_size()
     assert [x.data_ptr() - gradient.data_ptr() for x in (dq, dk, dv)] == [0, size, 2 * size]
