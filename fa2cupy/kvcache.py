@@ -11,6 +11,7 @@ from fa2cupy.cached.arguments import Given, given
 from fa2cupy.cached.cache import Cache
 from fa2cupy.cached.call import Call
 from fa2cupy.cached.repeated import Fixed
+from fa2cupy.frameworks import JAX
 from fa2cupy.keywords import KEYWORDS, signature, too_many_by_position
 
 __all__ = ["KVCache", "attention_with_kvcache"]
@@ -85,7 +86,8 @@ class KVCache:
         Returns:
             out, (batch, seqlen_q, num_heads, head_dim_v) in q's dtype and the layout; with return_lse=True (out, lse),
             lse (batch, num_heads, seqlen_q) float32. Packed, (total_q, num_heads, head_dim_v) and (num_heads, total_q).
-            A sequence without keys has out 0 and lse -inf. Same inputs, same bits.
+            A sequence without keys has out 0 and lse -inf. Same inputs, same bits. Of JAX arrays, which are immutable,
+            with k and v the two caches come back, too: (out, k, v) or (out, lse, k, v). The old ones are donated.
 
         Where and when, Lengths, Raises: as `attention`. There are no gradients.
         """
@@ -150,6 +152,19 @@ def _traced(
 _OF_CACHE = {name for name, keyword in KEYWORDS.items() if "KVCache" in keyword.functions}
 
 
+def _attend_in_jax(cache: Cache, q: Any, all_given: Given) -> Any:
+    """And the caches, if new keys are written."""
+    from fa2cupy.xla import cached
+
+    arrays = {name: x for name, x in cache.arrays.items() if name not in ("k_cache", "v_cache")}
+    kind = {"kv_dtype": cache.dtype} if cache.is_quantised else {}
+    of_cache = Given(arrays, {"layout": cache.layout, **kind}, cache.numbers)
+    everything = of_cache.both(all_given)
+    out, lse, *caches = cached.attend(cache.arrays["k_cache"], cache.arrays["v_cache"], q, everything, _OF_CACHE)
+    results = (out, lse, *caches) if all_given.options.get("return_lse") else (out, *caches)
+    return results if len(results) > 1 else out
+
+
 def _only(all_given: Given, names: set[str]) -> Given:
     return Given(*({n: x for n, x in part.items() if n in names} for part in _parts(all_given)))
 
@@ -163,6 +178,8 @@ def _parts(all_given: Given) -> tuple[Any, Any, Any]:
 
 
 def _attend(cache: Cache, fixed: Fixed | None, q: Any, keywords: Mapping[str, Any], all_given: Given) -> Any:
+    if cache.framework is JAX:
+        return _attend_in_jax(cache, q, all_given)
     workspace = all_given.arrays.get("workspace")
     call = Call.of(cache, q, all_given, workspace)
     if cache.device.kind == "cpu":
