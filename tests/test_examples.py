@@ -72,7 +72,7 @@ def output_of(arguments: Sequence[str | Path], folder: Path) -> str:
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 14
+    assert len(SNIPPETS) == 15
     for page, imports in (
         ("README.md", {"torch", "jax", "cupy"}),
         ("docs/torch.md", {"torch"}),
