@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fa2cupy import doors, dynamo
-from fa2cupy.cached import repeated
+from fa2cupy.cached import prompts, repeated
 from fa2cupy.cached.arguments import Given, given
 from fa2cupy.cached.cache import Cache
 from fa2cupy.cached.call import Call
@@ -152,6 +152,16 @@ def _traced(
 _OF_CACHE = {name for name, keyword in KEYWORDS.items() if "KVCache" in keyword.functions}
 
 
+def _append(cache: Cache, q: Any, keywords: Mapping[str, Any], all_given: Given) -> None:
+    """New keys alone: of a call whose queries have no heads."""
+    none = q[:, :, :0] if cache.layout == "bshd" else q[:, :0]
+    skipped = ("out", "lse_out", "alibi_slopes", "sinks")
+    left = Given(
+        {name: x for name, x in all_given.arrays.items() if name not in skipped}, all_given.options, all_given.numbers
+    )
+    repeated.first(None, Call.of(cache, none, left, None), {}, None)
+
+
 def _attend_in_jax(cache: Cache, q: Any, all_given: Given) -> Any:
     """And the caches, if new keys are written."""
     from fa2cupy.xla import cached
@@ -186,6 +196,8 @@ def _attend(cache: Cache, fixed: Fixed | None, q: Any, keywords: Mapping[str, An
         from fa2cupy.cached import host
 
         out, lse = host.attend(call)
+    elif prompts.suits(call, all_given):
+        out, lse = prompts.attend(call, lambda: _append(cache, q, keywords, all_given))
     else:
         out, lse = repeated.first(fixed, call, keywords, workspace)
     return (out, lse) if all_given.options.get("return_lse") else out

@@ -284,6 +284,18 @@ def test_more(width: tuple[int, int | None, str], device: torch.device) -> None:
     check_all(more_cases(width), device)
 
 
+@pytest.mark.parametrize("width", FEW_WIDTHS[:2], ids=str)
+def test_prompts_over_rows(width: tuple[int, int | None, str], device: torch.device) -> None:
+    """By the forward kernels, behind new keys."""
+    cases = [
+        _case(width, (283, 0, 17), 100, 100, leftpad=(2, 0, 9)),
+        _case(width, (283, 0, 17), 70, 64, layout="bhsd", by="seqused_k", sinks="float32"),
+        _case(width, _LENS, 130, None, window=(90, -1), slopes="batch"),
+        _case(width, (640, 640), 64, None, by=None, softcap=2.0),
+    ]
+    check_all(cases, device)
+
+
 @pytest.mark.parametrize("start", range(0, _RANDOM, 50))
 def test_random(start: int, device: torch.device) -> None:
     check_all(list(random_cases(_RANDOM))[start : start + 50], device)
