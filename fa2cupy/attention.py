@@ -158,7 +158,7 @@ def attention(
         if softmax_scale is not None or dtype is not None or layout != "bshd" or return_lse or type(causal) is not bool:
             which = return_lse, causal, softmax_scale, layout, dtype, type(causal), type(softmax_scale)
         try:
-            return prepared.PLAIN[q.dtype][which](q, k, v)
+            return prepared.PLAIN[q.aval.dtype][which](q, k, v)  # q.dtype is a frame
         except Exception:  # not known yet, or something is wrong: `call` says what
             pass
     operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]

@@ -141,17 +141,18 @@ def test_sections_of_the_backward_of_sm90() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "heads", "tiles_of_head", "section"),
+    ("workers", "heads", "tiles_of_head", "tiles_of_sequence", "section"),
     [
-        (132, 16, 150, 4),  # 4.2 tiles for each multiprocessor
-        (132, 16, 10_000, 1),
-        (132, 16, 20, 16),
-        (132, 7, 150, 7),  # 4, 5 and 6 do not divide 7
-        (132, 13, 300, 2),  # nor anything from 2 to 4 13
+        (132, 16, 150, 50, 4),  # 4.2 tiles for each multiprocessor
+        (132, 16, 150, 31, 16),  # short sequences
+        (132, 16, 10_000, 50, 1),
+        (132, 16, 20, 50, 16),
+        (132, 7, 150, 50, 7),  # 4, 5 and 6 do not divide 7
+        (132, 13, 300, 50, 2),  # nor anything from 2 to 4 13
     ],
 )
-def test_sections_of_lists(workers: int, heads: int, tiles_of_head: int, section: int) -> None:
-    assert order.heads_per_listed_section(workers, heads, tiles_of_head) == section
+def test_sections_of_lists(workers: int, heads: int, tiles_of_head: int, tiles_of_sequence: int, section: int) -> None:
+    assert order.heads_per_listed_section(workers, heads, tiles_of_head, tiles_of_sequence) == section
 
 
 def test_what_a_band_meets() -> None:

@@ -78,3 +78,15 @@ FA2_DEVICE auto key_tile_at(const Params& params, int place, int batch) {
     return Unlisted{batch};
   }
 }
+
+// Which tile of the keys comes when; `block` is its place in a list. Where they add in turn, the list has the order of the sequences,
+// and comes in sections of heads as a shape's tiles do: neighbours would wait for each other.
+template <bool kInTurn>
+FA2_DEVICE Tile2 key_tile_of(int linear, int blocks, int heads, const Shape& shape) {
+  if constexpr (kListed && !kInTurn) {
+    const ListPlace place = place_in_list(linear, blocks, heads, shape);
+    return {place.entry, place.head, 0};
+  } else {
+    return tile_of(linear, blocks, heads, shape);
+  }
+}

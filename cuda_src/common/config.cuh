@@ -161,9 +161,9 @@ enum { kPositioned = FA2_POSITIONED };  // tiles of a list say which rows of the
 enum { kPositioned = 0 };
 #endif
 #ifdef FA2_LISTED_RUN
-enum { kListedRun = FA2_LISTED_RUN };  // so many neighbouring blocks of a sequence stay together in a list
+enum { kListedRun = FA2_LISTED_RUN };  // so many neighbours of a list are taken together: at most 8, kernels/listed.py has room
 #else
-enum { kListedRun = 2 };
+enum { kListedRun = 8 };
 #endif
 #ifdef FA2_IN_ORDER
 enum { kInOrder = FA2_IN_ORDER };  // a list is in the order of the sequences and their blocks, not with the longest first

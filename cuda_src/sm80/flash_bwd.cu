@@ -174,7 +174,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
   const int n_blocks = key_tiles_of_head<kBlockN>(params), m_blocks = query_tiles_of_head(params);
   // tile.head counts the shares of all key heads: splits for each, one after the other.
   const int splits = kPartialDkv ? params.splits : 1, shares = shape.num_heads_k * splits;
-  const Tile2 tile = tile_of(linear, n_blocks, shares, shape);
+  const Tile2 tile = key_tile_of<kDeterministic>(linear, n_blocks, shares, shape);
   // The longest first, but see my_turn.
   const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
   const auto entry = key_tile_at(params, place, tile.batch);

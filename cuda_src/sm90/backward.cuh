@@ -130,9 +130,9 @@ FA2_DEVICE void init_loads(Loads<kBuffers>& loads, int readers_of_keys) {
 constexpr bool kStagger = kBlockM < kBlockN && !kCausal && !kBand && !kDeterministic && !kPartialDkv;
 
 // The tiles of a thread block, or of a cluster of them, whose blocks have neighbouring key blocks: every so many-th of the
-// launch order, in alternating direction. Sections of a causal problem, or of a list, alternate too, from long to short and
-// from short to long, the last one from long to short: so all finish at about the same time. Deterministic: always in the
-// order of the turns, see wait_for_turn; a list has the order of the sequences then.
+// launch order, in alternating direction. Sections of a causal problem alternate too, from long to short and from short to
+// long, the last one from long to short: so all finish at about the same time. Deterministic: always in the order of the
+// turns, see wait_for_turn.
 struct Tiles {
   int round = 0;
   FA2_DEVICE int place() const {
@@ -151,9 +151,9 @@ struct Tiles {
     const int n_blocks = key_tiles_of_head<kCluster * kBlockN>(params), rows = parts * shape.batch;
     const int linear = place();
     round = kDeterministic ? 1 : round + 1;  // deterministic: a tile is all
-    const Tile2 tile = tile_of(linear, n_blocks, parts, shape);
+    const Tile2 tile = key_tile_of<kDeterministic>(linear, n_blocks, parts, shape);
     const int sections_left = sections_after(linear, n_blocks, rows, shape);
-    const bool backwards = kDeterministic ? kBand : (kCausal || kListed) && sections_left % 2 == 1;
+    const bool backwards = kDeterministic ? kBand : kCausal && !kListed && sections_left % 2 == 1;
     const int place = backwards ? n_blocks - 1 - tile.block : tile.block;
     const auto entry = key_tile_at(params, place, tile.batch);
     const int first_block = kCluster * (kListed ? entry.block : place);

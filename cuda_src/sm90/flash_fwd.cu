@@ -69,7 +69,8 @@ struct Work : QueryTile, HeadScores {
 };
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
-// long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time.
+// long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time. A list
+// has sections of its own (place_in_list).
 struct Tiles {
   int round = 0;
   template <typename Params>
@@ -77,7 +78,7 @@ struct Tiles {
     const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int linear = round++ * gridDim.x + place;
     if constexpr (kListed) {
-      const QueryTile tile = listed_query_tile<true>(params, linear);
+      const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
       if (tile.head < 0) return false;
       const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
       work = {tile, of_head, key_blocks(sequence_of_tile(tile, params), tile.m_block)};

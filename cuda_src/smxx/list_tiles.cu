@@ -40,6 +40,7 @@ struct SharedMemory : InFront<kPositioned> {
   int end_q[kNumThreads], end_k[kNumThreads];  // tiles of the sequences here up to this one
   int bin_q[kBins], bin_k[kBins];  // how many tiles meet so many blocks, the most first; then where the next of them goes
   int warp_q[kNumWarps], warp_k[kNumWarps];
+  int mixed_q, mixed_k;  // whether sequences that have tiles have other numbers of them
   int end_of_group[kNumThreads];  // segments of the groups up to this one
   int apart;  // whether those of few keys are listed by themselves
   int sum;
@@ -64,6 +65,12 @@ FA2_DEVICE int owner_of(const int (&ends)[kNumThreads], int index) {
   for (int step = kNumThreads / 2; step > 0; step /= 2)
     if (ends[s + step - 1] <= index) s += step;
   return s;
+}
+
+// Whether a sequence has tiles, but not as many as the first that has some.
+FA2_DEVICE bool is_another(const int (&ends)[kNumThreads]) {
+  const int own = ends[threadIdx.x] - (threadIdx.x > 0 ? ends[threadIdx.x - 1] : 0);
+  return own != 0 && own != ends[owner_of(ends, 0)];
 }
 
 // The rest of a tile with kPositioned, as it is found and as it is written.
@@ -188,6 +195,17 @@ FA2_DEVICE void read_sequences(SharedMemory& smem, const ListTilesBandParams& pa
   smem.end_q[thread] = tiles_q, smem.end_k[thread] = tiles_k;
   smem.set(thread, sequence.in_front_q, sequence.in_front_k);
   __syncthreads();  // the sequences are there
+  const int lane = thread % 32;
+  const int others_q = __any_sync(0xffffffffu, is_another(smem.end_q));
+  const int others_k = __any_sync(0xffffffffu, is_another(smem.end_k));
+  if (lane == 0) smem.warp_q[thread / 32] = others_q, smem.warp_k[thread / 32] = others_k;
+  __syncthreads();  // every warp has said whether it has seen others
+  if (thread < 32) {
+    const int mixed_q = __any_sync(0xffffffffu, lane < kNumWarps && smem.warp_q[lane]);
+    const int mixed_k = __any_sync(0xffffffffu, lane < kNumWarps && smem.warp_k[lane]);
+    if (thread == 0) smem.mixed_q = mixed_q, smem.mixed_k = mixed_k;
+  }
+  __syncthreads();  // whether they are mixed is known
 }
 
 // Tiles in front of the sequences that are here, and how many are listed already (kInOrder).
@@ -211,14 +229,17 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
           kOfKeys ? first_tile_q : first_tile_q + block};
   set_position(tile, smem.queries(s), smem.keys(s));
   // Neighbours read the same rows, best at the same time, but a diagonal would part them. So the blocks of a run all count as the one
-  // that meets most. Of long runs some multiprocessors would have more to do than others.
-  const int first_of_run = block / kListedRun * kListedRun;
+  // that meets most: of equal short sequences those that place_in_list takes together; of others two, or the launch order would not be
+  // that of the lengths any more, and some multiprocessors would have more to do than others.
+  const bool is_short = (kOfKeys ? ceil_div(tile.seqlen_k, kBlockN) : ceil_div(tile.seqlen_q, kBlockM)) <= 2 * kListedRun;
+  const int run = is_short && !(kOfKeys ? smem.mixed_k : smem.mixed_q) ? kListedRun : 2;
+  const int first_of_run = block / run * run;
   int blocks;
   if constexpr (kOfKeys) {
     const auto visit = query_blocks(sequence_of_tile(tile, params), first_of_run);
     blocks = visit.end - visit.begin;
   } else {
-    const int last_of_run = min(first_of_run + kListedRun, ceil_div(tile.seqlen_q, kBlockM)) - 1;
+    const int last_of_run = min(first_of_run + run, ceil_div(tile.seqlen_q, kBlockM)) - 1;
     const auto visit = key_blocks(sequence_of_tile(tile, params), last_of_run);
     blocks = visit.end - visit.begin;
   }

@@ -15,6 +15,7 @@ from fa2cupy.spec import LengthsSpec
 __all__ = ["Block", "Lists", "Segments", "Shorts"]
 
 _ALIGNMENT = 256  # bytes, of each
+_LONGEST_RUN = 8  # kListedRun of cuda_src/common/config.cuh, at most
 _COUNTS_OF_SHORTS = 8  # bytes behind those of the lists
 _MOST_GROUPS = 1024  # threads of smxx/list_tiles.cu, each of which looks at what one group has
 
@@ -87,8 +88,10 @@ class Lists:
         return self.offset + _ALIGNMENT + self.bytes_of(self.tiles_of_head_q) + keys
 
     def bytes_of(self, tiles: int) -> int:
+        """Of a list: with room for whole runs of neighbours, of which the kernels read what is there in place of the
+        missing ones."""
         tile = ListedPosition if self.positioned else ListedPlace
-        return _aligned(tiles * ctypes.sizeof(tile))
+        return _aligned(-(-tiles // _LONGEST_RUN) * _LONGEST_RUN * ctypes.sizeof(tile))
 
     def defines(self) -> dict[str, int | str]:
         """Of the kernels that take tiles from the lists, and of the one that makes them."""

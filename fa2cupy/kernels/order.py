@@ -24,6 +24,7 @@ _BLOCKS_PER_SM = 4  # thread blocks for each multiprocessor that a section of a 
 _SHORT_SECTION = 16  # tiles
 _ROUNDS = 64
 _LISTED_TILES = 4.2  # for each worker, of a section of a list
+_LONG_SEQUENCE = 32  # tiles
 _COST_OF_TILE = 2  # in blocks, beside those that it meets
 _AS_GOOD = 0.005  # of the mean: how much more the largest share may be
 _AS_GOOD_IN_BAND = 0.01  # whose lengths are guessed at
@@ -104,12 +105,16 @@ def heads_per_banded_section(device: DeviceInfo, workers: int, heads: int, band:
     return next(n for n, share in shares.items() if share <= min(shares.values()) + _AS_GOOD_IN_BAND)
 
 
-def heads_per_listed_section(workers: int, heads: int, tiles_of_head: int) -> int:
-    """Where `workers` take tiles from a list of sequences of any lengths, longest first: as few as share them out well
-    by `_LISTED_TILES`, and if possible as many in every section. tiles_of_head: the most that there can be.
+def heads_per_listed_section(workers: int, heads: int, tiles_of_head: int, tiles_of_sequence: int) -> int:
+    """Where `workers` take tiles from a list of sequences of any lengths, longest first. tiles_of_head: the most that
+    there can be; tiles_of_sequence: of an average one.
 
-    Few, so that what long sequences read and add to is in L2. By simulation of mixed lengths: docs/lab/lengths.md.
+    Of short sequences all heads, of one sequence after the other. Of long ones as few as share them out well by
+    `_LISTED_TILES`, and if possible as many in every section, so that what they read and add to is in L2. Measured:
+    docs/lab/lengths.md.
     """
+    if tiles_of_sequence < _LONG_SEQUENCE:
+        return heads
     least = min(heads, math.ceil(_LISTED_TILES * workers / tiles_of_head))
     return next((n for n in range(least, 2 * least + 1) if heads % n == 0), least)
 

@@ -27,7 +27,8 @@ SOURCE = "smxx/list_tiles.cu"
 FIELDS = tuple(name for name, *_ in ListedPlace._fields_)
 HEADS, HEADS_K = 3, 1
 BLOCK_M, BLOCK_N = 64, 32
-RUN = 2  # kListedRun of common/config.cuh
+RUNS = (8, 2)  # of equal short sequences, of others: smxx/list_tiles.cu
+THREADS = 1024  # sequences that are looked at together
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,18 @@ def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
     queries: dict[tuple[int, ...], int] = {}
     keys: dict[tuple[int, ...], int] = {}
     first_tile = 0
-    for sequence, visible in seen:
+    for b, (sequence, visible) in enumerate(seen):
+        together = seen[b // THREADS * THREADS :][:THREADS]
         blocks_q, blocks_k = -(-visible.shape[0] // block_m), -(-visible.shape[1] // block_n)
+        run_q = RUNS[blocks_q > 16 or len({-(-x.shape[0] // block_m) for _, x in together} - {0}) > 1]
+        run_k = RUNS[blocks_k > 16 or len({-(-x.shape[1] // block_n) for _, x in together} - {0}) > 1]
         for block in range(blocks_q):
-            most = min(block // RUN * RUN + RUN, blocks_q) - 1
+            most = min(block // run_q * run_q + run_q, blocks_q) - 1
             met = np.nonzero(visible[most * block_m : (most + 1) * block_m].any(0))[0] // block_n
             first = met[0] if lengths.window else 0
             queries[(*sequence, block, first_tile + block)] = met[-1] - first + 1
         for block in range(blocks_k):
-            most = block // RUN * RUN
+            most = block // run_k * run_k
             met = np.nonzero(visible[:, most * block_n : (most + 1) * block_n].any(1))[0] // block_m
             last = met[-1] if lengths.window else blocks_q - 1
             keys[(*sequence, block, first_tile)] = last - met[0] + 1

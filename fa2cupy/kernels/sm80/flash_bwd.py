@@ -142,10 +142,11 @@ def order(work: Work) -> Order:
     shares = work.key_heads * splits
     row_bytes = (2 + 4) * problem.head_dim + 2 * problem.head_dim_v  # Q, float32 dQ, dO
     queries_bytes = work.group // splits * work.rows * row_bytes
-    longest_first = problem.causal or work.lists is not None
-    section = heads_per_section(work.device, longest_first, shares, work.n_blocks, queries_bytes)
+    section = shares  # of lists, which have an order of their own
+    if not work.lists:
+        section = heads_per_section(work.device, problem.causal, shares, work.n_blocks, queries_bytes)
     if work.deterministic:
-        most = section if problem.causal and work.lists is None else shares
+        most = section if problem.causal else shares
         section = min(most, _section_of_turns(work, work.steps[1] * work.group // splits))
     return Order(splits, section, cleared=True)
 

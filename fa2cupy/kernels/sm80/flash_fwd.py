@@ -119,19 +119,15 @@ def launch(
     group = problem.num_heads // problem.num_heads_k
     keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     heads_k = problem.batch * problem.num_heads_k
+    section = problem.num_heads_k  # all, of lists, which have an order of their own
     if lists is None:
         section = order.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes)
-    else:  # the longest first, as causal ones
-        tiles = lists.tiles_of_head_q * group
-        section = order.heads_per_section(device, True, problem.num_heads_k, tiles, keys_bytes)
 
     strides = dict(problem.strides)
     params = FwdParams()
     for name in FORWARD_ARRAYS:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
     params.shape = common.shape_params(problem, seqlen_q, section * group)
-    if lists is not None:
-        params.shape.batch = 1  # in which all tiles of a head are one after the other
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
     params.head_dim_v = problem.head_dim_v
 

@@ -121,7 +121,7 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
         steps = work.steps[1] * work.group // splits
         section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal or banded else _full_turns)
     elif work.lists:
-        section = heads_per_listed_section(work.clusters, shares, work.n_blocks)
+        section = heads_per_listed_section(work.clusters, shares, work.n_blocks, work.blocks_of_a_sequence[1])
     elif work.band is not None:
         beside = work.keys - work.rows  # the key that query 0 stands beside
         reach = beside + work.band.right, work.band.left - beside

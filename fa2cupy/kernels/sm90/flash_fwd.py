@@ -147,8 +147,8 @@ def launch(
     heads_k = problem.batch * problem.num_heads_k
     window = problem.window
     if lists is not None:
-        tiles = lists.tiles_of_head_q * group
-        section = group * order.heads_per_listed_section(device.sm_count, problem.num_heads_k, tiles)
+        blocks, tiles = -(-common.mean_seqlen_q(problem) // tile.block_m), lists.tiles_of_head_q * group
+        section = group * order.heads_per_listed_section(device.sm_count, problem.num_heads_k, tiles, blocks)
     elif window is not None and not window.only_drops:
         keys = problem.seqlen_k - problem.empty_keys
         beside = keys - seqlen_q  # the key that query 0 stands beside

@@ -24,7 +24,7 @@ _ROWS = 16 * _WARPS  # that a thread block looks after at a time
 
 def _shared_bytes(lists: Lists) -> int:
     """Of `SharedMemory` there."""
-    return 4 * ((12 if lists.positioned else 10) * _THREADS + 2 * _WARPS + 2)
+    return 4 * ((12 if lists.positioned else 10) * _THREADS + 2 * _WARPS + 4)
 
 
 def launch(
