@@ -612,3 +612,34 @@ def test_with_parts_no_bit_depends_on_the_others(
             _as_device(monkeypatch, dataclasses.replace(driver.device_info(0), sm_count=count))
         found = fa2cupy.attention_with_kvcache(q, *pages, block_table=table, cache_seqlens=lengths, **options)
         assert all(torch.equal(x, y) for x, y in zip(found, together, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Doors
+
+
+def test_flash_attn_and_compiled(device: torch.device) -> None:
+    """The same bits through flash_attn's function, and through the operator of a compiled graph."""
+    from fa2cupy.flash_attn import flash_attn_with_kvcache
+
+    case = _case(WIDTHS[5], (283, 0, 17, 639), 2, 2, page=16, rotary=_NEOX)
+    found = []
+    for way in range(3):
+        held = Held(case, device)
+        call = dict(held.of_call)
+        if way == 0:
+            results = held.cache.attend(held.q, **call, return_lse=True)
+        elif way == 1:
+            cos, sin, _ = call["rotary"]
+            results = flash_attn_with_kvcache(
+                held.q, held.k, held.v, call["k"], call["v"], cos, sin, call["cache_seqlens"], causal=True,
+                block_table=held.cache._cache.arrays["block_table"], rotary_interleaved=False, return_softmax_lse=True,
+            )  # fmt: skip
+        else:
+            attend = held.cache.attend
+            compiled = torch.compile(lambda q: attend(q, **call, return_lse=True), backend="aot_eager", fullgraph=True)  # noqa: B023
+            results = compiled(held.q)
+        held.check(*results)
+        found.append((*results, held.k.view(torch.int16), held.v.view(torch.int16)))
+    for each in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(each, found[0], strict=True))
