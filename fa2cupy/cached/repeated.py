@@ -67,16 +67,9 @@ class _Form(NamedTuple):
         return form
 
 
-class _Asked(NamedTuple):
-    """What one call asks for: its arrays and their names, cache_seqlens where it is a number, and everything else, the
-    key, which may not be hashable.
-    """
-
-    arrays: list[Any]
-    names: tuple[str, ...]
-    number: int | None
-    key: tuple[Any, ...]
-    workspace: Any
+# What one call asks for: its arrays and their names, cache_seqlens where it is a number, everything else, which may not
+# be hashable, as a key, and a workspace. A plain tuple: one with names takes a while to make.
+_Asked = tuple[list[Any], tuple[str, ...], "int | None", tuple[Any, ...], Any]
 
 
 class Fixed(NamedTuple):
@@ -117,14 +110,14 @@ class Fixed(NamedTuple):
 def attend(fixed: Fixed, q: Any, keywords: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """out, lse of a call that is like one before; None for one that is not."""
     try:
-        asked = _asked(fixed, q, keywords)
-        signature, pointers = fixed.framework.signature(asked.arrays)
-        prepared = _PREPARED.get((asked.key, signature))
+        arrays, _, number, key, workspace = _asked(fixed, q, keywords)
+        signature, pointers = fixed.framework.signature(arrays)
+        prepared = _PREPARED.get((key, signature))
     except Exception:  # unhashable options, arrays of another library, ...: the first call says what is wrong
         return None
     if prepared is None:
         return None
-    return prepared.run(fixed, asked.arrays, pointers, asked.number, asked.workspace)
+    return prepared.run(fixed, arrays, pointers, number, workspace)
 
 
 def first(fixed: Fixed | None, call: Call, keywords: Mapping[str, Any], workspace: Any) -> tuple[Any, Any]:
@@ -136,9 +129,9 @@ def first(fixed: Fixed | None, call: Call, keywords: Mapping[str, Any], workspac
     if fixed is None:
         fixed = Fixed.of(call.cache.framework, call.cache.arrays, ("of what was converted",))
     else:
-        asked = _asked(fixed, call.arrays["q"], keywords)
-        # Nothing is kept of a number of NumPy's, which is no int.
-        names, key = asked.names, asked.key if asked.number == number else None
+        _, names, found, key, _ = _asked(fixed, call.arrays["q"], keywords)
+        if found != number:  # a number of NumPy's, which is no int: nothing is kept
+            key = None
     assert fixed is not None
     prepared = prepare(call, names)
     arrays = [call.arrays.get(name) for name in names]
@@ -172,4 +165,4 @@ def _asked(fixed: Fixed, q: Any, keywords: Mapping[str, Any]) -> _Asked:
             array_names += _ROTARY
             options.append(style)
     key = (fixed.number, names, number is None, *options, *map(type, options))
-    return _Asked(arrays, array_names, number, key, given[form.workspace] if form.workspace else None)
+    return arrays, array_names, number, key, given[form.workspace] if form.workspace else None
