@@ -189,8 +189,6 @@ _LIST_SPILLS = {
     ("sm_90", "sm80/flash_fwd.cu", 192, True): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, False): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, True): 20,
-    ("sm_90a", "sm90/flash_bwd.cu", 128, False): 24,
-    ("sm_90a", "sm90/flash_bwd.cu", 128, True): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 16,
     ("sm_80", "sm80/flash_bwd.cu", 64, False): 84,
