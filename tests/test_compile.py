@@ -17,11 +17,14 @@ from typing import Any
 
 import pytest
 
+from fa2cupy.cached.problem import Rotary
 from fa2cupy.jit import DeviceInfo, compile_many
-from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
+from fa2cupy.kernels import CompileJob, cache_params, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
+from fa2cupy.kernels.sm80 import flash_decode
+from fa2cupy.kernels.tiles import shared_memory_class
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, SinksParams, WindowParams
+from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, ScoreSpec, SinksParams, SinksSpec, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -382,6 +385,43 @@ def test_some_rows_with_sinks() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_all_rows_with_sinks(arch: str) -> None:
     check_spills(sinks_jobs(arch))
+
+
+_ON_A_CACHE: dict[str, dict[str, Any]] = {
+    "softcap alibi sinks": {"score": ScoreSpec(1.0, 2.0, (0, 1)), "sinks": SinksSpec(False)},
+    "parts": {"split_size": 128},
+    "parts, pages, new keys": {"split_size": 64, "seqlen_new": 2, "rotary": Rotary(32, 1, False, True, True)},
+    "softcap sinks of e4m3": {
+        "score": ScoreSpec(1.0, 2.0, None),
+        "sinks": SinksSpec(True),
+        "kv_dtype": "float8_e4m3fn",
+    },
+}
+
+
+def cache_jobs(arch: str) -> list[CompileJob]:
+    """Every row of decoding with what is not compiled ahead."""
+    device, jobs = cache_params.device_of(arch), []
+    for label, fields in _ON_A_CACHE.items():
+        table = flash_decode.DECODE_TILES_8 if "kv_dtype" in fields else flash_decode.DECODE_TILES
+        for tile in table[shared_memory_class(device.shared_mem_optin)]:
+            page = 16 if "seqlen_new" in fields else None
+            problem = cache_params.problem_of(tile.head_dim, "bfloat16", page, fields)
+            launch = flash_decode.launch(problem, device, tile, new_keys="seqlen_new" in fields)
+            name = f"head_dim {tile.head_dim} {tile.block_m} rows {label}"
+            jobs.append(CompileJob(launch.source, launch.name, arch, launch.defines, name, 0, tile.spill_bytes))
+    return jobs
+
+
+def test_some_rows_of_caches() -> None:
+    jobs = {job.label: job for job in cache_jobs("sm_90")}
+    check_spills([jobs[f"head_dim 128 16 rows {label}"] for label in ("softcap alibi sinks", "parts")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+def test_all_rows_of_caches(arch: str) -> None:
+    check_spills(cache_jobs(arch))
 
 
 @pytest.mark.slow
