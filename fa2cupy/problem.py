@@ -17,8 +17,10 @@ from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
 from fa2cupy.spec import (
     LENGTHS,
     MASK_ARRAYS,
+    MASK_BLOCK,
     DropoutSpec,
     LengthsSpec,
+    MaskSpec,
     ScoreSpec,
     SinksSpec,
     SoftmaxSpec,
@@ -41,6 +43,7 @@ __all__ = [
     "check_dtypes",
     "softmax_scale",
     "with_features",
+    "with_mask",
 ]
 
 Strides = tuple[int, int, int]  # in elements, between (batch, seqlen, head) neighbours; lse: (batch, head, seqlen)
@@ -221,6 +224,14 @@ def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:
     return replace(problem, dropout=replace(problem.dropout, words=words))
 
 
+def with_mask(problem: AttentionProblem, shape: tuple[int, int, int, int]) -> AttentionProblem:
+    """With a BlockMask of that shape, which `check_block_mask` has looked at."""
+    batch, heads, *lengths = shape
+    blocks = (-(-length // MASK_BLOCK) for length in lengths)
+    group = problem.num_heads // max(1, problem.num_heads_k)
+    return replace(problem, mask=MaskSpec(heads if batch > 1 else 0, int(heads > 1), *blocks, group))
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
@@ -296,6 +307,7 @@ class AttentionProblem:
     aligned: bool
     window: WindowSpec | None = None
     score: ScoreSpec | None = None
+    mask: MaskSpec | None = None
     sinks: SinksSpec | None = None
     dropout: DropoutSpec | None = None
     lengths: LengthsSpec | None = None

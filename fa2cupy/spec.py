@@ -16,6 +16,7 @@ __all__ = [
     "LENGTHS",
     "LISTING",
     "MASK_ARRAYS",
+    "MASK_BLOCK",
     "OF_SINKS",
     "PREPROCESS",
     "DlseParams",
@@ -23,6 +24,8 @@ __all__ = [
     "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
+    "MaskSpec",
+    "PickedParams",
     "Row",
     "ScoreParams",
     "ScoreSpec",
@@ -104,6 +107,9 @@ class Spec:
         return ""
 
 
+MASK_BLOCK = 128  # queries and keys of a block of a mask
+
+
 # Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
 _TINY_SCALE = 1e-30
 
@@ -182,6 +188,59 @@ class ScoreSpec(Spec):
 
     def objection(self, row: Row) -> str:
         return "" if row.room else "no registers are left for scores that become others"
+
+
+# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
+MASK_ARRAYS = (
+    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
+)  # fmt: skip
+
+
+class PickedParams(ctypes.Structure):
+    """The twin of the struct in cuda_src/common/params.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in MASK_ARRAYS),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("masks_of_batch", "masks_of_head", "query_blocks", "key_blocks", "heads_of_key")
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpec(Spec):
+    """Which blocks of 128 queries and 128 keys meet each other, by lists, and which of their elements.
+
+    masks_of_batch, masks_of_head: how many masks further that of the next row of the batch is, and of the next query
+    head; 0 where it is the same. query_blocks, key_blocks: of a mask. heads_of_key: query heads that share a key head.
+    """
+
+    masks_of_batch: int
+    masks_of_head: int
+    query_blocks: int
+    key_blocks: int
+    heads_of_key: int
+
+    def reaches(self, source: str) -> bool:
+        return not source.startswith("smxx/") or source == "smxx/fill_unseen.cu"
+
+    def defines(self) -> dict[str, int | str]:
+        return {"FA2_PICKED": 1, "FA2_UNSEEN_ROWS": 1}
+
+    def params(self) -> PickedParams:
+        numbers = self.masks_of_batch, self.masks_of_head, self.query_blocks, self.key_blocks, self.heads_of_key
+        return PickedParams(*(0 for _ in MASK_ARRAYS), *numbers)
+
+    def arrays(self) -> tuple[str, ...]:
+        return MASK_ARRAYS
+
+    def objection(self, row: Row) -> str:
+        if MASK_BLOCK % row.block_m or MASK_BLOCK % row.block_n:
+            return f"tiles of {row.block_m} x {row.block_n} are no equal parts of a mask's blocks of {MASK_BLOCK}"
+        if getattr(row, "cluster", 1) > 1:
+            return "thread blocks that share queries do not go by a mask's lists"
+        return ""
 
 
 class SinksParams(ctypes.Structure):
@@ -348,12 +407,6 @@ class LengthsSpec(Spec):
         seqlen).
         """
         return tuple(name for name in LENGTHS if getattr(self, "segments" if name.startswith("segment") else name))
-
-
-# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
-MASK_ARRAYS = (
-    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
-)  # fmt: skip
 
 
 class DlseParams(ctypes.Structure):

@@ -33,3 +33,7 @@ struct True {
 struct False {
   static constexpr bool value = false;
 };
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};

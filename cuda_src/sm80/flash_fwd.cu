@@ -100,10 +100,11 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
                                       parts);
   };
 
-  const KeyVisit visit = key_blocks(sequence, m_block);
+  const KeyVisit visit = key_visit(sequence, m_block, params, query_batch(tile), tile.head);
   if (kUnseenRows && !kListed && visit.begin >= visit.end) return;
+  auto block_at = [&](int n) { return kPicked && n < 0 ? -1 : met_keys(visit, n).block; };
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_k(visit.end - 1, False{});
+  load_k(block_at(visit.end - 1), False{});
   cp_async_commit_group();
 
   QOperand operand_q{smem_q};
@@ -124,7 +125,13 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   };
   const Drawing drawing = drawing_of(params, tile, tile.head);
   Kept<false, kMTiles, kSTiles> kept;
-  auto step = [&](int n, auto masked, auto whole) {
+  Seen<false, kMTiles> seen;
+  auto step = [&](int place, auto masked, auto whole) {
+    const MetBlock met = met_keys(visit, place);
+    const int n = met.block;
+    if constexpr (decltype(masked)::value) {
+      seen.read(params, met, m_block % kQueryParts * kBlockM + warp_row + accumulator_row(), n % kKeyParts * kBlockN);
+    }
     kept.draw(drawing, position_of(n));
     cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
@@ -136,21 +143,26 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
     // P = exp(scale * S - m)
     const RowShift<kMTiles> shift = modify_scores(acc_s, params, of_head, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
-      mask_scores(acc_s, sequence, position_of(n));
+      if constexpr (kPicked) {
+        mask_scores(acc_s, seen);
+      } else {
+        mask_scores(acc_s, sequence, position_of(n));
+      }
     }
     softmax.update(acc_s, acc_o, scale_log2, shift);
     kept.drop(acc_s);
+    const int next = kBand && n == visit.begin ? -1 : block_at(place - 1);
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
     gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) {
-      load_k(kBand && n == visit.begin ? -1 : n - 1, True{}, k, kKeySteps);
+      load_k(next, Bool<!kPicked>{}, k, kKeySteps);
     });
     cp_async_commit_group();
   };
   int n = visit.end - 1;
   for (; n >= visit.mask_from; --n) step(n, True{}, False{});
-  for (; n >= visit.unmasked_from(); --n) step(n, False{}, True{});
+  for (; n >= visit.unmasked_from(); --n) step(n, False{}, Bool<!kPicked>{});
   if constexpr (kBand) {
     for (; n >= visit.begin; --n) step(n, True{}, True{});
   }
