@@ -9,17 +9,18 @@
 template <bool kIsPicked, bool kTransposed, int kMTiles>
 struct SeenOf {
   template <typename Params>
-  FA2_DEVICE void read(const Params&, const MetBlock&, int, int) {}
+  FA2_DEVICE void read(const Params&, int, int, int) {}
   FA2_DEVICE bool hides(int, int, int) const { return false; }
 };
 template <bool kTransposed, int kMTiles>
 struct SeenOf<true, kTransposed, kMTiles> {
   uint32_t words[kMTiles][2];
-  // row: of the thread's first element within the block of 128; col: of its warp's first column there, a multiple of 16.
+  // number: of the block's bits, see MetBlock. row: of the thread's first element within the block of 128; col: of its warp's first
+  // column there, a multiple of 16.
   template <typename Params>
-  FA2_DEVICE void read(const Params& params, const MetBlock& met, int row, int col) {
-    if (met.bits < 0) return;
-    const uint32_t* bits = params.mask_bits + (static_cast<int64_t>(met.bits) * 2 + kTransposed) * kPickedBlock * 4;
+  FA2_DEVICE void read(const Params& params, int number, int row, int col) {
+    if (number < 0) return;
+    const uint32_t* bits = params.mask_bits + (static_cast<int64_t>(number) * 2 + kTransposed) * kPickedBlock * 4;
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
 #pragma unroll

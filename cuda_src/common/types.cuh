@@ -33,7 +33,3 @@ struct True {
 struct False {
   static constexpr bool value = false;
 };
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};

@@ -102,9 +102,8 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
 
   const KeyVisit visit = key_visit(sequence, m_block, params, query_batch(tile), tile.head);
   if (kUnseenRows && !kListed && visit.begin >= visit.end) return;
-  auto block_at = [&](int n) { return kPicked && n < 0 ? -1 : met_keys(visit, n).block; };
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_k(block_at(visit.end - 1), False{});
+  load_k(met_keys(visit, visit.end - 1).block, False{});
   cp_async_commit_group();
 
   QOperand operand_q{smem_q};
@@ -126,11 +125,9 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   const Drawing drawing = drawing_of(params, tile, tile.head);
   Kept<false, kMTiles, kSTiles> kept;
   Seen<false, kMTiles> seen;
-  auto step = [&](int place, auto masked, auto whole) {
-    const MetBlock met = met_keys(visit, place);
-    const int n = met.block;
-    if constexpr (decltype(masked)::value) {
-      seen.read(params, met, m_block % kQueryParts * kBlockM + warp_row + accumulator_row(), n % kKeyParts * kBlockN);
+  auto step = [&](int n, auto masked, auto whole, int bits = -1, int next = -1) {
+    if constexpr (kPicked && decltype(masked)::value) {
+      seen.read(params, bits, m_block % kQueryParts * kBlockM + warp_row + accumulator_row(), n % kKeyParts * kBlockN);
     }
     kept.draw(drawing, position_of(n));
     cp_async_wait_group<0>();  // K(n) landed
@@ -151,20 +148,34 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
     }
     softmax.update(acc_s, acc_o, scale_log2, shift);
     kept.drop(acc_s);
-    const int next = kBand && n == visit.begin ? -1 : block_at(place - 1);
     cp_async_wait_group<0>();  // V(n) landed
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
     gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) {
-      load_k(next, Bool<!kPicked>{}, k, kKeySteps);
+      if constexpr (kPicked) {
+        load_k(next, False{}, k, kKeySteps);
+      } else {
+        load_k(kBand && n == visit.begin ? -1 : n - 1, True{}, k, kKeySteps);
+      }
     });
     cp_async_commit_group();
   };
   int n = visit.end - 1;
-  for (; n >= visit.mask_from; --n) step(n, True{}, False{});
-  for (; n >= visit.unmasked_from(); --n) step(n, False{}, Bool<!kPicked>{});
-  if constexpr (kBand) {
-    for (; n >= visit.begin; --n) step(n, True{}, True{});
+  if constexpr (kPicked) {  // the last block may be anywhere
+    MetBlock met = met_keys(visit, n);
+    auto step_at = [&](int place, auto masked) {
+      const MetBlock next = place > 0 ? met_keys(visit, place - 1) : MetBlock{-1, -1};
+      step(met.block, masked, False{}, met.bits, next.block);
+      met = next;
+    };
+    for (; n >= visit.mask_from; --n) step_at(n, True{});
+    for (; n >= visit.begin; --n) step_at(n, False{});
+  } else {
+    for (; n >= visit.mask_from; --n) step(n, True{}, False{});
+    for (; n >= visit.unmasked_from(); --n) step(n, False{}, True{});
+    if constexpr (kBand) {
+      for (; n >= visit.begin; --n) step(n, True{}, True{});
+    }
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.

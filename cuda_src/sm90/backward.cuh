@@ -2,7 +2,7 @@
 // and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
-#include "common/bwd_tiles.cuh"
+#include "common/bwd_steps.cuh"
 #include "sm90/tile.cuh"
 
 // In a band: from which query block on there is a mask again, and how many blocks a head has.

@@ -204,7 +204,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   };
   auto look = [&](const Work& work, int n) {  // at what is seen of a block that is met in part
     const MetBlock met = met_keys(work.visit, n);
-    seen.read(params, met, work.m_block % kQueryParts * kBlockM + row, met.block % kKeyParts * kBlockN);
+    seen.read(params, met.bits, work.m_block % kQueryParts * kBlockM + row, met.block % kKeyParts * kBlockN);
   };
   auto modify = [&](const Work& work, int n) {
     return modify_scores(acc_s, params, work, sequence_of_tile(shape, work, params), position_of(work, n));

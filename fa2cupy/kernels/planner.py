@@ -152,7 +152,8 @@ def plan_backward(
         shorts = _shorts(work, whole)
         if shorts is not None:
             launches += (flash_bwd_preprocess.launch(shorts), bwd_sm80.launch(shorts, _short_row(problem, device)))
-    launches += fill_unseen.launches(problem, device, "dq", empty, names)
+    if problem.mask is None or not busy:
+        launches += fill_unseen.launches(problem, device, "dq", empty, names)
     unseen = problem.seqlen_k if problem.seqlen_q == empty and lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)

@@ -37,3 +37,11 @@ def mask_cases(head_dim: int, arch: str, deterministic: bool = False, names: tup
 def test_forward(arch: str, head_dim: int) -> None:
     for host_case in mask_cases(head_dim, arch):
         check(host_case, False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "deterministic"), [("sm_80", 64, True), ("sm_86", 128, False), ("sm_86", 64, True)]
+)
+def test_backward(arch: str, head_dim: int, deterministic: bool) -> None:
+    for host_case in mask_cases(head_dim, arch, deterministic):
+        check(host_case, True)
