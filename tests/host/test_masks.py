@@ -40,7 +40,14 @@ def test_forward(arch: str, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_dim", "deterministic"), [("sm_80", 64, True), ("sm_86", 128, False), ("sm_86", 64, True)]
+    ("arch", "head_dim", "deterministic"),
+    [
+        ("sm_80", 64, True),
+        ("sm_86", 128, False),
+        ("sm_90", 64, False),
+        ("sm_90", 128, True),
+        ("sm_90", 128, False),
+    ],
 )
 def test_backward(arch: str, head_dim: int, deterministic: bool) -> None:
     for host_case in mask_cases(head_dim, arch, deterministic):
