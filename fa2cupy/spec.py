@@ -240,7 +240,7 @@ class MaskSpec(Spec):
             return f"tiles of {row.block_m} x {row.block_n} are no equal parts of a mask's blocks of {MASK_BLOCK}"
         if getattr(row, "cluster", 1) > 1:
             return "thread blocks that share queries do not go by a mask's lists"
-        return ""
+        return "" if row.room or row.family == "sm80" else "no registers are left for a mask's bits"
 
 
 class SinksParams(ctypes.Structure):

@@ -29,7 +29,7 @@ static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and c
 constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 constexpr int kKStages = 2;  // the next tile's first S is computed before this one's last dQ
-constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
+constexpr int kCopyRegisters = kPicked ? 32 : 24, kComputeRegisters = 240;
 static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
 
 // A warpgroup's part of dQ: 64 rows and 64 columns, or half of them. Of the last columns fewer may leave.
