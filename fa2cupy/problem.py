@@ -232,6 +232,17 @@ def with_mask(problem: AttentionProblem, shape: tuple[int, int, int, int]) -> At
     return replace(problem, mask=MaskSpec(heads if batch > 1 else 0, int(heads > 1), *blocks, group))
 
 
+def _with_mask(problem: AttentionProblem, mask: Any) -> AttentionProblem:
+    """mask: the shape of a BlockMask, whose arrays are given besides."""
+    if isinstance(mask, TensorRef):
+        raise InvalidArgument(
+            "mask= is an array, which is not supported on a GPU yet: pass fa2cupy.BlockMask.from_dense(mask)"
+        )
+    if problem.lengths is not None:
+        raise InvalidArgument("mask= with lengths is not supported on a GPU yet: leave one out, or pass arrays on the CPU")
+    return with_mask(problem, mask)
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
@@ -244,6 +255,8 @@ SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "dsinks": lambda problem, ref: _with_gradient_of_sinks(problem),
     "dropout_p": _with_dropout,
     "dropout_seed": _with_seed,
+    "mask": _with_mask,
+    **{name: lambda problem, ref: problem for name in MASK_ARRAYS},
     **{name: functools.partial(_with_lengths, name) for name in LENGTHS},
     "dlse": lambda problem, ref: replace(
         problem, softmax=SoftmaxSpec(_kernel_strides("lse", ref, "bshd"), problem.empty_rows)
@@ -263,7 +276,8 @@ def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> Attent
             )
         problem = SPECS[name](problem, value)
     arrays = [name for spec in problem.specs for name in spec.arrays()]
-    assert arrays == [name for name in given if name in ARRAY_RULES], "fields in another order than the table"
+    refs = [name for name, value in given.items() if name in ARRAY_RULES and isinstance(value, TensorRef)]
+    assert arrays == refs, "fields in another order than the table"
     return problem
 
 

@@ -159,14 +159,20 @@ class UserFunction:
         return evaluate.evaluate(self.graph, arguments, arrays, real, check=env.check())
 
     def on_host(self, arrays: Mapping[str, Any], real: npt.DTypeLike = np.float32) -> dict[str, Any]:
-        """The captures' values as `evaluate` takes them, of arrays on the CPU."""
+        """The captures' values as `evaluate` takes them. Waits for arrays on a GPU."""
         found: dict[str, Any] = {}
         for capture in self.captures:
             value = arrays[capture.name]
             if capture.rank is not None:
                 framework = framework_of(value)
                 assert framework is not None
-                array = np.asarray(value) if framework is JAX else framework.to_numpy(value)
+                device, is_bf16 = framework.device(value, capture.name), capture.dtype == "bfloat16"
+                if device.kind == "cuda" and framework is not JAX:
+                    bits = value.view(sys.modules["torch"].int16) if is_bf16 else value
+                    array = framework.to_host(bits)  # type: ignore[attr-defined]
+                    array = array.view(np.uint16) if is_bf16 else array
+                else:
+                    array = np.asarray(value) if framework is JAX else framework.to_numpy(value)
                 value = evaluate.held(array, capture.dtype == "bfloat16", real)
             found[capture.name] = value
         return found
