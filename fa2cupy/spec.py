@@ -203,7 +203,7 @@ class PickedParams(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in MASK_ARRAYS),
         *(
             (name, ctypes.c_int32)
-            for name in ("masks_of_batch", "masks_of_head", "query_blocks", "key_blocks", "heads_of_key")
+            for name in ("batch_masks", "head_masks", "query_blocks", "key_blocks", "heads_of_key")
         ),
     )
 
@@ -212,12 +212,12 @@ class PickedParams(ctypes.Structure):
 class MaskSpec(Spec):
     """Which blocks of 128 queries and 128 keys meet each other, by lists, and which of their elements.
 
-    masks_of_batch, masks_of_head: how many masks further that of the next row of the batch is, and of the next query
+    batch_masks, head_masks: how many masks further that of the next row of the batch is, and of the next query
     head; 0 where it is the same. query_blocks, key_blocks: of a mask. heads_of_key: query heads that share a key head.
     """
 
-    masks_of_batch: int
-    masks_of_head: int
+    batch_masks: int
+    head_masks: int
     query_blocks: int
     key_blocks: int
     heads_of_key: int
@@ -229,7 +229,7 @@ class MaskSpec(Spec):
         return {"FA2_PICKED": 1, "FA2_UNSEEN_ROWS": 1}
 
     def params(self) -> PickedParams:
-        numbers = self.masks_of_batch, self.masks_of_head, self.query_blocks, self.key_blocks, self.heads_of_key
+        numbers = self.batch_masks, self.head_masks, self.query_blocks, self.key_blocks, self.heads_of_key
         return PickedParams(*(0 for _ in MASK_ARRAYS), *numbers)
 
     def arrays(self) -> tuple[str, ...]:
@@ -359,7 +359,7 @@ LENGTHS = (
 
 # The arrays that torch's operators carry as arguments of their own, in the order of the keywords; and of these the ones
 # that may have a gradient.
-CARRIED = ("alibi_slopes", "sinks", "dropout_seed", *LENGTHS)
+CARRIED = ("alibi_slopes", *MASK_ARRAYS, "sinks", "dropout_seed", *LENGTHS)
 DIFFERENTIABLE = ("sinks",)
 
 

@@ -52,7 +52,7 @@ struct PickedParams {
   const int2* mask_entries_k;  // (entries,)
   const int* mask_ranks;       // (entries,)
   const uint32_t* mask_bits;   // (partial blocks, 2, 128, 4)
-  int masks_of_batch, masks_of_head;  // how many masks further that of the next row of the batch is, and of the next query head
+  int batch_masks, head_masks;  // how many masks further that of the next row of the batch is, and of the next query head
   int query_blocks, key_blocks;       // M and N
   int heads_of_key;                   // query heads that share a key head
 };

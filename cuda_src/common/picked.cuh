@@ -24,7 +24,7 @@ FA2_DEVICE int query_tiles(const Shape& shape) {
 // Which mask a query head goes by.
 template <typename Params>
 FA2_DEVICE int64_t mask_of(const Params& params, int batch, int head) {
-  return static_cast<int64_t>(batch) * params.masks_of_batch + static_cast<int64_t>(head) * params.masks_of_head;
+  return static_cast<int64_t>(batch) * params.batch_masks + static_cast<int64_t>(head) * params.head_masks;
 }
 template <typename Params>
 FA2_DEVICE int4 picked_row_q(const Params& params, int batch, int head, int block) {

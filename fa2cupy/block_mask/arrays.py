@@ -12,7 +12,7 @@ import numpy as np
 from fa2cupy.block_mask.lists import BlockLists
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import CUPY, JAX, NUMPY, TORCH, framework_of
-from fa2cupy.frameworks.base import Device, Framework, describe
+from fa2cupy.frameworks.base import Device, Framework, GpuFramework, describe
 
 __all__ = ["Home", "home_of", "in_kind", "moved"]
 
@@ -28,7 +28,7 @@ class Home:
     def array(self, array: Any) -> np.ndarray:
         """An array of it in NumPy. Waits for a GPU."""
         if self.device.kind == "cuda":
-            return _to_host(self.framework, array)
+            return _to_host(self.framework, array, self.device.index)
         return np.asarray(array) if self.framework is JAX else self.framework.to_numpy(array)
 
     def own(self, array: np.ndarray) -> Any:
@@ -61,10 +61,12 @@ def home_of(name: str, array: Any) -> Home:
     return Home(framework, device)
 
 
-def _to_host(framework: Framework, array: Any) -> np.ndarray:
-    assert framework is CUPY or framework is TORCH
-    host: np.ndarray = framework.to_host(array)  # type: ignore[attr-defined]
-    return host
+def _to_host(framework: Framework, array: Any, index: int) -> np.ndarray:
+    from fa2cupy.jit import driver
+
+    assert isinstance(framework, GpuFramework)
+    with driver.device_guard(index):
+        return framework.to_host(array)
 
 
 def _from_host(framework: Framework, array: np.ndarray, index: int) -> Any:
