@@ -20,6 +20,7 @@ from fa2cupy.spec import (
     MASK_BLOCK,
     DropoutSpec,
     LengthsSpec,
+    MaskArray,
     MaskSpec,
     ScoreSpec,
     SinksSpec,
@@ -233,14 +234,26 @@ def with_mask(problem: AttentionProblem, shape: tuple[int, int, int, int]) -> At
 
 
 def _with_mask(problem: AttentionProblem, mask: Any) -> AttentionProblem:
-    """mask: the shape of a BlockMask, whose arrays are given besides."""
-    if isinstance(mask, TensorRef):
-        raise InvalidArgument(
-            "mask= is an array, which is not supported on a GPU yet: pass fa2cupy.BlockMask.from_dense(mask)"
-        )
+    """mask: the shape of a BlockMask, whose arrays are given besides; or an array, from which a call makes lists, of
+    what causal and windows leave of it: so these are none of the kernels' any more.
+    """
     if problem.lengths is not None:
         raise InvalidArgument("mask= with lengths is not supported on a GPU yet: leave one out, or pass arrays on the CPU")
-    return with_mask(problem, mask)
+    if not isinstance(mask, TensorRef):
+        return with_mask(problem, mask)
+    rank = len(mask.shape)
+    shape = (1,) * (4 - rank) + tuple(mask.shape)
+    strides = [0] * (4 - rank) + [0 if n == 1 else step for n, step in zip(mask.shape, mask.strides, strict=True)]
+    offset, far = problem.seqlen_k - problem.seqlen_q, problem.seqlen_q + problem.seqlen_k
+    left, right = far, 0 if problem.causal else far
+    if problem.window is not None:
+        left, right = problem.window.left, problem.window.right
+    whole = shape[0], shape[1], problem.seqlen_q, problem.seqlen_k
+    array = MaskArray(whole, (strides[0], strides[1], strides[2], strides[3]), (offset - left, offset + right))
+    dropout = problem.dropout and replace(problem.dropout, empty_rows=0, empty_keys=0)
+    masked = with_mask(replace(problem, causal=False, window=None, dropout=dropout), whole)
+    assert masked.mask is not None
+    return replace(masked, mask=replace(masked.mask, array=array))
 
 
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of

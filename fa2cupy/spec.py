@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -24,6 +25,7 @@ __all__ = [
     "DropoutSpec",
     "LengthsParams",
     "LengthsSpec",
+    "MaskArray",
     "MaskSpec",
     "PickedParams",
     "Row",
@@ -102,12 +104,15 @@ class Spec:
         """
         return ()
 
+    def pointers(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """By the fields of its block: position among the pointers of a call, whose names these are and behind which the
+        workspace comes, and bytes to add.
+        """
+        return {name: (names.index(name), 0) for name in self.arrays() + self.results()}
+
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
         return ""
-
-
-MASK_BLOCK = 128  # queries and keys of a block of a mask
 
 
 # Below it is a scale of scores so small that its inverse, in which slopes are counted, is not one of float32.
@@ -190,10 +195,14 @@ class ScoreSpec(Spec):
         return "" if row.room else "no registers are left for scores that become others"
 
 
+MASK_BLOCK = 128  # queries and keys of a block of a mask
 # The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
 MASK_ARRAYS = (
     "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
 )  # fmt: skip
+
+
+_MASK_NUMBERS = ("batch_masks", "head_masks", "query_blocks", "key_blocks", "heads_of_key")
 
 
 class PickedParams(ctypes.Structure):
@@ -201,11 +210,19 @@ class PickedParams(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in MASK_ARRAYS),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("batch_masks", "head_masks", "query_blocks", "key_blocks", "heads_of_key")
-        ),
+        *((name, ctypes.c_int32) for name in _MASK_NUMBERS),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MaskArray:
+    """A bool array of which a call makes lists, and its strides in elements. shape: (batch or 1, num_heads or 1,
+    seqlen_q, seqlen_k). Query i sees none but the keys from i + band[0] to i + band[1].
+    """
+
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    band: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +231,7 @@ class MaskSpec(Spec):
 
     batch_masks, head_masks: how many masks further that of the next row of the batch is, and of the next query
     head; 0 where it is the same. query_blocks, key_blocks: of a mask. heads_of_key: query heads that share a key head.
+    array: what the lists are made of, if a call does not bring them.
     """
 
     batch_masks: int
@@ -221,6 +239,7 @@ class MaskSpec(Spec):
     query_blocks: int
     key_blocks: int
     heads_of_key: int
+    array: MaskArray | None = None
 
     def reaches(self, source: str) -> bool:
         return not source.startswith("smxx/") or source == "smxx/fill_unseen.cu"
@@ -229,11 +248,35 @@ class MaskSpec(Spec):
         return {"FA2_PICKED": 1, "FA2_UNSEEN_ROWS": 1}
 
     def params(self) -> PickedParams:
-        numbers = self.batch_masks, self.head_masks, self.query_blocks, self.key_blocks, self.heads_of_key
-        return PickedParams(*(0 for _ in MASK_ARRAYS), *numbers)
+        return PickedParams(**{name: getattr(self, name) for name in _MASK_NUMBERS})
 
     def arrays(self) -> tuple[str, ...]:
-        return MASK_ARRAYS
+        return MASK_ARRAYS if self.array is None else ("mask",)
+
+    def pointers(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        if self.array is None:
+            return Spec.pointers(self, names)
+        offsets = self.offsets
+        return {name: (len(names), offsets[name]) for name in MASK_ARRAYS}
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Of lists that are made: bytes from the start of the workspace, by the names of `MASK_ARRAYS` and of what they
+        are made with; and "end".
+        """
+        if self.array is None:
+            return {"end": 0}
+        batch, heads, _, _ = self.array.shape
+        rows, columns = batch * heads * self.query_blocks, batch * heads * self.key_blocks
+        blocks = rows * self.key_blocks
+        entries, bits = 8 * blocks, 4 * MASK_BLOCK * 8 * max(1, blocks)
+        sizes = dict(zip(MASK_ARRAYS, (16 * rows, entries, 16 * columns, entries, 4 * blocks, bits), strict=True))
+        sizes |= {"counts": 8, "first_partial": 4 * rows, "numbers": 8 * blocks, "kinds": blocks}
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += -(-size // 256) * 256
+        return {**offsets, "end": end}
 
     def objection(self, row: Row) -> str:
         if MASK_BLOCK % row.block_m or MASK_BLOCK % row.block_n:

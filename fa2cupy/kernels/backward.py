@@ -141,7 +141,9 @@ class Work:
 
     @property
     def end_of_lists(self) -> int:
-        """Bytes of the workspace that lists and segments take."""
+        """Bytes of the workspace that lists, of tiles or of blocks, and segments take."""
+        if self.problem.mask is not None:
+            return self.problem.mask.offsets["end"]
         last = self.shorts.segments if self.shorts else self.segments or self.tile_lists
         return last.end if last else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.gpu.cases import DTYPES, Case
@@ -52,3 +54,18 @@ def test_forward(arch: str, head_dim: int) -> None:
 def test_backward(arch: str, head_dim: int, deterministic: bool) -> None:
     for host_case in mask_cases(head_dim, arch, deterministic):
         check(host_case, True)
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_90", 128)])
+def test_of_arrays(arch: str, head_dim: int) -> None:
+    """Lists that the call makes in its workspace, of what causal and windows leave."""
+    cases = mask_cases(head_dim, arch, names=("dots", "both", "heads", "full", "none"))
+    for number, host_case in enumerate(cases):
+        seqlen_q, seqlen_k = (140, 260) if number % 2 else (130, 130)
+        window = (100, 20) if number == 2 else None
+        causal = number in (1, 3)
+        case = dataclasses.replace(
+            host_case.case, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal, window=window, batch=1 + number % 2
+        )
+        for backward in (False, True):
+            check(dataclasses.replace(host_case, case=case, mask_array=True), backward)
