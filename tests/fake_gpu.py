@@ -143,6 +143,10 @@ class Launch:
         """By the lists that are there; how long they are, they say themselves."""
         p, spec = self.problem, self.problem.mask
         assert spec is not None
+        if spec.array is not None:
+            dense = view(self.pointers["mask"], spec.array.shape, spec.array.strides, np.bool_)
+            (first, last), apart = spec.array.band, np.arange(p.seqlen_k) - np.arange(p.seqlen_q)[:, None]
+            return cpu_mask.mask_of({"mask": dense & (apart >= first) & (apart <= last)}, p.seqlen_q, p.seqlen_k)
         shape = p.batch if spec.batch_masks else 1, p.num_heads if spec.head_masks else 1
 
         def words(name: str, *lengths: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 from tests.gpu.cases import DTYPES, Case
 from tests.host.kernel_run import HostCase, check
 from tests.host.masks import NAMES
+from tests.host.run import Schedule
 
 LENGTHS = ((300, 390), (113, 203), (384, 256), (129, 515), (64, 130), (260, 70), (200, 200), (140, 300), (256, 256))
 _HEADS = ((2, 1), (4, 2), (3, 3))
@@ -35,27 +36,36 @@ def mask_cases(head_dim: int, arch: str, deterministic: bool = False, names: tup
     return cases
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_86", 128), ("sm_90", 64), ("sm_90", 128)])
+SOME = ("blocks", "rows", "heads", "both", "none")
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_86", 128), ("sm_90", 128)])
 def test_forward(arch: str, head_dim: int) -> None:
-    for host_case in mask_cases(head_dim, arch):
+    for host_case in mask_cases(head_dim, arch, names=SOME):
         check(host_case, False)
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_dim", "deterministic"),
-    [
-        ("sm_80", 64, True),
-        ("sm_86", 128, False),
-        ("sm_90", 64, False),
-        ("sm_90", 128, True),
-        ("sm_90", 128, False),
-    ],
+    ("arch", "head_dim", "deterministic"), [("sm_86", 128, True), ("sm_90", 128, True), ("sm_90", 64, False)]
 )
 def test_backward(arch: str, head_dim: int, deterministic: bool) -> None:
-    for host_case in mask_cases(head_dim, arch, deterministic):
-        check(host_case, True)
+    """On sm_86 a block of the mask is four tiles of queries and two of keys."""
+    for host_case in mask_cases(head_dim, arch, deterministic, SOME):
+        check(host_case, True, schedules=(Schedule.LOWEST_FIRST, Schedule.RANDOM))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 192, 256])
+def test_all(arch: str, head_dim: int) -> None:
+    for host_case in mask_cases(head_dim, arch):
+        check(host_case, False)
+    for deterministic in (False, True):
+        for host_case in mask_cases(head_dim, arch, deterministic):
+            check(host_case, True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_90", 128)])
 def test_of_arrays(arch: str, head_dim: int) -> None:
     """Lists that the call makes in its workspace, of what causal and windows leave."""
@@ -69,3 +79,13 @@ def test_of_arrays(arch: str, head_dim: int) -> None:
         )
         for backward in (False, True):
             check(dataclasses.replace(host_case, case=case, mask_array=True), backward)
+
+
+def test_beside_other_features() -> None:
+    """Positions are those of the blocks, not of their places in lists: dropout and distances go by them; and a sink of
+    rows that see nothing."""
+    case = Case(200, 300, 64, "float16", False, 1, (2, 1), seed=3)
+    with_all = HostCase(case, scores=("alibi_slopes",), dropout=(0.3, 4), sinks="float32", mask="heads")
+    for arch in ("sm_90", "sm_86"):
+        for backward in (False, True):
+            check(dataclasses.replace(with_all, arch=arch), backward, schedules=(Schedule.LOWEST_FIRST,))
