@@ -12,6 +12,7 @@ from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import asked
+from fa2cupy.mask_spec import MaskArray, MaskSpec
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
 from fa2cupy.spec import (
@@ -20,8 +21,6 @@ from fa2cupy.spec import (
     MASK_BLOCK,
     DropoutSpec,
     LengthsSpec,
-    MaskArray,
-    MaskSpec,
     ScoreSpec,
     SinksSpec,
     SoftmaxSpec,
@@ -228,9 +227,9 @@ def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:
 def with_mask(problem: AttentionProblem, shape: tuple[int, int, int, int]) -> AttentionProblem:
     """With a BlockMask of that shape, which `check_block_mask` has looked at."""
     batch, heads, *lengths = shape
-    blocks = (-(-length // MASK_BLOCK) for length in lengths)
+    rows, columns = (-(-length // MASK_BLOCK) for length in lengths)
     group = problem.num_heads // max(1, problem.num_heads_k)
-    return replace(problem, mask=MaskSpec(heads if batch > 1 else 0, int(heads > 1), *blocks, group))
+    return replace(problem, mask=MaskSpec(heads if batch > 1 else 0, int(heads > 1), rows, columns, group))
 
 
 def _with_mask(problem: AttentionProblem, mask: Any) -> AttentionProblem:
@@ -238,7 +237,9 @@ def _with_mask(problem: AttentionProblem, mask: Any) -> AttentionProblem:
     what causal and windows leave of it: so these are none of the kernels' any more.
     """
     if problem.lengths is not None:
-        raise InvalidArgument("mask= with lengths is not supported on a GPU yet: leave one out, or pass arrays on the CPU")
+        raise InvalidArgument(
+            "mask= with lengths is not supported on a GPU yet: leave one out, or pass arrays on the CPU"
+        )
     if not isinstance(mask, TensorRef):
         return with_mask(problem, mask)
     rank = len(mask.shape)

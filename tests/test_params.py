@@ -21,6 +21,7 @@ import pytest
 from fa2cupy import spec
 from fa2cupy.jit import source
 from fa2cupy.kernels import compile_jobs, params
+from fa2cupy.mask_spec import PickedParams
 from tests.host import build
 
 HEADER = "common/params.cuh"
@@ -32,17 +33,16 @@ BLOCKS = {
         "DlseParams",
         "DropoutParams",
         "LengthsParams",
-        "PickedParams",
         "ScoreParams",
         "SinksGradientParams",
         "SinksParams",
         "WindowParams",
     )
-}
+} | {"PickedParams": PickedParams}
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
 _SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
 _SCORES = ("FA2_SOFTCAP FA2_ALIBI", spec.ScoreParams)
-_PICKED = ("FA2_PICKED", spec.PickedParams)
+_PICKED = ("FA2_PICKED", PickedParams)
 _DROPOUT = ("FA2_DROPOUT", spec.DropoutParams)
 _SINKS_GRADIENT = spec.SinksGradientParams
 _SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)

@@ -94,7 +94,9 @@ def launches_of_call(problem: AttentionProblem, arch: str, names: Sequence[str])
     mask = problem.mask
     if mask is None or mask.array is None:
         return ()
-    places = {name.removeprefix("mask_"): (len(names), offset) for name, offset in mask.offsets.items() if name != "end"}
+    places = {
+        name.removeprefix("mask_"): (len(names), offset) for name, offset in mask.offsets.items() if name != "end"
+    }
     batch, heads, rows, columns = mask.array.shape
     blocks = batch * heads * blocks_of(rows) * blocks_of(columns)
     seeing = Seeing.by_blocks(mask.array.strides, (1, 1), mask.array.band, names.index("mask"))

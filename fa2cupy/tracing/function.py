@@ -172,7 +172,7 @@ class UserFunction:
         return found
 
 
-def _on_host(framework: Framework, value: Any, capture: CapturedArray) -> np.ndarray:
+def _on_host(framework: Framework, value: Any, capture: Capture) -> np.ndarray:
     if framework is JAX:
         return np.asarray(value)
     device = framework.device(value, capture.name)
@@ -181,7 +181,7 @@ def _on_host(framework: Framework, value: Any, capture: CapturedArray) -> np.nda
     from fa2cupy.jit import driver
 
     assert isinstance(framework, GpuFramework)
-    is_bfloat16 = capture.dtype == "bfloat16"  # torch's, which NumPy has no dtype for
+    is_bfloat16: bool = capture.dtype == "bfloat16"  # torch's, which NumPy has no dtype for
     with driver.device_guard(device.index):
         host = framework.to_host(value.view(sys.modules["torch"].int16) if is_bfloat16 else value)
     return host.view(np.uint16) if is_bfloat16 else host

@@ -10,7 +10,7 @@ from fa2cupy.block_mask.lists import BlockLists
 from fa2cupy.block_mask.mask import BlockMask
 from fa2cupy.spec import MASK_ARRAYS
 
-__all__ = ["NAMES", "drawn", "lists_of", "unmet"]
+__all__ = ["NAMES", "arrays_of", "drawn", "lists_of"]
 
 Array = np.ndarray
 NAMES = ("blocks", "causal", "dots", "full", "none", "rows", "heads", "batches", "both")
@@ -19,8 +19,8 @@ NAMES = ("blocks", "causal", "dots", "full", "none", "rows", "heads", "batches",
 @functools.cache
 def drawn(name: str, seed: int, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Array:
     """blocks: some blocks of 128, or of 64 x 32, at random, in part hidden by a diagonal. causal: from the first row
-    on. dots: elements at random, few. full, none. rows: only some queries see anything, each a few keys. heads, batches, both: blocks of each
-    head's own, of each batch's, of either's.
+    on. dots: elements at random, few. full, none. rows: only some queries see anything, each a few keys. heads,
+    batches, both: blocks of each head's own, of each batch's, of either's.
     """
     rng = np.random.default_rng(seed)
     q, k = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)
@@ -55,16 +55,3 @@ def lists_of(name: str, seed: int, batch: int, heads: int, seqlen_q: int, seqlen
 
 def arrays_of(lists: BlockLists) -> dict[str, Array]:
     return dict(zip(MASK_ARRAYS, lists.arrays(), strict=True))
-
-
-def unmet(mask: Array) -> tuple[Array, Array]:
-    """(batch or 1, seqlen_q), (batch or 1, seqlen_k): rows in blocks of 128 that meet none, for any head."""
-    any_head = mask.any(1)
-
-    def of(seen: Array) -> Array:
-        found = np.ones_like(seen)
-        for start in range(0, seen.shape[1], 128):
-            found[:, start : start + 128] = ~seen[:, start : start + 128].any(1, keepdims=True)
-        return found
-
-    return of(any_head.any(2)), of(any_head.any(1))

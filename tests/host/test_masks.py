@@ -6,10 +6,13 @@ import dataclasses
 
 import pytest
 
+from tests.covering import chosen
 from tests.gpu.cases import DTYPES, Case
+from tests.host.build import Mutation
 from tests.host.kernel_run import HostCase, check
 from tests.host.masks import NAMES
 from tests.host.run import Schedule
+from tests.host.test_plants import is_caught
 
 LENGTHS = ((300, 390), (113, 203), (384, 256), (129, 515), (64, 130), (260, 70), (200, 200), (140, 300), (256, 256))
 _HEADS = ((2, 1), (4, 2), (3, 3))
@@ -89,3 +92,74 @@ def test_beside_other_features() -> None:
     for arch in ("sm_90", "sm_86"):
         for backward in (False, True):
             check(dataclasses.replace(with_all, arch=arch), backward, schedules=(Schedule.LOWEST_FIRST,))
+
+
+def _case(
+    arch: str, head_dim: int, mask: str, deterministic: bool = False, lengths: tuple[int, int] = (300, 390)
+) -> HostCase:
+    heads = (4, 2) if mask in ("heads", "both") else (2, 1)
+    batch = 2 if mask == "both" else 1
+    case = Case(*lengths, head_dim, "bfloat16", False, batch, heads, seed=1, deterministic=deterministic)
+    return HostCase(case, arch, mask=mask)
+
+
+MUTATED = {
+    "fwd": _case("sm_86", 128, "both"),  # of a block two tiles of queries and four of keys
+    "fwd-none": _case("sm_80", 64, "none"),
+    "fwd-hopper": _case("sm_90", 64, "heads"),
+    "bwd": _case("sm_86", 128, "both", True),
+    "bwd-hopper": _case("sm_90", 128, "heads"),
+    "bwd-hopper-turns": _case("sm_90", 128, "full", True, (150, 700)),
+    "bwd-hopper-none": _case("sm_90", 64, "none"),
+}
+PICKED, VISIT, MASK = "common/picked.cuh", "common/visit.cuh", "common/mask.cuh"
+STEPS, BOTH90 = "common/bwd_steps.cuh", "sm90/backward.cuh"
+FWD, FWD90, BWD, BWD90 = "sm80/flash_fwd.cu", "sm90/flash_fwd.cu", "sm80/flash_bwd.cu", "sm90/flash_bwd.cu"
+
+# Case, file, what stands there, what is put there instead.
+MUTANTS = [
+    ("fwd", PICKED, "static_cast<int64_t>(batch) * params.batch_masks", "static_cast<int64_t>(0)"),
+    ("fwd-hopper", PICKED, "static_cast<int64_t>(head) * params.head_masks", "static_cast<int64_t>(0)"),
+    ("fwd", VISIT, "row.z * kKeyParts, params", "row.z, params"),
+    ("fwd", VISIT, "kKeyParts - 1 - place % kKeyParts", "0"),
+    ("fwd", VISIT, ".w * kQueryParts + place % kQueryParts", ".w * kQueryParts"),
+    ("fwd", FWD, "m_block % kQueryParts * kBlockM + warp_row", "warp_row"),
+    ("fwd", FWD, "n % kKeyParts * kBlockN)", "0)"),
+    ("fwd", FWD, "for (; n >= visit.mask_from; --n) step_at", "for (; n > visit.mask_from; --n) step_at"),
+    (
+        "fwd",
+        FWD,
+        "step(met.block, masked, False{}, met.bits, next.block)",
+        "step(met.block, masked, False{}, met.bits, -1)",
+    ),
+    ("fwd", MASK, "+ kTransposed) * kPickedBlock * 4", "+ !kTransposed) * kPickedBlock * 4"),
+    ("fwd", MASK, "words[i][e / 2] >> (2 * j + e % 2)", "words[i][e / 2] >> (2 * j)"),
+    ("fwd-none", PICKED, "return entries.y + entries.z > 0;", "return true;"),
+    ("fwd-hopper", FWD90, "look(work, work.visit.end - 1);", ";"),
+    ("fwd-hopper", FWD90, "if constexpr (decltype(masked)::value) look(work, n);", ""),
+    ("fwd-hopper", FWD90, "int n = met_keys(work.visit, place).block", "int n = place"),
+    ("bwd", STEPS, "mask_ranks[entry] * kKeyParts + n_block % kKeyParts", "mask_ranks[entry] * kKeyParts"),
+    ("bwd", STEPS, "met.x * kQueryParts + step.place % kQueryParts", "met.x * kQueryParts"),
+    ("bwd", STEPS, "step.bits >= 0 ? 0x7fffffff : 0", "0"),
+    ("bwd", BWD, "n_block % kKeyParts * kBlockN + warp_row", "warp_row"),
+    ("bwd", BWD, "m_block % kQueryParts * kBlockM + s_col", "s_col"),
+    ("bwd", BWD, "if (kPicked && !any) cp_async_commit_group();", ""),
+    ("bwd-hopper", BOTH90, "steps += (row.y + row.z) * kQueryParts;", "steps = (row.y + row.z) * kQueryParts;"),
+    ("bwd-hopper", BWD90, "step.m_block % kQueryParts * kBlockM)", "0)"),
+    ("bwd-hopper", BWD90, "(kPicked ? seen.hides(0, j, e) : hidden)", "hidden"),
+    ("bwd-hopper-turns", BOTH90, "return turn_at(step);", "return 0;"),
+    ("bwd-hopper-none", PICKED, "if (entries.y + entries.z > 0) return true;", "return true;"),
+    ("bwd-hopper-none", BOTH90, "if constexpr (kPicked) skip_unmet(params);", ""),
+]
+FEW = chosen([{"case": mutant[0], "file": mutant[1]} for mutant in MUTANTS])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "old", "new"),
+    [
+        pytest.param(*mutant, id=f"{mutant[0]}-{number}", marks=[] if number in FEW else pytest.mark.slow)
+        for number, mutant in enumerate(MUTANTS)
+    ],
+)
+def test_mutants(name: str, path: str, old: str, new: str) -> None:
+    assert is_caught(MUTATED[name], name.startswith("bwd"), mutation=Mutation(path, old, new))
