@@ -23,6 +23,7 @@ from fa2cupy.kernels import CompileJob, cache_params, compile_jobs, plan_backwar
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
 from fa2cupy.kernels.sm80 import flash_decode
 from fa2cupy.kernels.tiles import shared_memory_class
+from fa2cupy.mask_spec import PickedParams
 from fa2cupy.problem import AttentionProblem
 from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, ScoreSpec, SinksParams, SinksSpec, WindowParams
 from tests import digests, nvrtc
@@ -301,6 +302,54 @@ def segment_jobs(arch: str, band: bool) -> list[CompileJob]:
     return jobs
 
 
+# Of kernels that go by a mask's lists of blocks, by architecture, source and head_dim: likewise. Of sm90/flash_bwd.cu
+# most is what the threads keep that copy and add, not those that compute (docs/lab/masks.md).
+_MASK_SPILLS = {
+    ("sm_90a", "sm90/flash_fwd.cu", 256): 4,
+    ("sm_90a", "sm90/flash_bwd.cu", 64): 580,
+    ("sm_90a", "sm90/flash_bwd.cu", 96): 420,
+    ("sm_90a", "sm90/flash_bwd.cu", 128): 580,
+    ("sm_90", "sm80/flash_fwd.cu", 128): 4,
+    ("sm_90", "sm80/flash_fwd.cu", 160): 240,
+    ("sm_90", "sm80/flash_fwd.cu", 192): 12,
+    ("sm_90", "sm80/flash_fwd.cu", 256): 28,
+    ("sm_80", "sm80/flash_fwd.cu", 160): 256,
+    ("sm_80", "sm80/flash_fwd.cu", 192): 28,
+    ("sm_80", "sm80/flash_fwd.cu", 256): 52,
+    ("sm_80", "sm80/flash_bwd.cu", 64): 44,
+    ("sm_80", "sm80/flash_bwd.cu", 128): 136,
+    ("sm_86", "sm80/flash_bwd.cu", 256): 16,
+    ("sm_120", "sm80/flash_bwd.cu", 64): 8,
+    ("sm_120", "sm80/flash_bwd.cu", 256): 8,
+}
+
+
+def mask_jobs(arch: str) -> list[CompileJob]:
+    """Every row of the main kernels that can go by a mask's lists, as it is compiled for them."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        if struct is None or not job.defines["FA2_BF16"] or job.defines.get("FA2_PARTIAL_DKV"):
+            continue
+        masked = job.source == "sm90/flash_fwd.cu"  # which takes the rows of causal problems
+        blocks = [int(job.defines[f"FA2_BLOCK_{side}"]) for side in "MN"]
+        hopper = job.source.startswith("sm90/")
+        if job.defines["FA2_CAUSAL"] != masked or any(128 % block for block in blocks):
+            continue
+        if hopper and not has_room(job):
+            continue
+        if int(job.defines.get("FA2_CLUSTER", 1)) > 1 or job.label.endswith(" full"):  # of which sums begin with zeros
+            continue
+        size = ctypes.sizeof(composed(struct, (PickedParams,)))
+        whole = {"FA2_WHOLE_QUERIES": 1, "FA2_CLEAR_DQ": 1} if job.name == "flash_bwd" else {}
+        picked = {"FA2_PICKED": 1, "FA2_UNSEEN_ROWS": 1, "FA2_PARAMS_BYTES": size}
+        defines = {**job.defines, **picked, **whole, "FA2_CAUSAL": 0}
+        more = _MASK_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"])), 0)
+        label, allowed = f"{job.label} by a mask's lists", job.allowed_spill_bytes + more
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
 def sinks_jobs(arch: str) -> list[CompileJob]:
     """Every row of the forwards as it is compiled for sinks, which spill no more than without."""
     jobs = []
@@ -371,6 +420,19 @@ def test_some_rows_of_lists() -> None:
     first = {job.source: job for job in reversed(list_jobs("sm_90a", False)) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
     assert len(first) == len(_STRUCTS)
     check_spills(list(first.values()))
+
+
+def test_some_rows_of_masks() -> None:
+    """The first row at head_dim 128, or above, of each main kernel that can."""
+    first = {job.source: job for job in reversed(mask_jobs("sm_90a")) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
+    assert len(first) == len(_STRUCTS) - 1
+    check_spills(list(first.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_of_masks(arch: str) -> None:
+    check_spills(mask_jobs(arch))
 
 
 def test_some_rows_with_sinks() -> None:

@@ -22,6 +22,7 @@ import pytest
 from fa2cupy import spec
 from fa2cupy.jit import source
 from fa2cupy.kernels import cache_params, compile_jobs, params
+from fa2cupy.mask_spec import PickedParams
 from tests.host import build
 
 HEADER = "common/cache_params.cuh"  # which includes common/params.cuh
@@ -38,10 +39,11 @@ BLOCKS = {
         "SinksParams",
         "WindowParams",
     )
-}
+} | {"PickedParams": PickedParams}
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
 _SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
 _SCORES = ("FA2_SOFTCAP FA2_ALIBI", spec.ScoreParams)
+_PICKED = ("FA2_PICKED", PickedParams)
 _DROPOUT = ("FA2_DROPOUT", spec.DropoutParams)
 _SINKS_GRADIENT = spec.SinksGradientParams
 _SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
@@ -58,15 +60,15 @@ COMPOSED = {
             _SINKS,
         ),
     ),
-    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _SINKS, _DROPOUT, _LISTED)),
-    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _SINKS, _DROPOUT, _LISTED)),
-    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _DROPOUT, _LISTED)),
-    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _DROPOUT, _LISTED)),
+    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _PICKED, _SINKS, _DROPOUT, _LISTED)),
+    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _PICKED, _SINKS, _DROPOUT, _LISTED)),
+    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _PICKED, _DROPOUT, _LISTED)),
+    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _PICKED, _DROPOUT, _LISTED)),
     "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DROPOUT, _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
     "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams), _SEGMENTS)),
     "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
-    "FillUnseenParams": (params.FillParams, (_SINKS,)),
+    "FillUnseenParams": (params.FillParams, (_PICKED, _SINKS)),
     "SinksBwdBandParams": (
         params.SinksBwdParams,
         (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED, _SEGMENTS),
@@ -110,7 +112,7 @@ def sets_of_defines() -> list[Defines]:
     for first in (params.FindParams, params.ListTilesParams):
         size = ctypes.sizeof(params.composed(first, (spec.LengthsParams, params.SegmentParams)))
         found.append(fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": size})
-    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_DROPOUT", "FA2_LISTED")
+    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_PICKED", "FA2_SINKS", "FA2_DROPOUT", "FA2_LISTED")
     any_size = {"FA2_PARAMS_BYTES": 0}
     for n in (1, 2, len(more)):
         found += [{**found[0], **dict.fromkeys(macros, 1), **any_size} for macros in itertools.combinations(more, n)]
@@ -151,6 +153,7 @@ def constants_of(text: str) -> dict[str, int]:
 def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[dict[str, Layout]]:
     """For each set of macros: name of each struct -> its layout, as g++ has it."""
     parts = ["#define FA2_HOST 1\n#define FA2_DEVICE inline\n#define FA2_SHARED_MEMORY(Type, name)\n"]
+    parts.append("struct int2 { int x, y; };\nstruct int4 { int x, y, z, w; };\n")  # of which only the pointers count
     for number, defines in enumerate(sets):
         macros = "".join(f"#define {name} {value}\n" for name, value in defines.items())
         undone = "".join(f"#undef {name}\n" for name in defines)
