@@ -43,10 +43,10 @@ lint: venv-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-gpu-test: $(GPU_SETUP)  ## the tests that need a GPU; writes RECORD (tests/gpu/record.json)
+gpu-test: $(GPU_SETUP)  ## the tests that need a GPU, 6 minutes at most; writes RECORD (tests/gpu/record.json)
 	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest tests/gpu --record "$(RECORD)" $(if $(filter-out 0,$(GPU_JOBS)),-n $(GPU_JOBS) --dist loadgroup)
 
-gpu-sanitize: $(GPU_SETUP)  ## compute-sanitizer over a case of each kernel; adds its outcome to RECORD
+gpu-sanitize: $(GPU_SETUP)  ## compute-sanitizer over a case of each kernel, 90 s at most; adds its outcome to RECORD
 	$(GPU_PYTHON) tests/gpu/sanitizer.py --record "$(RECORD)"
 
 gpu-pending: venv-test  ## no GPU at hand: mark the record as pending, REASON="..."

@@ -402,19 +402,19 @@ def _fa4(cell: Cell, t: Tensors, mode: str) -> Call:
 
 
 def _fa4_alibi(num_heads: int) -> dict[str, Any]:
-    """As functions of a score, for causal masks."""
+    """As functions of a score, for causal masks. FA4 goes by the names of their arguments."""
     import cutlass
     import cutlass.cute as cute
 
     step = -8.0 / num_heads
 
     @cute.jit
-    def score_mod(score, b, h, i, j, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    def score_mod(score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         head = (h + cute.full_like(h, 1)).to(cutlass.Float32)
-        return score - cute.math.exp2(head * cute.full_like(score, step)) * (i - j).to(cutlass.Float32)
+        return score - cute.math.exp2(head * cute.full_like(score, step)) * (q_idx - kv_idx).to(cutlass.Float32)
 
     @cute.jit
-    def score_mod_bwd(gradient, score, b, h, i, j, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    def score_mod_bwd(gradient, score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         return gradient
 
     return {"score_mod": score_mod, "score_mod_bwd": score_mod_bwd}

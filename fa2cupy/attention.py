@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fa2cupy import doors, dynamo, prepared
-from fa2cupy.calls import call, with_seed
+from fa2cupy.calls import call, with_mask, with_seed
 from fa2cupy.checks import check_flag
 from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.keywords import asked, not_through_torch, public
@@ -194,6 +194,7 @@ def _with_extra(
     deterministic: bool,
 ) -> Any:
     """`attention` with arrays beyond q, k, v and outputs, the last ones, called `extra`."""
+    arrays = with_mask(arrays, extra, arrays[0])
     q, k, v, out, lse_out, *more = arrays
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way, others = doors.torch_way(q, k, v), [name for name in extra if name not in CARRIED]

@@ -119,9 +119,13 @@ FA2_DEVICE QueryTile query_tile(const Shape& shape, int linear, const Params& pa
     griddepcontrol_wait();  // the list is there
     return listed_query_tile(params, linear, shape.num_heads);
   } else {
-    const int m_blocks = ceil_div(shape.seqlen_q, kBlockM);
+    const int m_blocks = query_tiles(shape);
     const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
-    return {kCausal ? m_blocks - 1 - tile.block : tile.block, tile.head, tile.batch};
+    if constexpr (kPicked) {
+      return {longest_tile(params, tile.batch, tile.head, tile.block), tile.head, tile.batch};
+    } else {
+      return {kCausal ? m_blocks - 1 - tile.block : tile.block, tile.head, tile.batch};
+    }
   }
 }
 

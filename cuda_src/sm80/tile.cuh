@@ -154,15 +154,36 @@ FA2_DEVICE void gemm(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b,
   }
 }
 
+// An A operand whose first kKept blocks of 16 columns stay in registers; the others are read from shared memory each time.
+template <int kRowBytes, int kMTiles, int kKept>
+struct KeptOperand {
+  Operand<Element, kRowBytes, true, true> smem;
+  Fragments<kMTiles, kKept == 0 ? 1 : kKept> kept;
+
+  FA2_DEVICE void keep() {
+#pragma unroll
+    for (int k = 0; k < kKept; ++k)
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
+  }
+  FA2_DEVICE void load(typename Fragment<Element>::Words& r, int i, int k) const {
+    if (k < kKept) {
+      kept.load(r, i, k);
+    } else {
+      smem.load(r, i, k);
+    }
+  }
+};
+
 // The accumulators of scores are the A fragments of the next product.
-template <int kMTiles, int kNTiles>
+template <typename T = Element, int kMTiles, int kNTiles>
 FA2_DEVICE Fragments<kMTiles, ceil_div(kNTiles, 2)> to_fragments(const Accumulator<kMTiles, kNTiles>& acc) {
   Fragments<kMTiles, ceil_div(kNTiles, 2)> frag;
 #pragma unroll
   for (int i = 0; i < kMTiles; ++i)
 #pragma unroll
     for (int k = 0; k < kNTiles / 2; ++k)
-      Fragment<Element>::of_scores(frag.r[i][k], acc.x[i][2 * k], acc.x[i][2 * k + 1]);
+      Fragment<T>::of_scores(frag.r[i][k], acc.x[i][2 * k], acc.x[i][2 * k + 1]);
   return frag;
 }
 

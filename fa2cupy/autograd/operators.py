@@ -25,7 +25,7 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
-from fa2cupy.spec import CARRIED, DIFFERENTIABLE
+from fa2cupy.spec import CARRIED, DIFFERENTIABLE, MASK_ARRAYS
 
 __all__ = ["OPERATORS", "Operators", "backward_op", "backward_ops", "forward_op", "forward_ops"]
 
@@ -323,6 +323,8 @@ def _vmap(operator: Any, count: int, outputs: int, of_gradients: bool) -> Callab
                     "dropout_seed is not supported under vmap: the problems would have to share a mask, or their order "
                     "would decide; make one call with a batch"
                 )
+            if name in MASK_ARRAYS:
+                raise InvalidArgument("mask is not supported under vmap: make one call with a batch")
             if name.startswith("cu_seqlens"):
                 raise InvalidArgument(
                     f"{name} is not supported under vmap: pack the sequences of all problems, or pass seqused"

@@ -680,14 +680,6 @@ def test_the_block_of_s_dmask_is_the_row() -> None:
 # What is not there
 
 
-def test_caches_are_named() -> None:
-    with pytest.raises(Fa2Error, match="flash_attn_varlen_func: block_table is given, which is not supported yet"):
-        flash_attn_varlen_func(Q[0], Q, Q, CU, CU, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
-    for name in ("block_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "k", "rotary_cos"):
-        with pytest.raises(Fa2Error, match=f"flash_attn_with_kvcache: {name} is given, which is not supported yet"):
-            flash_attn_with_kvcache(Q, Q, Q, **{name: 0 if name == "cache_seqlens" else CU})
-
-
 def test_shapes_of_packed_tensors() -> None:
     with pytest.raises(InvalidArgument, match=r"qkv has shape \(1, 4, 2, 2, 8\): \(batch, seqlen, 3, num_heads"):
         flash_attn_qkvpacked_func(torch.zeros(1, 4, 2, 2, 8))
@@ -703,7 +695,7 @@ def test_what_is_no_tensor_or_no_window() -> None:
         ("kv", lambda: flash_attn_kvpacked_func(Q, array)),
         ("qkv", lambda: flash_attn_qkvpacked_func(None)),
         ("qkv", lambda: fa3.flash_attn_qkvpacked_func(array)),
-        ("v", lambda: flash_attn_with_kvcache(Q, Q, array)),
+        ("v_cache", lambda: flash_attn_with_kvcache(Q, Q, array)),
     ):
         with pytest.raises(TypeError, match=f"{name} is a .*: a torch.Tensor is needed"):
             call()

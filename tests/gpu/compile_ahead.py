@@ -26,6 +26,7 @@ from typing import Any
 from fa2cupy import kernels
 from fa2cupy.jit import compile_many, driver
 from fa2cupy.kernels import CompileJob
+from fa2cupy.kernels.decode import DecodePlan
 from fa2cupy.kernels.plan import Plan
 from tests.gpu.cases import Case, problem_of
 from tests.gpu.room import shared
@@ -39,7 +40,7 @@ def jobs_of(
     wanted: Iterable[tuple[Case, bool]],
     info: driver.DeviceInfo,
     sm80: Iterable[Case] = (),
-    plans: Iterable[Plan] = (),
+    plans: Iterable[Plan | DecodePlan] = (),
 ) -> Iterator[CompileJob]:
     """One job for each different kernel that the cases run on a device; a case's bool says whether backward too.
     sm80: cases whose backward runs with the kernels that every GPU has. plans: further ones."""
@@ -95,7 +96,7 @@ class CompileAhead:
 def main() -> None:
     start = time.monotonic()
     wanted, sm80, modules, info = pickle.load(sys.stdin.buffer)
-    os.nice(10)
+    os.nice(5)
     plans = itertools.chain.from_iterable(importlib.import_module(name).needed_plans(info) for name in modules)
     with shared(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = [pool.submit(compile_many, [job]) for job in jobs_of(wanted, info, sm80, plans)]

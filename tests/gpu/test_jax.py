@@ -360,3 +360,33 @@ def test_an_eager_call_is_remembered() -> None:
     known = len(PREPARED)
     assert known and bool((fa2cupy.attention(q + 0, k, v, causal=True) == first).all())
     assert len(PREPARED) == known
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_kv_cache_in_a_loop(page: int) -> None:
+    """Token by token by lax.scan, the caches carried along and written in place; eagerly, too."""
+    q, k, v = (normal(seed, 2, 40, heads, 128) for seed, heads in enumerate((8, 2, 2)))
+    shape = (2, 64, 2, 128) if not page else (9, page, 2, 128)
+    empty = jnp.full(shape, jnp.nan, jnp.bfloat16)
+    table = {} if not page else {"block_table": jnp.array([[8, 1, 3, 2], [0, 7, 4, 5]], jnp.int32)}
+
+    def step(state: Any, new: Any) -> Any:
+        keys, values, length = state
+        q, k, v = (x[:, None] for x in new)
+        out, keys, values = fa2cupy.attention_with_kvcache(
+            q, keys, values, k, v, cache_seqlens=jnp.full((2,), length, jnp.int32), causal=True, **table
+        )
+        return (keys, values, length + 1), out[:, 0]
+
+    tokens = tuple(x.swapaxes(0, 1) for x in (q, k, v))
+    (keys, values, _), outs = jax.jit(lambda tokens: jax.lax.scan(step, (empty, empty + 0, 0), tokens))(tokens)
+    assert error(outs.swapaxes(0, 1), plain(q, k, v, True)[0]) < 0.01
+    for stored, new in ((keys, k), (values, v)):
+        whole = stored[table["block_table"]].reshape(2, -1, 2, 128) if page else stored
+        assert (whole[:, :40] == new).all() and jnp.isnan(whole[:, 40:]).all()
+    cache, written = fa2cupy.KVCache(keys, values, **table), keys
+    lengths = jnp.full((2,), 40, jnp.int32)
+    seen = cache.attend(q[:, :1], cache_seqlens=lengths)
+    assert error(seen, plain(q[:, :1], k, v, False)[0]) < 0.01 and not written.is_deleted()
+    again, keys, _ = cache.attend(q[:, :1], k=k[:, :1], v=v[:, :1], cache_seqlens=lengths - 1)
+    assert written.is_deleted() and not jnp.isnan(again).any()

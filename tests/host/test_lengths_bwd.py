@@ -128,7 +128,7 @@ def test_every_kernel(
         check(case(MIXED, head_dim, arch, causal=causal, window=window, **packed, **options), True)
 
 
-TILES, BOTH90 = "common/bwd_tiles.cuh", "sm90/backward.cuh"
+TILES, STEPS, BOTH90 = "common/bwd_tiles.cuh", "common/bwd_steps.cuh", "sm90/backward.cuh"
 BWD, BWD90, WIDE90 = "sm80/flash_bwd.cu", "sm90/flash_bwd.cu", "sm90/flash_bwd_wide.cu"
 BEFORE, AFTER = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 
@@ -147,7 +147,7 @@ MUTANTS = [
     ("sm80", BEFORE, "static_cast<int64_t>(head) * m_blocks + entry.tile", "linear"),
     ("sm80", AFTER, "query_row(entry, first_query) * dqs.row", "first_query * dqs.row"),
     ("sm80", BWD, "* m_blocks + entry.tile + step.m_block", "* m_blocks + step.m_block"),
-    ("sm80", BWD, "kListed ? entry.block : place;", "place;"),
+    ("sm80", STEPS, "return entry.block;", "return place;"),
     ("sm80", BWD, "rows + query_row(entry, first_query) * dos.row", "rows + first_query * dos.row"),
     ("sm90", BOTH90, "return work.tiles_of_head;", "return work.end;"),
     ("sm90", BOTH90, "* work.tiles_of_head + work.first_tile", "* work.tiles_of_head"),
@@ -155,8 +155,8 @@ MUTANTS = [
     ("sm90", BWD90, "row = key_row(work, row);", "row += 0;"),
     ("sm90-wide", BOTH90, "kCluster * (kListed ? entry.block : place)", "(kListed ? entry.block : place)"),
     ("sm90-wide", WIDE90, "target += key_row(work, 0) * strides.row;", "target += 0;"),
-    ("nothing", BWD90, "if constexpr (kListed) griddepcontrol_wait();", ""),
-    ("nothing", BWD90, "if (kListed && !any) return;", ""),
+    ("nothing", BWD90, "if constexpr (kMayBeIdle) griddepcontrol_wait();", ""),
+    ("nothing", BWD90, "if (kMayBeIdle && !any) return;", ""),
     ("nothing-wide", WIDE90, "if constexpr (kListed) griddepcontrol_wait();", ""),
 ]
 

@@ -115,6 +115,7 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
     causal_turns: of the steps of a block, the heads for each cluster that runs that this takes.
     """
     causal, deterministic, banded = work.problem.causal, work.deterministic, work.band is not None
+    masked = work.problem.mask is not None
     splits = backward.splits_of_heads(work) if deterministic else _splits_of_steps(work)
     shares = work.key_heads * splits
     if deterministic:
@@ -131,11 +132,12 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
         band = Banded(work.wide, work.tile.block_m, work.keys, work.rows, *reach, row_bytes)
         section = heads_per_banded_section(work.device, work.clusters, shares, band)
     else:
-        section = heads_per_even_section(work.clusters, causal, shares, work.n_blocks)
+        section = heads_per_even_section(work.clusters, causal or masked, shares, work.n_blocks)
     # With many tiles, starting beside the kernel before gains nothing, and full ones lose: thread blocks that take
     # neighbouring tiles are not neighbours any more.
     overlap = not deterministic and work.key_tiles * splits <= (8 if causal else 2) * work.clusters
-    return Order(splits, section, cleared(causal, work.adding_blocks, deterministic, splits > 1), overlap)
+    clear = masked or cleared(causal, work.adding_blocks, deterministic, splits > 1)  # some queries no tile may meet
+    return Order(splits, section, clear, overlap)
 
 
 def _full_turns(steps: int) -> float:
@@ -156,7 +158,7 @@ def _splits_of_steps(work: Work) -> int:
 
     It takes as long as the longest part, or as all steps evenly shared out; full ones in whole waves. No part is empty.
     """
-    if work.lists:  # as `backward.splits_of_heads`
+    if work.lists or work.problem.mask is not None:  # as `backward.splits_of_heads`
         return 1
     problem, group, clusters, key_tiles = work.problem, work.group, work.clusters, work.key_tiles
     fewest, most = (group * steps for steps in work.steps)

@@ -121,7 +121,8 @@ def objection(problem: AttentionProblem, device: DeviceInfo) -> str:
 def rows(problem: AttentionProblem, device: DeviceInfo) -> list[FwdTileSm90]:
     """The best first."""
     seqlen_q = common.mean_seqlen_q(problem)
-    masked = problem.causal or not (problem.window is None or problem.window.only_drops)
+    banded = not (problem.window is None or problem.window.only_drops)
+    masked = problem.causal or banded or problem.mask is not None
     return tma.without_empty_panels(problem, rows_for(problem.head_dim, problem.head_dim_v, masked, seqlen_q))
 
 
@@ -157,7 +158,8 @@ def launch(
         band = order.Banded(tile.block_m, tile.block_n, seqlen_q, keys, *reach, row_bytes)
         section = order.heads_per_banded_section(device, device.sm_count, heads_k * group, band, group)
     else:
-        section = group * order.heads_per_even_section(device.sm_count, problem.causal, heads_k, m_blocks * group)
+        uneven = problem.causal or problem.mask is not None
+        section = group * order.heads_per_even_section(device.sm_count, uneven, heads_k, m_blocks * group)
 
     strides = dict(problem.strides)
     params = FwdTmaParams()
