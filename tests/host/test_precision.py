@@ -178,6 +178,8 @@ DROPPED = (
     ),
     HostCase(Case(60, 70, 250, "float32", False, 1, (1, 1), seed=10, window=(30, 9)), "sm_100", dropout=(0.25, 2)),
     HostCase(Case(60, 70, 250, "float64", False, 1, (1, 1), seed=11), "sm_100", dropout=(0.25, 2)),
+    HostCase(Case(140, 150, 64, "float32", False, 1, (2, 1), seed=12), "sm_100", mask="heads"),
+    HostCase(Case(140, 150, 64, "float64", False, 1, (2, 1), seed=13), "sm_86", mask="heads"),
 )  # fmt: skip
 
 
