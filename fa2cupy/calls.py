@@ -14,7 +14,7 @@ from fa2cupy.options import RawOptions
 from fa2cupy.prepared import PREPARED, framework_by_type, signature_key
 from fa2cupy.spec import MASK_ARRAYS
 
-__all__ = ["call", "with_seed"]
+__all__ = ["call", "with_mask", "with_seed"]
 
 
 def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOptions) -> list[Any]:
@@ -38,13 +38,18 @@ def call(operation: Operation, arrays: list[Any], workspace: Any, options: RawOp
 
 def with_seed(arrays: list[Any], extra: tuple[str, ...], like: Any) -> list[Any]:
     """`arrays`, the last ones called `extra`, with what is no array in kind with `like` made one: two numbers for
-    dropout_seed, a BlockMask of another library's arrays.
+    dropout_seed, and what `with_mask` does.
     """
     if "dropout_seed" in extra:
         place = len(arrays) - len(extra) + extra.index("dropout_seed")
         framework = framework_of(like) if isinstance(arrays[place], tuple) else None
         if framework is not None:
             arrays[place] = framework.seed(arrays[place], like)
+    return with_mask(arrays, extra, like)
+
+
+def with_mask(arrays: list[Any], extra: tuple[str, ...], like: Any) -> list[Any]:
+    """`arrays` with those of a BlockMask of another library's arrays in kind with `like`."""
     if MASK_ARRAYS[0] in extra:
         from fa2cupy.block_mask.arrays import in_kind
 

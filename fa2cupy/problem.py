@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES
+from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES, is_seed
 from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.keywords import asked
+from fa2cupy.mask_spec import MaskArray, MaskSpec
 from fa2cupy.options import Options
 from fa2cupy.sizes import MAX_HEAD_DIM, MAX_LENGTH, STARTS, Sizes
 from fa2cupy.spec import (
     LENGTHS,
     MASK_ARRAYS,
+    MASK_BLOCK,
     DropoutSpec,
     LengthsSpec,
     ScoreSpec,
@@ -41,6 +43,7 @@ __all__ = [
     "check_dtypes",
     "softmax_scale",
     "with_features",
+    "with_mask",
 ]
 
 Strides = tuple[int, int, int]  # in elements, between (batch, seqlen, head) neighbours; lse: (batch, head, seqlen)
@@ -89,8 +92,8 @@ class ArrayRule:
     """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
 
     shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
-    fits: says it instead, where these are many. dtypes: likewise, by the problem's dtype. strided: the kernels take any
-    strides of it; of the others they get C-contiguous arrays.
+    fits: says it instead, where these are many. dtypes: likewise, by the problem's dtype. pairs: which of both go
+    together, if not all. strided: the kernels take any strides of it; of the others they get C-contiguous arrays.
     """
 
     expected: str
@@ -98,6 +101,7 @@ class ArrayRule:
     dtypes: Callable[[str], Collection[str]]
     strided: bool = False
     fits: Callable[[tuple[int, ...], Sizes], bool] | None = None
+    pairs: Callable[[tuple[int, ...], str], bool] | None = None
 
 
 def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> ArrayRule:
@@ -151,7 +155,9 @@ ARRAY_RULES: dict[str, ArrayRule] = {
         for name in MASK_ARRAYS
     },
     "sinks": ArrayRule("(num_heads,)", lambda sizes: ((sizes.num_heads,),), _dtypes_of_sinks),
-    "dropout_seed": ArrayRule("(2,) or (4,)", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES),
+    "dropout_seed": ArrayRule(
+        "(2,) or (4,), of uint32 also (8,),", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES, pairs=is_seed
+    ),
     **{name: _integers("(batch + 1,)", lambda sizes: (sizes.batch + 1,)) for name in STARTS},
     **{name: _integers("(batch,)", lambda sizes: (sizes.batch,)) for name in ("seqused_q", "seqused_k", "leftpad_k")},
     "segment_ids_q": _integers("(batch, seqlen_q)", lambda sizes: (sizes.batch, sizes.seqlen_q)),
@@ -221,6 +227,39 @@ def _with_seed(problem: AttentionProblem, ref: TensorRef) -> AttentionProblem:
     return replace(problem, dropout=replace(problem.dropout, words=words))
 
 
+def with_mask(problem: AttentionProblem, shape: tuple[int, int, int, int]) -> AttentionProblem:
+    """With a BlockMask of that shape, which `check_block_mask` has looked at."""
+    batch, heads, *lengths = shape
+    rows, columns = (-(-length // MASK_BLOCK) for length in lengths)
+    group = problem.num_heads // max(1, problem.num_heads_k)
+    return replace(problem, mask=MaskSpec(heads if batch > 1 else 0, int(heads > 1), rows, columns, group))
+
+
+def _with_mask(problem: AttentionProblem, mask: Any) -> AttentionProblem:
+    """mask: the shape of a BlockMask, whose arrays are given besides; or an array, from which a call makes lists, of
+    what causal and windows leave of it: so these are none of the kernels' any more.
+    """
+    if problem.lengths is not None:
+        raise InvalidArgument(
+            "mask= with lengths is not supported on a GPU yet: leave one out, or pass arrays on the CPU"
+        )
+    if not isinstance(mask, TensorRef):
+        return with_mask(problem, mask)
+    rank = len(mask.shape)
+    shape = (1,) * (4 - rank) + tuple(mask.shape)
+    strides = [0] * (4 - rank) + [0 if n == 1 else step for n, step in zip(mask.shape, mask.strides, strict=True)]
+    offset, far = problem.seqlen_k - problem.seqlen_q, problem.seqlen_q + problem.seqlen_k
+    left, right = far, 0 if problem.causal else far
+    if problem.window is not None:
+        left, right = problem.window.left, problem.window.right
+    whole = shape[0], shape[1], problem.seqlen_q, problem.seqlen_k
+    array = MaskArray(whole, (strides[0], strides[1], strides[2], strides[3]), (offset - left, offset + right))
+    dropout = problem.dropout and replace(problem.dropout, empty_rows=0, empty_keys=0)
+    masked = with_mask(replace(problem, causal=False, window=None, dropout=dropout), whole)
+    assert masked.mask is not None
+    return replace(masked, mask=replace(masked.mask, array=array))
+
+
 # By keyword (or array): an AttentionProblem and the value (of an array its TensorRef) -> the problem with the `Spec` of
 # it. Fields with specs that have arrays stand in the order of the table of keywords.
 SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
@@ -233,6 +272,8 @@ SPECS: dict[str, Callable[[AttentionProblem, Any], AttentionProblem]] = {
     "dsinks": lambda problem, ref: _with_gradient_of_sinks(problem),
     "dropout_p": _with_dropout,
     "dropout_seed": _with_seed,
+    "mask": _with_mask,
+    **{name: lambda problem, ref: problem for name in MASK_ARRAYS},
     **{name: functools.partial(_with_lengths, name) for name in LENGTHS},
     "dlse": lambda problem, ref: replace(
         problem, softmax=SoftmaxSpec(_kernel_strides("lse", ref, "bshd"), problem.empty_rows)
@@ -252,7 +293,8 @@ def with_features(problem: AttentionProblem, given: Mapping[str, Any]) -> Attent
             )
         problem = SPECS[name](problem, value)
     arrays = [name for spec in problem.specs for name in spec.arrays()]
-    assert arrays == [name for name in given if name in ARRAY_RULES], "fields in another order than the table"
+    refs = [name for name, value in given.items() if name in ARRAY_RULES and isinstance(value, TensorRef)]
+    assert arrays == refs, "fields in another order than the table"
     return problem
 
 
@@ -266,6 +308,8 @@ def check_array(name: str, ref: TensorRef, sizes: Sizes, dtype: str) -> None:
         raise InvalidArgument(f"{name} has shape {ref.shape}: {rule.expected} is needed, here {here}")
     if ref.dtype not in rule.dtypes(dtype):
         raise InvalidType(f"{name} has dtype {ref.dtype}: {' or '.join(rule.dtypes(dtype))} is needed")
+    if rule.pairs is not None and not rule.pairs(ref.shape, ref.dtype):
+        raise InvalidArgument(f"{name} has shape {ref.shape} and dtype {ref.dtype}: {rule.expected} is needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +340,7 @@ class AttentionProblem:
     aligned: bool
     window: WindowSpec | None = None
     score: ScoreSpec | None = None
+    mask: MaskSpec | None = None
     sinks: SinksSpec | None = None
     dropout: DropoutSpec | None = None
     lengths: LengthsSpec | None = None

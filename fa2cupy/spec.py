@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -16,6 +17,7 @@ __all__ = [
     "LENGTHS",
     "LISTING",
     "MASK_ARRAYS",
+    "MASK_BLOCK",
     "OF_SINKS",
     "PREPROCESS",
     "DlseParams",
@@ -98,6 +100,12 @@ class Spec:
         is a field of its block.
         """
         return ()
+
+    def pointers(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """By the fields of its block: position among the pointers of a call, whose names these are and behind which the
+        workspace comes, and bytes to add.
+        """
+        return {name: (names.index(name), 0) for name in self.arrays() + self.results()}
 
     def objection(self, row: Row) -> str:
         """What speaks against computing it with a row of a tile table, or the empty string."""
@@ -182,6 +190,13 @@ class ScoreSpec(Spec):
 
     def objection(self, row: Row) -> str:
         return "" if row.room else "no registers are left for scores that become others"
+
+
+MASK_BLOCK = 128  # queries and keys of a block of a mask
+# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
+MASK_ARRAYS = (
+    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
+)  # fmt: skip
 
 
 class SinksParams(ctypes.Structure):
@@ -300,7 +315,7 @@ LENGTHS = (
 
 # The arrays that torch's operators carry as arguments of their own, in the order of the keywords; and of these the ones
 # that may have a gradient.
-CARRIED = ("alibi_slopes", "sinks", "dropout_seed", *LENGTHS)
+CARRIED = ("alibi_slopes", *MASK_ARRAYS, "sinks", "dropout_seed", *LENGTHS)
 DIFFERENTIABLE = ("sinks",)
 
 
@@ -348,12 +363,6 @@ class LengthsSpec(Spec):
         seqlen).
         """
         return tuple(name for name in LENGTHS if getattr(self, "segments" if name.startswith("segment") else name))
-
-
-# The arrays of a BlockMask, in the order of `block_mask.lists.BlockLists`.
-MASK_ARRAYS = (
-    "mask_rows_q", "mask_entries_q", "mask_rows_k", "mask_entries_k", "mask_ranks", "mask_bits",
-)  # fmt: skip
 
 
 class DlseParams(ctypes.Structure):

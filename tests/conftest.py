@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import covering
-from tests.fake_gpu import gpu  # noqa: F401 - a fixture for the tests of the front end
+from tests.fake_gpu import copies, gpu  # noqa: F401 - fixtures for the tests of the front end
 
 
 def pytest_report_header() -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fa2cupy import cpu, prepared, sequences
+from fa2cupy import cpu, cpu_mask, prepared, sequences
+from fa2cupy.block_mask import arrays
+from fa2cupy.block_mask.lists import BLOCK
 from fa2cupy.frameworks import CUPY, TORCH
 from fa2cupy.frameworks.overlap import Extent
 from fa2cupy.jit import driver
@@ -129,11 +131,38 @@ class Launch:
             if p.score.alibi is not None:
                 steps = tuple(4 * step for step in p.score.alibi)
                 options["alibi_slopes"] = view(self.pointers["alibi_slopes"], (p.batch, p.num_heads), steps, np.float32)
+        if p.mask is not None:
+            options["mask"] = self.mask()
         if p.sinks is not None:
             dtype = np.dtype((np.uint16 if p.dtype == "bfloat16" else p.dtype) if p.sinks.sixteen_bit else np.float32)
             for name in (*p.sinks.arrays(), *p.sinks.results()):
                 options[name] = view(self.pointers[name], (p.num_heads,), (dtype.itemsize,), dtype)
         return options
+
+    def mask(self) -> cpu_mask.Mask:
+        """By the lists that are there; how long they are, they say themselves."""
+        p, spec = self.problem, self.problem.mask
+        assert spec is not None
+        if spec.array is not None:
+            dense = view(self.pointers["mask"], spec.array.shape, spec.array.strides, np.bool_)
+            (first, last), apart = spec.array.band, np.arange(p.seqlen_k) - np.arange(p.seqlen_q)[:, None]
+            return cpu_mask.mask_of({"mask": dense & (apart >= first) & (apart <= last)}, p.seqlen_q, p.seqlen_k)
+        shape = p.batch if spec.batch_masks else 1, p.num_heads if spec.head_masks else 1
+
+        def words(name: str, *lengths: int) -> np.ndarray:
+            return view(self.pointers[name], lengths, np.empty(lengths, np.int32).strides, np.int32)
+
+        rows = words("mask_rows_q", shape[0] * shape[1], spec.query_blocks, 4)
+        entries = words("mask_entries_q", int(rows[..., :3].sum(-1).max(initial=0)), 2)
+        own = {
+            "mask_rows_q": rows,
+            "mask_entries_q": entries,
+            "mask_rows_k": words("mask_rows_k", shape[0] * shape[1], spec.key_blocks, 4),
+            "mask_entries_k": words("mask_entries_k", len(entries), 2),
+            "mask_ranks": words("mask_ranks", len(entries)),
+            "mask_bits": words("mask_bits", int(entries[:, 1].max(initial=-1)) + 1, 2, BLOCK, 4),
+        }
+        return cpu_mask.mask_of({"mask": (*shape, p.seqlen_q, p.seqlen_k), **own}, p.seqlen_q, p.seqlen_k)
 
     def lengths(self, name: str) -> np.ndarray:
         p = self.problem
@@ -279,3 +308,10 @@ def _replace_cupy(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CUPY, "stream", lambda index: lambda index: gpu.stream)
     monkeypatch.setattr(CUPY, "is_capturing", lambda stream, index: gpu.capturing)
     monkeypatch.setattr(TORCH, "is_capturing", lambda stream, index: gpu.capturing)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of CuPy's arrays between host and GPU, which there is none of."""
+    monkeypatch.setattr(CUPY, "to_host", lambda array: host_view(array).copy())
+    monkeypatch.setattr(arrays, "_from_host", lambda framework, array, index: to_cupy(array, index))

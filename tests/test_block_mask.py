@@ -14,7 +14,7 @@ from fa2cupy import BlockMask
 from fa2cupy.block_mask.lists import elements_of, words_of
 from fa2cupy.errors import Fa2Error, InvalidArgument, InvalidType
 from tests.block_lists import expected_lists, same_lists
-from tests.fake_gpu import FakeGpu, cupy_array
+from tests.fake_gpu import FakeGpu, host_view, to_cupy
 
 prefix: Any = None  # rebound
 doc: Any = None
@@ -208,8 +208,8 @@ def test_pickles_and_stays_on_the_cpu() -> None:
     mask = BlockMask.from_dense(dense)
     holds(pickle.loads(pickle.dumps(mask)), dense)
     assert mask.to("cpu") is mask
-    with pytest.raises(InvalidArgument, match="device='cuda' is not supported yet"):
-        mask.to("cuda")
+    with pytest.raises(InvalidArgument, match="device='tpu' is not supported: 'cpu', 'cuda' or 'cuda:1'"):
+        mask.to("tpu")
 
 
 def test_the_package_has_it() -> None:
@@ -300,16 +300,25 @@ def test_errors(name: str) -> None:
         BlockMask.from_dense(np.ones((3, 3), bool)) & np.ones((3, 3), bool)  # type: ignore[operator]
 
 
-def test_not_on_a_gpu_yet(gpu: FakeGpu) -> None:
-    array = cupy_array((3, 3), np.bool_)
-    for make in (
-        lambda: BlockMask.from_dense(array),
-        lambda: BlockMask.from_blocks(array, 64),
-        lambda: BlockMask.from_mask_mod(lambda b, h, q, k: q > k, 1, 1, 3, 3, like=array),
+def test_on_a_gpu(gpu: FakeGpu, copies: None) -> None:
+    """Its arrays are where those are that it was made of, and move."""
+    dense = random_dense(4, (1, 2, 300, 200))
+    array = to_cupy(dense)
+    for mask in (
+        BlockMask.from_dense(array),
+        BlockMask.from_blocks(array, 1),
+        BlockMask.from_mask_mod(lambda b, h, q, k: array[b, h, q, k], 1, 2, 300, 200, arrays={"array": array}),
+        BlockMask.from_dense(dense).to("cuda"),
     ):
-        with pytest.raises(InvalidArgument, match="is on cuda:0: a BlockMask is not supported on a GPU yet"):
-            make()
-    assert not gpu.launches
+        assert str(mask.home) == "cuda:0 (CuPy)" and all(type(each) is type(array) for each in mask.lists.arrays())
+        assert same_lists(mask.on_host(), expected_lists(dense))
+        assert (host_view(mask.to_dense()) == dense).all()
+        assert mask.to("cuda:0") is mask and (mask.to("cpu").to_dense() == dense).all()
+        assert "on cuda:0 (CuPy)" in repr(mask & mask)
+    with pytest.raises(InvalidArgument, match=r"& of BlockMasks on cuda:0 \(CuPy\) and on the CPU \(NumPy\): move one"):
+        mask & BlockMask.from_dense(dense)
+    mask = BlockMask.from_mask_mod(lambda b, h, q, k: q > k, 1, 1, 300, 200, like=array)
+    assert mask.home.device.kind == "cuda"
 
 
 def test_a_large_one_is_quick() -> None:

@@ -17,11 +17,15 @@ from typing import Any
 
 import pytest
 
+from fa2cupy.cached.problem import Rotary
 from fa2cupy.jit import DeviceInfo, compile_many
-from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
+from fa2cupy.kernels import CompileJob, cache_params, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
+from fa2cupy.kernels.sm80 import flash_decode
+from fa2cupy.kernels.tiles import shared_memory_class
+from fa2cupy.mask_spec import PickedParams
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, SinksParams, WindowParams
+from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, ScoreSpec, SinksParams, SinksSpec, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -243,8 +247,6 @@ _LIST_SPILLS = {
     ("sm_90", "sm80/flash_fwd.cu", 192, True): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, False): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, True): 20,
-    ("sm_90a", "sm90/flash_bwd.cu", 128, False): 24,
-    ("sm_90a", "sm90/flash_bwd.cu", 128, True): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 16,
     ("sm_80", "sm80/flash_bwd.cu", 64, False): 84,
@@ -311,6 +313,54 @@ def segment_jobs(arch: str, band: bool) -> list[CompileJob]:
         more = _SEGMENT_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), band), 0)
         label, allowed = f"{job.label} {kind}", job.allowed_spill_bytes + more
         defines = {**job.defines, kind: 1}
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
+# Of kernels that go by a mask's lists of blocks, by architecture, source and head_dim: likewise. Of sm90/flash_bwd.cu
+# most is what the threads keep that copy and add, not those that compute (docs/lab/masks.md).
+_MASK_SPILLS = {
+    ("sm_90a", "sm90/flash_fwd.cu", 256): 4,
+    ("sm_90a", "sm90/flash_bwd.cu", 64): 580,
+    ("sm_90a", "sm90/flash_bwd.cu", 96): 420,
+    ("sm_90a", "sm90/flash_bwd.cu", 128): 580,
+    ("sm_90", "sm80/flash_fwd.cu", 128): 4,
+    ("sm_90", "sm80/flash_fwd.cu", 160): 240,
+    ("sm_90", "sm80/flash_fwd.cu", 192): 12,
+    ("sm_90", "sm80/flash_fwd.cu", 256): 28,
+    ("sm_80", "sm80/flash_fwd.cu", 160): 256,
+    ("sm_80", "sm80/flash_fwd.cu", 192): 28,
+    ("sm_80", "sm80/flash_fwd.cu", 256): 52,
+    ("sm_80", "sm80/flash_bwd.cu", 64): 44,
+    ("sm_80", "sm80/flash_bwd.cu", 128): 136,
+    ("sm_86", "sm80/flash_bwd.cu", 256): 16,
+    ("sm_120", "sm80/flash_bwd.cu", 64): 8,
+    ("sm_120", "sm80/flash_bwd.cu", 256): 8,
+}
+
+
+def mask_jobs(arch: str) -> list[CompileJob]:
+    """Every row of the main kernels that can go by a mask's lists, as it is compiled for them."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        if struct is None or not job.defines["FA2_BF16"] or job.defines.get("FA2_PARTIAL_DKV"):
+            continue
+        masked = job.source == "sm90/flash_fwd.cu"  # which takes the rows of causal problems
+        blocks = [int(job.defines[f"FA2_BLOCK_{side}"]) for side in "MN"]
+        hopper = job.source.startswith("sm90/")
+        if job.defines["FA2_CAUSAL"] != masked or any(128 % block for block in blocks):
+            continue
+        if hopper and not has_room(job):
+            continue
+        if int(job.defines.get("FA2_CLUSTER", 1)) > 1 or job.label.endswith(" full"):  # of which sums begin with zeros
+            continue
+        size = ctypes.sizeof(composed(struct, (PickedParams,)))
+        whole = {"FA2_WHOLE_QUERIES": 1, "FA2_CLEAR_DQ": 1} if job.name == "flash_bwd" else {}
+        picked = {"FA2_PICKED": 1, "FA2_UNSEEN_ROWS": 1, "FA2_PARAMS_BYTES": size}
+        defines = {**job.defines, **picked, **whole, "FA2_CAUSAL": 0}
+        more = _MASK_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"])), 0)
+        label, allowed = f"{job.label} by a mask's lists", job.allowed_spill_bytes + more
         jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
     return jobs
 
@@ -387,6 +437,19 @@ def test_some_rows_of_lists() -> None:
     check_spills(list(first.values()))
 
 
+def test_some_rows_of_masks() -> None:
+    """The first row at head_dim 128, or above, of each main kernel that can."""
+    first = {job.source: job for job in reversed(mask_jobs("sm_90a")) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
+    assert len(first) == len(_STRUCTS) - 1
+    check_spills(list(first.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_of_masks(arch: str) -> None:
+    check_spills(mask_jobs(arch))
+
+
 def test_some_rows_with_sinks() -> None:
     """The first row of each forward, and on Hopper that with the least room."""
     jobs = sinks_jobs("sm_90a")
@@ -399,6 +462,43 @@ def test_some_rows_with_sinks() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_all_rows_with_sinks(arch: str) -> None:
     check_spills(sinks_jobs(arch))
+
+
+_ON_A_CACHE: dict[str, dict[str, Any]] = {
+    "softcap alibi sinks": {"score": ScoreSpec(1.0, 2.0, (0, 1)), "sinks": SinksSpec(False)},
+    "parts": {"split_size": 128},
+    "parts, pages, new keys": {"split_size": 64, "seqlen_new": 2, "rotary": Rotary(32, 1, False, True, True)},
+    "softcap sinks of e4m3": {
+        "score": ScoreSpec(1.0, 2.0, None),
+        "sinks": SinksSpec(True),
+        "kv_dtype": "float8_e4m3fn",
+    },
+}
+
+
+def cache_jobs(arch: str) -> list[CompileJob]:
+    """Every row of decoding with what is not compiled ahead."""
+    device, jobs = cache_params.device_of(arch), []
+    for label, fields in _ON_A_CACHE.items():
+        table = flash_decode.DECODE_TILES_8 if "kv_dtype" in fields else flash_decode.DECODE_TILES
+        for tile in table[shared_memory_class(device.shared_mem_optin)]:
+            page = 16 if "seqlen_new" in fields else None
+            problem = cache_params.problem_of(tile.head_dim, "bfloat16", page, fields)
+            launch = flash_decode.launch(problem, device, tile, new_keys="seqlen_new" in fields)
+            name = f"head_dim {tile.head_dim} {tile.block_m} rows {label}"
+            jobs.append(CompileJob(launch.source, launch.name, arch, launch.defines, name, 0, tile.spill_bytes))
+    return jobs
+
+
+def test_some_rows_of_caches() -> None:
+    jobs = {job.label: job for job in cache_jobs("sm_90")}
+    check_spills([jobs[f"head_dim 128 16 rows {label}"] for label in ("softcap alibi sinks", "parts")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+def test_all_rows_of_caches(arch: str) -> None:
+    check_spills(cache_jobs(arch))
 
 
 @pytest.mark.slow

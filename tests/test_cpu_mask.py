@@ -11,7 +11,7 @@ import fa2cupy
 from fa2cupy import BlockMask, cpu
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.spec import MASK_ARRAYS
-from tests.fake_gpu import FakeGpu, cupy_array
+from tests.fake_gpu import FakeGpu, cupy_array, host_view, to_cupy
 from tests.reference import expect, make_inputs
 from tests.scores import draw_features, features_of
 from tests.test_block_mask import random_dense
@@ -324,13 +324,10 @@ def test_neutral_windows_beside_a_block_mask() -> None:
     fa2cupy.attention(*SMALL[:3], mask=BlockMask.from_dense(ONES), causal=False, window_size=(-1, -1))
 
 
-def test_not_on_a_gpu_yet(gpu: FakeGpu) -> None:
+def test_of_another_home(gpu: FakeGpu) -> None:
     q, k, v = (cupy_array(x.shape, np.float16) for x in SMALL[:3])
-    mask = cupy_array((5, 7), np.bool_)
     for function in (fa2cupy.attention, fa2cupy.attention_vjp, fa2cupy.backward_workspace_bytes):
-        with pytest.raises(InvalidArgument, match="mask is not supported on a GPU yet: leave it out"):
-            function(q, k, v, mask=mask)
-        with pytest.raises(InvalidArgument, match="q is on cuda:0: a BlockMask is not supported on a GPU yet"):
+        with pytest.raises(InvalidArgument, match=r"mask is on the CPU \(NumPy\) but q is on cuda:0 \(CuPy\): make"):
             function(q, k, v, mask=BlockMask.from_dense(ONES))
     assert not gpu.launches and not gpu.allocations
 
@@ -345,3 +342,54 @@ def test_nan_where_nobody_looks() -> None:
     got = run((q, k, v, dout), mask=mask)
     same(got, clean)
     assert not got["dk"][:, 256:512].any()
+
+
+def test_on_a_gpu(gpu: FakeGpu, copies: None) -> None:
+    """The arrays of a BlockMask go to the kernels, forward and backward, beside those of other keywords."""
+    q, k, v, dout = make_inputs(0, 150, 200, dtype="float16", heads=(4, 2), head_dim=8)
+    dense = np.random.default_rng(0).random((2, 1, 150, 200)) < 0.4
+    sinks = np.linspace(-1, 1, 4, dtype=np.float32)
+    mask = BlockMask.from_dense(dense)
+    expected = fa2cupy.attention(q, k, v, mask=mask, sinks=sinks, return_lse=True)
+    gradients = fa2cupy.attention_backward(dout, q, k, v, *expected, mask=mask, sinks=sinks)
+    there = [to_cupy(x) for x in (dout, q, k, v, *expected)]
+    own, held = mask.to("cuda"), to_cupy(sinks)
+    for _ in range(2):  # planned, and repeated
+        out, lse = fa2cupy.attention(*there[1:4], mask=own, sinks=held, return_lse=True)
+        assert (host_view(out) == expected[0]).all() and (host_view(lse) == expected[1]).all()
+        found = fa2cupy.attention_backward(*there, mask=own, sinks=held)
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert (host_view(mine) == theirs).all()
+    assert len(gpu.plans) == 2 and len(gpu.launches) == 4
+    lengths = to_cupy(np.array([150, 100], np.int32))
+    with pytest.raises(InvalidArgument, match="mask= with lengths is not supported on a GPU yet"):
+        fa2cupy.attention(*there[1:4], mask=own, seqused_k=lengths)
+
+
+@pytest.mark.parametrize(
+    ("shape", "keywords"),
+    [
+        ((150, 200), {}),
+        ((1, 4, 150, 1), {"causal": True}),
+        ((2, 1, 1, 200), {"window_size": (30, 9)}),
+        ((2, 4, 150, 200), {"causal": True, "window_size": (40, -1)}),
+    ],
+    ids=str,
+)
+def test_arrays_on_a_gpu(shape: tuple[int, ...], keywords: dict[str, Any], gpu: FakeGpu) -> None:
+    """A bool array of any strides goes to the kernels, with what causal and windows hide."""
+    q, k, v, dout = make_inputs(0, 150, 200, dtype="float16", heads=(4, 2), head_dim=8)
+    mask = np.random.default_rng(0).random(shape) < 0.6
+    expected = fa2cupy.attention(q, k, v, mask=mask, return_lse=True, **keywords)
+    gradients = fa2cupy.attention_backward(dout, q, k, v, *expected, mask=mask, **keywords)
+    there = [to_cupy(x) for x in (dout, q, k, v, *expected)]
+    own = to_cupy(mask, order=tuple(reversed(range(mask.ndim))))
+    out, lse = fa2cupy.attention(*there[1:4], mask=own, return_lse=True, **keywords)
+    np.testing.assert_allclose(host_view(out).astype(float), expected[0].astype(float), atol=2e-3)
+    np.testing.assert_allclose(host_view(lse), expected[1], rtol=1e-5)
+    found = fa2cupy.attention_backward(*there, mask=own, **keywords)
+    for mine, theirs in zip(found, gradients, strict=True):
+        np.testing.assert_allclose(host_view(mine).astype(float), theirs.astype(float), atol=2e-3)
+    problem = gpu.plans[0].problem
+    assert problem.mask is not None and not problem.causal and problem.window is None
+    assert fa2cupy.forward_workspace_bytes(*there[1:4], mask=own, **keywords) == 0  # the fake plan's

@@ -1,4 +1,5 @@
-"""The structs of cuda_src/common/params.cuh and their ctypes twins: every field at the same offset, of the same size.
+"""The structs of cuda_src/common's params.cuh and cache_params.cuh and their ctypes twins: every field at the same
+offset, of the same size.
 
 Equal sizes are not enough: a composed struct has had a field at 200 in C++ and at 196 in ctypes. One small program of
 g++ holds the header once for every set of macros that a kernel is compiled with, each in a namespace of its own, and
@@ -20,10 +21,11 @@ import pytest
 
 from fa2cupy import spec
 from fa2cupy.jit import source
-from fa2cupy.kernels import compile_jobs, params
+from fa2cupy.kernels import cache_params, compile_jobs, params
+from fa2cupy.mask_spec import PickedParams
 from tests.host import build
 
-HEADER = "common/params.cuh"
+HEADER = "common/cache_params.cuh"  # which includes common/params.cuh
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
 BLOCKS = {
@@ -37,25 +39,36 @@ BLOCKS = {
         "SinksParams",
         "WindowParams",
     )
-}
+} | {"PickedParams": PickedParams}
 _BAND, _LISTED = ("FA2_BAND", spec.WindowParams), ("FA2_LISTED", params.ListParams)
 _SINKS, _DLSE = ("FA2_SINKS", spec.SinksParams), ("FA2_DLSE", spec.DlseParams)
 _SCORES = ("FA2_SOFTCAP FA2_ALIBI", spec.ScoreParams)
+_PICKED = ("FA2_PICKED", PickedParams)
 _DROPOUT = ("FA2_DROPOUT", spec.DropoutParams)
 _SINKS_GRADIENT = spec.SinksGradientParams
 _SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
 # Struct with parts -> the twin of its first, and each other with the macros with one of which it is there; with none,
 # always.
 COMPOSED = {
-    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _SINKS, _DROPOUT, _LISTED)),
-    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _SINKS, _DROPOUT, _LISTED)),
-    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _DROPOUT, _LISTED)),
-    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _DROPOUT, _LISTED)),
+    "DecodeParams": (
+        cache_params.CacheParams,
+        (
+            ("FA2_NEW_KEYS", cache_params.NewKeysParams),
+            ("FA2_TURNED", cache_params.TurnParams),
+            ("FA2_QUANTISED", cache_params.ScaleParams),
+            _SCORES,
+            _SINKS,
+        ),
+    ),
+    "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _PICKED, _SINKS, _DROPOUT, _LISTED)),
+    "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _PICKED, _SINKS, _DROPOUT, _LISTED)),
+    "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _PICKED, _DROPOUT, _LISTED)),
+    "BwdTmaBandParams": (params.BwdTmaParams, (_BAND, _SCORES, _PICKED, _DROPOUT, _LISTED)),
     "PreprocessParams": (params.BwdParams, (("FA2_SINKS", _SINKS_GRADIENT), _DROPOUT, _DLSE, _LISTED)),
     "PostprocessParams": (params.BwdParams, (_LISTED,)),
     "ListTilesBandParams": (params.ListTilesParams, (_BAND, _SINKS, ("", spec.LengthsParams), _SEGMENTS)),
     "FindSegmentsParams": (params.FindParams, (("", spec.LengthsParams), ("", params.SegmentParams))),
-    "FillUnseenParams": (params.FillParams, (_SINKS,)),
+    "FillUnseenParams": (params.FillParams, (_PICKED, _SINKS)),
     "SinksBwdBandParams": (
         params.SinksBwdParams,
         (_BAND, ("", _SINKS_GRADIENT), ("FA2_LISTED", spec.LengthsParams), _DLSE, _LISTED, _SEGMENTS),
@@ -99,7 +112,7 @@ def sets_of_defines() -> list[Defines]:
     for first in (params.FindParams, params.ListTilesParams):
         size = ctypes.sizeof(params.composed(first, (spec.LengthsParams, params.SegmentParams)))
         found.append(fill | {"FA2_SEGMENTS": 1, "FA2_PARAMS_BYTES": size})
-    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_SINKS", "FA2_DROPOUT", "FA2_LISTED")
+    more = ("FA2_BAND", "FA2_SOFTCAP", "FA2_ALIBI", "FA2_PICKED", "FA2_SINKS", "FA2_DROPOUT", "FA2_LISTED")
     any_size = {"FA2_PARAMS_BYTES": 0}
     for n in (1, 2, len(more)):
         found += [{**found[0], **dict.fromkeys(macros, 1), **any_size} for macros in itertools.combinations(more, n)]
@@ -114,7 +127,7 @@ def structs_of(text: str) -> dict[str, list[str]]:
         fields = [
             re.findall(r"\w+", re.sub(r"\[.*", "", declarator))[-1]
             for declaration in declarations
-            if declaration and not declaration.startswith(("static ", "using "))
+            if declaration and not declaration.startswith(("static ", "using ")) and "(" not in declaration
             for declarator in declaration.split(",")
         ]
         if fields:
@@ -140,6 +153,7 @@ def constants_of(text: str) -> dict[str, int]:
 def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[dict[str, Layout]]:
     """For each set of macros: name of each struct -> its layout, as g++ has it."""
     parts = ["#define FA2_HOST 1\n#define FA2_DEVICE inline\n#define FA2_SHARED_MEMORY(Type, name)\n"]
+    parts.append("struct int2 { int x, y; };\nstruct int4 { int x, y, z, w; };\n")  # of which only the pointers count
     for number, defines in enumerate(sets):
         macros = "".join(f"#define {name} {value}\n" for name, value in defines.items())
         undone = "".join(f"#undef {name}\n" for name in defines)
@@ -186,7 +200,8 @@ def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[d
 def layout_in_ctypes(twin: Any) -> Layout:
     """Of a twin; strides that stand side by side are taken together."""
     places = {name: (getattr(twin, name).offset, getattr(twin, name).size) for name in fields_of(twin)}
-    for stem in [name.removesuffix("batch") for name in places if name.endswith("_batch")]:
+    stems = [name.removesuffix("batch") for name in places if name.endswith("_batch")]
+    for stem in (stem for stem in stems if f"{stem}row" in places):
         first, *others = (places.pop(stem + name) for name in fields_of(params.Strides3))
         assert others == [(first[0] + 8, 8), (first[0] + 16, 8)]
         places[f"{stem}strides"] = first[0], ctypes.sizeof(params.Strides3)
@@ -204,7 +219,7 @@ def fields_of(twin: Any) -> Iterator[str]:
 
 def twins(defines: Defines) -> dict[str, Any]:
     """Name of each struct in C++ -> its twin, in a set of macros."""
-    exported = {name: getattr(params, name) for name in params.__all__}
+    exported = {name: getattr(module, name) for module in (params, cache_params) for name in module.__all__}
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():

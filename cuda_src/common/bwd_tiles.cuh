@@ -15,6 +15,8 @@ template <int kWide, typename Params>
 FA2_DEVICE int key_tiles_of_head(const Params& params) {
   if constexpr (kListed) {
     return params.counts[1];
+  } else if constexpr (kPicked) {
+    return params.key_blocks * (kPickedBlock / kWide);
   } else {
     return ceil_div(params.shape.seqlen_k, kWide);
   }
@@ -24,7 +26,7 @@ FA2_DEVICE int query_tiles_of_head(const Params& params) {
   if constexpr (kListed) {
     return params.tiles_of_head_q;
   } else {
-    return ceil_div(params.shape.seqlen_q, kBlockM);
+    return query_tiles(params.shape);
   }
 }
 
@@ -84,7 +86,7 @@ FA2_DEVICE auto key_tile_at(const Params& params, int place, int batch) {
 template <bool kInTurn>
 FA2_DEVICE Tile2 key_tile_of(int linear, int blocks, int heads, const Shape& shape) {
   if constexpr (kListed && !kInTurn) {
-    const ListPlace place = place_in_list(linear, blocks, heads);
+    const ListPlace place = place_in_list(linear, blocks, heads, shape);
     return {place.entry, place.head, 0};
   } else {
     return tile_of(linear, blocks, heads, shape);

@@ -133,6 +133,21 @@ enum { kUnseenRows = FA2_UNSEEN_ROWS };  // there may be rows that see nothing, 
 enum { kUnseenRows = 0 };
 #endif
 
+#ifdef FA2_PICKED
+enum { kPicked = FA2_PICKED };  // which blocks meet each other say lists, and which of their elements bits (picked.cuh)
+#else
+enum { kPicked = 0 };
+#endif
+#ifdef FA2_WHOLE_QUERIES
+enum { kWholeQueries = FA2_WHOLE_QUERIES };  // of each 128 queries there are all tiles, behind the last query too: kPicked, and beside it
+#else
+enum { kWholeQueries = kPicked };
+#endif
+#ifdef FA2_OF_KEYS
+enum { kOfKeys = FA2_OF_KEYS };  // rows that become 0 are keys
+#else
+enum { kOfKeys = 0 };
+#endif
 #ifdef FA2_LISTED
 // Tiles come from a list that smxx/list_tiles.cu made, each of a sequence with a place and lengths of its own (listed.cuh).
 enum { kListed = FA2_LISTED };
@@ -187,8 +202,10 @@ enum { kFixedParts = 0 };
 #endif
 #ifdef FA2_QUANTISED
 enum { kQuantised = FA2_QUANTISED };  // the cache holds 8 bits: 1 float8_e4m3fn, 2 int8
+enum { kOfBytes = 1 };
 enum { kScaleOfPage = FA2_SCALE_OF_PAGE };  // what they are multiplied by may differ from page to page
 #else
+enum { kOfBytes = 0 };
 enum { kQuantised = 0, kScaleOfPage = 0 };
 #endif
 #ifdef FA2_CVT_E4M3

@@ -43,6 +43,20 @@ struct SinksGradientParams {
   int sinks_are_16_bit;
 };
 
+// Which blocks of 128 queries and 128 keys meet each other, by lists, and bits of those of which a part is seen: G masks, M blocks of
+// queries, N of keys. What is in the arrays says fa2cupy/block_mask/lists.py.
+struct PickedParams {
+  const int4* mask_rows_q;     // (G, M)
+  const int2* mask_entries_q;  // (entries,)
+  const int4* mask_rows_k;     // (G, N)
+  const int2* mask_entries_k;  // (entries,)
+  const int* mask_ranks;       // (entries,)
+  const uint32_t* mask_bits;   // (partial blocks, 2, 128, 4)
+  int batch_masks, head_masks;  // how many masks further that of the next row of the batch is, and of the next query head
+  int query_blocks, key_blocks;       // M and N
+  int heads_of_key;                   // query heads that share a key head
+};
+
 // What dropout drops (dropout.cuh).
 struct DropoutParams {
   const uint32_t* dropout_seed;  // so many words: seed and offset, of two each, and two each for what is added to batch and head; or the
@@ -96,8 +110,9 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-using FwdBandParams = Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kOwnLogit, SinksParams>,
-                               Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
+using FwdBandParams =
+    Composed<FwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kPicked, PickedParams>,
+             Part<kOwnLogit, SinksParams>, Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 // The forward of sm_90: arrays as in FwdParams, as maps of dimensions (head_dim or head_dim_v, row, head, batch) whose
 // boxes are 64 columns x 64 (q, out) or kBlockN (k, v) rows, with 128-byte swizzle. kListed: maps as sm90/tile.cuh reads them there.
@@ -109,8 +124,9 @@ struct FwdTmaParams {
   float scale_softmax_log2;
 };
 
-using FwdTmaBandParams = Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kOwnLogit, SinksParams>, Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
+using FwdTmaBandParams =
+    Composed<FwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kPicked, PickedParams>,
+             Part<kOwnLogit, SinksParams>, Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 struct BwdParams {
   const Element* dout;  // like out
@@ -145,8 +161,8 @@ struct DlseParams {
   int dlse_first_row;
 };
 
-using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kDrawn, DropoutParams>,
-                               Part<kListed, ListParams>>;
+using BwdBandParams = Composed<BwdParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>, Part<kPicked, PickedParams>,
+                               Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 using PreprocessParams = Composed<BwdParams, Part<kOwnLogit, SinksGradientParams>, Part<kDrawn, DropoutParams>,
                                   Part<kDlse, DlseParams>, Part<kListed, ListParams>>;
 using PostprocessParams = Composed<BwdParams, Part<kListed, ListParams>>;
@@ -168,7 +184,7 @@ struct BwdTmaParams {
 };
 
 using BwdTmaBandParams = Composed<BwdTmaParams, Part<kBand, WindowParams>, Part<kScores, ScoreParams>,
-                                  Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
+                                  Part<kPicked, PickedParams>, Part<kDrawn, DropoutParams>, Part<kListed, ListParams>>;
 
 struct FillParams {
   Element* rows;  // (batch, seqlen, num_heads, head_dim), or head_dim_v: its rows [0, num_rows) become 0
@@ -176,7 +192,7 @@ struct FillParams {
   Strides row_strides, lse_strides;
   int batch, num_rows, num_heads, head_dim;
 };
-using FillUnseenParams = Composed<FillParams, Part<kOwnLogit, SinksParams>>;
+using FillUnseenParams = Composed<FillParams, Part<kPicked, PickedParams>, Part<kOwnLogit, SinksParams>>;
 
 struct ListTilesParams {
   ListedTile* tiles_q;  // (tiles_of_head_q,), or null: no list is asked for

@@ -4,7 +4,7 @@
 // seqlen_q <= seqlen_k, and of a band each query sees a key and each key is seen.
 #pragma once
 
-#include "common/params.cuh"
+#include "common/picked.cuh"
 
 // The queries and the keys of one row of the batch: seqlen_q, seqlen_k, and the band's ends. Whoever asks for lengths asks a
 // Sequence. As all rows of the batch have the same, it is the Shape itself, by reference: a struct of two numbers takes other
@@ -168,7 +168,6 @@ struct KeyVisitOf<true> {
   int left_to;  // at most mask_from
   FA2_DEVICE int unmasked_from() const { return left_to; }
 };
-using KeyVisit = KeyVisitOf<kBand>;
 template <typename AnySequence>
 FA2_DEVICE auto key_blocks(const AnySequence& sequence, int m_block) {
   const int first_query = m_block * kBlockM;
@@ -183,6 +182,50 @@ FA2_DEVICE auto key_blocks(const AnySequence& sequence, int m_block) {
   } else {
     return KeyVisitOf<false>{0, end, mask_from};
   }
+}
+
+// What a tile of queries meets: key blocks in a row, or the places of a list, which is taken from its end. There, too, those of which a
+// part is hidden come first.
+struct PickedKeys {
+  int begin, end, mask_from;
+  const int2* entries;
+  FA2_DEVICE int unmasked_from() const { return begin; }
+};
+template <bool kIsPicked>
+struct KeyVisitType {
+  using Type = KeyVisitOf<kBand>;
+};
+template <>
+struct KeyVisitType<true> {
+  using Type = PickedKeys;
+};
+using KeyVisit = KeyVisitType<kPicked>::Type;
+template <typename AnySequence, typename Params>
+FA2_DEVICE auto key_visit(const AnySequence& sequence, int m_block, const Params& params, int batch, int head) {
+  if constexpr (kPicked) {
+    const int4 row = picked_row_q(params, batch, head, m_block / kQueryParts);
+    return PickedKeys{0, (row.y + row.z) * kKeyParts, row.z * kKeyParts, params.mask_entries_q + row.x};
+  } else {
+    return key_blocks(sequence, m_block);
+  }
+}
+
+// The key block at place n of a visit.
+template <typename Visit>
+FA2_DEVICE MetBlock met_keys(const Visit& visit, int n) {
+  if constexpr (kPicked) {
+    const int place = visit.end - 1 - n;
+    const int2 entry = visit.entries[place / kKeyParts];
+    return {entry.x * kKeyParts + kKeyParts - 1 - place % kKeyParts, entry.y};
+  } else {
+    return {n, -1};
+  }
+}
+
+// The tile of queries that is the `place`-th if those that meet most come first.
+template <typename Params>
+FA2_DEVICE int longest_tile(const Params& params, int batch, int head, int place) {
+  return picked_row_q(params, batch, head, place / kQueryParts).w * kQueryParts + place % kQueryParts;
 }
 
 // Query blocks for a block of keys, or for so many neighbouring ones: [begin, end), of which [mask_from, mask_to) need a mask: the

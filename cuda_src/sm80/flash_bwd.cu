@@ -13,7 +13,7 @@
 // kSplit > 1 (head_dim > 64, where dK and dV of 32 keys do not fit a warp's registers): 2 or 4 warps share key rows. Each
 // computes its part of the query columns of S^T and owns its part of the columns of dK (head_dim) and dV (head_dim_v); P^T
 // goes through shared memory too.
-#include "common/bwd_tiles.cuh"
+#include "common/bwd_steps.cuh"
 #include "common/dq_accum.cuh"
 #include "common/dropout.cuh"
 #include "common/score.cuh"
@@ -26,7 +26,7 @@ constexpr int kKeyTiles = kBlockN / kKeyWarps / 16;   // blocks of 16 keys of a 
 constexpr int kSCols = kBlockM / kSplit;              // query columns of S^T of a warp
 constexpr int kDCols = kHeadDim / kSplit;             // columns of dK of a warp
 constexpr int kDColsV = kHeadDimV / kSplit;           // columns of dV of a warp
-constexpr int kTurnBlocks = !kBand && kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
+constexpr int kTurnBlocks = !kBand && !kPicked && kBlockN > kBlockM ? kBlockN / kBlockM : 1;  // query blocks of a turn, see my_turn
 constexpr int kHeadSteps = kHeadDim / 16, kHeadStepsV = kHeadDimV / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 static_assert(kKeyTiles * kKeyWarps * 16 == kBlockN, "each warp owns whole blocks of 16 keys");
 static_assert(kSCols % 16 == 0 && kDCols % 16 == 0 && kDColsV % 16 == 0, "a split leaves whole blocks of 16");
@@ -48,6 +48,7 @@ using AccS = Accumulator<kKeyTiles, kSCols / 8>;
 using AccK = Accumulator<kKeyTiles, kDCols / 8>;
 using AccV = Accumulator<kKeyTiles, kDColsV / 8>;
 using FragmentsP = Fragments<kKeyTiles, kSCols / 16>;
+using SeenKeys = Seen<true, kKeyTiles>;
 
 // Statistics of the kBlockM query rows that start at `gmem`: whole blocks, the workspace is padded.
 FA2_DEVICE void copy_statistics(float (&smem)[kBlockM], const float* gmem) {
@@ -63,7 +64,7 @@ FA2_DEVICE void copy_rows(float (&smem)[kBlockM], const float* gmem, int rows, f
 // derivative stays.
 template <bool kMasked, bool kBothSides>
 FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log2)[kBlockM], const Scores<true>& scores,
-                            const Sequence& sequence, int first_key, int first_query, int first_col) {
+                            const Sequence& sequence, const SeenKeys& seen, int first_key, int first_query, int first_col) {
 #pragma unroll
   for (int j = 0; j < kSCols / 8; ++j) {
     const int col = first_col + 8 * j + accumulator_col();
@@ -75,7 +76,9 @@ FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log
       for (int e = 0; e < 4; ++e) {
         float derivative = 1.f;
         float p = scores.p<kBothSides>(acc.x[i][j][e], e % 2 == 0 ? -lse.x : -lse.y, i, j, e, derivative);
-        if constexpr (kMasked) {
+        if constexpr (kMasked && kPicked) {
+          if (seen.hides(i, j, e)) p = 0.f;
+        } else if constexpr (kMasked) {
           const int key = first_key + 16 * i + accumulator_row() + e / 2 * 8;
           if (first_query + col + e % 2 < query_begin(sequence, key)) p = 0.f;
           if (kBand && first_query + col + e % 2 >= query_end(sequence, key)) p = 0.f;
@@ -94,13 +97,13 @@ FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log
 
 template <bool kMasked>
 FA2_DEVICE void recompute_p(AccS& acc, FragmentsP& packed, const float (&lse_log2)[kBlockM], const Scores<true>& scores,
-                            const Sequence& sequence, int first_key, int first_query, int first_col) {
+                            const Sequence& sequence, const SeenKeys& seen, int first_key, int first_query, int first_col) {
   if constexpr (kAnySide) {
     if (scores.keys == Keys::kAround) {
-      return recompute_p<kMasked, true>(acc, packed, lse_log2, scores, sequence, first_key, first_query, first_col);
+      return recompute_p<kMasked, true>(acc, packed, lse_log2, scores, sequence, seen, first_key, first_query, first_col);
     }
   }
-  recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, first_key, first_query, first_col);
+  recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, seen, first_key, first_query, first_col);
 }
 
 // Rows of kCols floats = acc: four lanes write 32 bytes of a row, a whole sector.
@@ -178,7 +181,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
   // The longest first, but see my_turn.
   const int place = kDeterministic && (kCausal || kBand) ? n_blocks - 1 - tile.block : tile.block;
   const auto entry = key_tile_at(params, place, tile.batch);
-  const int n_block = kListed ? entry.block : place;
+  const int n_block = key_block_of(params, entry, place, tile.batch, tile.head / splits);
   const Sequence& sequence = sequence_of_tile(shape, entry, params);
   const int first_key = n_block * kBlockN, keys = sequence.seqlen_k - first_key;
   const int head_k = tile.head / splits;
@@ -201,12 +204,11 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
             keys, head_dim_v(params));
 
   // A step is a block of queries of one of the query heads of this share.
-  struct Step {
-    int head, m_block, stage;
-  };
+  using Step = StagedStepOf<kPicked>;
   const QueryVisit visit = query_blocks(sequence, n_block);
   const int last_head = (tile.head + 1) * heads - 1;
   auto next_of = [&](const Step& step) {
+    if constexpr (kPicked) return step_after(step, (step.stage + 1) % kStages, params, tile.batch, n_block, last_head);
     const bool last = step.m_block + 1 == visit.end;
     return Step{step.head + last, last ? visit.begin : step.m_block + 1, (step.stage + 1) % kStages};
   };
@@ -249,10 +251,11 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
   AccV acc_dv;
   acc_dk.clear();
   acc_dv.clear();
+  SeenKeys seen;
   auto compute_p = [&](AccS& acc, FragmentsP& packed, const Step& step, const Position<true>& position, auto masked) {
     const HeadScores of_head = head_scores(params, query_batch(entry), step.head);
     const auto scores = Scores<true>::of<kKeyTiles, kSCols / 8>(params, of_head, sequence, position);
-    recompute_p<decltype(masked)::value>(acc, packed, smem.lse_log2[step.stage], scores, sequence, first_key + warp_row,
+    recompute_p<decltype(masked)::value>(acc, packed, smem.lse_log2[step.stage], scores, sequence, seen, first_key + warp_row,
                                          step.m_block * kBlockM, s_col);
   };
 
@@ -272,17 +275,23 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     if (kDeterministic && turn_to_pass && threadIdx.x == kNumThreads - 32) red_release_add(turn_to_pass, 1);
   };
 
-  const bool any = visit.begin < visit.end;
+  bool any = visit.begin < visit.end;
   Step step{tile.head * heads, visit.begin, 0};
+  if constexpr (kPicked) any = find_first_step(step, params, tile.batch, n_block, last_head) && keys > 0;
   Drawing drawing;
   Kept<true, kKeyTiles, kSCols / 8> kept;
   if (any) load_queries(step);
+  if (kPicked && !any) cp_async_commit_group();  // K and V
   while (any && step.head <= last_head) {
     const Step next = next_of(step);
     const int stage = step.stage, m_block = step.m_block;
     const Position<true> position{m_block * kBlockM + s_col + accumulator_col(), first_key + warp_row + accumulator_row()};
-    if (kDrawn && m_block == visit.begin) drawing = drawing_of(params, entry, step.head);
+    if (kDrawn && (kPicked ? place_of(step) == 0 : m_block == visit.begin)) drawing = drawing_of(params, entry, step.head);
     kept.draw(drawing, position);
+    if constexpr (kPicked) {
+      seen.read(params, bits_of(step), n_block % kKeyParts * kBlockN + warp_row + accumulator_row(),
+                m_block % kQueryParts * kBlockM + s_col);
+    }
     cp_async_wait_group<0>();  // Q, dO, lse and D of this step landed, and before the first step K and V: load_queries
     __syncthreads();           // everybody's part of them is there, and everybody is done with the last step
     pass_turn();
@@ -292,7 +301,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     acc_p.clear();
     gemm<kHeadSteps>(acc_p, smem_k, operand_b_transposed(smem.q[stage], s_col, 0));
     FragmentsP packed;
-    if (m_block < mask_to_of(visit, m_block)) {
+    if (m_block < mask_to_at(visit, step)) {
       compute_p(acc_p, packed, step, position, True{});
     } else {
       compute_p(acc_p, packed, step, position, False{});
@@ -313,7 +322,7 @@ FA2_DEVICE void differentiate(SharedMemory& smem, const BwdBandParams& params, i
     const int block_in_turn = m_block % kTurnBlocks;
     int* turn = params.dq_turn + tile_index(step) - block_in_turn;
     if (kDeterministic && threadIdx.x == 0 && block_in_turn == 0) {
-      while (ld_acquire(turn) != my_turn(m_block)) continue;  // the key block before this one has added its part of dQ
+      while (ld_acquire(turn) != (kPicked ? turn_at(step) : my_turn(m_block))) continue;  // the key block before this one has added its part of dQ
     }
     // dV += P^T dO
     const auto smem_dout = operand_b(smem.dout[stage], 0, d_col_v);

@@ -38,26 +38,8 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 using AccS = Accumulator<kMTiles, kSTiles>;
 using AccO = Accumulator<kMTiles, kOTiles>;
 
-// Q as the A operand of S = Q K^T: its first kQStepsInRegs blocks of 16 columns stay in registers, the others are read from
-// shared memory for every block of keys.
-struct QOperand {
-  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
-  Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
-
-  FA2_DEVICE void keep() {
-#pragma unroll
-    for (int k = 0; k < kQStepsInRegs; ++k)
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
-  }
-  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
-    if (k < kQStepsInRegs) {
-      kept.load(r, i, k);
-    } else {
-      smem.load(r, i, k);
-    }
-  }
-};
+// Q as the A operand of S = Q K^T.
+using QOperand = KeptOperand<Tile<kBlockM, kHeadDim>::kRowBytes, kMTiles, kQStepsInRegs>;
 
 FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t stride, int row, int rows, float scale_log2) {
   if (accumulator_col() != 0) return;  // four lanes hold the same row
@@ -100,10 +82,10 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
                                       parts);
   };
 
-  const KeyVisit visit = key_blocks(sequence, m_block);
+  const KeyVisit visit = key_visit(sequence, m_block, params, query_batch(tile), tile.head);
   if (kUnseenRows && !kListed && visit.begin >= visit.end) return;
   load_tile(smem.q, gmem_q, qs.row, queries, shape.head_dim);
-  load_k(visit.end - 1, False{});
+  load_k(met_keys(visit, visit.end - 1).block, False{});
   cp_async_commit_group();
 
   QOperand operand_q{smem_q};
@@ -124,7 +106,11 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
   };
   const Drawing drawing = drawing_of(params, tile, tile.head);
   Kept<false, kMTiles, kSTiles> kept;
-  auto step = [&](int n, auto masked, auto whole) {
+  Seen<false, kMTiles> seen;
+  auto step = [&](int n, auto masked, auto whole, int bits = -1, int next = -1) {
+    if constexpr (kPicked && decltype(masked)::value) {
+      seen.read(params, bits, m_block % kQueryParts * kBlockM + warp_row + accumulator_row(), n % kKeyParts * kBlockN);
+    }
     kept.draw(drawing, position_of(n));
     cp_async_wait_group<0>();  // K(n) landed
     __syncthreads();           // everybody's part of K(n) is there, and everybody is done with V(n+1)
@@ -136,7 +122,11 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
     // P = exp(scale * S - m)
     const RowShift<kMTiles> shift = modify_scores(acc_s, params, of_head, sequence, position_of(n));
     if constexpr (decltype(masked)::value) {
-      mask_scores(acc_s, sequence, position_of(n));
+      if constexpr (kPicked) {
+        mask_scores(acc_s, seen);
+      } else {
+        mask_scores(acc_s, sequence, position_of(n));
+      }
     }
     softmax.update(acc_s, acc_o, scale_log2, shift);
     kept.drop(acc_s);
@@ -144,15 +134,30 @@ FA2_DEVICE void attend(SharedMemory& smem, const FwdBandParams& params, int line
     __syncthreads();           // everybody's part of V(n) is there, and everybody is done with K(n)
     // O = diag(alpha) O + P V
     gemm<kKeySteps>(acc_o, to_fragments(acc_s), smem_v, [&](int k) {
-      load_k(kBand && n == visit.begin ? -1 : n - 1, True{}, k, kKeySteps);
+      if constexpr (kPicked) {
+        load_k(next, False{}, k, kKeySteps);
+      } else {
+        load_k(kBand && n == visit.begin ? -1 : n - 1, True{}, k, kKeySteps);
+      }
     });
     cp_async_commit_group();
   };
   int n = visit.end - 1;
-  for (; n >= visit.mask_from; --n) step(n, True{}, False{});
-  for (; n >= visit.unmasked_from(); --n) step(n, False{}, True{});
-  if constexpr (kBand) {
-    for (; n >= visit.begin; --n) step(n, True{}, True{});
+  if constexpr (kPicked) {  // the last block may be anywhere
+    MetBlock met = met_keys(visit, n);
+    auto step_at = [&](int place, auto masked) {
+      const MetBlock next = place > 0 ? met_keys(visit, place - 1) : MetBlock{-1, -1};
+      step(met.block, masked, False{}, met.bits, next.block);
+      met = next;
+    };
+    for (; n >= visit.mask_from; --n) step_at(n, True{});
+    for (; n >= visit.begin; --n) step_at(n, False{});
+  } else {
+    for (; n >= visit.mask_from; --n) step(n, True{}, False{});
+    for (; n >= visit.unmasked_from(); --n) step(n, False{}, True{});
+    if constexpr (kBand) {
+      for (; n >= visit.begin; --n) step(n, True{}, True{});
+    }
   }
 
   // O = diag(l)^-1 O, through shared memory: since the last S everybody has been at a barrier, nobody reads Q any more.

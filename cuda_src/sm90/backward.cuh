@@ -2,7 +2,7 @@
 // and D arrive, whose turn it is to add to dQ, and how dK and dV leave.
 #pragma once
 
-#include "common/bwd_tiles.cuh"
+#include "common/bwd_steps.cuh"
 #include "sm90/tile.cuh"
 
 // In a band: from which query block on there is a mask again, and how many blocks a head has.
@@ -65,36 +65,94 @@ struct Work : WorkOfBand<kBand>, WorkOfList<kListed, kPositioned> {
   int part;                    // which part of dK and dV this is (kPartialDkv)
 };
 
+// Of a list, what a work's keys leave by, and whether there is more work after it. A step has no registers to keep it in: it waits in
+// shared memory.
+template <typename Work>
+FA2_DEVICE int4 keys_of_work(const Work& work, bool more) {
+  if constexpr (kListed) {
+    return {work.first_k, work.batch_k, work.seqlen_k, more};
+  } else {
+    return {};
+  }
+}
+template <typename Work>
+FA2_DEVICE void recall_keys(Work& work, const int4& keys) {
+  if constexpr (kListed) work.first_k = keys.x, work.batch_k = keys.y, work.seqlen_k = keys.z;
+}
+
 // The number of a head's first tile of queries that is the work's.
 template <typename Work>
 FA2_DEVICE int64_t first_tile_of(const Shape& shape, const Work& work, int head) {
   if constexpr (kListed) {
     return static_cast<int64_t>(head) * work.tiles_of_head + work.first_tile;
   } else {
-    return static_cast<int64_t>(work.batch * shape.num_heads + head) * ceil_div(shape.seqlen_q, kBlockM);
+    return static_cast<int64_t>(work.batch * shape.num_heads + head) * query_tiles(shape);
   }
 }
 
+// The last of the query heads that share a tile's keys.
+FA2_DEVICE int last_head_of(const Shape& shape, const Work& work) {
+  return (work.head_k + 1) * (shape.num_heads / shape.num_heads_k) - 1;
+}
+// By lists: how many steps a tile of keys has, of all of these heads.
+template <typename Params>
+FA2_DEVICE int picked_steps(const Params& params, int batch, int head_k, int n_block) {
+  int steps = 0;
+  const int heads = params.shape.num_heads / params.shape.num_heads_k;
+  for (int head = head_k * heads; head < (head_k + 1) * heads; ++head) {
+    const int4 row = picked_row_k(params, batch, head, n_block / kKeyParts);
+    steps += (row.y + row.z) * kQueryParts;
+  }
+  return steps;
+}
+
 // A step: one block of queries of one query head.
-struct Step {
+template <bool kIsPicked>
+struct StepOf {
   int left;      // steps from this one on
   int head, m_block;
   int64_t tile;  // this block among all blocks of queries
-  FA2_DEVICE Step(const Shape& shape, const Work& work)
+  template <typename Params>
+  FA2_DEVICE StepOf(const Shape& shape, const Work& work, const Params&)
       : left(work.steps),
         head(work.head),
         m_block(work.m_block),
         tile(first_tile_of(shape, work, head) + m_block) {}
-  FA2_DEVICE void advance(const Work& work) {
+  template <typename Params>
+  FA2_DEVICE void advance(const Work& work, const Params&) {
     --left, ++m_block, ++tile;
     if (m_block == work.end) m_block = work.begin, tile -= work.end - work.begin;
     if (m_block == work.head_begin) ++head, tile += head_blocks(work);  // without a band the end is the head's, too
   }
 };
+// By lists, of one query head after the other (bwd_steps.cuh); there work.head is the first of them that has any.
+template <>
+struct StepOf<true> {
+  int left, head, m_block;
+  int first, place, end, bits, turn;
+  int64_t tile;
+  template <typename Params>
+  FA2_DEVICE StepOf(const Shape& shape, const Work& work, const Params& params) : left(work.steps), head(work.head) {
+    find_first_step(*this, params, work.batch, work.n_block, last_head_of(shape, work));
+    tile = first_tile_of(shape, work, head) + m_block;
+  }
+  template <typename Params>
+  FA2_DEVICE void advance(const Work& work, const Params& params) {
+    --left, ++place;
+    find_step(*this, params, work.batch, work.n_block, last_head_of(params.shape, work));
+    tile = first_tile_of(params.shape, work, head) + m_block;
+  }
+};
+using Step = StepOf<kPicked>;
 
 // Whether a step is the first of its tile that is of its head.
-FA2_DEVICE bool starts_head(const Work& work, const Step& step) {
-  return step.left == work.steps || step.m_block == work.head_begin;
+template <typename AnyStep>
+FA2_DEVICE bool starts_head(const Work& work, const AnyStep& step) {
+  if constexpr (kPicked) {
+    return step.place == 0;
+  } else {
+    return step.left == work.steps || step.m_block == work.head_begin;
+  }
 }
 
 FA2_DEVICE int cluster_rank() { return kCluster > 1 ? blockIdx.x % kCluster : 0; }
@@ -139,13 +197,40 @@ struct Tiles {
     const int clusters = read_nctaid() / kCluster, cluster = read_ctaid() / kCluster;  // anew: no registers to keep them in
     return round * clusters + (kDeterministic || round % 2 == 0 ? cluster : clusters - 1 - cluster);
   }
-  FA2_DEVICE bool more(const BwdTmaBandParams& params) const {
+  FA2_DEVICE bool more(const BwdTmaBandParams& params) {
     const Shape& shape = params.shape;
     const int parts = shape.num_heads_k * (kPartialDkv ? params.splits : 1);
+    if constexpr (kPicked) skip_unmet(params);
     return place() < key_tiles_of_head<kCluster * kBlockN>(params) * parts * shape.batch;
+  }
+  // By lists: the tile of this place, and how many steps it has; those that have none nobody takes, and fill_unseen fills what would be
+  // theirs.
+  template <typename Params>
+  FA2_DEVICE Work picked_tile(const Params& params) const {
+    const Shape& shape = params.shape;
+    const int blocks = key_tiles_of_head<kBlockN>(params), rows = shape.num_heads_k * shape.batch, linear = place();
+    const Tile2 tile = tile_of(linear, blocks, shape.num_heads_k, shape);
+    const bool backwards = !kDeterministic && sections_after(linear, blocks, rows, shape) % 2 == 1;
+    Work work;
+    const int block = backwards ? blocks - 1 - tile.block : tile.block;
+    work.n_block = key_block_of(params, tile, block, tile.batch, tile.head);
+    work.head_k = tile.head, work.batch = tile.batch, work.part = 0;
+    work.head = tile.head * (shape.num_heads / shape.num_heads_k);
+    work.steps = picked_steps(params, tile.batch, tile.head, work.n_block);
+    return work;
+  }
+  template <typename Params>
+  FA2_DEVICE void skip_unmet(const Params& params) {
+    const int tiles = key_tiles_of_head<kBlockN>(params) * params.shape.num_heads_k * params.shape.batch;
+    while (place() < tiles && picked_tile(params).steps == 0) ++round;
   }
   FA2_DEVICE bool next(const BwdTmaBandParams& params, Work& work) {
     if (!more(params)) return false;
+    if constexpr (kPicked) {
+      work = picked_tile(params);
+      ++round;
+      return true;
+    }
     const Shape& shape = params.shape;
     const int splits = kPartialDkv ? params.splits : 1, parts = shape.num_heads_k * splits;
     const int n_blocks = key_tiles_of_head<kCluster * kBlockN>(params), rows = parts * shape.batch;
@@ -183,8 +268,9 @@ struct Tiles {
     return true;
   }
 };
-using Schedule = Visited<Tiles>;
-static_assert(!kUnseenRows || kListed, "more() does not look ahead, and a thread block takes its first tile for granted");
+using Schedule = Tiles;
+enum { kMayBeIdle = kListed || kPicked };  // a thread block may find no tile
+static_assert(!kUnseenRows || kMayBeIdle, "more() does not look ahead, and a thread block takes its first tile for granted");
 
 // dQ of a block of queries is a sum over the key blocks that meet it. Whoever comes first writes, all others add. A counter
 // for each warpgroup's part of the sum counts those who have come, up to kWritten, which the first one adds when it is done.
@@ -195,7 +281,9 @@ constexpr int kWritten = 1 << 30;
 // Deterministic: how many key blocks (pairs of a cluster) add to the dQ of a step before this one.
 FA2_DEVICE int turn_of(const BwdTmaBandParams& params, const Work& work, const Step& step) {
   const int block = work.n_block / kCluster;
-  if constexpr (kBand) {
+  if constexpr (kPicked) {
+    return turn_at(step);
+  } else if constexpr (kBand) {
     const Sequence& sequence = sequence_of_tile(params.shape, work, params);
     const int last_query = min((step.m_block + 1) * kBlockM, sequence.seqlen_q) - 1;
     return (key_end(sequence, last_query) - 1) / (kCluster * kBlockN) - block;

@@ -29,7 +29,7 @@ static_assert(sizeof(BwdTmaBandParams) == kParamsBytes, "kernels/params.py and c
 constexpr int kKeyGroups = kBlockN / 64;  // warpgroups that compute
 constexpr int kHeadSteps = kHeadDim / 16, kQuerySteps = kBlockM / 16, kKeySteps = kBlockN / 16;
 constexpr int kKStages = 2;  // the next tile's first S is computed before this one's last dQ
-constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
+constexpr int kCopyRegisters = kPicked ? 32 : 24, kComputeRegisters = 240;
 static_assert(kKeyGroups == 2 && kNumThreads == 128 * (kKeyGroups + 1), "the registers are shared out for two warpgroups");
 
 // A warpgroup's part of dQ: 64 rows and 64 columns, or half of them. Of the last columns fewer may leave.
@@ -47,6 +47,7 @@ struct SharedMemory {
   uint64_t q_full[kStages], dout_full[kStages], q_dout_empty[kStages];
   uint64_t ds_full[kStages], ds_empty[kStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
   uint64_t dq_turn[kKeyGroups];  // deterministic
+  int4 keys_at[kKStages];  // of a list: keys_of_work, which comes with K
 };
 constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
@@ -69,7 +70,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
   while (schedule.next(params, work)) {
     const int first_key = work.n_block * kBlockN;
     bool first = true;
-    for (Step step(shape, work); step.left > 0; step.advance(work)) {
+    for (Step step(shape, work, params); step.left > 0; step.advance(work, params)) {
       const int first_query = step.m_block * kBlockM;
       const int i = ring.stage;
       mbarrier_wait(smem.q_dout_empty[i], ring.parity ^ 1);  // released by the key warpgroups after dV and dK
@@ -77,6 +78,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
       load_tile(smem.q[i], params.q, smem.q_full[i], query_place(work, first_query, step.head, params));
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
+        if constexpr (kListed) smem.keys_at[k.stage] = keys_of_work(work, schedule.more(params));
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
         load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], key_place(work, first_key, work.head_k, params));
         griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
@@ -111,7 +113,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params, int g
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
-    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+    for (Step step(params.shape, work, params); step.left > 0; step.advance(work, params), parity ^= 1) {
       int* turns = params.dq_turn + step.tile * kDqParts + group;
       float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
       mbarrier_wait(smem.dq_full[group], parity);  // dQ is in shared memory: compute
@@ -149,7 +151,7 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& param
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
-    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+    for (Step step(params.shape, work, params); step.left > 0; step.advance(work, params), parity ^= 1) {
 #pragma unroll
       for (int group = 0; group < kKeyGroups; ++group) {
         wait_for_turn(params.dq_turn + step.tile * kDqParts + group, turn_of(params, work, step));
@@ -164,7 +166,8 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& param
 // into `packed`, rounded, and its derivative stays.
 template <bool kMasked, bool kBothSides>
 FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const float (&lse_log2)[kBlockM],
-                            const Scores<true>& scores, const Sequence& sequence, int key, int first_query) {
+                            const Scores<true>& scores, const Sequence& sequence, const Seen<true, 1>& seen, int key,
+                            int first_query) {
   const Position<true> position{first_query + accumulator_col(), key};
   const int keys[2] = {position.key(0, 0, 0), position.key(0, 0, 2)};
   const int begin[2] = {query_begin(sequence, keys[0]) - position.first_query,
@@ -179,7 +182,7 @@ FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const flo
       float derivative = 1.f;
       float p = scores.p<kBothSides>(acc.x[0][j][e], e % 2 == 0 ? -lse.x : -lse.y, 0, j, e, derivative);
       const bool hidden = col_of(j, e) < begin[e / 2] || (kBand && col_of(j, e) >= end[e / 2]);
-      p = kMasked && hidden ? 0.f : p;
+      p = kMasked && (kPicked ? seen.hides(0, j, e) : hidden) ? 0.f : p;
       acc.x[0][j][e] = kCurved ? p * derivative : p;
       rounded[e] = p;
     }
@@ -192,11 +195,22 @@ FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const flo
 
 template <bool kMasked>
 FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const float (&lse_log2)[kBlockM],
-                            const Scores<true>& scores, const Sequence& sequence, int key, int first_query) {
+                            const Scores<true>& scores, const Sequence& sequence, const Seen<true, 1>& seen, int key,
+                            int first_query) {
   if constexpr (kAnySide) {
-    if (scores.keys == Keys::kAround) return recompute_p<kMasked, true>(acc, packed, lse_log2, scores, sequence, key, first_query);
+    if (scores.keys == Keys::kAround) return recompute_p<kMasked, true>(acc, packed, lse_log2, scores, sequence, seen, key, first_query);
   }
-  recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, key, first_query);
+  recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, seen, key, first_query);
+}
+
+// Whether there is a tile after this one. Of a list what copy_tiles says: no step asks global memory.
+template <typename Params>
+FA2_DEVICE bool has_more(const Schedule& schedule, const Params& params, const int4& keys_at) {
+  if constexpr (kListed) {
+    return keys_at.w != 0;
+  } else {
+    return schedule.more(params);
+  }
 }
 
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
@@ -214,6 +228,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   Fragments<kQuerySteps> frag_p, frag_ds;
   Drawing drawing;
   Kept<true, 1, kBlockM / 8> kept;
+  Seen<true, 1> seen;
 
   auto issue_s = [&](bool first) {  // S^T = K Q^T
     if (first) mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_tiles
@@ -257,17 +272,17 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
   Schedule schedule;
   Work work;
   const bool any = schedule.next(params, work);
-  if (kListed && !any) return;  // the host knows only how many tiles there are at most
-  Step step(shape, work);
+  if (kMayBeIdle && !any) return;  // the host knows only how many tiles there are at most
+  Step step(shape, work, params);
   bool first = true;  // step of its tile
   HeadScores of_head = head_scores(params, query_batch(work), step.head);
   auto next_step = [&] {
     first = step.left == 1;
     if (first) {
       schedule.next(params, work);
-      step = Step(shape, work);
+      step = Step(shape, work, params);
     } else {
-      step.advance(work);
+      step.advance(work, params);
     }
     of_head = head_scores(params, query_batch(work), step.head);
   };
@@ -276,7 +291,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[ring.stage]), !first);
     wgmma_commit_group();
   };
-  auto is_final = [&] { return step.left == 1 && !schedule.more(params); };
+  auto is_final = [&] { return step.left == 1 && !has_more(schedule, params, smem.keys_at[k.stage]); };
 
   auto store_dkv = [&] {
     if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
@@ -311,12 +326,15 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     const Position<true> position{first_query + accumulator_col(), key};
     if (kDrawn && starts_head(work, step)) drawing = drawing_of(params, work, step.head);
     kept.draw(drawing, position);
+    if constexpr (kPicked) {
+      seen.read(params, bits_of(step), warp_row + accumulator_row(), step.m_block % kQueryParts * kBlockM);
+    }
     bar_sync(kept.before(drawing, kTurn + group), 128 * kKeyGroups);  // the other warpgroup has its dS
     const auto scores = Scores<true>::of<1, kBlockM / 8>(params, of_head, sequence, position);
-    if (step.m_block < mask_to_of(work, step.m_block)) {
-      recompute_p<true>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
+    if (step.m_block < mask_to_at(work, step)) {
+      recompute_p<true>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, seen, key, first_query);
     } else {
-      recompute_p<false>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, key, first_query);
+      recompute_p<false>(acc_s, frag_p, smem.lse_log2[ring.stage], scores, sequence, seen, key, first_query);
     }
     if constexpr (kPackEarly) kept.drop(0, frag_p.r);
     pin(acc_s);
@@ -361,6 +379,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     if (last) {
       pin(acc_dk);
       pin(acc_dv);
+      if constexpr (kListed) recall_keys(work, smem.keys_at[k.before()]);
       store_dkv();
     }
     if constexpr (kMore) {
@@ -415,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) flash_bwd(const __g
     fence_mbarrier_init();
   }
   __syncthreads();  // the barriers are initialised
-  if constexpr (kListed) griddepcontrol_wait();  // everybody, who finds no tile too: the lists and all else that was written is there
+  if constexpr (kMayBeIdle) griddepcontrol_wait();  // everybody, who finds no tile too: the lists and all else that was written is there
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (warpgroup == 0) {

@@ -105,7 +105,7 @@ FA2_DEVICE void copy_tiles(const BwdTmaBandParams& params, Loads<kBuffers>& load
       }
     }
     griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
-    for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
+    for (Step step(params.shape, work, params); step.left > 0; step.advance(work, params)) {
 #pragma unroll 1  // for want of registers
       for (int col = 0; col < kCols; col += kPartCols, ring.advance()) {
         mbarrier_wait(loads.empty[ring.stage], ring.parity ^ 1);  // released by compute_scores and sum_gradient
@@ -229,14 +229,14 @@ FA2_DEVICE void compute_scores(SharedMemory& smem, const BwdTmaBandParams& param
   };
 
   while (schedule.next(params, work)) {
-    Step step(shape, work);
+    Step step(shape, work, params);
     key = work.n_block * kBlockN + accumulator_col();
     mbarrier_wait(smem.q_loads.keys_full, keys_parity(schedule));  // K landed: copy_tiles
     issue_s(False{});
     issue_s(True{});
     wgmma_wait_group<0>();  // S of the first step
     mbarrier_wait(smem.dout_loads.keys_full, keys_parity(schedule));  // V landed: copy_tiles
-    for (; step.left > 1; step.advance(work)) compute_step(step, True{});
+    for (; step.left > 1; step.advance(work, params)) compute_step(step, True{});
     compute_step(step, False{});
   }
 }
@@ -354,7 +354,7 @@ FA2_DEVICE void sum_gradient(SharedMemory& smem, const BwdTmaBandParams& params,
 
   while (schedule.next(params, work)) {
     bool first = true;
-    for (Step step(params.shape, work); step.left > 0; step.advance(work)) {
+    for (Step step(params.shape, work, params); step.left > 0; step.advance(work, params)) {
       compute_step(step, first);
       first = false;
     }
@@ -369,7 +369,7 @@ FA2_DEVICE void add_dq(SharedMemory& smem, const BwdTmaBandParams& params) {
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
-    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+    for (Step step(params.shape, work, params); step.left > 0; step.advance(work, params), parity ^= 1) {
       if constexpr (kDqShared) {
         float* dq_tile = params.dq_accum + step.tile * kDqTileFloats;
 #pragma unroll
@@ -411,7 +411,7 @@ FA2_DEVICE void announce_turns(SharedMemory& smem, const BwdTmaBandParams& param
   Work work;
   uint32_t parity = 0;
   while (schedule.next(params, work)) {
-    for (Step step(params.shape, work); step.left > 0; step.advance(work), parity ^= 1) {
+    for (Step step(params.shape, work, params); step.left > 0; step.advance(work, params), parity ^= 1) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         wait_for_turn(turn_counter(params, step, turn), turn_of(params, work, step));

@@ -70,7 +70,7 @@ struct Work : QueryTile, HeadScores {
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
 // long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time. A list
-// is all one section.
+// has sections of its own (place_in_list).
 struct Tiles {
   int round = 0;
   template <typename Params>
@@ -81,15 +81,20 @@ struct Tiles {
       const QueryTile tile = listed_query_tile(params, linear, shape.num_heads);
       if (tile.head < 0) return false;
       const HeadScores of_head = head_scores(params, query_batch(tile), tile.head);
-      work = {tile, of_head, key_blocks(sequence_of_tile(tile, params), tile.m_block)};
+      work = {tile, of_head, key_visit(sequence_of_tile(tile, params), tile.m_block, params, 0, tile.head)};
     } else {
       const int m_blocks = ceil_div(shape.seqlen_q, kBlockM), rows = shape.num_heads * shape.batch;
       if (linear >= m_blocks * rows) return false;
       const Tile2 tile = tile_of(linear, m_blocks, shape.num_heads, shape);
       const int sections_left = sections_after(linear, m_blocks, rows, shape);
-      const int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
+      int m_block = kCausal && sections_left % 2 == 0 ? m_blocks - 1 - tile.block : tile.block;
+      if constexpr (kPicked) {
+        m_block = longest_tile(params, tile.batch, tile.head, sections_left % 2 == 0 ? tile.block : m_blocks - 1 - tile.block);
+      }
       const HeadScores of_head = head_scores(params, tile.batch, tile.head);
-      work = {{m_block, tile.head, tile.batch}, of_head, key_blocks(sequence_of(shape, tile.batch, params), m_block)};
+      work = {{m_block, tile.head, tile.batch},
+              of_head,
+              key_visit(sequence_of(shape, tile.batch, params), m_block, params, tile.batch, tile.head)};
     }
     return true;
   }
@@ -104,7 +109,8 @@ FA2_DEVICE void copy_keys(SharedMemory& smem, const FwdTmaBandParams& params) {
   Ring<kKvStages> ring;
   while (schedule.next(shape, work, params)) {
     const int head_k = work.head / (shape.num_heads / shape.num_heads_k);
-    for (int n = work.visit.end - 1; n >= work.visit.begin; --n, ring.advance()) {
+    for (int place = work.visit.end - 1; place >= work.visit.begin; --place, ring.advance()) {
+      const int n = met_keys(work.visit, place).block;
       mbarrier_wait(smem.k_empty[ring.stage], ring.parity ^ 1);  // released by every consumer after its S
       mbarrier_arrive_expect_tx(smem.k_full[ring.stage], smem.k[0].kBytes);
       load_tile(smem.k[ring.stage], params.k, smem.k_full[ring.stage], key_place(work, n * kBlockN, head_k, params));
@@ -166,6 +172,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   Fragments<kKeySteps> frag_p;
   Drawing drawing;
   Kept<false, 1, kBlockN / 8> kept;
+  Seen<false, 1> seen;
 
   auto issue_s = [&] {  // S = Q K^T
     mbarrier_wait(smem.k_full[k.stage], k.parity);  // K landed: copy_keys
@@ -193,13 +200,21 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
     if (kOwnO && leader) mbarrier_arrive(smem.q_empty[group][q.stage]);
   };
   auto position_of = [&](const Work& work, int n) {
-    return Position<false>{work.m_block * kBlockM + row, n * kBlockN + accumulator_col()};
+    return Position<false>{work.m_block * kBlockM + row, met_keys(work.visit, n).block * kBlockN + accumulator_col()};
+  };
+  auto look = [&](const Work& work, int n) {  // at what is seen of a block that is met in part
+    const MetBlock met = met_keys(work.visit, n);
+    seen.read(params, met.bits, work.m_block % kQueryParts * kBlockM + row, met.block % kKeyParts * kBlockN);
   };
   auto modify = [&](const Work& work, int n) {
     return modify_scores(acc_s, params, work, sequence_of_tile(shape, work, params), position_of(work, n));
   };
   auto mask = [&](const Work& work, int n) {
-    mask_scores(acc_s, sequence_of_tile(shape, work, params), position_of(work, n));
+    if constexpr (kPicked) {
+      mask_scores(acc_s, seen);
+    } else {
+      mask_scores(acc_s, sequence_of_tile(shape, work, params), position_of(work, n));
+    }
   };
   // P = exp(scale * S - m) of a tile's first (that is, last) block of keys
   auto start_softmax = [&](const Work& work) {
@@ -213,6 +228,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
   auto draw_first = [&](const Work& work) {  // of a tile
     drawing = drawing_of(params, work, work.head);
     kept.draw(drawing, position_of(work, work.visit.end - 1));
+    look(work, work.visit.end - 1);
   };
   auto start_tile = [&](const Work& work) {
     mbarrier_wait(smem.q_full[group][q.stage], q.parity);  // Q landed: copy_rows
@@ -265,6 +281,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const FwdTmaBandParams& params, int 
       take_turn();
       issue_s();
       kept.draw(drawing, position_of(work, n));
+      if constexpr (decltype(masked)::value) look(work, n);
       issue_o(kept.before(drawing, !first));
       pass_turn();
       first = false;

@@ -22,7 +22,7 @@ from fa2cupy.kernels.listed import Lists, Segments, Shorts
 from fa2cupy.kernels.params import BwdParams, pack_strides
 from fa2cupy.kernels.tiles import tile_bytes
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import Row, WindowSpec
+from fa2cupy.spec import MASK_BLOCK, Row, WindowSpec
 
 __all__ = [
     "ARRAYS",
@@ -141,7 +141,9 @@ class Work:
 
     @property
     def end_of_lists(self) -> int:
-        """Bytes of the workspace that lists and segments take."""
+        """Bytes of the workspace that lists, of tiles or of blocks, and segments take."""
+        if self.problem.mask is not None:
+            return self.problem.mask.offsets["end"]
         last = self.shorts.segments if self.shorts else self.segments or self.tile_lists
         return last.end if last else 0
 
@@ -157,11 +159,16 @@ class Work:
 
     @property
     def m_blocks(self) -> int:
+        """Of a mask's blocks all parts, behind the last query too."""
+        if self.problem.mask is not None:
+            return self.problem.mask.query_blocks * (MASK_BLOCK // self.tile.block_m)
         return self.lists.tiles_of_head_q if self.lists else -(-self.rows // self.tile.block_m)
 
     @property
     def n_blocks(self) -> int:
         """Of a cluster each."""
+        if self.problem.mask is not None:
+            return self.problem.mask.key_blocks * (MASK_BLOCK // self.wide)
         return self.lists.tiles_of_head_k if self.lists else -(-self.keys // self.wide)
 
     @property
@@ -297,9 +304,10 @@ class Backward:
     @property
     def side_defines(self) -> Defines:
         work = self.work
-        return side_defines(
+        side = side_defines(
             work.tile, work.problem.dtype, *self.head_dims, work.problem.aligned, work.device.cc >= (9, 0)
         )
+        return side if work.problem.mask is None else {**side, "FA2_WHOLE_QUERIES": 1}
 
     def launch(
         self,
@@ -332,7 +340,7 @@ def splits_of_heads(work: Work) -> int:
 
     sm_80, and deterministic ones: parts of a head would wait for each other's turns.
     """
-    if work.lists:  # no kernel sums parts of keys that have a place of their own
+    if work.lists or work.problem.mask is not None:  # no kernel sums parts of keys that have a place of their own
         return 1
     divisors = (n for n in range(1, work.group + 1) if work.group % n == 0)
     return next((n for n in divisors if work.key_tiles * n >= _ENOUGH_WAVES * work.clusters), work.group)

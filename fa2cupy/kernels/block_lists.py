@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fa2cupy.block_mask.lists import BLOCK, blocks_of
+from fa2cupy.kernels.common import Where
 from fa2cupy.kernels.launch import KernelLaunch
 from fa2cupy.kernels.smxx import classify_blocks, list_blocks
 from fa2cupy.kernels.smxx.classify_blocks import BITS, KINDS, Seeing
+from fa2cupy.problem import AttentionProblem
 
-__all__ = ["Building", "plan"]
+__all__ = ["Building", "launches", "launches_of_call", "plan"]
 
 _ALIGNMENT = 256
 
@@ -66,6 +69,11 @@ def plan(arch: str, seeing: Seeing, building: Building) -> tuple[KernelLaunch, .
     lists = {name: (building.first + n, 0) for n, name in enumerate(building.shapes)}
     workspace = building.first + len(lists)
     places = lists | {name: (workspace, offset) for name, offset in building.offsets.items() if name != "end"}
+    return launches(arch, seeing, building, places)
+
+
+def launches(arch: str, seeing: Seeing, building: Building, places: Mapping[str, Where]) -> tuple[KernelLaunch, ...]:
+    """The same. places: of the lists, by the fields of `BlockLists`, and of the workspace's parts."""
     if 0 in building.grid:
         return ()
 
@@ -79,3 +87,17 @@ def plan(arch: str, seeing: Seeing, building: Building) -> tuple[KernelLaunch, .
         return list_blocks.launch(arch, building.grid, building.max_entries, most, step, own)
 
     return (classify(KINDS), *(listing(step) for step in list_blocks.STEPS), classify(BITS))
+
+
+def launches_of_call(problem: AttentionProblem, arch: str, names: Sequence[str]) -> tuple[KernelLaunch, ...]:
+    """Of a call whose mask is an array: its lists, in the call's workspace. names: of the pointers in front of that."""
+    mask = problem.mask
+    if mask is None or mask.array is None:
+        return ()
+    places = {
+        name.removeprefix("mask_"): (len(names), offset) for name, offset in mask.offsets.items() if name != "end"
+    }
+    batch, heads, rows, columns = mask.array.shape
+    blocks = batch * heads * blocks_of(rows) * blocks_of(columns)
+    seeing = Seeing.by_blocks(mask.array.strides, (1, 1), mask.array.band, names.index("mask"))
+    return launches(arch, seeing, Building(mask.array.shape, blocks, blocks, 0), places)

@@ -136,8 +136,8 @@ def kernel_launch(
     placed = [Pointer(getattr(struct, field).offset, *where) for field, where in pointers.items()]
     for spec, block in blocks:
         start = getattr(struct, type(block).__name__).offset
-        for array in spec.arrays() + spec.results():
-            placed.append(Pointer(start + getattr(type(block), array).offset, names.index(array), 0))
+        for field, where in spec.pointers(names).items():
+            placed.append(Pointer(start + getattr(type(block), field).offset, *where))
     defines = dict(defines)
     for spec in reaching:
         defines |= spec.defines()

@@ -16,7 +16,7 @@ from fa2cupy import env, jit, log
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.jit import driver
 from fa2cupy.jit.driver import DeviceInfo
-from fa2cupy.kernels import backward, common
+from fa2cupy.kernels import backward, block_lists, common
 from fa2cupy.kernels.backward import Backward, Defines, Order, Work
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, Launchable
 from fa2cupy.kernels.listed import Lists, Segments, Shorts
@@ -109,6 +109,9 @@ def plan_forward(
         segments = Segments(problem.batch, lists) if problem.lengths.segments else None
         workspace_bytes = (segments or lists).end
         launches += _listing(problem, device, lists, segments, ("out", "lse"), names)
+    if problem.mask is not None:
+        workspace_bytes = problem.mask.offsets["end"]
+        launches += block_lists.launches_of_call(problem, common.arch_of(device), names)
     if busy:
         launches += (kernel.launch(problem, device, tile, empty, lists),)
     launches += fill_unseen.launches(problem, device, "out", empty, names, with_lse=True)
@@ -140,6 +143,9 @@ def plan_backward(
         if max(problem.seqlen_q, problem.seqlen_k) * problem.num_heads > 0:  # some rows may be nobody's
             workspace_bytes = work.end_of_lists
             launches += _listing(problem, device, lists, work.segments, ("dq", "dk", "dv"), names, deterministic)
+    if problem.mask is not None:
+        workspace_bytes = work.end_of_lists
+        launches += block_lists.launches_of_call(problem, common.arch_of(device), names)
     whole = shorts = None
     if busy:
         whole = Backward.of(work, kernel.order(work), kernel.head_dims(problem, row))
@@ -152,7 +158,8 @@ def plan_backward(
         shorts = _shorts(work, whole)
         if shorts is not None:
             launches += (flash_bwd_preprocess.launch(shorts), bwd_sm80.launch(shorts, _short_row(problem, device)))
-    launches += fill_unseen.launches(problem, device, "dq", empty, names)
+    if problem.mask is None or not busy:
+        launches += fill_unseen.launches(problem, device, "dq", empty, names)
     unseen = problem.seqlen_k if problem.seqlen_q == empty and lists is None else problem.empty_keys
     for name in ("dk", "dv"):
         launches += fill_unseen.launches(problem, device, name, unseen, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from fa2cupy import env
 from fa2cupy.checks import shown
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import JAX, framework_of
-from fa2cupy.frameworks.base import describe
+from fa2cupy.frameworks.base import Framework, GpuFramework, describe
 from fa2cupy.tracing import cuda, evaluate, rebind, text
 from fa2cupy.tracing.graph import Graph
 from fa2cupy.tracing.operations import BOOL, FLOAT, INT
@@ -159,17 +160,31 @@ class UserFunction:
         return evaluate.evaluate(self.graph, arguments, arrays, real, check=env.check())
 
     def on_host(self, arrays: Mapping[str, Any], real: npt.DTypeLike = np.float32) -> dict[str, Any]:
-        """The captures' values as `evaluate` takes them, of arrays on the CPU."""
+        """The captures' values as `evaluate` takes them. Waits for arrays on a GPU."""
         found: dict[str, Any] = {}
         for capture in self.captures:
             value = arrays[capture.name]
             if capture.rank is not None:
                 framework = framework_of(value)
                 assert framework is not None
-                array = np.asarray(value) if framework is JAX else framework.to_numpy(value)
-                value = evaluate.held(array, capture.dtype == "bfloat16", real)
+                value = evaluate.held(_on_host(framework, value, capture), capture.dtype == "bfloat16", real)
             found[capture.name] = value
         return found
+
+
+def _on_host(framework: Framework, value: Any, capture: Capture) -> np.ndarray:
+    if framework is JAX:
+        return np.asarray(value)
+    device = framework.device(value, capture.name)
+    if device.kind == "cpu":
+        return framework.to_numpy(value)
+    from fa2cupy.jit import driver
+
+    assert isinstance(framework, GpuFramework)
+    is_bfloat16: bool = capture.dtype == "bfloat16"  # torch's, which NumPy has no dtype for
+    with driver.device_guard(device.index):
+        host = framework.to_host(value.view(sys.modules["torch"].int16) if is_bfloat16 else value)
+    return host.view(np.uint16) if is_bfloat16 else host
 
 
 def _checked_arrays(kind: Kind, arrays: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 from fa2cupy import kernels
 from fa2cupy.jit import compile_many, driver
 from fa2cupy.kernels import CompileJob
+from fa2cupy.kernels.decode import DecodePlan
 from fa2cupy.kernels.plan import Plan
 from tests.gpu.cases import Case, problem_of
 from tests.gpu.room import shared
@@ -39,7 +40,7 @@ def jobs_of(
     wanted: Iterable[tuple[Case, bool]],
     info: driver.DeviceInfo,
     sm80: Iterable[Case] = (),
-    plans: Iterable[Plan] = (),
+    plans: Iterable[Plan | DecodePlan] = (),
 ) -> Iterator[CompileJob]:
     """One job for each different kernel that the cases run on a device; a case's bool says whether backward too.
     sm80: cases whose backward runs with the kernels that every GPU has. plans: further ones."""

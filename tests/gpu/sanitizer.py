@@ -89,6 +89,21 @@ SCORED = (
 
 MERGED = ((4, 128, "bfloat16"), (2, 59, "float16"), (9, 64, "float32"))  # pieces, head_dim_v, dtype
 
+# Keys of each sequence before the call, and what else a cache and a call on it are (tests/caches.py): rows, pages, new
+# keys that are turned, many of them, odd columns, scores, 8 bits.
+_TURNED = (32, "neox", "float32")
+CACHED: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+    ((700, 0, 17), {"head_dim": 128, "capacity": 704}),
+    ((300, 0, 17), {"queries": 9, "head_dim": 64, "page": 64, "capacity": 320, "dtype": "bfloat16"}),
+    ((300, 5), {"queries": 2, "new": 2, "head_dim": 128, "page": 17, "capacity": 306, "rotary": _TURNED}),
+    ((90, 5), {"queries": (70, 40), "new": 1, "head_dim": 64, "page": 16, "rotary": _TURNED}),
+    ((100, 7), {"queries": 2, "new": 1, "head_dim": 33, "head_dim_v": 7, "leftpad": (30, 0), "softcap": 2.0,
+                "slopes": "head", "sinks": "float32", "dtype": "bfloat16"}),
+    ((40, 7), {"queries": 2, "new": 2, "head_dim": 64, "page": 16, "kv_dtype": "float8_e4m3fn",
+               "scales": ("page", "head")}),
+    ((300, 7), {"new": 1, "head_dim": 256, "page": 16, "capacity": 320, "kv_dtype": "int8"}),
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def sm80_kernels() -> Iterator[None]:
@@ -271,7 +286,29 @@ def merging(tools: Tools, pieces: int, d: int, dtype: str) -> None:
     tools.check(out, lse, *douts, *dlses)
 
 
-RUNS = {dense: DENSE, listed: LISTED, scored: SCORED, merging: MERGED}
+def cached(tools: Tools, before: tuple[int, ...], changes: dict[str, Any]) -> None:
+    """NaN where nobody may read; tiles that thread blocks share, cut as they come and where split_size says."""
+    import fa2cupy
+    from tests import caches
+    from tests.host.caches import arguments
+
+    drawn = caches.draw(caches.CacheCase(before, heads=(4, 2), causal=True, **changes))
+    q, k, v, of_cache, of_call = arguments(drawn)
+
+    def on_gpu(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(on_gpu, x))
+        return tools.cupy.asarray(x) if isinstance(x, tools.np.ndarray) else x
+
+    of_cache, of_call = ({name: on_gpu(x) for name, x in given.items()} for given in (of_cache, of_call))
+    for split_size in (None, 64):
+        cache = fa2cupy.KVCache(on_gpu(k), on_gpu(v), **of_cache)
+        q = on_gpu(q)
+        out = tools.nan_like(q[..., : drawn.case.head_dim_v] if drawn.case.head_dim_v else q)
+        tools.check(cache.attend(q, **of_call, split_size=split_size, out=out, **tools.workspace(1 << 23)))
+
+
+RUNS = {dense: DENSE, listed: LISTED, scored: SCORED, merging: MERGED, cached: CACHED}
 
 
 def errors_reported(output: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,11 @@ from fa2cupy.kernels.sm90.flash_fwd import FwdTileSm90
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.options import Options
 from fa2cupy.problem import SPECS, AttentionProblem
-from fa2cupy.spec import SoftmaxSpec
+from fa2cupy.spec import MASK_ARRAYS, SoftmaxSpec
 from tests import reference, scores
 from tests.gpu import cases as gpu_cases
 from tests.gpu.cases import Case
-from tests.host import build, run, sanitized, tensor_map
+from tests.host import build, masks, run, sanitized, tensor_map
 from tests.host.build import Mutation
 from tests.host.run import Schedule
 
@@ -39,7 +40,8 @@ class HostCase:
     flip: every tensor runs backwards along seqlen and heads. tile: the forward's, if not the one that the plan chooses.
     dlse: the backward is given a gradient of lse, too. sinks: their dtype, "float32" or the case's, or none; and
     whether the backward is to make their gradient. scores: what becomes of them, of `tests.scores.NAMES`. dropout: its
-    p, and 32-bit words of its seed.
+    p, and 32-bit words of its seed. mask: which keys queries see, of `tests.host.masks.NAMES`;
+    mask_array: by an array, not by lists.
     """
 
     case: Case
@@ -51,11 +53,14 @@ class HostCase:
     dsinks: bool = True
     scores: tuple[str, ...] = ()
     dropout: tuple[float, int] = (0.0, 4)
+    mask: str = ""
+    mask_array: bool = False
 
     def __str__(self) -> str:
         own = (" flip" if self.flip else "") + (f" {self.tile}" if self.tile else "") + " dlse" * self.dlse
         own += "".join(f" {name}" for name in self.scores)
         own += f" dropout {self.dropout[0]} of {self.dropout[1]} words" if self.dropout[0] else ""
+        own += f" mask {self.mask}" + " array" * self.mask_array if self.mask else ""
         own += f" sinks {self.sinks}" + " without dsinks" * (not self.dsinks) if self.sinks else ""
         return f"{self.case} {self.arch}" + own
 
@@ -68,12 +73,18 @@ class HostCase:
         """Inputs beyond those of dense attention, in the order of a call."""
         alibi = ("alibi_slopes",) * any(name.startswith("alibi") for name in self.scores)
         sinks, dropout = ("sinks",) * bool(self.sinks), ("dropout_seed",) * bool(self.dropout[0])
-        return (*alibi, *sinks, *dropout, *("dlse",) * (backward and self.dlse))
+        mask = () if not self.mask else ("mask",) if self.mask_array else MASK_ARRAYS
+        return (*alibi, *mask, *sinks, *dropout, *("dlse",) * (backward and self.dlse))
 
     def features(self) -> dict[str, Any]:
         """Of scores, as keywords of `attention`."""
         case = self.case
         return scores.draw_features(self.scores, case.seed, case.batch, case.heads[0], case.dtype)
+
+    def drawn_mask(self) -> tuple[str, int, int, int, int, int]:
+        """The arguments of `masks.drawn`."""
+        case = self.case
+        return self.mask, case.seed, case.batch, case.heads[0], case.seqlen_q, case.seqlen_k
 
     def names(self, backward: bool) -> tuple[str, ...]:
         """Of the arrays of a call, in the order of its pointers."""
@@ -93,7 +104,7 @@ class Tensor:
     """Elements at the case's strides in a buffer of their own. Everything else in it is poison, and has to stay so."""
 
     def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, shift: int = 0) -> None:
-        item = np.dtype(np.float32 if dtype == "float32" else np.uint16)
+        item = np.dtype({"float32": np.float32, "bool": np.uint8}.get(dtype, np.uint16))
         reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
         low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
         length = (high - low + 1) if 0 not in shape else 0
@@ -186,6 +197,12 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         view[...] = bits[:, :, :1] if case.expanded and name in ("k", "v") else bits
         view[:, : empty if name in ("q", "dout") else empty_keys] = 0xFFFF
         values[name] = view if case.dtype == "bfloat16" else view.view(np.float16)
+    mask = masks.drawn(*host_case.drawn_mask()) if host_case.mask else None
+    if mask is not None and host_case.mask_array:
+        tensors["mask"].values[...] = mask
+    elif mask is not None:
+        for name, array in masks.arrays_of(masks.lists_of(*host_case.drawn_mask())).items():
+            tensors[name].values.view(np.int32)[...] = array
     if host_case.sinks:
         values["sinks"] = sinks_of(case.seed, case.heads[0], host_case.sinks)
         tensors["sinks"].values[...] = values["sinks"].view(tensors["sinks"].values.dtype)
@@ -203,7 +220,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         tensors["dropout_seed"].values.view(np.uint32)[...] = seed
         keep = keep_of(seed, case.batch, case.heads[0], slice(0, case.seqlen_q), slice(0, case.seqlen_k), p)
     # All that the values depend on.
-    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores, host_case.dropout)
+    key = (case, backward, host_case.dlse, host_case.sinks, host_case.scores, host_case.dropout, host_case.mask)
     if key not in _EXPECTED:
         if len(_EXPECTED) >= _MAX_EXPECTED:
             _EXPECTED.clear()
@@ -217,7 +234,7 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
             window=case.window,
             dlse=tensors["dlse"].values if "dlse" in tensors else None,
             features=reference.Features(
-                features.get("softcap"), features.get("alibi_slopes"), values.get("sinks"), p, keep
+                features.get("softcap"), features.get("alibi_slopes"), values.get("sinks"), p, keep, mask
             ),
         )
     expected = _EXPECTED[key]
@@ -235,6 +252,8 @@ def prepare(host_case: HostCase, backward: bool) -> Prepared:
         problem = SPECS["window_size"](problem, case.window)
     if "softcap" in features:
         problem = SPECS["softcap"](problem, features["softcap"])
+    if mask is not None:
+        problem = SPECS["mask"](problem, refs["mask"] if host_case.mask_array else mask.shape)
     for name in ("alibi_slopes", "sinks", "dsinks"):
         if name in refs:
             problem = SPECS[name](problem, refs[name])
@@ -288,6 +307,12 @@ def _tensor(host_case: HostCase, name: str) -> Tensor:
         if "alibi of batch" in host_case.scores:  # heads outermost: any strides will do
             return Tensor((case.batch, heads), (1, case.batch), "float32")
         return Tensor((heads,), (1,), "float32")
+    if name == "mask":  # keys outermost, and whatever else: any strides will do
+        shape = masks.drawn(*host_case.drawn_mask()).shape
+        return Tensor(shape, tuple(math.prod(shape[:n]) for n in range(4)), "bool")
+    if name in MASK_ARRAYS:
+        shape = masks.arrays_of(masks.lists_of(*host_case.drawn_mask()))[name].shape
+        return Tensor(shape, tuple(math.prod(shape[n + 1 :]) for n in range(len(shape))), "float32")
     if name == "dropout_seed":
         return Tensor((host_case.dropout[1],), (1,), "float32")
     if name in ("sinks", "dsinks"):

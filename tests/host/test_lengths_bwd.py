@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fa2cupy.kernels import order
+from fa2cupy.kernels.params import BwdTmaParams
 from tests.host.build import Mutation
 from tests.host.lengths import LengthsCase, check, execute, judge_memory, lengths_of, prepare
 from tests.host.run import HostRunError, Schedule
@@ -65,6 +67,21 @@ def test_backward(number: int) -> None:
     check(CASES[number], True, schedules=tuple(Schedule) if number % 4 == 0 else (Schedule(number % 3),))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "heads"), [(64, True, (4, 4)), (128, False, (6, 3)), (192, True, (3, 3))]
+)
+def test_sections_of_heads(
+    head_dim: int, causal: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one key head each, for sequences of any length."""
+    monkeypatch.setattr(order, "_LONG_SEQUENCE", 0)
+    monkeypatch.setattr(order, "_LISTED_TILES", 1e-9)
+    one = case(MIXED, head_dim, "sm_90", causal=causal, heads=heads)
+    (launch,) = (each for each in prepare(one, True).plan.launches if each.name == "flash_bwd")
+    assert BwdTmaParams.from_buffer_copy(launch.params).shape.heads_per_section == 1
+    check(one, True)
+
+
 @pytest.mark.parametrize("arch, head_dim", [("sm_80", 64), ("sm_90", 128), ("sm_90", 192)])
 @pytest.mark.parametrize("sequences", [SHORT, NOTHING], ids=["short", "nothing"])
 def test_few_rows(sequences: Sequences, arch: str, head_dim: int) -> None:
@@ -111,7 +128,7 @@ def test_every_kernel(
         check(case(MIXED, head_dim, arch, causal=causal, window=window, **packed, **options), True)
 
 
-TILES, BOTH90 = "common/bwd_tiles.cuh", "sm90/backward.cuh"
+TILES, STEPS, BOTH90 = "common/bwd_tiles.cuh", "common/bwd_steps.cuh", "sm90/backward.cuh"
 BWD, BWD90, WIDE90 = "sm80/flash_bwd.cu", "sm90/flash_bwd.cu", "sm90/flash_bwd_wide.cu"
 BEFORE, AFTER = "smxx/flash_bwd_preprocess.cu", "smxx/flash_bwd_postprocess.cu"
 
@@ -130,7 +147,7 @@ MUTANTS = [
     ("sm80", BEFORE, "static_cast<int64_t>(head) * m_blocks + entry.tile", "linear"),
     ("sm80", AFTER, "query_row(entry, first_query) * dqs.row", "first_query * dqs.row"),
     ("sm80", BWD, "* m_blocks + entry.tile + step.m_block", "* m_blocks + step.m_block"),
-    ("sm80", BWD, "kListed ? entry.block : place;", "place;"),
+    ("sm80", STEPS, "return entry.block;", "return place;"),
     ("sm80", BWD, "rows + query_row(entry, first_query) * dos.row", "rows + first_query * dos.row"),
     ("sm90", BOTH90, "return work.tiles_of_head;", "return work.end;"),
     ("sm90", BOTH90, "* work.tiles_of_head + work.first_tile", "* work.tiles_of_head"),
@@ -138,8 +155,8 @@ MUTANTS = [
     ("sm90", BWD90, "row = key_row(work, row);", "row += 0;"),
     ("sm90-wide", BOTH90, "kCluster * (kListed ? entry.block : place)", "(kListed ? entry.block : place)"),
     ("sm90-wide", WIDE90, "target += key_row(work, 0) * strides.row;", "target += 0;"),
-    ("nothing", BWD90, "if constexpr (kListed) griddepcontrol_wait();", ""),
-    ("nothing", BWD90, "if (kListed && !any) return;", ""),
+    ("nothing", BWD90, "if constexpr (kMayBeIdle) griddepcontrol_wait();", ""),
+    ("nothing", BWD90, "if (kMayBeIdle && !any) return;", ""),
     ("nothing-wide", WIDE90, "if constexpr (kListed) griddepcontrol_wait();", ""),
 ]
 

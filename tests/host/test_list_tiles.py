@@ -27,7 +27,7 @@ SOURCE = "smxx/list_tiles.cu"
 FIELDS = tuple(name for name, *_ in ListedPlace._fields_)
 HEADS, HEADS_K = 3, 1
 BLOCK_M, BLOCK_N = 64, 32
-RUNS = (8, 2)  # of equal sequences, of others: smxx/list_tiles.cu
+RUNS = (8, 2)  # of equal short sequences, of others: smxx/list_tiles.cu
 THREADS = 1024  # sequences that are looked at together
 
 
@@ -75,8 +75,8 @@ def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
     for b, (sequence, visible) in enumerate(seen):
         together = seen[b // THREADS * THREADS :][:THREADS]
         blocks_q, blocks_k = -(-visible.shape[0] // block_m), -(-visible.shape[1] // block_n)
-        run_q = RUNS[len({-(-x.shape[0] // block_m) for _, x in together} - {0}) > 1]
-        run_k = RUNS[len({-(-x.shape[1] // block_n) for _, x in together} - {0}) > 1]
+        run_q = RUNS[blocks_q > 16 or len({-(-x.shape[0] // block_m) for _, x in together} - {0}) > 1]
+        run_k = RUNS[blocks_k > 16 or len({-(-x.shape[1] // block_n) for _, x in together} - {0}) > 1]
         for block in range(blocks_q):
             most = min(block // run_q * run_q + run_q, blocks_q) - 1
             met = np.nonzero(visible[most * block_m : (most + 1) * block_m].any(0))[0] // block_n

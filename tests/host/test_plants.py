@@ -259,7 +259,7 @@ MUTANTS = [
     ("fwd", "causal", RANGE, "key_end(sequence, last_query)", "key_end(sequence, first_query)"),
     ("fwd", "causal", RANGE, "unmasked = key_end(sequence, first_query) / kBlockN", "unmasked = end - 1"),
     ("fwd", "full", RANGE, "unmasked = key_end(sequence, first_query) / kBlockN", "unmasked = end"),
-    ("fwd", "causal", FWD, "n >= visit.mask_from", "n > visit.mask_from"),
+    ("fwd", "causal", FWD, "n >= visit.mask_from; --n) step(n", "n > visit.mask_from; --n) step(n"),
     ("fwd", "causal", FWD, "n >= visit.unmasked_from()", "n > visit.unmasked_from()"),
     ("fwd", "causal", FWD, "n < 0 ? 0 :", "n < 1 ? 0 :"),
     (
@@ -290,7 +290,7 @@ MUTANTS = [
         "begin, min(end, ceil_div(max(0, query_begin(sequence, last_key)), kBlockM))}",
         "begin, begin}",
     ),
-    ("bwd", "causal", BWD, "m_block < mask_to_of(visit", "m_block + 1 < mask_to_of(visit"),
+    ("bwd", "causal", BWD, "m_block < mask_to_at(visit", "m_block + 1 < mask_to_at(visit"),
     ("bwd", "causal", BWD, "any && step.head <= last_head", "any && step.head < last_head"),
     # which head of which batch
     ("fwd", "sections", SCHEDULE, "min(shape.heads_per_section, rows - first)", "shape.heads_per_section"),
@@ -353,7 +353,7 @@ MUTANTS = [
         "cp_async_bulk_wait_group_read<0>();  // the buffer is free again; and shared memory outlives its readers\n",
         "if (kOwnO) mbarrier_arrive(smem.o_empty[group]);\n    cp_async_bulk_wait_group_read<0>();\n    if (!kOwnO)\n",
     ),
-    ("fwd", "hopper-full", FWD90, "!first);\n      pass_turn();\n      f", "true);\n      pass_turn();\n      f"),
+    ("fwd", "hopper-full", FWD90, "!first));\n      pass_turn();\n      f", "true));\n      pass_turn();\n      f"),
     ("fwd", "hopper-full", FWD90, "softmax = Softmax<1>();", ""),
     ("fwd", "hopper-full", FWD90, "softmax.rescale(acc_o, alpha);", ""),
     ("fwd", "hopper-full", FWD90, "+ row + 8 * h < sequence_of", "+ row + 8 * h <= sequence_of"),
@@ -373,8 +373,8 @@ MUTANTS = [
     # the sm_90 backward: masks, tiles, rings, turns, rows, columns
     ("bwd", "hopper-causal", BWD90, "col_of(j, e) < begin[e / 2]", "col_of(j, e) <= begin[e / 2]"),
     ("bwd", "hopper-causal", BWD90, "position.key(0, 0, 2)", "position.key(0, 0, 0)"),
-    ("bwd", "hopper-causal", BWD90, "step.m_block < mask_to_of(work", "step.m_block + 1 < mask_to_of(work"),
-    ("bwd", "hopper-few", BWD90, "step.m_block < mask_to_of(work, step.m_block)", "false"),
+    ("bwd", "hopper-causal", BWD90, "step.m_block < mask_to_at(work", "step.m_block + 1 < mask_to_at(work"),
+    ("bwd", "hopper-few", BWD90, "step.m_block < mask_to_at(work, step)", "false"),
     ("bwd", "hopper-full", BOTH90, "* parts * shape.batch;", "* parts * shape.batch - 1;"),
     ("bwd", "hopper-sections", BOTH90, "clusters - 1 - cluster", "clusters - cluster"),
     ("bwd", "hopper-sections", BOTH90, "n_blocks - 1 - tile.block : tile.block", "n_blocks - 1 : tile.block"),
@@ -474,7 +474,7 @@ MUTANTS = [
     ("bwd", "hopper-full", TILE90, "col / 64 * tile.kPanelBytes + row * 128 + ((chunk", "row * 128 + ((chunk"),
     ("bwd", "hopper-wide", RING90, "stage = 0, parity ^= 1;", "stage = 0;"),
     ("bwd", "hopper-wide", WIDE90, "params.dout, params.softmax_d", "params.dout, params.lse_log2"),
-    ("bwd", "hopper-wide", WIDE90, "alignas(128) float statistics", "float statistics"),
+    ("bwd", "hopper-wide", BOTH90, "alignas(128) float statistics", "float statistics"),
     (
         "bwd",
         "hopper-wide-turns",
@@ -674,9 +674,9 @@ MUTANTS = [
         "if (col + i < cols) row[col + i] = T{",
         "if (col + i <= cols) row[col + i] = T{",
     ),
-    ("fwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
+    ("fwd", "dropped", FILL, "if (batch >= params.batch ||", "if (batch > params.batch ||"),
     ("fwd", "dropped", FILL, "min(piece * 16 + 16, params.head_dim)", "piece * 16 + 16"),
-    ("bwd", "dropped", FILL, "if (batch >= params.batch) return", "if (batch > params.batch) return"),
+    ("bwd", "dropped", FILL, "if (batch >= params.batch ||", "if (batch > params.batch ||"),
 ]
 
 

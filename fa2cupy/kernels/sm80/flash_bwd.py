@@ -144,7 +144,8 @@ def order(work: Work) -> Order:
     queries_bytes = work.group // splits * work.rows * row_bytes
     section = shares  # of lists, which have an order of their own
     if not work.lists:
-        section = heads_per_section(work.device, problem.causal, shares, work.n_blocks, queries_bytes)
+        uneven = problem.causal or problem.mask is not None
+        section = heads_per_section(work.device, uneven, shares, work.n_blocks, queries_bytes)
     if work.deterministic:
         most = section if problem.causal else shares
         section = min(most, _section_of_turns(work, work.steps[1] * work.group // splits))

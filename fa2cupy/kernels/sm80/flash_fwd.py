@@ -17,6 +17,7 @@ from fa2cupy.kernels.listed import Lists
 from fa2cupy.kernels.params import FwdParams, pack_strides
 from fa2cupy.kernels.tiles import SHARED_MEMORY, head_dims_of_rows, rows_for, shared_memory_class, tile_bytes
 from fa2cupy.problem import AttentionProblem
+from fa2cupy.spec import MASK_BLOCK
 
 __all__ = ["FWD_TILES", "ROW", "FwdTile", "arch", "compile_jobs", "launch", "objection", "rows"]
 
@@ -116,10 +117,15 @@ def launch(
     seqlen_q = problem.seqlen_q - empty
     # The order of tiles: sections of the heads whose keys fit the cache.
     m_blocks = -(-seqlen_q // tile.block_m)
+    if problem.mask is not None:  # whole blocks of the mask
+        m_blocks = problem.mask.query_blocks * (MASK_BLOCK // tile.block_m)
     group = problem.num_heads // problem.num_heads_k
     keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     heads_k = problem.batch * problem.num_heads_k
-    section = order.heads_per_section(device, problem.causal, heads_k, m_blocks * group, keys_bytes)
+    uneven = problem.causal or problem.mask is not None
+    section = problem.num_heads_k  # all, of lists, which have an order of their own
+    if lists is None:
+        section = order.heads_per_section(device, uneven, heads_k, m_blocks * group, keys_bytes)
 
     strides = dict(problem.strides)
     params = FwdParams()

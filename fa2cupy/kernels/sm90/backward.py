@@ -15,7 +15,13 @@ from fa2cupy.jit.tensor_map import TensorMapSpec
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import ARRAYS, WORKSPACES, Backward, Cleared, Defines, Order, Work
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, TensorMapArgument
-from fa2cupy.kernels.order import heads_per_even_section, heads_per_turn_section
+from fa2cupy.kernels.order import (
+    Banded,
+    heads_per_banded_section,
+    heads_per_even_section,
+    heads_per_listed_section,
+    heads_per_turn_section,
+)
 from fa2cupy.kernels.params import BwdTmaParams
 from fa2cupy.kernels.sm90 import tma
 from fa2cupy.problem import AttentionProblem
@@ -109,19 +115,29 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
     causal_turns: of the steps of a block, the heads for each cluster that runs that this takes.
     """
     causal, deterministic, banded = work.problem.causal, work.deterministic, work.band is not None
+    masked = work.problem.mask is not None
     splits = backward.splits_of_heads(work) if deterministic else _splits_of_steps(work)
     shares = work.key_heads * splits
     if deterministic:
         steps = work.steps[1] * work.group // splits
         section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal or banded else _full_turns)
-    elif work.lists:  # which have an order of their own
-        section = shares
+    elif work.lists:
+        section = heads_per_listed_section(work.clusters, shares, work.n_blocks, work.blocks_of_a_sequence[1])
+    elif work.band is not None:
+        beside = work.keys - work.rows  # the key that query 0 stands beside
+        reach = beside + work.band.right, work.band.left - beside
+        row_bytes = (
+            work.group // splits * (6 * work.problem.head_dim + 2 * work.problem.head_dim_v)
+        )  # Q, sums of dQ, dO
+        band = Banded(work.wide, work.tile.block_m, work.keys, work.rows, *reach, row_bytes)
+        section = heads_per_banded_section(work.device, work.clusters, shares, band)
     else:
-        section = heads_per_even_section(work.clusters, causal, shares, work.n_blocks)
+        section = heads_per_even_section(work.clusters, causal or masked, shares, work.n_blocks)
     # With many tiles, starting beside the kernel before gains nothing, and full ones lose: thread blocks that take
     # neighbouring tiles are not neighbours any more.
     overlap = not deterministic and work.key_tiles * splits <= (8 if causal else 2) * work.clusters
-    return Order(splits, section, cleared(causal, work.adding_blocks, deterministic, splits > 1), overlap)
+    clear = masked or cleared(causal, work.adding_blocks, deterministic, splits > 1)  # some queries no tile may meet
+    return Order(splits, section, clear, overlap)
 
 
 def _full_turns(steps: int) -> float:
@@ -142,7 +158,7 @@ def _splits_of_steps(work: Work) -> int:
 
     It takes as long as the longest part, or as all steps evenly shared out; full ones in whole waves. No part is empty.
     """
-    if work.lists:  # as `backward.splits_of_heads`
+    if work.lists or work.problem.mask is not None:  # as `backward.splits_of_heads`
         return 1
     problem, group, clusters, key_tiles = work.problem, work.group, work.clusters, work.key_tiles
     fewest, most = (group * steps for steps in work.steps)
