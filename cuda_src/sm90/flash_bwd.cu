@@ -205,7 +205,7 @@ FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const flo
 
 // Whether there is a tile after this one. Of a list what copy_tiles says: no step asks global memory.
 template <typename Params>
-FA2_DEVICE bool has_more(const Schedule& schedule, const Params& params, const int4& keys_at) {
+FA2_DEVICE bool has_more(Schedule& schedule, const Params& params, const int4& keys_at) {
   if constexpr (kListed) {
     return keys_at.w != 0;
   } else {
