@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 RECORD ?= tests/gpu/record.json
 # Test processes: one per core, at most 8.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
+# Processes that share the GPU in gpu-test; 0 for one without pytest-xdist.
+GPU_JOBS ?= 4
 SETUP = @$(PYTHON) tools/setup_venv.py --venv $(VENV) --extras
 # One BLAS thread per test process: more of them fight for the cores.
 PYTEST = OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -41,10 +43,10 @@ lint: venv-test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-gpu-test: $(GPU_SETUP)  ## the tests that need a GPU; writes RECORD (tests/gpu/record.json)
-	$(GPU_PYTHON) -m pytest tests/gpu --record "$(RECORD)"
+gpu-test: $(GPU_SETUP)  ## the tests that need a GPU, 6 minutes at most; writes RECORD (tests/gpu/record.json)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest tests/gpu --record "$(RECORD)" $(if $(filter-out 0,$(GPU_JOBS)),-n $(GPU_JOBS) --dist loadgroup)
 
-gpu-sanitize: $(GPU_SETUP)  ## compute-sanitizer over a case of each kernel; adds its outcome to RECORD
+gpu-sanitize: $(GPU_SETUP)  ## compute-sanitizer over a case of each kernel, 90 s at most; adds its outcome to RECORD
 	$(GPU_PYTHON) tests/gpu/sanitizer.py --record "$(RECORD)"
 
 gpu-pending: venv-test  ## no GPU at hand: mark the record as pending, REASON="..."

@@ -4,6 +4,7 @@
     python benchmarks/bench.py --cases decode --skeleton              two cells and what they have to reach; 20 s
     python benchmarks/bench.py --cases decode --cells 'b16*,p*' --peers flash
     python benchmarks/bench.py --cases decode --cells b16-s8k --tile 'slots=2|3,block_n=16|32' --tile num_warps=4
+    python benchmarks/bench.py --cases decode --host                  the host's microseconds, beside torch's; 5 s
     python benchmarks/bench.py --cases decode --list | --rehearse     the cells; all of it on the CPU, tiny
 
 Each call reads another set of arrays, more of them than the second-level cache holds. Results are compared with float64
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import results
+from benchmarks import decode_host, results
 from benchmarks.timing import Clock, TorchClock, take_turns
 
 FOLDER = results.RESULTS / "decode"
@@ -340,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", default=",".join(PEERS), help="some of flash,sdpa; empty for none")
     parser.add_argument("--tile", action="append", default=[], metavar="slots=2|3,...", help="try other rows, too")
     parser.add_argument("--skeleton", action="store_true", help="the first cells, and what they have to reach")
+    parser.add_argument("--host", action="store_true", help="what a call costs the host; status 1 if above its bar")
     parser.add_argument("--bursts", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell later than that")
     parser.add_argument("--run", help="the run that this command continues")
@@ -362,6 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a GPU, and torch sees none (--rehearse does without)")
+    if args.host:
+        return decode_host.report(decode_host.measure(decode_host.calls("cuda"), torch.cuda.synchronize, rounds=30))
     return _measure_all(args, cells)
 
 

@@ -117,8 +117,8 @@ class Run:
 
         mesh, model = self.mesh(), copy.deepcopy(self.model)
 
-        def attend(kind: str, *tensors: Tensor) -> Tensor:
-            whole = (DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in tensors)
+        def attend(kind: str, qkv: Tensor) -> Tensor:
+            whole = (DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in qkv.unbind(2))
             q, k, v = (x.redistribute(placements=[Shard(2)]) for x in whole)
             out = fa2cupy.attention(q, k, v, causal=True)
             if out.placements != (Shard(2),):

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import peers, results
-from benchmarks.feature_cells import CELLS, DENSE, Cell, reference
+from benchmarks.feature_cells import CELLS, DENSE, Cell, reference, slope
 
 __all__ = [
     "FORMULA",
@@ -56,7 +56,8 @@ class MissingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """(batch, seqlen, heads, head_dim) or (rows, heads, head_dim); starts (sequences + 1,), used (batch,): int32."""
+    """(batch, seqlen, heads, head_dim) or (rows, heads, head_dim); starts (sequences + 1,), used (batch,): int32;
+    slopes (num_heads,) float32; sinks (num_heads,) as q, with a gradient."""
 
     q: Any
     k: Any
@@ -64,6 +65,12 @@ class Tensors:
     dout: Any
     starts: Any = None
     used: Any = None
+    slopes: Any = None
+    sinks: Any = None
+
+    @property
+    def differentiated(self) -> tuple[Any, ...]:
+        return (self.q, self.k, self.v) if self.sinks is None else (self.q, self.k, self.v, self.sinks)
 
     def flat(self) -> list[Any]:
         """q, k, v and dout as (rows, heads, head_dim)."""
@@ -91,17 +98,34 @@ def make_tensors(cell: Cell, device: str = "cuda", seed: int = 0) -> Tensors:
 
         normal = np.random.default_rng(seed).standard_normal
         arrays = [normal(shape, np.float32) for shape in _shapes(cell)]
+        arrays[0] *= _spread(cell)
         starts, used = (np.asarray(x, np.int32) for x in (_starts(cell), cell.used))
+        slopes = np.asarray([slope(cell, head) for head in range(cell.num_heads)], np.float32)
+        sinks = normal(cell.num_heads, np.float32)
     else:
         import torch
 
         generator = torch.Generator(device).manual_seed(seed)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        arrays = [torch.randn(s, device=device, dtype=dtype, generator=generator) for s in _shapes(cell)]
-        for array in arrays[:3]:
+        shapes = (*_shapes(cell), (cell.num_heads,))
+        *arrays, sinks = (torch.randn(s, device=device, dtype=dtype, generator=generator) for s in shapes)
+        arrays[0] *= _spread(cell)
+        for array in (*arrays[:3], sinks):
             array.requires_grad_()
         starts, used = (torch.tensor(x, dtype=torch.int32, device=device) for x in (_starts(cell), cell.used))
-    return Tensors(*arrays, starts if cell.lengths else None, used if cell.used else None)
+        slopes = torch.tensor([slope(cell, head) for head in range(cell.num_heads)], device=device)
+    return Tensors(
+        *arrays,
+        starts=starts if cell.lengths else None,
+        used=used if cell.used else None,
+        slopes=slopes if cell.alibi else None,
+        sinks=sinks if cell.sinks else None,
+    )
+
+
+def _spread(cell: Cell) -> float:
+    """Of the scores, so that a cap is felt."""
+    return cell.softcap / 4 if cell.softcap else 1.0
 
 
 def as_given(found: Any, tensors: Tensors, mode: str) -> list[Any]:
@@ -122,8 +146,16 @@ def as_given(found: Any, tensors: Tensors, mode: str) -> list[Any]:
 def ours(cell: Cell, t: Tensors, mode: str, package: Any = None) -> Call:
     """A call of `package`: fa2cupy, or the same of another commit."""
     keywords: dict[str, Any] = {"causal": cell.causal}
-    if cell.window != (-1, -1):
+    if cell.windowed:
         keywords["window_size"] = cell.window
+    if cell.softcap:
+        keywords["softcap"] = cell.softcap
+    if t.slopes is not None:
+        keywords["alibi_slopes"] = t.slopes
+    if t.sinks is not None:
+        keywords["sinks"] = t.sinks.detach() if hasattr(t.sinks, "detach") else t.sinks
+    if cell.dropout:
+        keywords |= {"dropout_p": cell.dropout, "dropout_seed": (42, 0)}
     if t.starts is not None:
         keywords |= {"cu_seqlens_q": t.starts, "cu_seqlens_k": t.starts}
     if t.used is not None:
@@ -151,6 +183,8 @@ def _ours_with(t: Tensors, mode: str, keywords: dict[str, Any], package: Any = N
         raise
     if mode == "fwd":
         return lambda: package.attention(q, k, v, **keywords, return_lse=True)[0]
+    if t.sinks is not None:
+        keywords["grad_of"] = ("sinks",)
     return lambda: package.attention_backward(t.dout, q, k, v, out, lse, **keywords)
 
 
@@ -159,6 +193,7 @@ def _ours_with(t: Tensors, mode: str, keywords: dict[str, Any], package: Any = N
 
 
 def _formula(cell: Cell, t: Tensors, mode: str) -> Call:
+    _no_scores(cell, "softcap", "alibi", "sinks")
     import numpy as np
 
     def call() -> Any:
@@ -169,7 +204,7 @@ def _formula(cell: Cell, t: Tensors, mode: str) -> Call:
             rows = slice(sequence[0], sequence[0] + sequence[1])
             for head in range(cell.num_heads_k):
                 heads = slice(head * group, (head + 1) * group)
-                out, dq, dk, dv = reference(np, cell, flat, sequence, head)
+                out, dq, dk, dv = reference(np, cell, flat, sequence, head, t.sinks)
                 found[0][rows, heads], found[1][rows, heads] = out, dq
                 found[2][rows, head], found[3][rows, head] = dk, dv
         return found[0] if mode == "fwd" else found[1:]
@@ -183,8 +218,15 @@ def _forward_only(mode: str) -> None:
 
 
 def _no_window(cell: Cell) -> None:
-    if cell.group == "window":
+    if cell.windowed:
         raise UnableError("it has no windows")
+
+
+def _no_scores(cell: Cell, *but: str) -> None:
+    """UnableError where scores are changed in a way that is not among `but`."""
+    for name, what in (("softcap", "softcap"), ("alibi", "ALiBi"), ("sinks", "sinks"), ("dropout", "dropout")):
+        if getattr(cell, name) and name not in but:
+            raise UnableError(f"it has no {what}")
 
 
 def _sides(cell: Cell) -> tuple[int, int]:
@@ -194,6 +236,7 @@ def _sides(cell: Cell) -> tuple[int, int]:
 
 
 def _fa2(cell: Cell, t: Tensors, mode: str) -> Call:
+    _no_scores(cell, "dropout")
     import torch
 
     attend, (left, right) = torch.ops.aten._flash_attention_forward, cell.window
@@ -209,22 +252,25 @@ def _fa2(cell: Cell, t: Tensors, mode: str) -> Call:
         )[0]
     return peers.torch_call(
         mode, t,
-        lambda: attend(t.q, t.k, t.v, t.starts, t.starts, longest, longest, 0.0, cell.causal, False, **options)[0],
+        lambda: attend(
+            t.q, t.k, t.v, t.starts, t.starts, longest, longest, cell.dropout, cell.causal, False, **options
+        )[0],
     )  # fmt: skip
 
 
 def _eff(cell: Cell, t: Tensors, mode: str) -> Call:
+    _no_scores(cell)  # dropout too: a third of the others' speed, and for a path of its own
     if t.used is not None:
         return _sdpa("EFFICIENT_ATTENTION")(cell, t, mode)
     if cell.num_heads != cell.num_heads_k:
         raise UnableError("it takes as many key heads as query heads")
-    if cell.group == "window" and not cell.causal:
+    if cell.windowed and not cell.causal:
         raise UnableError("it has windows of causal masks only")
     import torch
 
     aten, causal = torch.ops.aten, int(cell.causal)
     q, k, v, dout = (x if x.ndim == 4 else x[None] for x in (t.q.detach(), t.k.detach(), t.v.detach(), t.dout))
-    window = cell.window[0] + 1 if cell.group == "window" else None  # it counts the query itself
+    window = cell.window[0] + 1 if cell.windowed else None  # it counts the query itself
     longest = max(cell.lengths) if cell.lengths else None
 
     def forward(with_lse: bool) -> Any:
@@ -246,6 +292,7 @@ def _sdpa(backend: str) -> Callable[[Cell, Tensors, str], Call]:
         if cell.lengths:
             raise UnableError("torch keeps its packed sequences switched off")
         _no_window(cell)
+        _no_scores(cell, "dropout")
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
@@ -258,7 +305,7 @@ def _sdpa(backend: str) -> Callable[[Cell, Tensors, str], Call]:
 
         def forward() -> Any:
             with sdpa_kernel(kind):
-                out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cell.causal, enable_gqa=gqa)
+                out = scaled_dot_product_attention(q, k, v, mask, cell.dropout, cell.causal, enable_gqa=gqa)
             return out.transpose(1, 2)
 
         return peers.torch_call(mode, t, forward)
@@ -268,6 +315,7 @@ def _sdpa(backend: str) -> Callable[[Cell, Tensors, str], Call]:
 
 def _fa3(cell: Cell, t: Tensors, mode: str) -> Call:
     _no_window(cell)
+    _no_scores(cell, "softcap")
     _forward_only(mode)
     from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
@@ -280,7 +328,7 @@ def _fa3(cell: Cell, t: Tensors, mode: str) -> Call:
         elif t.used is not None:
             out = flash_attn_varlen_func(q, k, v, None, None, None, None, seqused_k=t.used, causal=cell.causal)
         else:
-            out = flash_attn_func(q, k, v, causal=cell.causal)
+            out = flash_attn_func(q, k, v, causal=cell.causal, softcap=cell.softcap)
         return out[0] if isinstance(out, tuple) else out
 
     return forward
@@ -327,9 +375,16 @@ def _vfa3(cell: Cell, t: Tensors, mode: str) -> Call:
 def _fa4(cell: Cell, t: Tensors, mode: str) -> Call:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
+    _no_scores(cell, "softcap", "alibi", "sinks")
     options: dict[str, Any] = {"causal": cell.causal}
-    if cell.group == "window":
+    if cell.windowed:
         options["window_size"] = cell.window
+    if cell.softcap:
+        options["softcap"] = cell.softcap
+    if t.sinks is not None:
+        options["learnable_sink"] = t.sinks
+    if cell.alibi:
+        options |= _fa4_alibi(cell.num_heads)
     longest = max(cell.lengths, default=cell.seqlen)
     if t.starts is not None:
         options |= {"cu_seqlens_q": t.starts, "cu_seqlens_k": t.starts}
@@ -341,8 +396,28 @@ def _fa4(cell: Cell, t: Tensors, mode: str) -> Call:
     return peers.torch_call(mode, t, lambda: flash_attn_varlen_func(t.q, t.k, t.v, **options)[0])
 
 
+def _fa4_alibi(num_heads: int) -> dict[str, Any]:
+    """As functions of a score, for causal masks. FA4 goes by the names of their arguments."""
+    import cutlass
+    import cutlass.cute as cute
+
+    step = -8.0 / num_heads
+
+    @cute.jit
+    def score_mod(score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        head = (h + cute.full_like(h, 1)).to(cutlass.Float32)
+        return score - cute.math.exp2(head * cute.full_like(score, step)) * (q_idx - kv_idx).to(cutlass.Float32)
+
+    @cute.jit
+    def score_mod_bwd(gradient, score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        return gradient
+
+    return {"score_mod": score_mod, "score_mod_bwd": score_mod_bwd}
+
+
 def _flex(cell: Cell, t: Tensors, mode: str) -> Call:
     """Packed sequences as one row whose mask knows the sequences."""
+    _no_scores(cell, "softcap", "alibi")
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -377,9 +452,14 @@ def _flex(cell: Cell, t: Tensors, mode: str) -> Call:
     else:
         attend = flex_attention
 
+    def changed(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return cell.softcap * torch.tanh(score / cell.softcap) if cell.softcap else score - t.slopes[h] * (i - j).abs()
+
+    options = {"score_mod": changed} if cell.softcap or cell.alibi else {}
+
     def forward() -> Any:
         q, k, v = (x.reshape(cell.batch, cell.seqlen, *x.shape[-2:]).transpose(1, 2) for x in (t.q, t.k, t.v))
-        return attend(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2).reshape(t.q.shape)
+        return attend(q, k, v, block_mask=mask, enable_gqa=gqa, **options).transpose(1, 2).reshape(t.q.shape)
 
     # With a graph in both modes, so that one compilation serves both.
     return forward if mode == "fwd" else peers.torch_call(mode, t, forward)
@@ -396,19 +476,32 @@ class Queued:
 
 
 def _jax(cell: Cell, t: Tensors, mode: str) -> Call:
-    if cell.lengths:
-        raise UnableError("jax.nn's attention has no packed sequences")
-    if cell.group == "window" and not cell.causal:
+    """jax.nn's cuDNN; packed sequences by the function below it."""
+    _no_scores(cell)
+    if cell.windowed and not cell.causal:
         raise UnableError("cuDNN has windows of causal masks only")
     import jax
     import torch
 
+    def of_jax(x: Any) -> Any:
+        return jax.dlpack.from_dlpack(x.detach().contiguous())
+
     torch.cuda.synchronize()
-    q, k, v, dout = (jax.dlpack.from_dlpack(x.detach().contiguous()) for x in (t.q, t.k, t.v, t.dout))
-    used = None if t.used is None else jax.dlpack.from_dlpack(t.used)
-    window = (cell.window[0], 0) if cell.group == "window" else None
+    q, k, v, dout = (of_jax(x if x.ndim == 4 else x[None]) for x in (t.q, t.k, t.v, t.dout))
+    used = None if t.used is None else of_jax(t.used)
+    window = (cell.window[0], 0) if cell.windowed else None
+    if t.starts is not None:
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+        starts, lengths = of_jax(t.starts[None]), of_jax(t.starts.diff()[None])
+        options = {
+            "scale": cell.head_dim**-0.5,
+            "mask_type": MaskType.PADDING_CAUSAL if cell.causal else MaskType.PADDING,
+        }
 
     def attend(q: Any, k: Any, v: Any) -> Any:
+        if t.starts is not None:
+            return dot_product_attention(q, k, v, None, None, lengths, lengths, starts, starts, **options)
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=cell.causal, key_value_seq_lengths=used, local_window_size=window, implementation="cudnn"
         )

@@ -36,9 +36,16 @@ from benchmarks.timing import order_of_round  # noqa: E402
 
 WORKER = Path(__file__).with_name("gpt_worker.py")
 TINY = {"2k": (2, 32, 2, 32, 2), "8k": (2, 32, 2, 64, 1), "124m": (2, 32, 2, 32, 2)}
-TIMED = ("fa2cupy", "fa2cupy-sdpa", "sdpa-default", "sdpa-flash", "sdpa-cudnn", "none")
+TIMED = ("fa2cupy", "fa2cupy-packed", "fa2cupy-sdpa", "sdpa-default", "sdpa-flash", "sdpa-cudnn", "none")
 CURVES = ("fa2cupy", "sdpa-flash", "sdpa-cudnn")
-OWNERS = {"fa2cupy": "fa2cupy", "fa2cupy-sdpa": "fa2cupy", "sdpa-flash": "fa2", "sdpa-cudnn": "cudnn", "none": None}
+OWNERS = {
+    "fa2cupy": "fa2cupy",
+    "fa2cupy-packed": "fa2cupy",
+    "fa2cupy-sdpa": "fa2cupy",
+    "sdpa-flash": "fa2",
+    "sdpa-cudnn": "cudnn",
+    "none": None,
+}
 
 
 class WorkerError(RuntimeError):

@@ -210,11 +210,9 @@ def rounded_attention(rounds: bool) -> Iterator[None]:
     """Whether q, k and v are rounded to bfloat16 on their way to an attention that is computed in it, and to math."""
     plain = gpt_torch.attend
 
-    def attend(kind: str, *tensors: Tensor) -> Tensor:
-        rounded = [x.to(torch.bfloat16) for x in tensors]
-        if kind == "sdpa-math":
-            rounded = [x.float() for x in rounded]
-        return plain(kind, *rounded).to(tensors[0].dtype)
+    def attend(kind: str, qkv: Tensor) -> Tensor:
+        rounded = qkv.to(torch.bfloat16)
+        return plain(kind, rounded.float() if kind == "sdpa-math" else rounded).to(qkv.dtype)
 
     if rounds:
         gpt_torch.attend = attend

@@ -137,14 +137,14 @@ def _fa4(case: Case, t: Tensors) -> Call:
 
 
 def torch_call(mode: str, t: Any, forward: Call) -> Call:
-    """`forward` without a graph, or the gradient for t.q, t.k and t.v through a graph made once."""
+    """`forward` without a graph, or the gradient for t.q, t.k, t.v (or t.differentiated) through a graph made once."""
     import torch
 
     if mode == "fwd":
         call: Call = torch.no_grad()(forward)
         return call
     out = forward()
-    inputs = (t.q, t.k, t.v)
+    inputs = getattr(t, "differentiated", (t.q, t.k, t.v))
     return lambda: torch.autograd.grad(out, inputs, t.dout, retain_graph=True)
 
 

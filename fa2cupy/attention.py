@@ -76,9 +76,9 @@ def attention(
             knows nothing of it. Rounded to a multiple of 2^-15, and then below 1. It needs dropout_seed.
         dropout_seed: (seed, offset), two ints of 64 bits (negative ones as two's complement), or an array on the
             inputs' device, which a captured graph reads anew: int64 or uint64 (2,), uint32 (4,), the words of both, low
-            ones first, or uint32 (2,), a seed alone. What is dropped depends on these, the number of the sequence, the
-            query head, i and j only, counted from a sequence's first stored row (of segments, the batch row's):
-            `dropout_mask` says what. Without dropout_p it is not used.
+            ones first, or uint32 (2,), a seed alone. Or a key of JAX, whose words are a seed. What is dropped depends
+            on these, the number of the sequence, the query head, i and j only, counted from a sequence's first stored
+            row (of segments, the batch row's): `dropout_mask` says what. Without dropout_p it is not used.
         mask: bool, broadcastable to (batch, num_heads, seqlen_q, seqlen_k), True where a query sees a key; with causal,
             windows and lengths. Or a `BlockMask`, of these lengths, which has its own causal and window. With a packed
             q either is over the packed rows, and its batch is 1.
@@ -123,8 +123,9 @@ def attention(
         layout torch.jagged are packed sequences: out is one too, with q's offsets, and lse is (num_heads, total_q).
 
     JAX:
-        Differentiable, in q, k and v, through out and lse, once and in reverse mode; under jit, vmap, scan, remat,
-        export and shard_map, and on meshes (batch and heads may be sharded) too. The arrays in keywords are operands.
+        Differentiable, in q, k, v and sinks, through out and lse, once and in reverse mode; under jit, vmap, scan,
+        remat, export and shard_map, and on meshes (batch and heads may be sharded) too. The arrays in keywords are
+        operands, keys too. No masks yet, and no dropout under vmap.
 
     Where and when:
         On the arrays' device, queued on the current stream of that device (JAX: XLA's), whichever device is current.
@@ -150,11 +151,14 @@ def attention(
     if deterministic is not False:
         deterministic = check_flag("deterministic", deterministic)
     alone, kind = out is None and lse_out is None and workspace is None, type(q)
-    # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one.
+    # JAX's arrays, here and without a further frame: after a launch each costs a microsecond, not a tenth of one, and a
+    # tuple with its hash half of that.
     if kind is prepared.plain_type and kind is type(k) and kind is type(v) and alone and not (positional or keywords):
+        which: Any = causal
+        if softmax_scale is not None or dtype is not None or layout != "bshd" or return_lse or type(causal) is not bool:
+            which = return_lse, causal, softmax_scale, layout, dtype, type(causal), type(softmax_scale)
         try:
-            which = q.dtype, return_lse, causal, softmax_scale, layout, dtype, type(causal), type(softmax_scale)
-            return prepared.PLAIN[which](q, k, v)
+            return prepared.PLAIN[q.aval.dtype][which](q, k, v)  # q.dtype is a frame
         except Exception:  # not known yet, or something is wrong: `call` says what
             pass
     operation, arrays = FORWARD if return_lse else FORWARD_OUT, [q, k, v, out, lse_out]
@@ -203,7 +207,7 @@ def _with_extra(
                 raise not_through_torch(asked(others[0]))
             options = (*options[:4], deterministic, options[5])
             return way(q, k, v, options, return_lse, carried)
-    if deterministic and any(map(is_traced, (q, k, v))):
+    if deterministic and any(map(is_traced, (q, k, v, *more))):
         options = (*options[:4], True, options[5])
     if not dynamo.told and "torch._dynamo" in sys.modules:
         dynamo.tell()

@@ -11,6 +11,7 @@ import numpy as np
 
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
+from fa2cupy.frameworks.jax import words_of_key
 
 __all__ = [
     "KV_DTYPES",
@@ -31,6 +32,7 @@ __all__ = [
     "check_softcap",
     "check_split_size",
     "check_window",
+    "is_seed",
     "shown",
 ]
 
@@ -155,16 +157,27 @@ def check_dropout(name: str, value: Any) -> float | None:
 
 # Of a dropout_seed that is an array. All hold 32-bit words: seed and offset, two words each, low ones first, and, if
 # there are eight, the first batch and the first head. Two alone are a seed, as JAX's keys have it, and offset 0.
-SEED_SHAPES = ((2,), (4,))
+SEED_SHAPES = ((2,), (4,), (8,))
 SEED_DTYPES = ("int64", "uint64", "uint32")
-_SEEDS = "(seed, offset), two ints, or an array of them, int64 or uint64 (2,) or uint32 (4,) or (2,),"
+_SEEDS = "(seed, offset), two ints, or an array of them, int64 or uint64 (2,) or uint32 (4,) or (2,), or a JAX key"
+
+
+def is_seed(shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether an array of that shape and dtype holds 2, 4 or 8 words."""
+    return dtype in SEED_DTYPES and shape in SEED_SHAPES and (dtype == "uint32" or shape[0] <= 4)
 
 
 def check_seed(name: str, value: Any) -> tuple[Any]:
-    """The array, or (seed, offset) as two signed numbers of 64 bits, of which a framework makes one."""
+    """The array, of a JAX key that of its words, or (seed, offset) as two signed numbers of 64 bits, of which a
+    framework makes one.
+    """
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        if shape not in SEED_SHAPES or dtype not in SEED_DTYPES:
+        if dtype.startswith("key<"):
+            if shape:
+                raise InvalidArgument(f"{name} is an array of JAX keys, of shape {shape}: one key is needed")
+            return check_seed(name, words_of_key(value))
+        if not is_seed(shape, dtype):
             kind = InvalidType if dtype not in SEED_DTYPES else InvalidArgument
             raise kind(f"{name} has shape {shape} and dtype {dtype}: {_SEEDS} is needed")
         return (value,)

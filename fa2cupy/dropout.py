@@ -12,6 +12,7 @@ from fa2cupy.checks import check_dropout, check_seed, shown
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks import framework_of
 from fa2cupy.frameworks.base import describe
+from fa2cupy.frameworks.jax import is_traced
 
 __all__ = ["dropout_mask"]
 
@@ -34,7 +35,7 @@ def dropout_mask(
         batch, num_heads, seqlen_q, seqlen_k: 0 or more. Of packed sequences batch is their number, and the mask of
             each is the corner that its lengths say.
         dropout_p: as `attention` takes it: rounded to a multiple of 2^-15, and then below 1.
-        dropout_seed: as `attention` takes it; an array on a GPU is waited for.
+        dropout_seed: as `attention` takes it, a JAX key too; an array on a GPU is waited for.
         like: an array whose framework and device are taken; None gives NumPy. It is computed on the CPU all the same.
 
     Raises: ValueError or TypeError for anything else.
@@ -74,4 +75,6 @@ def _on_the_host(array: Any) -> np.ndarray:
         raise InvalidType(
             f"dropout_seed is a {describe(array)}: two ints, or an array of CuPy, PyTorch, JAX or NumPy is needed"
         )
+    if is_traced(array):
+        raise InvalidType("dropout_seed is traced: dropout_mask is computed on the CPU, outside of jit")
     return framework.to_host(array)

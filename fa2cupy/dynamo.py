@@ -27,13 +27,16 @@ _TRACED = frozenset(
             "doors",
             "flash_attn",
             "keywords",
+            "kvcache",
             "operations",
             "options",
+            "autograd.cached",
             "autograd.dispatch",
             "torch.dot_product",
             "torch.seeds",
             "transformers",
             "autograd.features",
+            "autograd.forms",
             "autograd.sharding",
         )
     }

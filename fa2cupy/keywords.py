@@ -142,7 +142,8 @@ _TABLE = (
     ),
     Keyword(
         "dropout_seed", "A | tuple[int, int] | None", None, (*_ALL, "dropout_mask"),
-        "what is dropped: (seed, offset), or an array of them", "0.2", check=check_seed, arrays=("dropout_seed",),
+        "what is dropped: (seed, offset), an array of them, or a JAX key", "0.2", check=check_seed,
+        arrays=("dropout_seed",),
     ),
     Keyword(
         "cu_seqlens_q", "Array | None", None, (*_ALL, *_PROBABILITIES, *_ATTEND),

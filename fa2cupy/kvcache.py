@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fa2cupy import dynamo
-from fa2cupy.cached import repeated
+from fa2cupy import doors, dynamo
+from fa2cupy.cached import prompts, repeated
 from fa2cupy.cached.arguments import Given, given
 from fa2cupy.cached.cache import Cache
 from fa2cupy.cached.call import Call
 from fa2cupy.cached.repeated import Fixed
-from fa2cupy.keywords import KEYWORDS, signature
+from fa2cupy.frameworks import JAX
+from fa2cupy.keywords import KEYWORDS, signature, too_many_by_position
 
 __all__ = ["KVCache", "attention_with_kvcache"]
 
 
 class KVCache:
     """Keys and values of sequences, in rows of the cache or in pages. Layout "bshd": k is (batch, capacity,
-    num_heads_k, head_dim), with pages (pages, page_size, num_heads_k, head_dim). The arrays are held, not copied.
+    num_heads_k, head_dim), with pages (pages, page_size, num_heads_k, head_dim). The arrays are held, not copied: their
+    memory must stay where it is.
 
         cache = fa2cupy.KVCache(k_pages, v_pages, block_table=table)
         out = cache.attend(q, cache_seqlens=lengths, k=k, v=v, causal=True)  # and k, v are in the cache
@@ -40,9 +42,13 @@ class KVCache:
     Raises: as `attention`.
     """
 
+    @dynamo.leave
     def __init__(self, k: Any, v: Any, *positional: object, **keywords: Any) -> None:
         self._cache = cache = Cache.of(k, v, given("KVCache", positional, keywords), ("k", "v"))
         self._fixed = Fixed.of(cache.framework, cache.arrays, (cache.layout, cache.dtype, *cache.numbers.items()))
+        # For torch.compile: the arrays by name, and everything else.
+        self._arrays = dict(cache.arrays)
+        self._options = (("layout", cache.layout), ("kv_dtype", keywords.get("kv_dtype")), *cache.numbers.items())
 
     def __repr__(self) -> str:
         cache = self._cache
@@ -51,7 +57,6 @@ class KVCache:
         heads += f" and {cache.head_dim_v}" if cache.head_dim_v != cache.head_dim else ""
         return f"KVCache({rows}, {heads}, {cache.dtype}, {cache.framework.name} on {cache.device})"
 
-    @dynamo.leave
     def attend(self, q: Any, *positional: object, **keywords: Any) -> Any:
         """Attention of q over the keys that each sequence has here. Layout "bshd": q is (batch, seqlen_q, num_heads,
         head_dim). causal=True is bottom-right aligned: the last query stands beside the last key in use.
@@ -81,10 +86,16 @@ class KVCache:
         Returns:
             out, (batch, seqlen_q, num_heads, head_dim_v) in q's dtype and the layout; with return_lse=True (out, lse),
             lse (batch, num_heads, seqlen_q) float32. Packed, (total_q, num_heads, head_dim_v) and (num_heads, total_q).
-            A sequence without keys has out 0 and lse -inf. Same inputs, same bits.
+            A sequence without keys has out 0 and lse -inf. Same inputs, same bits. Of JAX arrays, which are immutable,
+            with k and v the two caches come back, too: (out, k, v) or (out, lse, k, v). The old ones are donated.
 
         Where and when, Lengths, Raises: as `attention`. There are no gradients.
         """
+        if doors.torch_compiles():
+            return _traced("KVCache.attend", q, self._arrays, self._options, positional, keywords)
+        return self._attend(q, positional, keywords)
+
+    def _attend(self, q: Any, positional: tuple[object, ...], keywords: dict[str, Any]) -> Any:
         if self._fixed is not None and not positional:
             results = repeated.attend(self._fixed, q, keywords)
             if results is not None:
@@ -92,7 +103,6 @@ class KVCache:
         return _attend(self._cache, self._fixed, q, keywords, given("KVCache.attend", positional, keywords))
 
 
-@dynamo.leave
 def attention_with_kvcache(
     q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, *positional: object, **keywords: Any
 ) -> Any:
@@ -100,6 +110,15 @@ def attention_with_kvcache(
     num_heads, head_dim), the caches (batch or pages, seqlen or page_size, num_heads_k, head_dim). causal=True is
     bottom-right aligned. The keywords are those of `KVCache` and of its `attend`.
     """
+    if doors.torch_compiles():
+        arrays = {"k_cache": k_cache, "v_cache": v_cache}
+        return _traced("attention_with_kvcache", q, arrays, (), positional, {"k": k, "v": v, **keywords})
+    return _attend_once(q, k_cache, v_cache, k, v, positional, keywords)
+
+
+def _attend_once(
+    q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, positional: tuple[object, ...], keywords: dict[str, Any]
+) -> Any:
     new = {name: array for name, array in (("k", k), ("v", v)) if array is not None}
     of_call = new | {name: value for name, value in keywords.items() if name not in _OF_CACHE}
     fixed = None
@@ -114,7 +133,46 @@ def attention_with_kvcache(
     return _attend(cache, fixed, q, of_call, _without(everything, _OF_CACHE).both(Given(new)))
 
 
+def _traced(
+    function: str,
+    q: Any,
+    arrays: dict[str, Any],
+    options: tuple[tuple[str, Any], ...],
+    positional: tuple[object, ...],
+    keywords: dict[str, Any],
+) -> Any:
+    """Inside torch.compile: an operator."""
+    if positional:
+        raise too_many_by_position(function, positional)
+    own = {name: x for name, x in arrays.items() if name not in ("k_cache", "v_cache")}
+    own.update(options)
+    return doors.torch_attend(function, q, arrays["k_cache"], arrays["v_cache"], {**own, **keywords})
+
+
 _OF_CACHE = {name for name, keyword in KEYWORDS.items() if "KVCache" in keyword.functions}
+
+
+def _append(cache: Cache, q: Any, keywords: Mapping[str, Any], all_given: Given) -> None:
+    """New keys alone: of a call whose queries have no heads."""
+    none = q[:, :, :0] if cache.layout == "bshd" else q[:, :0]
+    skipped = ("out", "lse_out", "alibi_slopes", "sinks")
+    left = Given(
+        {name: x for name, x in all_given.arrays.items() if name not in skipped}, all_given.options, all_given.numbers
+    )
+    repeated.first(None, Call.of(cache, none, left, None), {}, None)
+
+
+def _attend_in_jax(cache: Cache, q: Any, all_given: Given) -> Any:
+    """And the caches, if new keys are written."""
+    from fa2cupy.xla import cached
+
+    arrays = {name: x for name, x in cache.arrays.items() if name not in ("k_cache", "v_cache")}
+    kind = {"kv_dtype": cache.dtype} if cache.is_quantised else {}
+    of_cache = Given(arrays, {"layout": cache.layout, **kind}, cache.numbers)
+    everything = of_cache.both(all_given)
+    out, lse, *caches = cached.attend(cache.arrays["k_cache"], cache.arrays["v_cache"], q, everything, _OF_CACHE)
+    results = (out, lse, *caches) if all_given.options.get("return_lse") else (out, *caches)
+    return results if len(results) > 1 else out
 
 
 def _only(all_given: Given, names: set[str]) -> Given:
@@ -130,12 +188,16 @@ def _parts(all_given: Given) -> tuple[Any, Any, Any]:
 
 
 def _attend(cache: Cache, fixed: Fixed | None, q: Any, keywords: Mapping[str, Any], all_given: Given) -> Any:
+    if cache.framework is JAX:
+        return _attend_in_jax(cache, q, all_given)
     workspace = all_given.arrays.get("workspace")
     call = Call.of(cache, q, all_given, workspace)
     if cache.device.kind == "cpu":
         from fa2cupy.cached import host
 
         out, lse = host.attend(call)
+    elif prompts.suits(call, all_given):
+        out, lse = prompts.attend(call, lambda: _append(cache, q, keywords, all_given))
     else:
         out, lse = repeated.first(fixed, call, keywords, workspace)
     return (out, lse) if all_given.options.get("return_lse") else out

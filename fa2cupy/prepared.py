@@ -183,21 +183,24 @@ def signature_key(operation: Operation, signature: tuple[Any, ...], options: Raw
 
 
 # Forwards of q, k and v, dense ones and no other arrays, all of `plain_type`, which is JAX's: functions of the three
-# that return what `attention` does, by q's dtype, return_lse, causal, softmax_scale, layout, dtype, and the types of
-# causal and softmax_scale, since 1 == True. `jax.jit` knows the rest of a signature: what it has not seen yet is
-# checked while it is traced.
+# that return what `attention` does, by q's dtype and then by return_lse, causal, softmax_scale, layout, dtype, and the
+# types of causal and softmax_scale, since 1 == True; where all but causal are their defaults by causal alone, which is
+# a bool there. `jax.jit` knows the rest of a signature: what it has not seen yet is checked while it is traced.
 plain_type: type | None = None
-PLAIN: dict[tuple[Any, ...], Callable[[Any, Any, Any], Any]] = {}
+PLAIN: dict[Any, dict[Any, Callable[[Any, Any, Any], Any]]] = {}
 
 
 def remember_plain(q: Any, return_lse: bool, options: RawOptions, function: Callable[[Any, Any, Any], Any]) -> None:
     """Let the next forwards with these options, which ask for no feature, be computed by a function at once."""
     global plain_type
-    if len(PLAIN) >= MAX_PREPARED:
-        PLAIN.clear()
-    plain_type = type(q)
-    which = (q.dtype, return_lse, *options[:4], type(options[0]), type(options[1]))
-    PLAIN[which] = function
+    functions = PLAIN.setdefault(q.dtype, {})
+    if len(functions) >= MAX_PREPARED:
+        functions.clear()
+    plain_type, causal = type(q), options[0]
+    which = return_lse, *options[:4], type(causal), type(options[1])
+    functions[which] = function
+    if type(causal) is bool and not return_lse and options[1:4] == (None, "bshd", None):
+        functions[causal] = function
 
 
 def remember(key: tuple[Any, ...], array_type: type, framework: Signed, prepared: Runnable) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES
+from fa2cupy.checks import DROPOUT_STEPS, SEED_DTYPES, SEED_SHAPES, is_seed
 from fa2cupy.declared import FLOAT32_ON_GPU, SEGMENTS_OF_PACKED
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import TensorRef
@@ -92,8 +92,8 @@ class ArrayRule:
     """What the array of a keyword beyond dense attention must be. expected: its shapes in words.
 
     shapes: those that are right for a problem; in no set, since torch's symbolic lengths have no hash.
-    fits: says it instead, where these are many. dtypes: likewise, by the problem's dtype. strided: the kernels take any
-    strides of it; of the others they get C-contiguous arrays.
+    fits: says it instead, where these are many. dtypes: likewise, by the problem's dtype. pairs: which of both go
+    together, if not all. strided: the kernels take any strides of it; of the others they get C-contiguous arrays.
     """
 
     expected: str
@@ -101,6 +101,7 @@ class ArrayRule:
     dtypes: Callable[[str], Collection[str]]
     strided: bool = False
     fits: Callable[[tuple[int, ...], Sizes], bool] | None = None
+    pairs: Callable[[tuple[int, ...], str], bool] | None = None
 
 
 def _integers(expected: str, shape: Callable[[Sizes], tuple[int, ...]]) -> ArrayRule:
@@ -154,7 +155,9 @@ ARRAY_RULES: dict[str, ArrayRule] = {
         for name in MASK_ARRAYS
     },
     "sinks": ArrayRule("(num_heads,)", lambda sizes: ((sizes.num_heads,),), _dtypes_of_sinks),
-    "dropout_seed": ArrayRule("(2,) or (4,)", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES),
+    "dropout_seed": ArrayRule(
+        "(2,) or (4,), of uint32 also (8,),", lambda sizes: SEED_SHAPES, lambda dtype: SEED_DTYPES, pairs=is_seed
+    ),
     **{name: _integers("(batch + 1,)", lambda sizes: (sizes.batch + 1,)) for name in STARTS},
     **{name: _integers("(batch,)", lambda sizes: (sizes.batch,)) for name in ("seqused_q", "seqused_k", "leftpad_k")},
     "segment_ids_q": _integers("(batch, seqlen_q)", lambda sizes: (sizes.batch, sizes.seqlen_q)),
@@ -305,6 +308,8 @@ def check_array(name: str, ref: TensorRef, sizes: Sizes, dtype: str) -> None:
         raise InvalidArgument(f"{name} has shape {ref.shape}: {rule.expected} is needed, here {here}")
     if ref.dtype not in rule.dtypes(dtype):
         raise InvalidType(f"{name} has dtype {ref.dtype}: {' or '.join(rule.dtypes(dtype))} is needed")
+    if rule.pairs is not None and not rule.pairs(ref.shape, ref.dtype):
+        raise InvalidArgument(f"{name} has shape {ref.shape} and dtype {ref.dtype}: {rule.expected} is needed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import bench, decode
+from benchmarks import bench, decode, decode_host
 from benchmarks.decode import CELLS, Cell, Data, measure, ours, reached, tiles_of
 
 
@@ -54,3 +54,22 @@ def test_unknown_cells_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no cell is called nothing" in capsys.readouterr().err
     assert decode.main(["--list", "--cells", "p1-*"]) == 0
     assert capsys.readouterr().out.startswith("p1-b16-s8k")
+
+
+def test_bars_of_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"attend(out=)": [6.0, 7.0, 6.5], "attend()": [8.0, 7.0, 7.5], "torch flash SDPA": [10.0, 10.0, 10.0]}
+    assert decode_host.report(times) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("0.65 of torch's, at most 0.64 (missed)") and "missed" not in lines[1]
+    times["attend(out=)"] = [6.0, 6.0, 7.0]
+    assert decode_host.report(times) == 0
+
+
+def test_calls_of_the_host() -> None:
+    torch = pytest.importorskip("torch")
+    calls = decode_host.calls("cpu")
+    for number in (0, 3):
+        *ours, theirs = (call(number) for call in calls.values())
+        for out in ours:
+            torch.testing.assert_close(out, theirs.transpose(1, 2))
+    assert all(min(each) > 0 for each in decode_host.measure({"a": lambda i: i}, lambda: None, 2).values())

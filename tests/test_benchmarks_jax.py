@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,19 +64,26 @@ def test_trainings_that_fit_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bars_of_the_host_cost() -> None:
-    row = {
-        "eager": 30.0,
-        "jitted": 30.0,
-        "one more": 14.0,
-        "forward and backward, ours": 50.0,
-        "forward and backward, jax.nn": 60.0,
-    }
-    us = {"without": row, "with": {**row, "one more": 1.0}}
-    assert all(held for *_, held in host_cost_jax.verdicts(us))
-    missed = host_cost_jax.verdicts({"without": {**row, "one more": 15.5}, "with": {**row, "eager": 33.0}})
+    row = {"eager": 30.0, "jitted": 30.0, "one more": 14.0}
+    ratios = {"eager over jitted": 1.0, "forward and backward, ours over forward and backward, jax.nn": 0.8}
+    us, even = {"without": row, "with": {**row, "one more": 1.0}}, {"without": ratios, "with": ratios}
+    assert all(held for *_, held in host_cost_jax.verdicts(us, even))
+    slow = {"without": ratios, "with": {**ratios, "eager over jitted": 1.1}}
+    missed = host_cost_jax.verdicts({"without": {**row, "one more": 15.5}, "with": row}, slow)
     assert [text for text, *_, held in missed if not held] == [
         "one more, without command buffers, us",
         "one more, with command buffers, us",
         "eager over jitted, with command buffers",
     ]
     assert "| one more | 14.0 | 1.0 |" in host_cost_jax.table(us)
+
+
+def test_rounds_of_the_host_cost() -> None:
+    """Everybody comes right after everybody else equally often, and is timed in each round."""
+    called: list[str] = []
+    calls = {name: functools.partial(called.append, name) for name in "abcdefg"}
+    times = host_cost_jax.measure(calls, 14, lambda _: None)
+    assert all(len(each) == 14 for each in times.values())
+    turns = [name for name, _ in itertools.groupby(called)]
+    after = Counter(itertools.pairwise(turns[14:]))
+    assert set(after) >= {pair for pair in itertools.product("abcdefg", repeat=2) if pair[0] != pair[1]}

@@ -17,12 +17,15 @@ from typing import Any
 
 import pytest
 
+from fa2cupy.cached.problem import Rotary
 from fa2cupy.jit import DeviceInfo, compile_many
-from fa2cupy.kernels import CompileJob, compile_jobs, plan_backward, plan_forward, planner
+from fa2cupy.kernels import CompileJob, cache_params, compile_jobs, plan_backward, plan_forward, planner
 from fa2cupy.kernels.params import BwdParams, BwdTmaParams, FwdParams, FwdTmaParams, ListParams, composed
+from fa2cupy.kernels.sm80 import flash_decode
+from fa2cupy.kernels.tiles import shared_memory_class
 from fa2cupy.mask_spec import PickedParams
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import ScoreParams, SinksParams, WindowParams
+from fa2cupy.spec import DropoutParams, DropoutSpec, ScoreParams, ScoreSpec, SinksParams, SinksSpec, WindowParams
 from tests import digests, nvrtc
 from tests.compile_worker import ARCHS, compile_rows, jobs_of
 
@@ -155,6 +158,48 @@ def score_jobs(arch: str, scores: str) -> list[CompileJob]:
     return jobs
 
 
+# Of kernels that drop some of P, by architecture, source, head_dim, and whether one by one: likewise.
+_DROPOUT_SPILLS = {
+    ("sm_90a", "sm90/flash_fwd.cu", 128, False): 46,
+    ("sm_90a", "sm90/flash_fwd.cu", 192, False): 164,
+    ("sm_90a", "sm90/flash_fwd.cu", 256, False): 228,
+    ("sm_90a", "sm90/flash_fwd.cu", 256, True): 116,
+    ("sm_90a", "sm90/flash_bwd.cu", 128, False): 80,
+    ("sm_90a", "sm90/flash_bwd.cu", 128, True): 108,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 192, False): 32,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 192, True): 92,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 112,
+    ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 128,
+    ("sm_90", "sm80/flash_fwd.cu", 192, False): 20,
+    ("sm_90", "sm80/flash_fwd.cu", 192, True): 24,
+    ("sm_90", "sm80/flash_fwd.cu", 256, True): 20,
+    ("sm_90", "sm80/flash_bwd.cu", 80, False): 76,
+    ("sm_90", "sm80/flash_bwd.cu", 96, False): 48,
+    ("sm_90", "sm80/flash_bwd.cu", 96, True): 28,
+    ("sm_90", "sm80/flash_bwd.cu", 192, False): 20,
+    ("sm_90", "sm80/flash_bwd.cu", 192, True): 32,
+}
+
+
+def dropout_jobs(arch: str, one_by_one: bool) -> list[CompileJob]:
+    """Every row of the main kernels that has room, as it is compiled for dropout. one_by_one: rows are left out."""
+    jobs = []
+    for job in compile_jobs(arch, True):
+        struct = _STRUCTS.get(job.source)
+        if struct is None or not job.defines["FA2_BF16"] or not has_room(job):
+            continue
+        spec = DropoutSpec(threshold=8192, words=4, moves=one_by_one)
+        defines = {
+            **job.defines,
+            **spec.defines(),
+            "FA2_PARAMS_BYTES": ctypes.sizeof(composed(struct, (DropoutParams,))),
+        }
+        more = _DROPOUT_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), one_by_one), 0)
+        label, allowed = f"{job.label} dropout{' one by one' * one_by_one}", job.allowed_spill_bytes + more
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
 def has_room(job: CompileJob) -> bool:
     """Whether the row that a job of a main kernel is for has room for hooks."""
     numbers = {name: int(value) for name, value in job.defines.items() if str(value).isdigit()}
@@ -187,8 +232,6 @@ _LIST_SPILLS = {
     ("sm_90", "sm80/flash_fwd.cu", 192, True): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, False): 8,
     ("sm_90a", "sm90/flash_fwd.cu", 256, True): 20,
-    ("sm_90a", "sm90/flash_bwd.cu", 128, False): 24,
-    ("sm_90a", "sm90/flash_bwd.cu", 128, True): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, False): 28,
     ("sm_90a", "sm90/flash_bwd_wide.cu", 256, True): 16,
     ("sm_80", "sm80/flash_bwd.cu", 64, False): 84,
@@ -218,6 +261,43 @@ def list_jobs(arch: str, band: bool) -> list[CompileJob]:
         more = _LIST_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), band), 0)
         allowed = job.allowed_spill_bytes + more
         label = f"{job.label} of a list" + " band" * band
+        jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
+    return jobs
+
+
+# Of kernels of lists for segments, FA2_SHORT of backwards and FA2_REPEAT of forwards, by architecture, source,
+# head_dim, and whether there is a band: what they spill beyond what those of lists may.
+_SEGMENT_SPILLS = {
+    ("sm_80", "sm80/flash_bwd.cu", 128, True): 16,
+    ("sm_86", "sm80/flash_bwd.cu", 256, False): 24,
+    ("sm_86", "sm80/flash_bwd.cu", 256, True): 24,
+    ("sm_90", "sm80/flash_bwd.cu", 96, False): 4,
+    ("sm_90", "sm80/flash_bwd.cu", 96, True): 4,
+    ("sm_80", "sm80/flash_fwd.cu", 160, False): 12,
+    ("sm_80", "sm80/flash_fwd.cu", 160, True): 8,
+    ("sm_86", "sm80/flash_fwd.cu", 256, True): 24,
+    ("sm_90", "sm80/flash_fwd.cu", 160, False): 48,
+    ("sm_90", "sm80/flash_fwd.cu", 160, True): 36,
+    ("sm_90", "sm80/flash_fwd.cu", 192, True): 12,
+    ("sm_90", "sm80/flash_fwd.cu", 256, False): 12,
+    ("sm_90", "sm80/flash_fwd.cu", 256, True): 16,
+}
+
+
+def segment_jobs(arch: str, band: bool) -> list[CompileJob]:
+    """Every row of the backwards as it is compiled for short segments, whose dQ is no sum; and of the forward whose
+    thread blocks take several tiles of very many segments each."""
+    jobs = []
+    for job in list_jobs(arch, band):
+        if job.name == "flash_bwd" and not job.defines["FA2_DETERMINISTIC"]:
+            kind = "FA2_SHORT"
+        elif job.source == "sm80/flash_fwd.cu":
+            kind = "FA2_REPEAT"
+        else:
+            continue
+        more = _SEGMENT_SPILLS.get((job.arch, job.source, int(job.defines["FA2_HEAD_DIM"]), band), 0)
+        label, allowed = f"{job.label} {kind}", job.allowed_spill_bytes + more
+        defines = {**job.defines, kind: 1}
         jobs.append(dataclasses.replace(job, defines=defines, label=label, allowed_spill_bytes=allowed))
     return jobs
 
@@ -322,6 +402,19 @@ def test_all_rows_of_scores(arch: str, scores: str) -> None:
     check_spills(score_jobs(arch, scores))
 
 
+def test_some_rows_with_dropout() -> None:
+    """One of each kernel of Hopper, where P is dropped several at a time."""
+    first = {job.source: job for job in dropout_jobs("sm_90a", False) if job.defines["FA2_HEAD_DIM"] in (64, 256)}
+    check_spills([job for source, job in first.items() if source.startswith("sm90/")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_with_dropout(arch: str, one_by_one: bool) -> None:
+    check_spills(dropout_jobs(arch, one_by_one))
+
+
 def test_some_rows_of_lists() -> None:
     """The first row at head_dim 128, or above, of each main kernel."""
     first = {job.source: job for job in reversed(list_jobs("sm_90a", False)) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
@@ -356,11 +449,63 @@ def test_all_rows_with_sinks(arch: str) -> None:
     check_spills(sinks_jobs(arch))
 
 
+_ON_A_CACHE: dict[str, dict[str, Any]] = {
+    "softcap alibi sinks": {"score": ScoreSpec(1.0, 2.0, (0, 1)), "sinks": SinksSpec(False)},
+    "parts": {"split_size": 128},
+    "parts, pages, new keys": {"split_size": 64, "seqlen_new": 2, "rotary": Rotary(32, 1, False, True, True)},
+    "softcap sinks of e4m3": {
+        "score": ScoreSpec(1.0, 2.0, None),
+        "sinks": SinksSpec(True),
+        "kv_dtype": "float8_e4m3fn",
+    },
+}
+
+
+def cache_jobs(arch: str) -> list[CompileJob]:
+    """Every row of decoding with what is not compiled ahead."""
+    device, jobs = cache_params.device_of(arch), []
+    for label, fields in _ON_A_CACHE.items():
+        table = flash_decode.DECODE_TILES_8 if "kv_dtype" in fields else flash_decode.DECODE_TILES
+        for tile in table[shared_memory_class(device.shared_mem_optin)]:
+            page = 16 if "seqlen_new" in fields else None
+            problem = cache_params.problem_of(tile.head_dim, "bfloat16", page, fields)
+            launch = flash_decode.launch(problem, device, tile, new_keys="seqlen_new" in fields)
+            name = f"head_dim {tile.head_dim} {tile.block_m} rows {label}"
+            jobs.append(CompileJob(launch.source, launch.name, arch, launch.defines, name, 0, tile.spill_bytes))
+    return jobs
+
+
+def test_some_rows_of_caches() -> None:
+    jobs = {job.label: job for job in cache_jobs("sm_90")}
+    check_spills([jobs[f"head_dim 128 16 rows {label}"] for label in ("softcap alibi sinks", "parts")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+def test_all_rows_of_caches(arch: str) -> None:
+    check_spills(cache_jobs(arch))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("band", [False, True])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
 def test_all_rows_of_lists(arch: str, band: bool) -> None:
     check_spills(list_jobs(arch, band))
+
+
+def test_some_rows_of_segments() -> None:
+    """The first row at head_dim 128, or above, of each kernel that has them."""
+    jobs = segment_jobs("sm_90a", False)
+    first = {job.source: job for job in reversed(jobs) if int(job.defines["FA2_HEAD_DIM"]) >= 128}
+    assert len(first) == 4
+    check_spills(list(first.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("band", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_120"])
+def test_all_rows_of_segments(arch: str, band: bool) -> None:
+    check_spills(segment_jobs(arch, band))
 
 
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2, 3))])

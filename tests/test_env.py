@@ -77,3 +77,13 @@ def test_current_lists_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.current() == {}
     monkeypatch.setenv("FA2CUPY_DEBUG", "1")
     assert env.current() == {"FA2CUPY_DEBUG": "1"}
+
+
+def test_check_is_asked_for_cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not env.may_check() and not env.check()
+    for value in ("1", "0"):
+        monkeypatch.setenv("FA2CUPY_CHECK", value)
+        assert env.may_check() and env.check() is (value == "1")
+    monkeypatch.setattr(env, "_encoded", None)
+    monkeypatch.delenv("FA2CUPY_CHECK")
+    assert env.may_check() and not env.check()

@@ -22,8 +22,9 @@ FRAMEWORKS = {
     "gpt_jax": "jax",
     "gpt_torch": "torch",
     "long_context": "torch",
+    "decode": "torch",
 }
-PROOFS = {"gpt_jax", "gpt_torch", "long_context"}  # whole trainings, which may be longer
+PROOFS = {"decode", "gpt_jax", "gpt_torch", "long_context"}  # whole models, which may be longer
 ARGUMENTS = {"ring_jax": ["--seqlen", "256"], **{name: ["--tiny"] for name in PROOFS}}
 SNIPPETS = {
     f"{page}-{number}": code
@@ -71,7 +72,7 @@ def output_of(arguments: Sequence[str | Path], folder: Path) -> str:
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 14
+    assert len(SNIPPETS) == 15
     for page, imports in (
         ("README.md", {"torch", "jax", "cupy"}),
         ("docs/torch.md", {"torch"}),

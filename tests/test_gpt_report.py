@@ -17,7 +17,9 @@ MS = {  # measured once with a bare autograd.Function
 }
 
 
-def times(**changed: float) -> list[dict[str, Any]]:
+def times(packed: dict[str, float] | None = None, **changed: float) -> list[dict[str, Any]]:
+    """packed: milliseconds by shape of our attention over qkv in one piece, which old records do not have."""
+    rows = {shape: {**row, **({"fa2cupy-packed": packed[shape]} if packed else {})} for shape, row in MS.items()}
     return [
         {
             **COMMON,
@@ -29,7 +31,7 @@ def times(**changed: float) -> list[dict[str, Any]]:
             "peak_gb": 40.0,
             "kernels": {},
         }
-        for shape, row in MS.items()
+        for shape, row in rows.items()
         for attention, ms in row.items()
     ]
 
@@ -93,6 +95,29 @@ def test_what_is_missed(records: list[dict[str, Any]], count: int) -> None:
 def test_the_last_run_of_each_kind_counts() -> None:
     old = [{**row, "run": "r0"} for row in times(**{"8k fa2cupy": 500.0}) + curves()]
     assert missed(old + times()) == []
+
+
+def test_the_faster_of_ours_counts_and_is_named() -> None:
+    """Over q, k and v, or over qkv in one piece, shape by shape."""
+    records = times(packed={"2k": 125.0, "8k": 154.0}, **{"2k fa2cupy": 200.0})
+    assert missed(records) == []
+    found = {verdict.text: verdict.found for verdict in gpt_report.verdicts(records)}
+    assert found["2k: SDPA's default's step over ours (fa2cupy, qkv in one), at least 1.02"] == pytest.approx(1.0464)
+    assert found["8k: SDPA's default's step over ours (fa2cupy.attention), at least 1.05"] == 160.6 / 151.9
+    table = "\n".join(gpt_report.time_table(records))
+    assert "| fa2cupy, qkv in one | 125.0 | 1.000 |" in table and "| fa2cupy.attention | 200.0 | 1.600 |" in table
+    assert "at S = 2,048 (fa2cupy, qkv in one) 1.046 x SDPA's default" in gpt_report.readme_block(records)
+    alone = [row for row in records if row["attention"] != "fa2cupy"]
+    assert len(missed(alone)) == 2 and "nan" not in gpt_report.readme_block(alone)
+
+
+def test_pages_say_what_the_records_say() -> None:
+    records = gpt_report.load(gpt_report.results.RESULTS / "gpt" / "h200.jsonl")
+    for page, text in (
+        (gpt_report.PAGE, gpt_report.block(records)),
+        (gpt_report.README, gpt_report.readme_block(records)),
+    ):
+        assert f"\n{text}\n" == gpt_report.MARKED.search(page.read_text(encoding="utf-8")).group()
 
 
 def test_pages_are_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

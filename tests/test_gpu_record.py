@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import shutil
+import threading
+import time
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.gpu import record
+from tests.gpu import conftest, record, room
+from tests.gpu.ledger import Ledger
 
 
 def test_the_sources_have_run_on_a_gpu() -> None:
@@ -104,3 +113,91 @@ def test_pending_keeps_the_last_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "PENDING" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         record.main(["--record", str(path), "--pending", " "])
+
+
+def _report(module: str, outcome: str = "passed", **more: Any) -> Any:
+    told = {"when": "call", "duration": 2.0, "keywords": {}, "user_properties": [], **more}
+    return SimpleNamespace(nodeid=f"tests/gpu/{module}::test_it[64]", outcome=outcome, **told)
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> conftest.Recorder:
+    """Of a run by several processes, in the one that runs no tests."""
+    monkeypatch.setattr(conftest, "LEDGER", Ledger())
+    monkeypatch.setattr(conftest, "_device", lambda: {"device": "NVIDIA X"})
+    options = {"--record": str(tmp_path / "record.json"), "numprocesses": 4}
+    config: Any = SimpleNamespace(option=SimpleNamespace(collectonly=False))
+    config.getoption = lambda name, default=None: options.get(name, default)
+    return conftest.Recorder(config)
+
+
+def test_a_run_that_is_stopped_tells_how_far_it_came(recorder: conftest.Recorder) -> None:
+    compiled = {"kernels": 1200, "seconds": 70.0}
+    recorder.pytest_runtest_logreport(_report("test_sinks.py", user_properties=[("compiled", compiled)]))
+    recorder.written = 0.0
+    recorder.pytest_runtest_logreport(_report("test_sinks.py", "failed"))
+    recorder.written = 0.0
+    recorder.pytest_runtest_logreport(_report("test_runtime.py", keywords={"alone": 1}, when="setup", duration=99.0))
+    seen = record.read(recorder.running)
+    assert seen["status"] == "running" and not record.verdict(seen, record.digest())[0]
+    assert seen["compiled"] == compiled and seen["tests"] == {"passed": 1, "failed": 1}
+    assert seen["modules"] == {"test_sinks.py": 4.0, "test_runtime.py": 0.0}  # to wait takes nobody's time
+    assert recorder.path is not None and not recorder.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("modules", "deselected", "code", "status"),
+    [("all", 0, 0, "passed"), ("all", 0, 1, "failed"), ("all", 3, 0, "partial"), ("one", 0, 0, "partial")],
+)
+def test_only_a_whole_run_passes(
+    modules: str, deselected: int, code: int, status: str, recorder: conftest.Recorder
+) -> None:
+    names = sorted(path.name for path in Path(conftest.__file__).parent.glob("test_*.py"))
+    for name in names if modules == "all" else names[:1]:
+        recorder.pytest_runtest_logreport(_report(name))
+    ledger = Ledger()
+    ledger.compared, ledger.worst = 7, {"dq": {"float16": {"error_over_limit": 0.5}}}
+    for worst in (0.25, 0.5):  # two processes
+        ledger.worst["dq"]["float16"]["error_over_limit"] = worst
+        ledger.note("errors", {str(worst): 1})
+        told = json.dumps([vars(ledger), deselected])
+        recorder.pytest_testnodedown(SimpleNamespace(workeroutput={"fa2cupy": told}))
+    recorder.pytest_sessionfinish(code)
+    assert recorder.path is not None
+    written = record.read(recorder.path)
+    assert (written["status"], written["digest"], written["compared"]) == (status, record.digest(), 14)
+    assert written["worst"] == {"dq": {"float16": {"error_over_limit": 0.5}}}
+    assert written["errors"] == {"0.25": 1, "0.5": 1} and not recorder.running.exists()
+
+
+def test_who_is_alone_in_the_room() -> None:
+    entered: list[str] = []
+
+    def enter(name: str, kind: Callable[[], AbstractContextManager[None]]) -> threading.Thread:
+        def go() -> None:
+            with kind():
+                entered.append(name)
+
+        thread = threading.Thread(target=go)
+        thread.start()
+        return thread
+
+    def waits() -> bool:
+        with room._DOOR.open("rb") as door:
+            try:
+                fcntl.flock(door, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    with room.shared():
+        enter("a second", room.shared).join(10)
+        first = enter("alone", room.alone)
+        end = time.monotonic() + 10
+        while not waits() and time.monotonic() < end:
+            time.sleep(0.01)
+        second = enter("after", room.shared)  # behind the one that waits
+        second.join(0.2)
+        assert entered == ["a second"]
+    first.join(10), second.join(10)
+    assert entered == ["a second", "alone", "after"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
-from fa2cupy.cached import prepared, repeated
+from fa2cupy.cached import prepared, prompts, repeated
 from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.jit import driver
 from fa2cupy.kernels.decode import DecodePlan
@@ -238,3 +238,41 @@ def test_lengths_looked_at(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> N
     decode.gpu.capturing, decode.gpu.stream = True, 7
     with pytest.raises(InvalidArgument, match=r"^FA2CUPY_CHECK=1 waits for lengths"):
         cache.attend(held.q, **held.of_call, out=cupy_array(held.q.shape, held.q.dtype))
+
+
+def test_prompts_by_the_forward(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries over rows: one forward, behind the new keys. Over pages and all else: as few queries are."""
+
+    def longer(lengths: Any, new: int, call: Any) -> Any:
+        return to_cupy(host_view(lengths).clip(0, call.cache.page) + np.int32(new))
+
+    monkeypatch.setattr(prompts, "_longer", longer)
+    for by in ("cache_seqlens", "seqused_k", "number", None):
+        before = (128, 128) if by is None else (9, 9) if by == "number" else (40, 3)
+        for layout in ("bshd", "bhsd"):
+            new = None if by is None else 64
+            case = CacheCase(before, 64, new, (4, 2), 64, causal=True, by="cache_seqlens" if by == "number" else by,
+                             leftpad=None if by == "number" else (2, 0), layout=layout, window=(50, -1))  # fmt: skip
+            held = Held.of(case)
+            if by == "number":
+                held.of_call["cache_seqlens"] = 9
+            k, v = held.k, held.v
+            if layout == "bhsd":  # rows of the cache as they lie, seen with the heads in front
+                k, v, q = (x.transpose(0, 2, 1, 3) for x in (k, v, held.q))
+                new_keys = {n: held.of_call[n].transpose(0, 2, 1, 3) for n in ("k", "v") if n in held.of_call}
+            else:
+                q, new_keys = held.q, {}
+            forwards, others = len(decode.gpu.launches), len(decode.launches)
+            cache = fa2cupy.KVCache(k, v, layout=layout)
+            out, lse = cache.attend(q, **{**held.of_call, **new_keys}, return_lse=True)
+            assert len(decode.gpu.launches) == forwards + 1
+            assert len(decode.launches) == others + (new is not None)
+            held.check(out.transpose(0, 2, 1, 3) if layout == "bhsd" else out, lse)
+    assert {launch.name for plan in decode.plans for launch in plan.launches} == {"append_keys"}
+    forwards = len(decode.gpu.launches)
+    for changes in ({"page": 16}, {"queries": 63}, {"queries": (70, 2)}, {"rotary": (16, "neox", "float32"), "new": 1}):
+        held = Held.of(CacheCase((40, 3), **{"queries": 64, "head_dim": 64, "causal": True, **changes}))
+        if "rotary_cos" in held.of_call:
+            held.of_call["rotary"] = held.of_call.pop("rotary_cos"), held.of_call.pop("rotary_sin"), "neox"
+        held.check(*fa2cupy.KVCache(held.k, held.v, **held.of_cache).attend(held.q, **held.of_call, return_lse=True))
+    assert len(decode.gpu.launches) == forwards

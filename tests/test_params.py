@@ -1,4 +1,5 @@
-"""The structs of cuda_src/common/params.cuh and their ctypes twins: every field at the same offset, of the same size.
+"""The structs of cuda_src/common's params.cuh and cache_params.cuh and their ctypes twins: every field at the same
+offset, of the same size.
 
 Equal sizes are not enough: a composed struct has had a field at 200 in C++ and at 196 in ctypes. One small program of
 g++ holds the header once for every set of macros that a kernel is compiled with, each in a namespace of its own, and
@@ -20,11 +21,11 @@ import pytest
 
 from fa2cupy import spec
 from fa2cupy.jit import source
-from fa2cupy.kernels import compile_jobs, params
+from fa2cupy.kernels import cache_params, compile_jobs, params
 from fa2cupy.mask_spec import PickedParams
 from tests.host import build
 
-HEADER = "common/params.cuh"
+HEADER = "common/cache_params.cuh"  # which includes common/params.cuh
 ARCHS = ("sm_80", "sm_86", "sm_90a", "sm_100", "sm_120")
 NAMES_IN_CXX = {"Strides3": "Strides"}  # of twins, where they are others
 BLOCKS = {
@@ -49,6 +50,16 @@ _SEGMENTS = ("FA2_SEGMENTS", params.SegmentParams)
 # Struct with parts -> the twin of its first, and each other with the macros with one of which it is there; with none,
 # always.
 COMPOSED = {
+    "DecodeParams": (
+        cache_params.CacheParams,
+        (
+            ("FA2_NEW_KEYS", cache_params.NewKeysParams),
+            ("FA2_TURNED", cache_params.TurnParams),
+            ("FA2_QUANTISED", cache_params.ScaleParams),
+            _SCORES,
+            _SINKS,
+        ),
+    ),
     "FwdBandParams": (params.FwdParams, (_BAND, _SCORES, _PICKED, _SINKS, _DROPOUT, _LISTED)),
     "FwdTmaBandParams": (params.FwdTmaParams, (_BAND, _SCORES, _PICKED, _SINKS, _DROPOUT, _LISTED)),
     "BwdBandParams": (params.BwdParams, (_BAND, _SCORES, _PICKED, _DROPOUT, _LISTED)),
@@ -116,7 +127,7 @@ def structs_of(text: str) -> dict[str, list[str]]:
         fields = [
             re.findall(r"\w+", re.sub(r"\[.*", "", declarator))[-1]
             for declaration in declarations
-            if declaration and not declaration.startswith(("static ", "using "))
+            if declaration and not declaration.startswith(("static ", "using ")) and "(" not in declaration
             for declarator in declaration.split(",")
         ]
         if fields:
@@ -189,7 +200,8 @@ def layouts_in_cxx(sets: Iterable[Defines], header: str, folder: Path) -> list[d
 def layout_in_ctypes(twin: Any) -> Layout:
     """Of a twin; strides that stand side by side are taken together."""
     places = {name: (getattr(twin, name).offset, getattr(twin, name).size) for name in fields_of(twin)}
-    for stem in [name.removesuffix("batch") for name in places if name.endswith("_batch")]:
+    stems = [name.removesuffix("batch") for name in places if name.endswith("_batch")]
+    for stem in (stem for stem in stems if f"{stem}row" in places):
         first, *others = (places.pop(stem + name) for name in fields_of(params.Strides3))
         assert others == [(first[0] + 8, 8), (first[0] + 16, 8)]
         places[f"{stem}strides"] = first[0], ctypes.sizeof(params.Strides3)
@@ -207,7 +219,7 @@ def fields_of(twin: Any) -> Iterator[str]:
 
 def twins(defines: Defines) -> dict[str, Any]:
     """Name of each struct in C++ -> its twin, in a set of macros."""
-    exported = {name: getattr(params, name) for name in params.__all__}
+    exported = {name: getattr(module, name) for module in (params, cache_params) for name in module.__all__}
     found = {name: each for name, each in exported.items() if isinstance(each, type(ctypes.Structure))}
     found = {NAMES_IN_CXX.get(name, name): twin for name, twin in found.items()} | BLOCKS
     for name, (first, others) in COMPOSED.items():

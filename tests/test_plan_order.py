@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from fa2cupy.kernels import BackwardPlan, order, plan_backward, plan_forward
@@ -113,7 +114,9 @@ def largest_share(blocks: int, heads: int, tiles_per_head: int, section: int) ->
 def test_largest_share(heads: int, tiles_per_head: int, section: int) -> None:
     blocks = min(H200.sm_count, heads * tiles_per_head)
     expected = largest_share(blocks, heads, tiles_per_head, section)
-    assert order._largest_share(H200.sm_count, heads, tiles_per_head, section) == pytest.approx(expected, rel=1e-12)
+    growing = np.arange(tiles_per_head, 0, -1)
+    found = order._largest_share(H200.sm_count, heads, section, growing, both_ways=True)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_sections_of_either_kernel() -> None:
@@ -135,3 +138,49 @@ def test_sections_of_the_backward_of_sm90() -> None:
             for deterministic in (False, True)
         ]
         assert [params.shape.heads_per_section for params in sections] == [section, turns], seqlen
+
+
+@pytest.mark.parametrize(
+    ("workers", "heads", "tiles_of_head", "tiles_of_sequence", "section"),
+    [
+        (132, 16, 150, 50, 4),  # 4.2 tiles for each multiprocessor
+        (132, 16, 150, 31, 16),  # short sequences
+        (132, 16, 10_000, 50, 1),
+        (132, 16, 20, 50, 16),
+        (132, 7, 150, 50, 7),  # 4, 5 and 6 do not divide 7
+        (132, 13, 300, 50, 2),  # nor anything from 2 to 4 13
+    ],
+)
+def test_sections_of_lists(workers: int, heads: int, tiles_of_head: int, tiles_of_sequence: int, section: int) -> None:
+    assert order.heads_per_listed_section(workers, heads, tiles_of_head, tiles_of_sequence) == section
+
+
+def test_what_a_band_meets() -> None:
+    """Beside a loop over all pairs."""
+    band = order.Banded(5, 3, 23, 31, 4, 2, 10)
+    for number, met in enumerate(band.met()):
+        rows = range(5 * number, min(5 * number + 5, 23))
+        assert met == len({j // 3 for i in rows for j in range(31) if i - 4 <= j <= i + 2})
+    assert band.bytes_at_once(2) == (10 + 6) * 10 and band.bytes_at_once(100) == 310
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "batch", "left", "forward", "backward"),
+    [
+        (32768, 1, 4096, 16, 8),  # 256 tiles a head: by one head the short ones of all are the same multiprocessors'
+        (8192, 2, 4096, 1, 1),  # by 2 to 8 heads
+        (8192, 2, 1024, 1, 1),
+    ],
+)
+def test_the_ends_of_a_band_are_shared_out(seqlen: int, batch: int, left: int, forward: int, backward: int) -> None:
+    case = Case(seqlen, seqlen, 128, "bfloat16", True, batch, (16, 16), window=(left, 0))
+    launch = main_launch(plan_forward(problem_of(case, False), H200))
+    assert FwdTmaParams.from_buffer_copy(launch.params).shape.heads_per_section == forward
+    launch = named(plan_backward(problem_of(case, True), H200, False), "flash_bwd")
+    assert BwdTmaParams.from_buffer_copy(launch.params).shape.heads_per_section == backward
+
+
+def test_few_heads_of_a_band_where_more_do_not_fit() -> None:
+    band = order.Banded(128, 128, 32768, 32768, 4096, 0, 512)
+    assert order.heads_per_banded_section(H200, 132, 16, band) == 16
+    assert order.heads_per_banded_section(dataclasses.replace(H200, l2_bytes=16 << 20), 132, 16, band) == 1

@@ -86,7 +86,7 @@ FA2_DEVICE auto key_tile_at(const Params& params, int place, int batch) {
 template <bool kInTurn>
 FA2_DEVICE Tile2 key_tile_of(int linear, int blocks, int heads, const Shape& shape) {
   if constexpr (kListed && !kInTurn) {
-    const ListPlace place = place_in_list(linear, blocks, heads);
+    const ListPlace place = place_in_list(linear, blocks, heads, shape);
     return {place.entry, place.head, 0};
   } else {
     return tile_of(linear, blocks, heads, shape);

@@ -202,8 +202,10 @@ enum { kFixedParts = 0 };
 #endif
 #ifdef FA2_QUANTISED
 enum { kQuantised = FA2_QUANTISED };  // the cache holds 8 bits: 1 float8_e4m3fn, 2 int8
+enum { kOfBytes = 1 };
 enum { kScaleOfPage = FA2_SCALE_OF_PAGE };  // what they are multiplied by may differ from page to page
 #else
+enum { kOfBytes = 0 };
 enum { kQuantised = 0, kScaleOfPage = 0 };
 #endif
 #ifdef FA2_CVT_E4M3

@@ -40,22 +40,7 @@ template <int kMTiles, int kNTiles, typename Params, typename Slopes>
 FA2_DEVICE RowShift<kMTiles> modify_packed_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Params& params, float factor,
                                                   const Slopes& slopes, const CachedSequence& sequence, int first_row,
                                                   int first_key) {
-  if constexpr (kScaleFirst || kSoftcap) {
-    if constexpr (kSoftcap) {
-      factor *= params.softcap_factor;
-    } else {
-      factor *= params.scale_softmax_log2 * kLn2;
-    }
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          acc_s.x[i][j][e] *= factor;
-          if constexpr (kSoftcap) acc_s.x[i][j][e] = tanh_of(acc_s.x[i][j][e]);
-        }
-  }
+  scale_scores(acc_s, params, factor);
   RowShift<kMTiles> shift;
   if constexpr (kAlibi) {
     const float unit = rcp(packed_exponent_scale(params, factor));

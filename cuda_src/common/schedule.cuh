@@ -27,14 +27,19 @@ FA2_DEVICE int sections_after(int linear, int blocks, int rows, const Shape& sha
 }
 
 // Launch order of a list of `count` tiles, each of which is there for all heads. So many neighbours, mostly of one sequence, go
-// together: head by head, so that a head's keys are read once for all of them. The list runs slowest, longest tiles first.
+// together: head by head, so that a head's keys are read once for all of them. The list runs slowest, longest tiles first. Of long
+// sequences heads are taken in sections here, too, every other one from the list's end on, the last one from its start.
 struct ListPlace {
   int entry, head;
 };
-FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads) {
-  const int first = linear / (kListedRun * heads) * kListedRun;
-  const int neighbours = min(kListedRun, count - first), index = linear - first * heads;
-  return {first + index % neighbours, index / neighbours};
+FA2_DEVICE ListPlace place_in_list(int linear, int count, int heads, const Shape& shape) {
+  const int section = linear / (shape.heads_per_section * count), first_head = section * shape.heads_per_section;
+  const int section_heads = min(shape.heads_per_section, heads - first_head), place = linear - first_head * count;
+  const int first = place / (kListedRun * section_heads) * kListedRun;
+  const int neighbours = min(kListedRun, count - first), index = place - first * section_heads;
+  const int entry = first + index % neighbours;
+  const bool backwards = ((heads - 1) / shape.heads_per_section - section) % 2 == 1;
+  return {backwards ? count - 1 - entry : entry, first_head + index / neighbours};
 }
 
 // An entry of a list of its words, those of its position included.
@@ -72,8 +77,9 @@ struct QueryTileOf<true, true> {
 };
 using QueryTile = QueryTileOf<kListed, kPositioned>;
 
-// Tile `linear` of the list of queries; of head -1 if there is none. The entry is read beside the count, not after it: as if there were
-// a whole run of neighbours, which only the last one may not be. (There is room for that one, whatever it holds.)
+// Tile `linear` of the list of queries; of head -1 if there is none. If all heads are one section, the entry is read beside the count,
+// not after it: as if there were a whole run of neighbours, which only the last one may not be. (There is room for that one, whatever
+// it holds.)
 template <typename Params, typename Tile = QueryTile>
 FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
   const int first = linear / (kListedRun * heads) * kListedRun, index = linear - first * heads;
@@ -81,9 +87,9 @@ FA2_DEVICE Tile listed_query_tile(const Params& params, int linear, int heads) {
   const int count = params.counts[0];
   auto tile = read_listed(params.tiles_q + first + index % kListedRun);
   int head = index / kListedRun;
-  if (first + kListedRun > count) {
+  if (first + kListedRun > count || params.shape.heads_per_section < heads) {
     if (linear >= count * heads) return {0, -1};
-    const ListPlace place = place_in_list(linear, count, heads);
+    const ListPlace place = place_in_list(linear, count, heads, params.shape);
     tile = read_listed(params.tiles_q + place.entry);
     head = place.head;
   }

@@ -73,18 +73,14 @@ FA2_DEVICE float exponent_scale(const Params& params) {
 }
 
 #ifdef FA2_SCALE_FIRST
-// The forward's hook for scores, between the product and the mask: S = Q K^T in place. In a plain kernel they stay as they are, and
-// the exponent's fma scales them. With kScaleFirst they are scaled here, to s = softmax_scale * q . k: a scale <= 0 needs no
-// more, since then the largest score is not the largest scaled one.
-template <int kMTiles, int kNTiles, typename Params, typename Head>
-FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Params& params, const Head& head,
-                                           const Sequence& sequence, const Position<false>& position) {
+// Scores that are scaled before the softmax, or capped: what it takes is S times `factor`.
+template <int kMTiles, int kNTiles, typename Params>
+FA2_DEVICE void scale_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Params& params, float factor) {
   if constexpr (kScaleFirst || kSoftcap) {
-    float factor;
     if constexpr (kSoftcap) {
-      factor = params.softcap_factor;
+      factor *= params.softcap_factor;
     } else {
-      factor = params.scale_softmax_log2 * kLn2;
+      factor *= params.scale_softmax_log2 * kLn2;
     }
 #pragma unroll
     for (int i = 0; i < kMTiles; ++i)
@@ -96,6 +92,15 @@ FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s,
           if constexpr (kSoftcap) acc_s.x[i][j][e] = tanh_of(acc_s.x[i][j][e]);
         }
   }
+}
+
+// The forward's hook for scores, between the product and the mask: S = Q K^T in place. In a plain kernel they stay as they are, and
+// the exponent's fma scales them. With kScaleFirst they are scaled here, to s = softmax_scale * q . k: a scale <= 0 needs no
+// more, since then the largest score is not the largest scaled one.
+template <int kMTiles, int kNTiles, typename Params, typename Head>
+FA2_DEVICE RowShift<kMTiles> modify_scores(Accumulator<kMTiles, kNTiles>& acc_s, const Params& params, const Head& head,
+                                           const Sequence& sequence, const Position<false>& position) {
+  scale_scores(acc_s, params, 1.f);
   RowShift<kMTiles> shift;
   if constexpr (kAlibi) {
     const Keys keys = keys_of<false, kMTiles, kNTiles>(sequence, position);

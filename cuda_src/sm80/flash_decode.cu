@@ -15,7 +15,7 @@
 #include "common/packed_scores.cuh"
 #include "sm80/key_stream.cuh"
 
-static_assert(sizeof(DecodeParams) == kParamsBytes, "kernels/params.py and common/cache.cuh differ");
+static_assert(sizeof(DecodeParams) == kParamsBytes, "kernels/cache_params.py and common/cache_params.cuh differ");
 
 constexpr int kMTiles = kBlockM / 16;
 constexpr int kSTiles = kBlockN / 8, kOTiles = kHeadDimV / 8;
@@ -73,25 +73,8 @@ FA2_DEVICE void load_q(SharedMemory& smem, const Params& params, const Work& wor
   }
 }
 
-// Q as the A operand: its first kQStepsInRegs blocks of 16 columns stay in registers.
-struct QOperand {
-  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
-  Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
-
-  FA2_DEVICE void keep() {
-#pragma unroll
-    for (int k = 0; k < kQStepsInRegs; ++k)
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
-  }
-  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
-    if (k < kQStepsInRegs) {
-      kept.load(r, i, k);
-    } else {
-      smem.load(r, i, k);
-    }
-  }
-};
+// Q as the A operand.
+using QOperand = KeptOperand<Tile<kBlockM, kHeadDim>::kRowBytes, kMTiles, kQStepsInRegs>;
 
 // What a tile's scores, or its results, are still to be multiplied by.
 template <bool kOfValues, typename Params>
@@ -132,7 +115,7 @@ FA2_DEVICE void multiply_values(Accumulator<kMTiles, kOTiles>& acc_o, Accumulato
     gemm<kKeySteps>(acc_o, to_fragments(acc_p), operand_b(slot.v, 0, 0));
   } else {
     multiply_columns<true>(acc_p, slot);
-    gemm_values(acc_o, to_half_fragments(acc_p), slot.v);
+    gemm_values(acc_o, to_fragments<half_t>(acc_p), slot.v);
   }
 }
 

@@ -38,26 +38,8 @@ static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this s
 using AccS = Accumulator<kMTiles, kSTiles>;
 using AccO = Accumulator<kMTiles, kOTiles>;
 
-// Q as the A operand of S = Q K^T: its first kQStepsInRegs blocks of 16 columns stay in registers, the others are read from
-// shared memory for every block of keys.
-struct QOperand {
-  Operand<Tile<kBlockM, kHeadDim>::kRowBytes, true, true> smem;
-  Fragments<kMTiles, kQStepsInRegs == 0 ? 1 : kQStepsInRegs> kept;
-
-  FA2_DEVICE void keep() {
-#pragma unroll
-    for (int k = 0; k < kQStepsInRegs; ++k)
-#pragma unroll
-      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
-  }
-  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
-    if (k < kQStepsInRegs) {
-      kept.load(r, i, k);
-    } else {
-      smem.load(r, i, k);
-    }
-  }
-};
+// Q as the A operand of S = Q K^T.
+using QOperand = KeptOperand<Tile<kBlockM, kHeadDim>::kRowBytes, kMTiles, kQStepsInRegs>;
 
 FA2_DEVICE void store_lse(const Softmax<kMTiles>& softmax, float* lse, int64_t stride, int row, int rows, float scale_log2) {
   if (accumulator_col() != 0) return;  // four lanes hold the same row

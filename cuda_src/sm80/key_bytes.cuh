@@ -90,19 +90,3 @@ FA2_DEVICE void gemm_values(Accumulator<kMTiles, kNTiles>& acc_o, const Fragment
       }
     }
 }
-
-// P, rounded, as the A operand.
-template <int kMTiles, int kNTiles>
-FA2_DEVICE Fragments<kMTiles, kNTiles / 2> to_half_fragments(const Accumulator<kMTiles, kNTiles>& acc) {
-  Fragments<kMTiles, kNTiles / 2> frag;
-#pragma unroll
-  for (int i = 0; i < kMTiles; ++i)
-#pragma unroll
-    for (int k = 0; k < kNTiles / 2; ++k)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float(&pair)[4] = acc.x[i][2 * k + r / 2];
-        frag.r[i][k][r] = cvt_pack<half_t>(pair[r % 2 * 2], pair[r % 2 * 2 + 1]);
-      }
-  return frag;
-}

@@ -171,8 +171,29 @@ FA2_DEVICE void gemm(Accumulator<kMTiles, kNTiles>& acc, const A& a, const B& b,
   }
 }
 
+// An A operand whose first kKept blocks of 16 columns stay in registers; the others are read from shared memory each time.
+template <int kRowBytes, int kMTiles, int kKept>
+struct KeptOperand {
+  Operand<kRowBytes, true, true> smem;
+  Fragments<kMTiles, kKept == 0 ? 1 : kKept> kept;
+
+  FA2_DEVICE void keep() {
+#pragma unroll
+    for (int k = 0; k < kKept; ++k)
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i) smem.load(kept.r[i][k], i, k);
+  }
+  FA2_DEVICE void load(uint32_t (&r)[4], int i, int k) const {
+    if (k < kKept) {
+      kept.load(r, i, k);
+    } else {
+      smem.load(r, i, k);
+    }
+  }
+};
+
 // The accumulators of one product, rounded, are the A fragments of the next: no data moves.
-template <int kMTiles, int kNTiles>
+template <typename T = Element, int kMTiles, int kNTiles>
 FA2_DEVICE Fragments<kMTiles, kNTiles / 2> to_fragments(const Accumulator<kMTiles, kNTiles>& acc) {
   Fragments<kMTiles, kNTiles / 2> frag;
 #pragma unroll
@@ -182,7 +203,7 @@ FA2_DEVICE Fragments<kMTiles, kNTiles / 2> to_fragments(const Accumulator<kMTile
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const float(&pair)[4] = acc.x[i][2 * k + r / 2];
-        frag.r[i][k][r] = cvt_pack<Element>(pair[r % 2 * 2], pair[r % 2 * 2 + 1]);
+        frag.r[i][k][r] = cvt_pack<T>(pair[r % 2 * 2], pair[r % 2 * 2 + 1]);
       }
   return frag;
 }

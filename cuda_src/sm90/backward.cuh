@@ -65,6 +65,21 @@ struct Work : WorkOfBand<kBand>, WorkOfList<kListed, kPositioned> {
   int part;                    // which part of dK and dV this is (kPartialDkv)
 };
 
+// Of a list, what a work's keys leave by, and whether there is more work after it. A step has no registers to keep it in: it waits in
+// shared memory.
+template <typename Work>
+FA2_DEVICE int4 keys_of_work(const Work& work, bool more) {
+  if constexpr (kListed) {
+    return {work.first_k, work.batch_k, work.seqlen_k, more};
+  } else {
+    return {};
+  }
+}
+template <typename Work>
+FA2_DEVICE void recall_keys(Work& work, const int4& keys) {
+  if constexpr (kListed) work.first_k = keys.x, work.batch_k = keys.y, work.seqlen_k = keys.z;
+}
+
 // The number of a head's first tile of queries that is the work's.
 template <typename Work>
 FA2_DEVICE int64_t first_tile_of(const Shape& shape, const Work& work, int head) {

@@ -47,6 +47,7 @@ struct SharedMemory {
   uint64_t q_full[kStages], dout_full[kStages], q_dout_empty[kStages];
   uint64_t ds_full[kStages], ds_empty[kStages], dq_full[kKeyGroups], dq_empty[kKeyGroups];
   uint64_t dq_turn[kKeyGroups];  // deterministic
+  int4 keys_at[kKStages];  // of a list: keys_of_work, which comes with K
 };
 constexpr int kTurn = 1;  // named barriers, one for each key warpgroup's turn
 static_assert(sizeof(SharedMemory) == kSharedBytes, "kernels/tiles.py and this struct differ");
@@ -77,6 +78,7 @@ FA2_DEVICE void copy_tiles(SharedMemory& smem, const BwdTmaBandParams& params) {
       load_tile(smem.q[i], params.q, smem.q_full[i], query_place(work, first_query, step.head, params));
       if (first) {
         mbarrier_wait(smem.k_empty[k.stage], k.parity ^ 1);  // released by the key warpgroups after a tile's last dQ
+        if constexpr (kListed) smem.keys_at[k.stage] = keys_of_work(work, schedule.more(params));
         mbarrier_arrive_expect_tx(smem.k_full[k.stage], smem.k[0].kBytes);
         load_tile(smem.k[k.stage], params.k, smem.k_full[k.stage], key_place(work, first_key, work.head_k, params));
         griddepcontrol_wait();  // what the kernel before wrote is there: lse and D, and what dQ is added to
@@ -201,6 +203,16 @@ FA2_DEVICE void recompute_p(AccS& acc, Fragments<kQuerySteps>& packed, const flo
   recompute_p<kMasked, false>(acc, packed, lse_log2, scores, sequence, seen, key, first_query);
 }
 
+// Whether there is a tile after this one. Of a list what copy_tiles says: no step asks global memory.
+template <typename Params>
+FA2_DEVICE bool has_more(Schedule& schedule, const Params& params, const int4& keys_at) {
+  if constexpr (kListed) {
+    return keys_at.w != 0;
+  } else {
+    return schedule.more(params);
+  }
+}
+
 // One warpgroup: 64 keys of all tiles, and its part of dQ. Steps follow each other across tiles without a pause.
 FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int group) {
   const Shape& shape = params.shape;
@@ -279,7 +291,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     gemm_rs<kQuerySteps>(acc_dv, frag_p, DownRows(smem.dout[ring.stage]), !first);
     wgmma_commit_group();
   };
-  auto is_final = [&] { return step.left == 1 && !schedule.more(params); };
+  auto is_final = [&] { return step.left == 1 && !has_more(schedule, params, smem.keys_at[k.stage]); };
 
   auto store_dkv = [&] {
     if constexpr (kPartialDkv) {  // whole blocks, the workspace is padded
@@ -367,6 +379,7 @@ FA2_DEVICE void compute(SharedMemory& smem, const BwdTmaBandParams& params, int 
     if (last) {
       pin(acc_dk);
       pin(acc_dv);
+      if constexpr (kListed) recall_keys(work, smem.keys_at[k.before()]);
       store_dkv();
     }
     if constexpr (kMore) {

@@ -70,7 +70,7 @@ struct Work : QueryTile, HeadScores {
 
 // The tiles of a thread block: every gridDim.x-th of the launch order, in alternating direction. Sections alternate too, from
 // long to short and from short to long, the last one from long to short: so all thread blocks finish at about the same time. A list
-// is all one section.
+// has sections of its own (place_in_list).
 struct Tiles {
   int round = 0;
   template <typename Params>

@@ -229,9 +229,10 @@ FA2_DEVICE int tile_at(const SharedMemory& smem, const ListTilesBandParams& para
           kOfKeys ? first_tile_q : first_tile_q + block};
   set_position(tile, smem.queries(s), smem.keys(s));
   // Neighbours read the same rows, best at the same time, but a diagonal would part them. So the blocks of a run all count as the one
-  // that meets most: of equal sequences those that place_in_list takes together; of others two, or the launch order would not be
+  // that meets most: of equal short sequences those that place_in_list takes together; of others two, or the launch order would not be
   // that of the lengths any more, and some multiprocessors would have more to do than others.
-  const int run = (kOfKeys ? smem.mixed_k : smem.mixed_q) ? 2 : kListedRun;
+  const bool is_short = (kOfKeys ? ceil_div(tile.seqlen_k, kBlockN) : ceil_div(tile.seqlen_q, kBlockM)) <= 2 * kListedRun;
+  const int run = is_short && !(kOfKeys ? smem.mixed_k : smem.mixed_q) ? kListedRun : 2;
   const int first_of_run = block / run * run;
   int blocks;
   if constexpr (kOfKeys) {

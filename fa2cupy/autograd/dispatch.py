@@ -10,15 +10,18 @@ torch.compile traces this file: it holds nothing that Dynamo cannot follow.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fa2cupy import dynamo
 from fa2cupy.autograd import sharding
 from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order, refuse_gradients
-from fa2cupy.autograd.function import eager
-from fa2cupy.autograd.operators import forward_op
+from fa2cupy.autograd.forms import separate
+from fa2cupy.autograd.function import eager, eager_packed
+from fa2cupy.autograd.operators import OPERATORS
 from fa2cupy.autograd.watchers import PLAIN, any_autocast, are_watched, is_compiling, is_grad_enabled
 from fa2cupy.calls import call
 from fa2cupy.errors import InvalidArgument, InvalidType
@@ -26,7 +29,7 @@ from fa2cupy.operations import FORWARD, FORWARD_OUT, STRAIGHT
 from fa2cupy.options import Options
 from fa2cupy.spec import DIFFERENTIABLE
 
-__all__ = ["cast", "way", "with_extra"]
+__all__ = ["cast", "packed", "way", "with_extra"]
 
 # (q, k, v, options, return_lse, extra) -> out or (out, lse); options: those of a launch, with the deterministic of
 # gradients; extra: the arrays of other keywords, by name
@@ -71,14 +74,7 @@ def _traced(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, 
     """Inside torch.compile or export. What is wrong with the options is said by the operator's fake kernel."""
     if q.is_nested:
         return _jagged(q, k, v, options, return_lse, extra)
-    causal, softmax_scale, layout, dtype, deterministic, features = options
-    sharding.register()
-    q, k, v = cast(q, k, v)
-    scale = None if softmax_scale is None else float(softmax_scale)
-    out, lse = forward_op(
-        q, k, v, causal, scale, layout, dtype, deterministic, features_text(features), *in_order(extra)
-    )
-    return (out, lse) if return_lse else out
+    return _operate((q, k, v), options, return_lse, extra)
 
 
 def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
@@ -88,15 +84,44 @@ def _seen(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, ex
             return _straight(q, k, v, options, return_lse, extra)  # which says what is wrong with it
         if tensor.is_nested:
             return _jagged(q, k, v, options, return_lse, extra)
+    return _operate((q, k, v), _checked(options), return_lse, extra)
+
+
+def _checked(options: tuple[Any, ...]) -> tuple[Any, ...]:
     checked = Options.checked(*options)
-    sharding.register()
-    q, k, v = cast(q, k, v)
-    scale = checked.softmax_scale
-    out, lse = forward_op(
-        q, k, v, checked.causal, None if scale is None else float(scale), checked.layout, checked.dtype,
-        checked.deterministic, features_text(checked.features), *in_order(extra),
+    return (
+        checked.causal, checked.softmax_scale, checked.layout, checked.dtype, checked.deterministic, checked.features
     )  # fmt: skip
+
+
+def _operate(inputs: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool, extra: Extra) -> Any:
+    """By the operator of inputs of any form (`forms.py`)."""
+    causal, softmax_scale, layout, dtype, deterministic, features = options
+    sharding.register()
+    scale = None if softmax_scale is None else float(softmax_scale)
+    out, lse = OPERATORS[len(inputs)].forward(
+        *cast(*inputs), causal, scale, layout, dtype, deterministic, features_text(features), *in_order(extra)
+    )
     return (out, lse) if return_lse else out
+
+
+def packed(inputs: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool, extra: Extra) -> Any:
+    """Attention of (qkv,) or (q, kv), as `forms.py` has them: the gradient of a tensor is one tensor."""
+    how = way(inputs[0], inputs[-1], inputs[-1])
+    if how is _autocast:
+        inputs = cast(*inputs)
+        how = eager if is_grad_enabled() and any(x.requires_grad for x in inputs) else STRAIGHT
+    how, extra = with_extra(how, inputs[0], dict(extra))
+    if how is eager:
+        return eager_packed(inputs, options, return_lse, extra)
+    arrays = all(isinstance(array, torch.Tensor) for array in extra.values())
+    if arrays and not inputs[0].is_nested and (how is _traced or how is _seen):
+        return _operate(inputs, _checked(options) if how is _seen else options, return_lse, extra)
+    if how is STRAIGHT or how is None:
+        how = _straight
+        if not dynamo.told and "torch._dynamo" in sys.modules:
+            dynamo.tell()
+    return how(*separate(inputs), options, return_lse, extra)
 
 
 def _jagged(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra) -> Any:

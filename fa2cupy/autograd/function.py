@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fa2cupy import dynamo
 from fa2cupy.autograd.features import NOTHING, Extra, features_text, in_order
+from fa2cupy.autograd.forms import separate
 from fa2cupy.autograd.known import KINDS, NO_KIND
 from fa2cupy.autograd.launching import launch_backward, launch_forward
-from fa2cupy.autograd.operators import backward_op
+from fa2cupy.autograd.operators import OPERATORS
 from fa2cupy.autograd.watchers import are_watched, deterministic_algorithms, is_grad_enabled, is_plain
 from fa2cupy.spec import DIFFERENTIABLE
 
-__all__ = ["eager"]
+__all__ = ["eager", "eager_packed"]
 
 
 class _Attention(torch.autograd.Function):
@@ -52,7 +54,6 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *arrays = ctx.saved_tensors
         nothing = (None,) * (2 if not ctx.names else 3)  # for what is no tensor
         options, kind = ctx.options, NO_KIND
-        # With grad mode on (create_graph=True) the operator is taken: it says that there is no second derivative.
         watched = is_grad_enabled() or are_watched()
         if dout is None:
             dout = torch.zeros_like(out)
@@ -63,19 +64,56 @@ class _Attention(torch.autograd.Function):
                 if gradients is not None:
                     dq, dk, dv = gradients
                     return dq, dk, dv, *nothing
-        if watched or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
-            text, extra = features_text(options[5]), dict(zip(ctx.names, arrays, strict=True))
-            dq, dk, dv, *further = backward_op(dout, q, k, v, out, lse, dlse, *options[:5], text, *in_order(extra))
-            gradients = dict(zip(DIFFERENTIABLE, further, strict=True))
-        elif not ctx.names:
-            dq, dk, dv = launch_backward(dout, q, k, v, out, lse, dlse, options, kind=kind)
+        if not (watched or ctx.names) and is_plain(dout) and (dlse is None or is_plain(dlse)):
+            dq, dk, dv = launch_backward(dout, (q, k, v), out, lse, dlse, options, kind=kind)
             return dq, dk, dv, *nothing
-        else:
-            extra = dict(zip(ctx.names, arrays, strict=True))
-            wanted = tuple(name for name, needed in _needed(ctx) if needed)
-            dq, dk, dv, *further = launch_backward(dout, q, k, v, out, lse, dlse, options, extra, wanted=wanted)
-            gradients = dict(zip(wanted, further, strict=True))
-        return dq, dk, dv, *nothing, *(gradients.get(name) if needed else None for name, needed in _needed(ctx))
+        (dq, dk, dv), further = _gradients(ctx, dout, (q, k, v), out, lse, dlse, arrays)
+        return dq, dk, dv, *nothing, *further
+
+
+class _Packed(torch.autograd.Function):
+    """Attention of (qkv,) or (q, kv): were unpacking torch's, their gradient would be stacked from dq, dk and dv."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], return_lse: bool, names: tuple[str, ...], *tensors: Any) -> Any:
+        """tensors: the inputs, and the further arrays by `names`."""
+        inputs, arrays = tensors[: len(tensors) - len(names)], tensors[len(tensors) - len(names) :]
+        out, lse = launch_forward(*separate(inputs), options, dict(zip(names, arrays, strict=True)))
+        ctx.save_for_backward(out, lse, *inputs, *arrays)
+        ctx.options, ctx.names = options, names
+        ctx.set_materialize_grads(False)
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple[Any, ...]:
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        out, lse, *tensors = ctx.saved_tensors
+        count = len(tensors) - len(ctx.names)
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients, further = _gradients(ctx, dout, tensors[:count], out, lse, dlse, tensors[count:])
+        return None, None, None, *gradients, *further
+
+
+def _gradients(
+    ctx: Any, dout: Any, inputs: Sequence[Any], out: Any, lse: Any, dlse: Any, arrays: Sequence[Any]
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Of the inputs, in any form, and of the further arrays (None where it is not wanted).
+
+    With grad mode on (create_graph=True) the operator is taken: it says that there is no second derivative.
+    """
+    options, count = ctx.options, len(inputs)
+    extra = dict(zip(ctx.names, arrays, strict=True))
+    wanted: tuple[str, ...] = tuple(name for name, needed in _needed(ctx) if needed)
+    names = wanted
+    if is_grad_enabled() or are_watched() or not is_plain(dout) or (dlse is not None and not is_plain(dlse)):
+        operator, text = OPERATORS[count].backward, features_text(options[5])
+        gradients = operator(dout, *inputs, out, lse, dlse, *options[:5], text, *in_order(extra))
+        names = DIFFERENTIABLE
+    else:
+        gradients = launch_backward(dout, inputs, out, lse, dlse, options, extra, wanted=wanted)
+    found = dict(zip(names, gradients[count:], strict=True))
+    return gradients[:count], [found[name] if name in wanted else None for name in ctx.names]
 
 
 def _needed(ctx: Any) -> list[tuple[str, bool]]:
@@ -88,6 +126,8 @@ def _needed(ctx: Any) -> list[tuple[str, bool]]:
 _apply = super(torch.autograd.Function, _Attention).apply
 # What autograd's engine calls; torch's own `apply` looks for the function above, once more at every call.
 _Attention._backward_cls.apply = _Attention.backward
+_apply_packed = super(torch.autograd.Function, _Packed).apply
+_Packed._backward_cls.apply = _Packed.backward
 
 
 def eager(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
@@ -96,3 +136,10 @@ def eager(q: Any, k: Any, v: Any, options: tuple[Any, ...], return_lse: bool, ex
         dynamo.tell()
     more = (tuple(extra), *extra.values()) if extra else ()
     return _apply(q, k, v, options, return_lse, *more)
+
+
+def eager_packed(inputs: Sequence[Any], options: tuple[Any, ...], return_lse: bool, extra: Extra = NOTHING) -> Any:
+    """The same of (qkv,) or (q, kv)."""
+    if not dynamo.told and "torch._dynamo" in sys.modules:
+        dynamo.tell()
+    return _apply_packed(options, return_lse, tuple(extra), *inputs, *extra.values())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fa2cupy.autograd.features import NOTHING, Extra
+from fa2cupy.autograd.forms import separate
 from fa2cupy.autograd.known import NO_KIND, Kind
 from fa2cupy.calls import call
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD
@@ -31,16 +33,19 @@ def launch_forward(
 
 
 def launch_backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: tuple[Any, ...],
+    dout: Any, inputs: Sequence[Any], out: Any, lse: Any, dlse: Any, options: tuple[Any, ...],
     extra: Extra = NOTHING, *, kind: Kind = NO_KIND, wanted: tuple[str, ...] = (),
 ) -> tuple[Any, ...]:  # fmt: skip
-    """dq, dk, dv, and the gradients of the `wanted` arrays of `extra`.
+    """The gradients of `inputs`, which are of any form (`forms.py`), and those of the `wanted` arrays of `extra`.
 
-    Torch's own switch is asked now, so that nothing which was compiled before has to know it. kind: what learns from
-    this call, the one of its `deterministic`, if it has no `extra`.
+    Of what is packed the kernels write dq, dk and dv into one new tensor. Torch's own switch is asked now, so that
+    nothing which was compiled before has to know it. kind: what learns from this call, the one of its `deterministic`,
+    if it is of q, k and v and has no `extra`.
     """
     deterministic = options[4] or torch.are_deterministic_algorithms_enabled()
-    operation, arrays = _BACKWARD, [dout, q, k, v, out, lse, None, None, None]
+    packed = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs] if len(inputs) < 3 else None
+    outputs = (None,) * 3 if packed is None else separate(packed)
+    operation, arrays = _BACKWARD, [dout, *separate(inputs), out, lse, *outputs]
     if extra:
         arrays = [*arrays, *(None for _ in wanted), *extra.values()]
         operation = operation.extended(tuple(extra), tuple(f"d{name}" for name in wanted))
@@ -48,6 +53,8 @@ def launch_backward(
         operation, arrays = operation.extended(("dlse",)), [*arrays, dlse]
     launched = (*options[:4], deterministic, options[5])
     dq, dk, dv, *further = call(operation, arrays, None, launched)
+    if packed is not None:
+        return *packed, *further
     if operation is _BACKWARD:
-        kind.learn(operation, (dout, q, k, v, out, lse), (dq, dk, dv), launched)
+        kind.learn(operation, (dout, *inputs, out, lse), (dq, dk, dv), launched)
     return dq, dk, dv, *further

@@ -1,13 +1,16 @@
 """The registered operators `fa2cupy::forward` and `fa2cupy::backward`: pure, of fixed arity, one node in a graph.
 
+There is a pair for every form of q, k and v (`forms.py`): `forward_kv`, `backward_kv` take q and kv, and `forward_qkv`,
+`backward_qkv` one tensor, so that a graph has a gradient in one piece too.
+
 Their autograd kernels are our own rather than `register_autograd`'s: those cannot be used under torch.func and give
 tangents of zero, silently, in forward mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -15,6 +18,7 @@ from torch.autograd.function import _SingleLevelFunction  # Function without wha
 from torch.utils.flop_counter import register_flop_formula
 
 from fa2cupy.autograd.features import by_name, features_of, refuse_gradients
+from fa2cupy.autograd.forms import FORMS, separate, separate_shapes
 from fa2cupy.autograd.launching import launch_backward, launch_forward
 from fa2cupy.autograd.watchers import in_forward_mode
 from fa2cupy.errors import InvalidArgument, InvalidType
@@ -23,84 +27,137 @@ from fa2cupy.options import Options
 from fa2cupy.problem import MAX_LENGTH, Sizes, check_array, check_dtypes
 from fa2cupy.spec import CARRIED, DIFFERENTIABLE, MASK_ARRAYS
 
-__all__ = ["backward_op", "forward_op"]
+__all__ = ["OPERATORS", "Operators", "backward_op", "backward_ops", "forward_op", "forward_ops"]
 
 # features: the options beyond dense attention, as `features_text` writes them. Behind them the arrays beyond it.
 _OPTIONS = 'bool causal, float? softmax_scale, str layout, str? dtype, bool deterministic, str features=""'
 _COUNT = 6  # of these
 _EXTRA = ", ".join(f"Tensor? {name}=None" for name in CARRIED)
-_BACKWARD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dlse")
+_RESULTS = ("out", "lse", "dlse")  # of the backward's tensors those behind the inputs, of which one may be missing
 
 _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_fixed_stride_order") if hasattr(torch.Tag, name)
 )
 _library = torch.library.Library("fa2cupy", "DEF")
-_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, {_EXTRA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
-_library.define(
-    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_OPTIONS}, {_EXTRA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
-    tags=_TAGS,
-)
-forward_op = torch.ops.fa2cupy.forward.default
-backward_op = torch.ops.fa2cupy.backward.default
+
+
+class Operators(NamedTuple):
+    """Those of one form. suffix: of their names."""
+
+    suffix: str
+    forward: Any
+    backward: Any
+
+
+def _defined(form: tuple[str, ...]) -> Operators:
+    suffix = "" if len(form) == 3 else f"_{form[-1]}"
+    inputs = ", ".join(f"Tensor {name}" for name in form)
+    gradients = ", ".join(f"Tensor d{name}" for name in (*form, *DIFFERENTIABLE))
+    _library.define(f"forward{suffix}({inputs}, {_OPTIONS}, {_EXTRA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+    _library.define(
+        f"backward{suffix}(Tensor dout, {inputs}, Tensor out, Tensor lse, Tensor? dlse, {_OPTIONS}, {_EXTRA}) "
+        f"-> ({gradients})",
+        tags=_TAGS,
+    )
+    operators = torch.ops.fa2cupy
+    return Operators(
+        suffix, getattr(operators, f"forward{suffix}").default, getattr(operators, f"backward{suffix}").default
+    )
+
+
+OPERATORS = {count: _defined(form) for count, form in FORMS.items()}  # by the number of inputs
+forward_op, backward_op = OPERATORS[3].forward, OPERATORS[3].backward
+forward_ops = tuple(operators.forward for operators in OPERATORS.values())
+backward_ops = tuple(operators.backward for operators in OPERATORS.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
-def _forward(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
-    with torch.no_grad():
-        return launch_forward(q, k, v, _launched(*rest[:_COUNT]), by_name(rest[_COUNT:]))
+def _forward(count: int) -> Callable[..., tuple[Any, Any]]:
+    def kernel(*arguments: Any) -> tuple[Any, Any]:
+        inputs, rest = arguments[:count], arguments[count:]
+        with torch.no_grad():
+            options = _launched(inputs, *rest[:_COUNT])
+            return launch_forward(*separate(inputs), options, by_name(rest[_COUNT:]))
+
+    return kernel
 
 
-def _backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *rest: Any) -> tuple[Any, ...]:
-    """dq, dk, dv, and of the arrays in `DIFFERENTIABLE` that there are the gradients, of the others empty tensors."""
-    extra = by_name(rest[_COUNT:])
-    with torch.no_grad():
-        wanted = tuple(name for name in DIFFERENTIABLE if name in extra)
-        dq, dk, dv, *further = launch_backward(
-            dout, q, k, v, out, lse, dlse, _launched(*rest[:_COUNT]), extra, wanted=wanted
-        )
-        found = dict(zip(wanted, further, strict=True))
-        return dq, dk, dv, *(found[name] if name in found else q.new_empty(0) for name in DIFFERENTIABLE)
+def _backward(count: int) -> Callable[..., tuple[Any, ...]]:
+    def kernel(dout: Any, *arguments: Any) -> tuple[Any, ...]:
+        """Of the inputs, and of the arrays in `DIFFERENTIABLE` that there are the gradients, of the others empty
+        tensors."""
+        inputs, (out, lse, dlse, *rest) = arguments[:count], arguments[count:]
+        extra = by_name(rest[_COUNT:])
+        with torch.no_grad():
+            wanted = tuple(name for name in DIFFERENTIABLE if name in extra)
+            options = _launched(inputs, *rest[:_COUNT])
+            gradients = launch_backward(dout, inputs, out, lse, dlse, options, extra, wanted=wanted)
+            found = dict(zip(wanted, gradients[count:], strict=True))
+            empty = (found[name] if name in found else out.new_empty(0) for name in DIFFERENTIABLE)
+            return *gradients[:count], *empty
+
+    return kernel
 
 
 def _launched(
-    causal: bool, softmax_scale: float | None, layout: str, dtype: str | None, deterministic: bool, features: str = ""
-) -> tuple[Any, ...]:
+    inputs: tuple[Any, ...], causal: bool, softmax_scale: float | None, layout: str, dtype: str | None,
+    deterministic: bool, features: str = "",
+) -> tuple[Any, ...]:  # fmt: skip
     """The options of an operator as those of a launch."""
+    _check_layout(inputs, layout)
     return causal, softmax_scale, layout, dtype, deterministic, features_of(features)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
+def _check_layout(inputs: tuple[Any, ...], layout: str) -> None:
+    if len(inputs) < 3 and layout != "bshd":
+        raise InvalidArgument(f"layout={layout!r} is given for {FORMS[len(inputs)][-1]}: packed tensors are 'bshd'")
+
+
+for _count, _operators in OPERATORS.items():
+    for _device in ("CPU", "CUDA"):
+        _library.impl(f"forward{_operators.suffix}", _forward(_count), _device)
+        _library.impl(f"backward{_operators.suffix}", _backward(_count), _device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shapes without data
 
 
-@torch.library.register_fake("fa2cupy::forward", lib=_library)
-def _forward_shapes(q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, Any]:
-    sizes, layout = _checked({"q": q, "k": k, "v": v}, *options)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(sizes.shape("out", layout)), q.new_empty(sizes.shape("lse", layout), dtype=lse_dtype)
+def _forward_shapes(count: int) -> Callable[..., tuple[Any, Any]]:
+    def fake(*arguments: Any) -> tuple[Any, Any]:
+        inputs = arguments[:count]
+        sizes, layout = _checked(inputs, {}, *arguments[count:])
+        lse_dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+        out, lse = (sizes.shape(name, layout) for name in ("out", "lse"))
+        return inputs[0].new_empty(out), inputs[0].new_empty(lse, dtype=lse_dtype)
+
+    return fake
 
 
-@torch.library.register_fake("fa2cupy::backward", lib=_library)
-def _backward_shapes(*arguments: Any) -> tuple[Any, ...]:
-    count = len(_BACKWARD_TENSORS)
-    tensors = dict(zip(_BACKWARD_TENSORS, arguments[:count], strict=True))
-    _checked({name: tensor for name, tensor in tensors.items() if tensor is not None}, *arguments[count:])
-    extra = by_name(arguments[count + _COUNT :])
-    like = [*(tensors[name] for name in ("q", "k", "v")), *(extra.get(name) for name in DIFFERENTIABLE)]
-    return tuple(tensors["q"].new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+def _backward_shapes(count: int) -> Callable[..., tuple[Any, ...]]:
+    def fake(dout: Any, *arguments: Any) -> tuple[Any, ...]:
+        inputs, rest = arguments[:count], arguments[count + len(_RESULTS) :]
+        results = dict(zip(_RESULTS, arguments[count:], strict=False))
+        given = {name: tensor for name, tensor in {"dout": dout, **results}.items() if tensor is not None}
+        _checked(inputs, given, *rest)
+        extra = by_name(rest[_COUNT:])
+        like = [*inputs, *(extra.get(name) for name in DIFFERENTIABLE)]
+        return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+
+    return fake
+
+
+for _count, _operators in OPERATORS.items():
+    for _name, _fake in (("forward", _forward_shapes), ("backward", _backward_shapes)):
+        torch.library.register_fake(f"fa2cupy::{_name}{_operators.suffix}", _fake(_count), lib=_library)
 
 
 def _checked(
-    tensors: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    results: Mapping[str, Any],
     causal: bool,
     softmax_scale: object,
     layout: str,
@@ -109,11 +166,15 @@ def _checked(
     features: str = "",
     *arrays: Any,
 ) -> tuple[Sizes, str]:
-    """The errors of a real call that need no data. The scale, which may be a symbol here, is left to the kernels."""
+    """The errors of a real call that need no data. The scale, which may be a symbol here, is left to the kernels.
+
+    results: the backward's tensors beyond the inputs.
+    """
+    _check_layout(inputs, layout)
     options = Options.checked(causal, None, layout, dtype, deterministic)
     refs = {}
     extra = by_name(arrays)
-    for name, tensor in {**tensors, **extra}.items():
+    for name, tensor in {**dict(zip("qkv", separate(inputs), strict=True)), **results, **extra}.items():
         device = Device("cuda" if tensor.device.type == "cuda" else "cpu", tensor.device.index or 0)
         refs[name] = TensorRef(0, tuple(tensor.shape), (), str(tensor.dtype).removeprefix("torch."), device, None)
         if refs[name].device != next(iter(refs.values())).device:
@@ -164,40 +225,40 @@ class _Function(_SingleLevelFunction):
         )
 
 
-_PLACE_OF_EXTRA = 1 + 3 + _COUNT  # behind grad_mode, q, k, v and the options
-
-
 class _Forward(_Function):
     @staticmethod
-    def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
-        outputs = _below_autograd(forward_op, arguments, grad_mode)
-        end = 3 + _COUNT
-        ctx.save_for_backward(*arguments[:3], *outputs, *arguments[end:])
-        ctx.options = arguments[3:end]
+    def forward(ctx: Any, count: int, grad_mode: bool, *arguments: Any) -> Any:
+        """count: of the inputs, which come first."""
+        outputs = _below_autograd(OPERATORS[count].forward, arguments, grad_mode)
+        end = count + _COUNT
+        ctx.save_for_backward(*outputs, *arguments[:count], *arguments[end:])
+        ctx.count, ctx.options = count, arguments[count:end]
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
-        count = len(ctx.needs_input_grad)
+        needed = ctx.needs_input_grad
         if dout is None and dlse is None:
-            return (None,) * count
-        q, k, v, out, lse, *extra = ctx.saved_tensors
+            return (None,) * len(needed)
+        out, lse, *tensors = ctx.saved_tensors
+        inputs, extra = tensors[: ctx.count], tensors[ctx.count :]
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, *further = backward_op(dout, q, k, v, out, lse, dlse, *ctx.options, *extra)
-        gradients = [None, dq, dk, dv, *(None,) * (count - 4)]
-        for name, gradient in zip(DIFFERENTIABLE, further, strict=True):
-            place = _PLACE_OF_EXTRA + CARRIED.index(name)
-            if place < count and ctx.needs_input_grad[place]:
+        results = OPERATORS[ctx.count].backward(dout, *inputs, out, lse, dlse, *ctx.options, *extra)
+        first = 2 + ctx.count + _COUNT  # of the arrays: behind count and grad_mode, the inputs and the options
+        gradients = [None, None, *results[: ctx.count], *(None,) * (len(needed) - 2 - ctx.count)]
+        for name, gradient in zip(DIFFERENTIABLE, results[ctx.count :], strict=True):
+            place = first + CARRIED.index(name)
+            if place < len(needed) and needed[place]:
                 gradients[place] = gradient
         return tuple(gradients)
 
 
 class _Backward(_Function):
     @staticmethod
-    def forward(ctx: Any, grad_mode: bool, *arguments: Any) -> Any:
-        return _below_autograd(backward_op, arguments, grad_mode)
+    def forward(ctx: Any, count: int, grad_mode: bool, *arguments: Any) -> Any:
+        return _below_autograd(OPERATORS[count].backward, arguments, grad_mode)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
@@ -207,24 +268,32 @@ class _Backward(_Function):
         )
 
 
-def _autograd_kernel(function: Any, operator: Any, count: int) -> Callable[..., Any]:
-    """What runs at the Autograd key. `count`: of the operator's tensors."""
+def _autograd_kernel(function: Any, operator: Any, count: int, tensors: int) -> Callable[..., Any]:
+    """What runs at the Autograd key. count: of the inputs; tensors: that come first, in all."""
 
     def kernel(*arguments: Any) -> Any:
         grad_mode = torch.is_grad_enabled()
-        extra = by_name(arguments[count + _COUNT :])
+        extra = by_name(arguments[tensors + _COUNT :])
         if grad_mode:
             refuse_gradients(extra)
-        if not _needs_graph((*arguments[:count], *(extra.get(name) for name in DIFFERENTIABLE))):
+        if not _needs_graph((*arguments[:tensors], *(extra.get(name) for name in DIFFERENTIABLE))):
             return _below_autograd(operator, arguments, grad_mode)
         with enable_single_level_autograd_function():  # under torch.func we are one level of it, as a C++ kernel is
-            return function.apply(grad_mode, *arguments)
+            return function.apply(count, grad_mode, *arguments)
 
     return kernel
 
 
-_library.impl("forward", _autograd_kernel(_Forward, forward_op, 3), "Autograd")
-_library.impl("backward", _autograd_kernel(_Backward, backward_op, len(_BACKWARD_TENSORS)), "Autograd")
+def _backward_tensors(count: int) -> int:
+    return 1 + count + len(_RESULTS)
+
+
+for _count, _operators in OPERATORS.items():
+    _suffix, _tensors = _operators.suffix, _backward_tensors(_count)
+    _kernel = _autograd_kernel(_Forward, _operators.forward, _count, _count)
+    _library.impl(f"forward{_suffix}", _kernel, "Autograd")
+    _kernel = _autograd_kernel(_Backward, _operators.backward, _count, _tensors)
+    _library.impl(f"backward{_suffix}", _kernel, "Autograd")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,8 +303,11 @@ _library.impl("backward", _autograd_kernel(_Backward, backward_op, len(_BACKWARD
 _OF_HEADS = ("alibi_slopes", "sinks")  # (num_heads,) of all sequences alike; slopes also (batch, num_heads)
 
 
-def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
-    """The mapped dimension becomes part of the batch, which comes first in either layout and in lse."""
+def _vmap(operator: Any, count: int, outputs: int, of_gradients: bool) -> Callable[..., Any]:
+    """The mapped dimension becomes part of the batch, which comes first in either layout and in lse.
+
+    count: of the tensors in front of the options; outputs: that have a batch.
+    """
 
     def rule(
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
@@ -243,7 +315,7 @@ def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
         size = info.batch_size
         end = count + _COUNT
         extra = by_name(arguments[end:])
-        if outputs > 2 and "sinks" in extra:
+        if of_gradients and "sinks" in extra:
             raise InvalidArgument("sinks is not supported under vmap of a gradient: make one call with a batch")
         for name in extra:
             if name == "dropout_seed":
@@ -287,12 +359,18 @@ def _vmap(operator: Any, count: int, outputs: int) -> Callable[..., Any]:
     return rule
 
 
-torch.library.register_vmap("fa2cupy::forward", _vmap(forward_op, 3, 2), lib=_library)
-torch.library.register_vmap("fa2cupy::backward", _vmap(backward_op, len(_BACKWARD_TENSORS), 3), lib=_library)
+for _count, _operators in OPERATORS.items():
+    _rule = _vmap(_operators.forward, _count, 2, False)
+    torch.library.register_vmap(f"fa2cupy::forward{_operators.suffix}", _rule, lib=_library)
+    _rule = _vmap(_operators.backward, _backward_tensors(_count), _count, True)
+    torch.library.register_vmap(f"fa2cupy::backward{_operators.suffix}", _rule, lib=_library)
 
 
-def _sizes_of_shapes(q: Any, k: Any, v: Any, layout: str, extra: Mapping[str, Any]) -> Sizes:
-    shapes = {"q": q, "k": k, "v": v, **{name: shape for name, shape in extra.items() if shape is not None}}
+def _sizes_of_shapes(inputs: Sequence[Any], rest: Sequence[Any]) -> Sizes:
+    """rest: the operator's arguments from its options on."""
+    extra = by_name(rest[_COUNT:])
+    shapes = {**dict(zip("qkv", separate_shapes(inputs), strict=True)), **extra}
+    layout: str = rest[2]
     return Sizes.of(
         {n: TensorRef(0, tuple(shape), (), "", Device("cpu", 0), None) for n, shape in shapes.items()}, layout
     )
@@ -307,16 +385,22 @@ def _matmul_flops(sizes: Sizes, head_dims: int) -> int:
     return 2 * sizes.batch * sizes.num_heads * sizes.seqlen_q * sizes.seqlen_k * head_dims // packed
 
 
-@register_flop_formula(torch.ops.fa2cupy.forward)
-def _forward_flops(q: Any, k: Any, v: Any, causal: bool, softmax_scale: Any, layout: str, *rest: Any, **__: Any) -> int:
-    sizes = _sizes_of_shapes(q, k, v, layout, by_name(rest[_COUNT - 3 :]))
-    return _matmul_flops(sizes, sizes.head_dim + sizes.head_dim_v)
+def _forward_flops(count: int) -> Callable[..., int]:
+    def flops(*arguments: Any, **_: Any) -> int:
+        sizes = _sizes_of_shapes(arguments[:count], arguments[count:])
+        return _matmul_flops(sizes, sizes.head_dim + sizes.head_dim_v)
+
+    return flops
 
 
-@register_flop_formula(torch.ops.fa2cupy.backward)
-def _backward_flops(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, causal: bool, softmax_scale: Any, layout: str,
-    *rest: Any, **__: Any,
-) -> int:  # fmt: skip
-    sizes = _sizes_of_shapes(q, k, v, layout, by_name(rest[_COUNT - 3 :]))
-    return _matmul_flops(sizes, 3 * sizes.head_dim + 2 * sizes.head_dim_v)
+def _backward_flops(count: int) -> Callable[..., int]:
+    def flops(dout: Any, *arguments: Any, **_: Any) -> int:
+        sizes = _sizes_of_shapes(arguments[:count], arguments[count + len(_RESULTS) :])
+        return _matmul_flops(sizes, 3 * sizes.head_dim + 2 * sizes.head_dim_v)
+
+    return flops
+
+
+for _count, _operators in OPERATORS.items():
+    register_flop_formula(_operators.forward.overloadpacket)(_forward_flops(_count))
+    register_flop_formula(_operators.backward.overloadpacket)(_backward_flops(_count))

@@ -16,10 +16,10 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.frameworks.base import describe
 from fa2cupy.keywords import KEYWORDS, is_neutral, not_supported, too_many_by_position, unknown
 
-__all__ = ["ROTARY_STYLES", "Given", "given"]
+__all__ = ["MAX_LENGTH", "ROTARY_STYLES", "Given", "given"]
 
 ROTARY_STYLES = ("neox", "interleaved")
-_MAX_LENGTH = 2**30
+MAX_LENGTH = 2**30  # of cache_seqlens as a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,8 @@ def _length(name: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise InvalidType(f"{name}={value!r} is a {describe(value)}: an int or an array of int32 is needed")
     length = int(value)
-    if not 0 <= length <= _MAX_LENGTH:
-        raise InvalidArgument(f"{shown(name, value)} is not supported: 0 to {_MAX_LENGTH}")
+    if not 0 <= length <= MAX_LENGTH:
+        raise InvalidArgument(f"{shown(name, value)} is not supported: 0 to {MAX_LENGTH}")
     return length
 
 

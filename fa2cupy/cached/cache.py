@@ -12,7 +12,8 @@ from fa2cupy.errors import InvalidArgument, InvalidType
 from fa2cupy.first_call import _one_device as one_device
 from fa2cupy.first_call import _one_framework as one_framework
 from fa2cupy.frameworks import JAX
-from fa2cupy.frameworks.base import Device, Framework, TensorRef, describe
+from fa2cupy.frameworks.base import Device, Framework, TensorRef
+from fa2cupy.frameworks.jax import is_movable
 from fa2cupy.problem import MAX_HEAD_DIM, MAX_LENGTH
 
 __all__ = ["INTEGERS", "Cache", "check_integers"]
@@ -62,10 +63,9 @@ class Cache:
         layout = options.get("layout", "bshd")
         labels = dict(zip(names, (k, v), strict=True)) | dict(given.arrays)
         framework, held = one_framework(labels)
-        if framework is JAX:
-            raise InvalidType(f"{names[0]} is a {describe(k)}: a cache of JAX arrays is not supported yet")
         refs = {name: framework.ref(array, name) for name, array in held.items()}
-        device = one_device(refs)
+        fixed = {name: ref for name, ref in refs.items() if framework is not JAX or not is_movable(ref.owner)}
+        device = one_device(fixed) if fixed else refs[names[0]].device
         dtype = _dtype(refs, names, options.get("kv_dtype"))
         quantised = dtype in KV_DTYPES
         for name in ("k_scale", "v_scale"):

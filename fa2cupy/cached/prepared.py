@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fa2cupy import env, log
 from fa2cupy.cached import rows
-from fa2cupy.cached.call import ARRAYS, LENGTHS, Call
+from fa2cupy.cached.call import ARRAYS, LENGTHS, OF_CACHE, Call
 from fa2cupy.cached.counters import counters, make_room
 from fa2cupy.cached.problem import CacheProblem
 from fa2cupy.errors import CompilationError, InvalidArgument, LaunchError
@@ -23,16 +23,30 @@ __all__ = ["PreparedAttend", "prepare"]
 
 _FUNCTION = "attention_with_kvcache"
 _PLACES = {name: position for position, name in enumerate(ARRAYS)}
+_LENGTH = _PLACES["cache_seqlens"]
 _MAX_CHECKED = 1024
+
+
+class Held(Protocol):
+    """The arrays of a cache, in the order of OF_CACHE, those that are there, and the pointers of a call, in the order
+    of ARRAYS, of which the cache's are filled in."""
+
+    @property
+    def arrays(self) -> list[Any]: ...
+    @property
+    def given(self) -> list[Any]: ...
+    @property
+    def pointers(self) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedAttend:
-    """Everything about one signature that does not depend on pointers. Arrays and pointers are in the order of ARRAYS.
+    """Everything about one signature that does not depend on pointers. A place is one among ARRAYS.
 
-    fresh: (position, allocator, address of what it allocates) of out and lse where they are not given; shared:
-    (position, address) of lse where nobody reads it. copied: (position, what makes a copy as the kernels need it).
-    written: names of the caller's arrays that are written; extents: of all arrays, None where there is none.
+    names: of the call's arrays, some of which may be None; places: theirs. results: where among them out and lse_out
+    are, or None. fresh: (result, place, allocator, address of what it allocates) of those that are not given; shared:
+    (place, address) of lse where nobody reads it. copied: (place, what makes a copy as the kernels need it).
+    written: places of the caller's arrays that are written; extents: of ARRAYS, None where there is none.
     checked: pointers that were found not to overlap.
     """
 
@@ -43,49 +57,60 @@ class PreparedAttend:
     workspace_bytes: int
     allocate_workspace: Callable[[], Any]
     workspace_address: Callable[[Any], int]
-    fresh: tuple[tuple[int, Callable[[], Any], Callable[[Any], int]], ...]
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    results: tuple[int | None, int | None]
+    fresh: tuple[tuple[int, int, Callable[[], Any], Callable[[Any], int]], ...]
     shared: tuple[tuple[int, int], ...]
     copied: tuple[tuple[int, Callable[[Any], Any]], ...]
-    written: frozenset[str]
+    written: tuple[int, ...]
     extents: tuple[Extent | None, ...]
     no_capture: bool
     stream: Callable[[int], int]
     is_current: Callable[[], bool]
     guard: Callable[[int], AbstractContextManager[None]]
     sizes: rows.Sizes
-    number: int | None
     checked: set[tuple[int, ...]] = field(default_factory=set)
 
-    def run(self, arrays: list[Any], pointers: list[int], workspace: Any) -> tuple[Any, Any]:
-        """out, lse. `arrays`, None where there is none; `pointers`: theirs, or numbers. Both are filled in."""
-        self.framework.check_call(arrays, _FUNCTION, lambda: ARRAYS)
+    def run(
+        self, cache: Held, arrays: list[Any], pointers: list[int], number: int | None, workspace: Any
+    ) -> tuple[Any, Any]:
+        """out, lse. `arrays`: those of `names`; `pointers`: theirs; number: cache_seqlens where it is one."""
+        whole = cache.pointers.copy()
+        for place, pointer in zip(self.places, pointers, strict=True):
+            whole[place] = pointer
+        if number is not None:
+            whole[_LENGTH] = number
+        self.framework.check_call(cache.given + arrays, _FUNCTION, lambda: self._names_of(cache))
         if self.written or workspace is not None:
-            self._check_given(tuple(pointers), workspace)
-        if env.check():
-            self._check_lengths(arrays, pointers)
+            self._check_given(tuple(whole), workspace)
+        if env.may_check() and env.check():
+            self._check_lengths(cache, arrays, number)
         if self.is_current():
-            self._launch(arrays, pointers, workspace)
+            results = self._launch(cache, arrays, whole, workspace)
         else:
             with self.guard(self.device.index):
-                self._launch(arrays, pointers, workspace)
-        for name in self.written:
-            self.framework.written(arrays[_PLACES[name]])
-        return arrays[_PLACES["out"]], arrays[_PLACES["lse_out"]]
+                results = self._launch(cache, arrays, whole, workspace)
+        for place in self.written:
+            self.framework.written(self._array(cache, arrays, place))
+        return results[0], results[1]
 
-    def _launch(self, arrays: list[Any], pointers: list[int], workspace: Any) -> None:
+    def _launch(self, cache: Held, arrays: list[Any], pointers: list[int], workspace: Any) -> list[Any]:
         """Allocate and launch. The device's context is current."""
         index = self.device.index
         stream = self.stream(index)
         if self.no_capture and self.framework.is_capturing(stream, index):
             self._refuse_capture(workspace)
-        for position, allocate, address in self.fresh:
-            arrays[position] = array = allocate()
-            pointers[position] = address(array)
-        for position, pointer in self.shared:
-            pointers[position] = pointer
-        for position, copy in self.copied:
-            arrays[position] = array = copy(arrays[position])
-            pointers[position] = self.framework.pointer(array, ARRAYS[position])
+        results = [None if place is None else arrays[place] for place in self.results]
+        for result, place, allocate, address in self.fresh:
+            results[result] = array = allocate()
+            pointers[place] = address(array)
+        for place, pointer in self.shared:
+            pointers[place] = pointer
+        copies = []  # memory that is in use until the launch
+        for place, copy in self.copied:
+            copies.append(copy(self._array(cache, arrays, place)))
+            pointers[place] = self.framework.pointer(copies[-1], ARRAYS[place])
         if workspace is None and self.workspace_bytes:
             workspace = self.allocate_workspace()
             pointers.append(self.workspace_address(workspace))
@@ -93,15 +118,23 @@ class PreparedAttend:
             pointers.append(0 if workspace is None else self.framework.pointer(workspace, "workspace"))
         pointers.append(counters(index, stream, self.counters))
         self.launchable(tuple(pointers), stream)
+        return results
+
+    def _array(self, cache: Held, arrays: list[Any], place: int) -> Any:
+        """The one of ARRAYS at a place."""
+        return cache.arrays[place] if place < len(OF_CACHE) else arrays[self.places.index(place)]
+
+    def _names_of(self, cache: Held) -> tuple[str, ...]:
+        return (*(name for name, x in zip(OF_CACHE, cache.arrays, strict=True) if x is not None), *self.names)
 
     def _refuse_capture(self, workspace: Any) -> None:
-        copied = [ARRAYS[position] for position, _ in self.copied]
+        copied = [ARRAYS[place] for place, _ in self.copied]
         if copied:
             raise InvalidArgument(
                 f"{copied[0]} must be copied, which {self.framework.name} cannot do inside a CUDA graph capture: pass "
                 "it contiguous, and lengths as int32"
             )
-        missing = [ARRAYS[position] for position, *_ in self.fresh]
+        missing = [ARRAYS[place] for _, place, *_ in self.fresh]
         if self.workspace_bytes and workspace is None:
             missing.append("workspace")
         if missing:
@@ -119,29 +152,29 @@ class PreparedAttend:
             for name, pointer, extent in zip(ARRAYS, pointers, self.extents, strict=True)
             if extent is not None
         ]
-        check_overlap(blocks, self.written)
+        check_overlap(blocks, {ARRAYS[place] for place in self.written})
         if workspace is not None:
             block = workspace_block(self.framework, workspace, self.device, self.workspace_bytes)
             check_overlap([*blocks, block], {"workspace"})
         elif len(self.checked) < _MAX_CHECKED:
             self.checked.add(pointers)
 
-    def _check_lengths(self, arrays: list[Any], pointers: list[int]) -> None:
+    def _check_lengths(self, cache: Held, arrays: list[Any], number: int | None) -> None:
         """What FA2CUPY_CHECK=1 asks for."""
         index = self.device.index
         if self.framework.is_capturing(self.stream(index), index):
             raise InvalidArgument(
                 f"{env.CHECK.name}=1 waits for lengths, which a CUDA graph capture cannot do: unset it"
             )
+        held = {**dict(zip(OF_CACHE, cache.arrays, strict=True)), **dict(zip(self.names, arrays, strict=True))}
         with self.guard(index):
-            held = {name: arrays[_PLACES[name]] for name in LENGTHS}
-            found = {name: self.framework.to_host(array) for name, array in held.items() if array is not None}
-        number = None if self.number is None else pointers[self.number]
+            found = {name: self.framework.to_host(held[name]) for name in LENGTHS if held.get(name) is not None}
         rows.check(found, number, self.sizes)
 
 
-def prepare(call: Call) -> PreparedAttend:
-    """For calls that are like this one, which was checked."""
+def prepare(call: Call, names: tuple[str, ...]) -> PreparedAttend:
+    """For calls that are like this one, which was checked. names: of their arrays, of OF_CALL, out and lse_out among
+    them if they are given."""
     from fa2cupy.jit import driver
 
     cache, arrays, framework = call.cache, call.arrays, call.cache.framework
@@ -163,7 +196,7 @@ def prepare(call: Call) -> PreparedAttend:
     with driver.device_guard(device.index):
         if not capturing:
             make_room(device.index)
-        for name, dtype in (("out", framework.dtype(arrays["q"])), ("lse_out", "float32")):
+        for result, (name, dtype) in enumerate((("out", framework.dtype(arrays["q"])), ("lse_out", "float32"))):
             if name in arrays:
                 continue
             shape = call.shape(name)
@@ -173,9 +206,9 @@ def prepare(call: Call) -> PreparedAttend:
                 if pointer is not None:
                     shared.append((_PLACES[name], pointer))
                     continue
-                fresh.append((_PLACES[name], *framework.scratch(size, arrays["q"])))
+                fresh.append((result, _PLACES[name], *framework.scratch(size, arrays["q"])))
                 continue
-            fresh.append((_PLACES[name], framework.allocator(shape, dtype, arrays["q"]), framework.address))
+            fresh.append((result, _PLACES[name], framework.allocator(shape, dtype, arrays["q"]), framework.address))
         allocate, address = framework.scratch(max(1, needed), arrays["q"])
     return PreparedAttend(
         framework=framework,
@@ -185,18 +218,24 @@ def prepare(call: Call) -> PreparedAttend:
         workspace_bytes=needed,
         allocate_workspace=allocate,
         workspace_address=address,
+        names=names,
+        places=tuple(_PLACES[name] for name in names),
+        results=(_index(names, "out", arrays), _index(names, "lse_out", arrays)),
         fresh=tuple(fresh),
         shared=tuple(shared),
         copied=copied,
-        written=frozenset(call.written),
+        written=tuple(_PLACES[name] for name in call.written),
         extents=tuple(framework.extent(arrays[name]) if name in arrays else None for name in ARRAYS),
         no_capture=not framework.allocates_in_capture,
         stream=stream,
         is_current=driver.context_check(device.index),
         guard=driver.device_guard,
         sizes=_sizes(call),
-        number=_PLACES["cache_seqlens"] if "cache_seqlens" in call.numbers else None,
     )
+
+
+def _index(names: tuple[str, ...], name: str, arrays: Mapping[str, Any]) -> int | None:
+    return names.index(name) if name in arrays else None
 
 
 def _sizes(call: Call) -> rows.Sizes:

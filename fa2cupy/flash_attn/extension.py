@@ -9,13 +9,13 @@ from torch import Tensor
 
 import fa2cupy
 from fa2cupy.errors import InvalidArgument
+from fa2cupy.flash_attn.caching import attend_cache, attend_pages
 from fa2cupy.flash_attn.dmask import s_dmask
 from fa2cupy.flash_attn.translate import (
     check_tensors,
     from_flash_attn_lse,
     keywords,
     lengths,
-    refuse,
     seeded,
     seqlens,
     to_flash_attn_lse,
@@ -76,9 +76,15 @@ def varlen_fwd(
     generator: object = None,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `fwd`, of packed (total, heads, head_dim) tensors."""
-    refuse("flash_attn_varlen_func", block_table=block_table)
+    """As `fwd`, of packed (total, heads, head_dim) tensors; with block_table k and v are pages."""
     window = window_size_left, window_size_right
+    if block_table is not None:
+        out, lse = attend_pages(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, dropout_p, num_splits, seqused_k=seqused_k,
+            leftpad_k=leftpad_k, out=out, softmax_scale=softmax_scale, causal=causal, window_size=window,
+            softcap=softcap, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        return out, to_flash_attn_lse(lse), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
     options = keywords(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     packed = lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     used = {"seqused_k": seqused_k, "leftpad_k": leftpad_k}
@@ -178,23 +184,14 @@ def fwd_kvcache(
     rotary_interleaved: bool,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out, softmax_lse) over a full cache (batch, seqlen_k, heads_k, head_dim). How it is split is ours to decide."""
-    refuse(
-        "flash_attn_with_kvcache",
-        block_table=block_table,
-        cache_seqlens=cache_seqlens,
-        k=k,
-        v=v,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=leftpad_k,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-    )
-    sizes = seqlens(q, k_cache)
-    window = window_size_left, window_size_right
-    options = keywords(0.0, softmax_scale, causal, window, softcap, alibi_slopes, sizes=sizes)
-    out, lse, *_ = _forward(q, k_cache, v_cache, out, options)
-    return out, lse
+    """(out, softmax_lse) over a cache, which k and v are written to."""
+    out, lse = attend_cache(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx, leftpad_k=leftpad_k, block_table=block_table, alibi_slopes=alibi_slopes,
+        out=out, softmax_scale=softmax_scale, causal=causal, window_size=(window_size_left, window_size_right),
+        softcap=softcap, rotary_interleaved=rotary_interleaved, num_splits=num_splits,
+    )  # fmt: skip
+    return out, to_flash_attn_lse(lse)
 
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:

@@ -1,7 +1,8 @@
 """FlashAttention-3's module, whose top-level name is flash_attn_interface: other arguments than flash_attn 2's.
 
 Returned are out, or with return_attn_probs (out, softmax_lse); rows that see no key have softmax_lse -inf, as in
-fa2cupy. num_splits, pack_gqa, sm_margin and scheduler_metadata tune FlashAttention-3 and are not looked at.
+fa2cupy. num_splits, pack_gqa, sm_margin and scheduler_metadata tune FlashAttention-3 and are not looked at, but for
+num_splits=1 over a cache, with which no bit depends on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.flash_attn import extension as flash_attn_gpu
 from fa2cupy.flash_attn.autograd import attend
+from fa2cupy.flash_attn.caching import attend_cache
 from fa2cupy.flash_attn.extension import maybe_contiguous, round_multiple
 from fa2cupy.flash_attn.translate import check_tensors, keywords, lengths, refuse, seqlens
 
@@ -177,32 +179,31 @@ def flash_attn_with_kvcache(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Any:
-    """Attention over a cache that is full: k_cache and v_cache (batch, seqlen_k, heads_k, head_dim). No gradient."""
+    """Attention over a cache, which k and v are written to. No gradient. Returns out, or (out, softmax_lse).
+
+    k_cache and v_cache are (batch, seqlen_k, heads_k, head_dim), with page_table (pages, page_size, heads_k, head_dim)
+    of any page_size; v's head_dim may differ. cache_seqlens counts keys before the new ones. With cu_seqlens_q q is
+    packed, and k and v are packed alike: cu_seqlens_k_new, if it is given, must be that tensor. k_descale, v_descale:
+    (batch, heads_k) float32, of caches of torch.float8_e4m3fn; q has 16 bits.
+    """
+    same = cu_seqlens_q is not None and cu_seqlens_k_new is cu_seqlens_q
     refuse(
         "flash_attn_with_kvcache",
-        page_table=page_table,
-        cache_seqlens=cache_seqlens,
-        k=k,
-        v=v,
         qv=qv,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
+        cu_seqlens_k_new=None if same else cu_seqlens_k_new,
         rotary_seqlens=rotary_seqlens,
         q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
         attention_chunk=attention_chunk or None,
     )
-    sizes = seqlens(q, k_cache)
-    options = keywords(0.0, softmax_scale, causal, window_size, softcap, sizes=sizes)
-    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    q, k_cache, v_cache = (x.detach() for x in (q, k_cache, v_cache))
-    return _attend((q, k_cache, v_cache), options, False, return_softmax_lse)
+    out, lse = attend_cache(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx, leftpad_k=cache_leftpad, block_table=page_table, cu_seqlens_q=cu_seqlens_q,
+        k_scale=k_descale, v_scale=v_descale, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+        softcap=softcap, s_aux=s_aux, rotary_interleaved=rotary_interleaved, num_splits=num_splits,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
 
 
 def _attend(inputs: tuple[Tensor, ...], options: dict[str, Any], deterministic: bool, with_lse: bool) -> Any:

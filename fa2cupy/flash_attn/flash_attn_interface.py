@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 import fa2cupy
+from fa2cupy.autograd.forms import separate
 from fa2cupy.flash_attn import extension as flash_attn_gpu
-from fa2cupy.flash_attn.autograd import attend, separate
+from fa2cupy.flash_attn.autograd import attend
+from fa2cupy.flash_attn.caching import attend_cache, attend_pages
 from fa2cupy.flash_attn.dmask import BLOCK_SIZE_N, s_dmask
 from fa2cupy.flash_attn.extension import maybe_contiguous, round_multiple
-from fa2cupy.flash_attn.translate import keywords, lengths, refuse, seeded, seqlens, to_flash_attn_lse
+from fa2cupy.flash_attn.translate import keywords, lengths, seeded, seqlens, to_flash_attn_lse
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -134,8 +136,13 @@ def flash_attn_varlen_func(
 
     cu_seqlens_* (batch + 1,) int32: where each sequence begins and the last one ends. softmax_lse is (heads, total_q).
     """
+    if block_table is not None:
+        out, lse = attend_pages(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, dropout_p, softmax_scale=softmax_scale, causal=causal,
+            window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, s_aux=s_aux,
+        )  # fmt: skip
+        return (out, to_flash_attn_lse(lse), out.new_empty(0)) if return_attn_probs else out
     options = keywords(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
-    refuse("flash_attn_varlen_func", block_table=block_table)
     packed = lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _dense((q, k, v), packed | options, deterministic, return_attn_probs)
 
@@ -201,35 +208,20 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Any:
-    """Attention over a cache that is full: k_cache and v_cache (batch, seqlen_k, heads_k, head_dim). No gradient.
+    """Attention over a cache, which k and v are written to. No gradient. Returns out, or (out, softmax_lse).
 
-    Lengths, appended keys, pages and rotation are not supported yet. Returns out, or (out, softmax_lse).
+    k_cache and v_cache are (batch, seqlen_k, heads_k, head_dim), with block_table (pages, page_size, heads_k, head_dim)
+    of any page_size. cache_seqlens counts keys before the new ones.
     """
-    left, right = (-1, -1) if window_size is None else window_size
-    out, lse = flash_attn_gpu.fwd_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens,
-        rotary_cos,
-        rotary_sin,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        alibi_slopes,
-        None,
-        softmax_scale,
-        causal,
-        left,
-        right,
-        softcap,
-        rotary_interleaved,
-        num_splits,
-    )
-    return (out, lse) if return_softmax_lse else out
+    out, lse = attend_cache(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx, leftpad_k=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap, s_aux=s_aux,
+        rotary_interleaved=rotary_interleaved, num_splits=num_splits,
+    )  # fmt: skip
+    return (out, to_flash_attn_lse(lse)) if return_softmax_lse else out
 
 
 def _dense(

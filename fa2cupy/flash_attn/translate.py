@@ -17,7 +17,6 @@ __all__ = [
     "from_flash_attn_lse",
     "keywords",
     "lengths",
-    "packed_parts",
     "refuse",
     "seeded",
     "seqlens",
@@ -99,16 +98,6 @@ def lengths(
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
     }
-
-
-def packed_parts(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Views of qkv, (..., 3, heads, head_dim), or of kv, (..., 2, heads, head_dim)."""
-    if packed.ndim not in (4, 5) or packed.shape[-3] != parts:
-        raise InvalidArgument(
-            f"{name} has shape {tuple(packed.shape)}: (batch, seqlen, {parts}, num_heads, head_dim), or with "
-            f"cu_seqlens (total, {parts}, num_heads, head_dim), is needed"
-        )
-    return tuple(packed.unbind(-3))
 
 
 def to_flash_attn_lse(lse: Tensor) -> Tensor:

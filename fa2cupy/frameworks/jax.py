@@ -13,7 +13,7 @@ import numpy as np
 from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks.base import Device, Framework, contiguous_strides
 
-__all__ = ["JAX", "immutable", "in_host_memory", "is_movable", "is_traced"]
+__all__ = ["JAX", "immutable", "in_host_memory", "is_movable", "is_traced", "words_of_key"]
 
 
 def is_traced(array: Any) -> bool:
@@ -28,6 +28,11 @@ def is_movable(array: Any) -> bool:
 def in_host_memory(array: Any) -> bool:
     """Whether an array, concrete or traced, says that it is in a GPU's host memory. JAX before 0.7 does not say."""
     return getattr(getattr(array.aval, "memory_space", None), "name", "") == "Host"
+
+
+def words_of_key(key: Any) -> Any:
+    """Of a typed key, concrete or traced, its words: uint32."""
+    return sys.modules["jax"].random.key_data(key)
 
 
 def immutable(name: str) -> InvalidArgument:

@@ -116,17 +116,24 @@ def flax_attention(
     Args:
         query, key, value: any number of batch dimensions.
         bias, mask: as `fa2cupy.attention` has them; an error that names them until then.
-        dropout_rate: has to be 0 unless deterministic is True.
-        dtype: computed in, None for query's. precision, broadcast_dropout, dropout_rng, module: not used.
+        dropout_rate: dropped of P unless deterministic is True, by the key dropout_rng, which is a dropout_seed of
+            `fa2cupy.attention`: other places than flax's, as many. Every sequence and head has a mask of its own:
+            broadcast_dropout=True, the default of flax's modules, is then an error.
+        dtype: computed in, None for query's. precision, module: not used.
         is_causal: nnx's, top-left aligned: query i sees keys j <= i.
-        options: further keywords of `fa2cupy.attention`: causal, softmax_scale, ...
+        options: further keywords of `fa2cupy.attention`: causal, softmax_scale, sinks, ...
 
     Returns: out of query's shape, with value's last dimension.
     """
     if dropout_rate and not deterministic:
-        raise InvalidArgument(
-            f"dropout_rate={dropout_rate!r} is not supported yet: 0.0, or deterministic=True, is needed"
-        )
+        if broadcast_dropout:
+            raise InvalidArgument(
+                f"broadcast_dropout=True with dropout_rate={dropout_rate!r}: every sequence and head has a mask of its "
+                "own here; pass broadcast_dropout=False, to the module or to flax_attention"
+            )
+        if dropout_rng is None:
+            raise InvalidArgument(f"dropout_rng=None with dropout_rate={dropout_rate!r}: a key is needed")
+        options |= {"dropout_p": dropout_rate, "dropout_seed": dropout_rng}
     if is_causal:
         if "causal" in options or "window_size" in options:
             raise InvalidArgument("is_causal=True beside causal= or window_size=: one of them is needed")
@@ -137,6 +144,16 @@ def flax_attention(
         query, key, value = (array.astype(dtype) for array in (query, key, value))
     batch = query.shape[:-3]
     q, k, v = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))
-    given = {name: value for name, value in (("bias", bias), ("mask", mask)) if value is not None}
-    out = attention(q, k, v, **given, **options)
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is not None:
+            options[name] = array if len(batch) == 1 else _folded(array, batch)
+    if mask is not None:
+        options["mask"] = options["mask"].astype(bool)  # flax's may hold numbers
+    out = attention(q, k, v, **options)
     return out.reshape(*batch, *out.shape[1:])
+
+
+def _folded(array: Any, batch: tuple[int, ...]) -> Any:
+    """An array whose last three dimensions are not the batch's with all of these in one."""
+    own = array.shape[-3:]
+    return jnp.broadcast_to(array, (*batch, *own)).reshape(-1, *own)

@@ -1,20 +1,24 @@
-"""What kernels over a cache are told of a problem: the twins of cuda_src/common/cache.cuh's structs, and pointers."""
+"""What kernels over a cache are told: the twins of cuda_src/common/cache_params.cuh's structs, and pointers."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
+from typing import Any
 
 from fa2cupy.cached.call import ARRAYS
 from fa2cupy.cached.problem import CacheProblem
+from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels.launch import Pointer
 from fa2cupy.kernels.params import Strides3, composed
+from fa2cupy.kernels.tiles import SHARED_MEMORY
 from fa2cupy.spec import ScoreParams, SinksParams
 
 __all__ = [
-    "CacheParams", "Divisor", "NewKeysParams", "ScaleParams", "TurnParams", "feature_defines", "packed", "scattered",
+    "CacheParams", "Divisor", "NewKeysParams", "ScaleParams", "TurnParams", "device_of", "feature_defines", "packed",
+    "problem_of", "scattered",
 ]  # fmt: skip
 
 
@@ -181,3 +185,22 @@ def _offset(struct: type[ctypes.Structure], field: str) -> int:
             if field in inner:
                 return int(getattr(struct, name).offset + getattr(kind, field).offset)
     raise KeyError(field)
+
+
+def device_of(arch: str) -> DeviceInfo:
+    """A GPU of an architecture."""
+    digits = arch.removeprefix("sm_")
+    return DeviceInfo(0, arch, (int(digits[:-1]), int(digits[-1])), 4, SHARED_MEMORY[arch], 1 << 20)
+
+
+def problem_of(head_dim: int, dtype: str, page: int | None, more: Mapping[str, Any]) -> CacheProblem:
+    """One of its kind, for what is compiled ahead. page: None without pages; more: other fields."""
+    names = ("k_cache", "v_cache", *(("block_table",) if page else ()), "q", "out", "lse_out", "cache_seqlens")
+    strides = tuple((name, (0, head_dim, head_dim)) for name in ("q", "k_cache", "v_cache", "out", "lse_out"))
+    strides += tuple((name, (0, head_dim, head_dim)) for name in ("k_new", "v_new"))
+    kind: dict[str, Any] = {"kv_dtype": dtype, **more}
+    return CacheProblem(
+        batch=1, seqlen_q=1, num_heads=8, num_heads_k=1, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype,
+        rows=1, page=page or 1024, tables=1, width=1, entries=0, arrays=names, by_number=False, left=1024, right=0,
+        softmax_scale=1.0, strides=strides, aligned=True, **kind,
+    )  # fmt: skip

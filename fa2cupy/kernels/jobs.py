@@ -6,8 +6,9 @@ from fa2cupy.errors import UnsupportedDevice
 from fa2cupy.kernels import backward, planner
 from fa2cupy.kernels.launch import CompileJob
 from fa2cupy.kernels.planner import BackwardKernel
+from fa2cupy.kernels.sm80 import flash_decode
 from fa2cupy.kernels.sm90 import tma
-from fa2cupy.kernels.smxx import flash_bwd_postprocess, flash_bwd_preprocess, flash_bwd_sinks, merge
+from fa2cupy.kernels.smxx import append_keys, flash_bwd_postprocess, flash_bwd_preprocess, flash_bwd_sinks, merge
 from fa2cupy.kernels.tiles import SHARED_MEMORY
 
 __all__ = ["compile_jobs"]
@@ -36,6 +37,8 @@ def compile_jobs(arch: str, all_rows: bool) -> list[CompileJob]:
                     jobs += _backward_jobs(main, own, dtype)
         jobs += flash_bwd_sinks.compile_jobs(base, dtype)
         jobs += merge.compile_jobs(base, dtype)
+        jobs += flash_decode.compile_jobs(base, dtype)
+        jobs += append_keys.compile_jobs(base, dtype)
     return jobs if all_rows else [job for job in jobs if job.defines["FA2_HEAD_DIM"] in (64, 128)]
 
 

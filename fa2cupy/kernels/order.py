@@ -4,16 +4,30 @@ whose tiles are interleaved."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fa2cupy.jit.driver import DeviceInfo
 
-__all__ = ["heads_per_even_section", "heads_per_section", "heads_per_turn_section"]
+__all__ = [
+    "Banded",
+    "heads_per_banded_section",
+    "heads_per_even_section",
+    "heads_per_listed_section",
+    "heads_per_section",
+    "heads_per_turn_section",
+]
 
 _BLOCKS_PER_SM = 4  # thread blocks for each multiprocessor that a section of a causal problem is to have
 _SHORT_SECTION = 16  # tiles
 _ROUNDS = 64
+_LISTED_TILES = 4.2  # for each worker, of a section of a list
+_LONG_SEQUENCE = 32  # tiles
+_COST_OF_TILE = 2  # in blocks, beside those that it meets
+_AS_GOOD = 0.005  # of the mean: how much more the largest share may be
+_AS_GOOD_IN_BAND = 0.01  # whose lengths are guessed at
 
 
 def heads_per_section(device: DeviceInfo, causal: bool, heads: int, blocks_per_head: int, bytes_per_head: int) -> int:
@@ -44,26 +58,83 @@ def heads_per_even_section(workers: int, causal: bool, heads: int, tiles_per_hea
     usual = next(even, -(-heads // max(1, heads // least)))
     if tiles_per_head > _SHORT_SECTION:
         return usual
-    enough = _largest_share(workers, heads, tiles_per_head, usual) + 0.005
+    growing = np.arange(tiles_per_head, 0, -1)
+    enough = _largest_share(workers, heads, usual, growing, both_ways=True) + _AS_GOOD
     fewer = (n for n in range(-(-_SHORT_SECTION // tiles_per_head), usual) if heads % n == 0)
-    return next((n for n in fewer if _largest_share(workers, heads, tiles_per_head, n) <= enough), usual)
+    return next((n for n in fewer if _largest_share(workers, heads, n, growing, both_ways=True) <= enough), usual)
 
 
-def _largest_share(workers: int, heads: int, tiles_per_head: int, section: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Banded:
+    """Tiles of `tile` rows out of `rows`, in a band: row r meets the others from r - before to r + behind. Of these
+    there are `others`, in blocks of `block`; each of them is `row_bytes` of memory for a head."""
+
+    tile: int
+    block: int
+    rows: int
+    others: int
+    before: int
+    behind: int
+    row_bytes: int
+
+    def met(self) -> NDArray[np.int64]:
+        """How many blocks each tile of a head meets."""
+        first = np.arange(0, self.rows, self.tile)
+        last = np.minimum(first + self.tile, self.rows) - 1
+        low, high = (np.clip(x, 0, self.others - 1) // self.block for x in (first - self.before, last + self.behind))
+        return high - low + 1
+
+    def bytes_at_once(self, tiles: int) -> int:
+        """What neighbouring tiles of a head meet."""
+        return min(self.others, tiles * self.tile + self.before + self.behind) * self.row_bytes
+
+
+def heads_per_banded_section(device: DeviceInfo, workers: int, heads: int, band: Banded, group: int = 1) -> int:
+    """`heads_per_even_section` in a band, whose tiles are all of one length but those at the ends: these come again
+    after as many tiles as a section has, and if that is a multiple of the workers, or nearly, always to the same ones.
+
+    As few heads as share the work out about as well as any number of them whose rows fit L2. group: heads that share
+    keys, which stay together.
+    """
+    work = band.met() + _COST_OF_TILE
+    fewest, *more = (n for n in range(group, heads + 1, group) if heads % n == 0)
+    if len(work) * heads > _ROUNDS * workers:  # so many that the ends are little
+        return fewest
+    fitting = [n for n in more if n // group * band.bytes_at_once(-(-workers // n)) <= device.l2_bytes]
+    shares = {n: _largest_share(workers, heads, n, work, both_ways=False) for n in (fewest, *fitting)}
+    return next(n for n, share in shares.items() if share <= min(shares.values()) + _AS_GOOD_IN_BAND)
+
+
+def heads_per_listed_section(workers: int, heads: int, tiles_of_head: int, tiles_of_sequence: int) -> int:
+    """Where `workers` take tiles from a list of sequences of any lengths, longest first. tiles_of_head: the most that
+    there can be; tiles_of_sequence: of an average one.
+
+    Of short sequences all heads, of one sequence after the other. Of long ones as few as share them out well by
+    `_LISTED_TILES`, and if possible as many in every section, so that what they read and add to is in L2. Measured:
+    docs/lab/lengths.md.
+    """
+    if tiles_of_sequence < _LONG_SEQUENCE:
+        return heads
+    least = min(heads, math.ceil(_LISTED_TILES * workers / tiles_of_head))
+    return next((n for n in range(least, 2 * least + 1) if heads % n == 0), least)
+
+
+def _largest_share(workers: int, heads: int, section: int, work: NDArray[np.int64], *, both_ways: bool) -> float:
     """Of the work of the thread blocks the largest, relative to the mean.
 
-    `Schedule` in sm90/flash_fwd.cu shares it out. A tile's work is taken to grow by one from tile to tile of a head.
-    Enough rounds are looked at to tell.
+    `Schedule` in sm90/flash_fwd.cu shares it out. work: of a head's tiles in their order, which every other section
+    has from its end on (`both_ways`). Enough rounds are looked at to tell.
     """
+    tiles_per_head = len(work)
     tiles, blocks = heads * tiles_per_head, min(workers, heads * tiles_per_head)
     linear = np.arange(min(tiles, _ROUNDS * blocks))
     rounds, place = np.divmod(linear, blocks)
     block = np.where(rounds % 2 == 0, place, blocks - 1 - place)
     sections = linear // (section * tiles_per_head)
-    long_first = ((heads - 1) // section - sections) % 2 == 0
+    forwards = ((heads - 1) // section - sections) % 2 == 0 if both_ways else True
     index = linear % (section * tiles_per_head) // np.minimum(section, heads - sections * section)
-    work = np.bincount(block, np.where(long_first, tiles_per_head - index, index + 1))
-    return float(work.max() / work.mean())
+    shares = np.bincount(block, work[np.where(forwards, index, tiles_per_head - 1 - index)])
+    return float(shares.max() / shares.mean())
 
 
 def heads_per_turn_section(least: float, heads: int) -> int:

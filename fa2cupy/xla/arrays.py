@@ -5,17 +5,20 @@ A new keyword with an array needs a line in `ROLES`, and no other code here or b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-__all__ = ["ROLES", "UnfoldableError", "fold", "roles"]
+from fa2cupy.spec import LENGTHS
+
+__all__ = ["OF_PLACES", "ROLES", "UnfoldableError", "fold", "passed_on", "roles", "seed_from"]
 
 # By keyword: the dimensions of an array, for each rank that it may have. In the order of layout "bshd" if `_TENSORS`.
-# b batch, h query heads, g key heads, s queries, t keys, d and e head dims of k and v, n starts of packed sequences; of
-# these b, h and g may be sharded. A dimension of length 1 where the problem has more is broadcast.
+# b batch, h query heads, g key heads, s queries, t keys, d and e head dims of k and v, n starts of packed sequences, w
+# words of a seed; of these b, h and g may be sharded. A dimension of length 1 where the problem has more is broadcast.
 ROLES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("q", "dq"), ("bshd", "shd")),
     **dict.fromkeys(("out", "dout"), ("bshe", "she")),
@@ -26,6 +29,9 @@ ROLES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("seqused_q", "seqused_k", "leftpad_k"), ("b",)),
     "segment_ids_q": ("bs",),
     "segment_ids_k": ("bt",),
+    "alibi_slopes": ("h", "bh"),
+    **dict.fromkeys(("sinks", "dsinks"), ("h",)),
+    "dropout_seed": ("w",),
 }
 _TENSORS = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
 
@@ -39,6 +45,31 @@ def roles(name: str, rank: int, layout: str) -> str:
     found = next(form for form in ROLES[name] if len(form) == rank)
     is_swapped = name in _TENSORS and layout == "bhsd" and rank == 4
     return found[0] + found[2] + found[1] + found[3] if is_swapped else found
+
+
+def passed_on(name: str, array: Any) -> Any:
+    """An array of a keyword as the kernels take it: lengths as int32, of which those beyond it become its ends, and a
+    seed as its words, which JAX can add to.
+    """
+    if name in LENGTHS and array.dtype != jnp.int32:
+        limits = np.iinfo(np.int32)
+        return jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
+    if name == "dropout_seed" and array.dtype != jnp.uint32:
+        return jax.lax.bitcast_convert_type(array, jnp.uint32).reshape(-1)
+    return array
+
+
+def seed_from(seed: Any, first_sequence: Any, first_head: Any) -> Any:
+    """The seed, uint32, of a part of the problem that begins at this sequence and this query head."""
+    zero = jnp.uint32(0)
+    sequence, head = (jnp.asarray(number).astype(jnp.uint32) for number in (first_sequence, first_head))
+    words = jnp.concatenate([seed, jnp.zeros(8 - seed.size, jnp.uint32)])
+    return words + jnp.stack([zero, zero, zero, zero, sequence, zero, head, zero])
+
+
+# Arrays that go by the numbers of sequences and of query heads: (array, the first ones of a part of the problem) ->
+# that part's.
+OF_PLACES: dict[str, Callable[[Any, Any, Any], Any]] = {"dropout_seed": seed_from}
 
 
 def fold(name: str, array: Any, is_mapped: bool, size: int, batch: int) -> Any:

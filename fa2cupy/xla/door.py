@@ -50,15 +50,16 @@ def first_call(
     in_host = any(map(in_host_memory, inputs))
     check, from_the_start = checks
     prepared = _Prepared(operation, raw_options, _function(operation, options, in_host, check), from_the_start)
-    is_float64 = any(array.dtype == np.float64 for array in inputs)
+    seeds = [arrays[name] for name in operation.extra if name in by_array.OF_PLACES]
+    is_wide = any(array.dtype == np.float64 for array in inputs) or any(seed.dtype.itemsize == 8 for seed in seeds)
     try:
-        with _x64() if is_float64 else contextlib.nullcontext():
+        with _x64() if is_wide else contextlib.nullcontext():
             results = prepared.results(inputs)
     except TypeError as error:
         if "forward-mode" in str(error):
             raise InvalidType(transforms.NO_TANGENTS) from error
         raise
-    if not is_float64 and not in_host and not any(map(is_traced, inputs)):
+    if not is_wide and not in_host and not any(map(is_traced, inputs)):
         kind = type(inputs[0])
         ordered = [arrays.get(name) for name in operation.names()]
         remember(signature_key(operation, JAX.signature(ordered)[0], raw_options), kind, JAX, prepared)
@@ -69,7 +70,7 @@ def first_call(
 
 def _function(operation: Operation, options: Options, in_host: bool, check: transforms.Check) -> Callable[..., Any]:
     if operation.is_backward:
-        return transforms.attention_backward(options, operation.extra, in_host, check)
+        return transforms.attention_backward(options, operation.extra, operation.further, in_host, check)
     return transforms.attention(options, operation.extra, "lse_out" not in operation.scratch, in_host, check)
 
 
@@ -116,6 +117,7 @@ class _Prepared:
 
 
 def _x64() -> contextlib.AbstractContextManager[Any]:
-    """float64 arrays may have left the scope that made them: without x64, JAX would compute them in float32."""
+    """float64 arrays may have left the scope that made them: without x64, JAX would compute them in float32. Of a seed
+    it would lose words."""
     scope = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     return scope(True)  # type: ignore[no-any-return]

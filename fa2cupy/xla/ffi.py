@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from fa2cupy import env, host
+from fa2cupy.checks import GRADIENTS
 from fa2cupy.errors import Fa2Error, LaunchError
 from fa2cupy.frameworks import NUMPY
 from fa2cupy.frameworks.base import WORKSPACE_ALIGNMENT, Device, TensorRef, contiguous_strides
@@ -73,6 +74,11 @@ class Call:
         options["features"] = tuple((name, value) for name, value in _hashable(options["features"]))
         return cls(options=options, **{name: _hashable(value) for name, value in fields.items()})
 
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Of the outputs those beyond dense attention, the last ones."""
+        return tuple(name for name in self.outputs if name in GRADIENTS.values())
+
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape, dtype) by name."""
         return dict(zip((*self.inputs, *self.outputs), self.buffers, strict=True))
@@ -80,7 +86,7 @@ class Call:
     def checked(self, refs: Mapping[str, TensorRef], dtype: str | None = None) -> tuple[Options, str, Sizes]:
         """Options, dtype and lengths; `dtype` of what the buffers hold as uint16."""
         options = Options.checked(**{**self.options, "dtype": dtype or self.options["dtype"]})
-        dense = {name: ref for name, ref in refs.items() if name not in self.extra}
+        dense = {name: ref for name, ref in refs.items() if name not in self.extra + self.further}
         problem_dtype = check_dtypes(dense, options)
         sizes = Sizes.of(refs, options.layout)
         for name in self.extra:
@@ -109,8 +115,10 @@ def _run_on_cpu(words: Words) -> None:
     refs = {name: NUMPY.ref(array, name) for name, array in arrays.items()}
     is_bfloat16 = call.arrays()["q"][1] == "bfloat16"  # in NumPy uint16
     options, dtype, sizes = call.checked(refs, "bfloat16" if is_bfloat16 else None)
-    compute = host.backward if call.function == "attention_backward" else host.forward
-    compute(NUMPY, arrays, sizes, dtype, options, call.extra)
+    if call.function == "attention_backward":
+        host.backward(NUMPY, arrays, sizes, dtype, options, call.extra, further=call.further)
+    else:
+        host.forward(NUMPY, arrays, sizes, dtype, options, call.extra)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,9 +142,10 @@ def _plan(call: Call, device_index: int) -> tuple[Callable[[tuple[int, ...], int
         for name, (shape, dtype) in call.arrays().items()
     }
     options, dtype, sizes = call.checked(refs)
-    dense = {"lse" if name == "lse_out" else name: ref for name, ref in refs.items() if name not in call.extra}
+    beyond = call.extra + call.further
+    dense = {"lse" if name == "lse_out" else name: ref for name, ref in refs.items() if name not in beyond}
     problem = AttentionProblem.from_refs(dense, sizes, dtype, options)
-    problem = with_features(problem, {**dict(options.features), **{name: refs[name] for name in call.extra}})
+    problem = with_features(problem, {**dict(options.features), **{name: refs[name] for name in beyond}})
     with driver.device_guard(device_index):
         return bound_plan(call.function, problem, device_index, options.deterministic, env.kernel())
 

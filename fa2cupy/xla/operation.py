@@ -46,7 +46,8 @@ class Operation:
         by_name = dict(zip(self.inputs, arrays, strict=True))
         q, v = by_name["q"], by_name["v"]
         if self.is_backward:
-            return tuple(jax.ShapeDtypeStruct(by_name[n].shape, by_name[n].dtype) for n in ("q", "k", "v"))
+            sources = (by_name[name.removeprefix("d")] for name in self.outputs)
+            return tuple(jax.ShapeDtypeStruct(source.shape, source.dtype) for source in sources)
         at = heads_at(q, self.options.layout)
         rows = q.shape[0] if q.ndim == 3 else q.shape[3 - at]
         lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32

@@ -22,7 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fa2cupy.errors import InvalidArgument
-from fa2cupy.xla.arrays import roles
+from fa2cupy.xla.arrays import OF_PLACES, roles
 from fa2cupy.xla.operation import Arrays, Operation, heads_at
 
 __all__ = ["explicitly", "like", "partitioned", "placed", "uniformly_varying"]
@@ -39,10 +39,10 @@ class Split:
     heads: Axes
     key_heads: Axes
 
-    @property
-    def summed(self) -> Axes:
-        """The axes over which each device has only a part of dk and dv."""
-        return self.heads[len(self.key_heads) :]
+    def summed(self, form: str) -> Axes:
+        """The axes over which each device has only a part of a result of that form."""
+        batch = () if "b" in form else self.batch
+        return batch if "h" in form else batch + self.heads[len(self.key_heads) if "g" in form else 0 :]
 
     def spec(self, operation: Operation, name: str, shape: Sequence[int]) -> PartitionSpec:
         axes = {"b": self.batch, "h": self.heads, "g": self.key_heads}
@@ -60,12 +60,24 @@ class Split:
 
     def block(self, operation: Operation, run: Callable[..., Arrays], *arrays: Any) -> Arrays:
         """The results of one device's block."""
-        results = run(*arrays)
-        if not operation.is_backward or not self.summed:
-            return results
-        return tuple(
-            jax.lax.psum(result, self.summed) if name in ("dk", "dv") else result
+        results = run(*self._from_here(operation, arrays))
+        forms = (
+            roles(name, result.ndim, operation.options.layout)
             for name, result in zip(operation.outputs, results, strict=True)
+        )
+        axes = map(self.summed, forms)
+        return tuple(jax.lax.psum(result, over) if over else result for result, over in zip(results, axes, strict=True))
+
+    def _from_here(self, operation: Operation, arrays: Arrays) -> Arrays:
+        """With arrays that go by the numbers of sequences and heads counting from the first ones of this block."""
+        if not (self.batch or self.heads) or not any(name in OF_PLACES for name in operation.extra):
+            return arrays
+        q = arrays[operation.inputs.index("q")]
+        sides = (self.batch, q.shape[0]), (self.heads, q.shape[heads_at(q, operation.options.layout)])
+        first = [jax.lax.axis_index(axes) * length if axes else 0 for axes, length in sides]
+        return tuple(
+            OF_PLACES[name](array, *first) if name in OF_PLACES else array
+            for name, array in zip(operation.inputs, arrays, strict=True)
         )
 
 

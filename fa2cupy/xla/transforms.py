@@ -18,14 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from fa2cupy import operations
-from fa2cupy.errors import InvalidType, UnsupportedDevice
+from fa2cupy.checks import GRADIENTS
+from fa2cupy.errors import InvalidArgument, InvalidType, UnsupportedDevice
 from fa2cupy.frameworks import JAX
 from fa2cupy.frameworks.base import TensorRef
 from fa2cupy.frameworks.jax import in_host_memory
 from fa2cupy.keywords import arrays_in_order
 from fa2cupy.operations import BACKWARD, FORWARD
 from fa2cupy.options import Options
-from fa2cupy.spec import LENGTHS
+from fa2cupy.spec import DIFFERENTIABLE
 from fa2cupy.xla import arrays as by_array
 from fa2cupy.xla import shardings
 from fa2cupy.xla.operation import Arrays, Operation, heads_at
@@ -47,8 +48,9 @@ def _mapped(operation: Operation) -> Callable[..., Arrays]:
     def rule(size: int, is_mapped: Sequence[bool], *arrays: Any) -> tuple[Arrays, tuple[bool, ...]]:
         batch = arrays[q_at].shape[1 if is_mapped[q_at] else 0]
         each = zip(operation.inputs, arrays, is_mapped, strict=True)
+        _refuse_places(operation.extra)
         try:
-            if not operation.has_batch:
+            if not operation.has_batch or any(by_array.ROLES[name][0][0] != "b" for name in operation.outputs):
                 raise by_array.UnfoldableError
             folded = [by_array.fold(name, array, mapped, size, batch) for name, array, mapped in each]
         except by_array.UnfoldableError:
@@ -59,6 +61,15 @@ def _mapped(operation: Operation) -> Callable[..., Arrays]:
 
     run.def_vmap(rule)
     return cast("Callable[..., Arrays]", run)
+
+
+def _refuse_places(names: Names) -> None:
+    for name in names:
+        if name in by_array.OF_PLACES:
+            raise InvalidArgument(
+                f"{name} is not supported under vmap: the problems would have to share a mask, or their order would "
+                "decide; make one call with a batch, or use jax.lax.map"
+            )
 
 
 def _one_after_the_other(run: Callable[..., Arrays], is_mapped: Sequence[bool], arrays: Arrays) -> Arrays:
@@ -101,8 +112,9 @@ def _forward_operation(options: Options, extra: Names, group: int) -> Operation:
     return Operation("attention", (*FORWARD.inputs, *extra), FORWARD.outputs, extra, options, group)
 
 
-def _backward_operation(options: Options, extra: Names, group: int) -> Operation:
-    return Operation("attention_backward", (*BACKWARD.inputs, *extra), BACKWARD.outputs, extra, options, group)
+def _backward_operation(options: Options, extra: Names, further: Names, group: int) -> Operation:
+    outputs = *BACKWARD.outputs, *further
+    return Operation("attention_backward", (*BACKWARD.inputs, *extra), outputs, extra, options, group)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -116,26 +128,32 @@ def _forward(options: Options, extra: Names, q: Any, k: Any, v: Any, *more: Any)
 
 
 def _attention_fwd(options: Options, extra: Names, *primals: Any) -> tuple[Arrays, Arrays]:
+    wanted = {}  # a dict of nothing: its keys are part of what is saved, without being arrays
     for name, primal in zip(extra, primals[3:], strict=True):
         if primal.perturbed and jnp.issubdtype(primal.value.dtype, jnp.floating):
-            raise InvalidType(f"{name} has no gradient yet: pass jax.lax.stop_gradient({name})")
+            if name not in DIFFERENTIABLE:
+                raise InvalidType(f"{name} has no gradient: pass jax.lax.stop_gradient({name})")
+            wanted[name] = ()
     q, k, v, *more = (primal.value for primal in primals)
     out, lse = _forward(options, extra, q, k, v, *more)
-    return (out, lse), (q, k, v, out, lse, *more)
+    return (out, lse), (wanted, q, k, v, out, lse, *more)
 
 
 def _attention_bwd(options: Options, extra: Names, saved: Arrays, cotangents: Arrays) -> Arrays:
-    q, k, v, out, lse, *more = saved
+    wanted, q, k, v, out, lse, *more = saved
     dout, dlse = cotangents
     given = dict(zip(extra, more, strict=True))
     if not isinstance(dlse, SymbolicZero):
         given["dlse"] = dlse
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros_like(out)
-    names = in_order(given)
-    run = _first_order(_backward_operation(options, names, _group(q, k, options.layout)))
+    names, of = in_order(given), in_order(wanted)
+    further = tuple(GRADIENTS[name] for name in of)
+    run = _first_order(_backward_operation(options, names, further, _group(q, k, options.layout)))
     gradients = run(dout, q, k, v, out, lse, *(given[name] for name in names))
-    return (*map(shardings.like, gradients, (q, k, v)), *map(_no_gradient, more))
+    dense = map(shardings.like, gradients[:3], (q, k, v))
+    found = {name: shardings.like(each, given[name]) for name, each in zip(of, gradients[3:], strict=True)}
+    return (*dense, *(found[n] if n in found else _no_gradient(x) for n, x in zip(extra, more, strict=True)))
 
 
 def _no_gradient(array: Any) -> Any:
@@ -150,16 +168,10 @@ def in_order(names: Any) -> Names:
     return tuple(sorted(names, key=arrays_in_order().index))
 
 
-def _as_int32(names: Names, arrays: Arrays) -> Arrays:
-    """With lengths as the kernels take them; those beyond int32 become its ends."""
+def _passed_on(names: Names, arrays: Arrays) -> Arrays:
+    """The arrays, the last ones called `names`, as the kernels take them."""
     first = len(arrays) - len(names)
-    limits = np.iinfo(np.int32)
-    return tuple(
-        jnp.clip(array, limits.min, limits.max).astype(jnp.int32)
-        if n >= first and names[n - first] in LENGTHS and array.dtype != jnp.int32
-        else array
-        for n, array in enumerate(arrays)
-    )
+    return *arrays[:first], *map(by_array.passed_on, names, arrays[first:])
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
@@ -191,7 +203,7 @@ def attention(options: Options, extra: Names, with_lse: bool, in_host: bool, che
 
     def attention(*arrays: Any) -> Any:
         _check(operation, options, in_host, check, arrays)
-        arrays = _as_int32(extra, arrays)
+        arrays = _passed_on(extra, arrays)
         out, lse = _attention(options, extra, *shardings.uniformly_varying(*arrays))
         return (out, lse) if with_lse else out
 
@@ -199,15 +211,17 @@ def attention(options: Options, extra: Names, with_lse: bool, in_host: bool, che
 
 
 @functools.lru_cache(maxsize=1024)
-def attention_backward(options: Options, extra: Names, in_host: bool, check: Check) -> Callable[..., Arrays]:
-    """The jitted backward: dout, q, k, v, out, lse and the arrays called `extra` -> dq, dk, dv."""
-    operation = BACKWARD.extended(extra)
+def attention_backward(
+    options: Options, extra: Names, further: Names, in_host: bool, check: Check
+) -> Callable[..., Arrays]:
+    """The jitted backward: dout, q, k, v, out, lse and the arrays called `extra` -> dq, dk, dv and those gradients."""
+    operation = BACKWARD.extended(extra, further)
 
     def attention_backward(*arrays: Any) -> Arrays:
         _check(operation, options, in_host, check, arrays)
-        arrays = _as_int32(extra, arrays)
+        arrays = _passed_on(extra, arrays)
         _, q, k = arrays[:3]
-        run = _first_order(_backward_operation(options, extra, _group(q, k, options.layout)))
+        run = _first_order(_backward_operation(options, extra, further, _group(q, k, options.layout)))
         return run(*shardings.uniformly_varying(*arrays))
 
     return cast("Callable[..., Arrays]", jax.jit(attention_backward))

@@ -17,9 +17,9 @@ def host_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ..
     for name in ("forward", "backward"):
         original = getattr(host, name)
 
-        def spy(framework: Any, arrays: Any, *rest: Any, name: str = name, original: Any = original) -> Any:
-            seen.append((name, arrays["q"].shape))
-            return original(framework, arrays, *rest)
+        def spy(framework: Any, arrays: Any, *rest: Any, _name: str = name, _run: Any = original, **more: Any) -> Any:
+            seen.append((_name, arrays["q"].shape))
+            return _run(framework, arrays, *rest, **more)
 
         monkeypatch.setattr(host, name, spy)
     return seen

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fa2cupy
+from fa2cupy.autograd import launching
 from fa2cupy.errors import Fa2Error, InvalidArgument
 from fa2cupy.flash_attn import (
     bert_padding,
@@ -115,18 +116,23 @@ def test_qkvpacked(causal: bool, dtype: torch.dtype) -> None:
     check(flash_attn_qkvpacked_func, inputs, lambda qkv: qkv.unbind(2), causal)
 
 
-def test_packed_gradients_are_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_gradients_are_one_buffer(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels write dq, dk and dv into it: nothing is stacked afterwards."""
-    written: list[tuple[Tensor, ...]] = []
-    real = fa2cupy.attention_backward
+    written: list[list[Tensor]] = []
+    real = launching.call
 
-    def backward(*arguments: Any, **options: Any) -> Any:
-        written.append((options["dq"], options["dk"], options["dv"]))
-        return real(*arguments, **options)
+    def call(operation: Any, arrays: list[Any], *rest: Any) -> Any:
+        if operation.is_backward:
+            written.append(arrays[6:9])
+        return real(operation, arrays, *rest)
 
-    monkeypatch.setattr(fa2cupy, "attention_backward", backward)
+    monkeypatch.setattr(launching, "call", call)
     (qkv,) = make((BATCH, 19, 3, HEADS, DIM))
-    (gradient,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv, causal=True).sum(), [qkv])
+    function = flash_attn_qkvpacked_func
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(function(qkv, causal=True).sum(), [qkv])
     ((dq, dk, dv),) = written
     size = HEADS * DIM * qkv.element_size()
     assert [x.data_ptr() - gradient.data_ptr() for x in (dq, dk, dv)] == [0, size, 2 * size]
@@ -674,14 +680,6 @@ def test_the_block_of_s_dmask_is_the_row() -> None:
 # What is not there
 
 
-def test_caches_are_named() -> None:
-    with pytest.raises(Fa2Error, match="flash_attn_varlen_func: block_table is given, which is not supported yet"):
-        flash_attn_varlen_func(Q[0], Q, Q, CU, CU, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
-    for name in ("block_table", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "k", "rotary_cos"):
-        with pytest.raises(Fa2Error, match=f"flash_attn_with_kvcache: {name} is given, which is not supported yet"):
-            flash_attn_with_kvcache(Q, Q, Q, **{name: 0 if name == "cache_seqlens" else CU})
-
-
 def test_shapes_of_packed_tensors() -> None:
     with pytest.raises(InvalidArgument, match=r"qkv has shape \(1, 4, 2, 2, 8\): \(batch, seqlen, 3, num_heads"):
         flash_attn_qkvpacked_func(torch.zeros(1, 4, 2, 2, 8))
@@ -697,7 +695,7 @@ def test_what_is_no_tensor_or_no_window() -> None:
         ("kv", lambda: flash_attn_kvpacked_func(Q, array)),
         ("qkv", lambda: flash_attn_qkvpacked_func(None)),
         ("qkv", lambda: fa3.flash_attn_qkvpacked_func(array)),
-        ("v", lambda: flash_attn_with_kvcache(Q, Q, array)),
+        ("v_cache", lambda: flash_attn_with_kvcache(Q, Q, array)),
     ):
         with pytest.raises(TypeError, match=f"{name} is a .*: a torch.Tensor is needed"):
             call()

@@ -138,7 +138,7 @@ GRADIENTS = "dout, q, k, v, out, softmax_lse, dq, dk, dv"
 CACHE = (
     "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None, "
     "cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
-    "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False, s_aux=None"
 )
 SIGNATURES = {
     # s_aux is fa2cupy's: transformers looks for a parameter of that name.

@@ -70,8 +70,9 @@ def test_a_wrong_attention_is_seen(
 ) -> None:
     plain = gpt_worker.gpt_torch.attend
 
-    def attend(kind: str, q: Any, k: Any, v: Any) -> Any:
-        return plain(kind, q, k, v * (1.01 if kind == "fa2cupy" else 1.0))
+    def attend(kind: str, qkv: Any) -> Any:
+        q, k, v = qkv.unbind(2)
+        return plain(kind, torch.stack((q, k, v * (1.01 if kind == "fa2cupy" else 1.0)), 2))
 
     monkeypatch.setattr(gpt_worker.gpt_torch, "attend", attend)
     job.gradients(KINDS, 1)
@@ -80,10 +81,11 @@ def test_a_wrong_attention_is_seen(
 
 
 def test_a_rehearsal_of_times(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "times --rehearse --attentions fa2cupy --turns 1 --turn-steps 1 --compile none"
+    arguments = "times --rehearse --attentions fa2cupy,fa2cupy-packed --turns 1 --turn-steps 1 --compile none"
     assert gpt.main(arguments.split()) == 0
     printed = capsys.readouterr().out
-    assert printed.count("| fa2cupy.attention |") == 2 and "FAILED" not in printed
+    assert printed.count("| fa2cupy.attention |") == printed.count("| fa2cupy, qkv in one |") == 2
+    assert "FAILED" not in printed
 
 
 def test_a_process_that_fails_is_reported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from tests import reference
 from tests.gpu import cases, compile_ahead, oracle, runner
 from tests.gpu.cases import Case
+from tests.scores import NAMES, draw_features, features_of
 
 CPU = torch.device("cpu")
 H100 = DeviceInfo(0, "x", (9, 0), 132, 232448, 50 << 20)
@@ -45,9 +46,14 @@ def test_the_oracle_is_the_reference(case: Case) -> None:
     q, k, v, dout = (inputs[name] for name in ("q", "k", "v", "dout"))
     options = {"causal": case.causal, "scale": case.softmax_scale, "window": case.window}
     extras = runner.extras_of(case, CPU)
-    lse, bounds = oracle.attention(q, k, v, dout, **options, **extras)
+    found = oracle.attention(q, k, v, dout, **options, **extras)
     features = reference.Features(sinks=extras.get("sinks"))
     expected = reference.expect(q, k, v, dout, **options, dlse=extras.get("dlse"), features=features)
+    _same(found, expected)
+
+
+def _same(found: tuple[torch.Tensor, dict[str, oracle.Bound]], expected: reference.Expected) -> None:
+    lse, bounds = found
     assert np.allclose(lse.numpy(), expected.lse, rtol=1e-6, atol=1e-6)
     for name, bound in expected.bounds.items():
         mine = bounds[name]
@@ -56,6 +62,18 @@ def test_the_oracle_is_the_reference(case: Case) -> None:
         difference = np.linalg.norm(mine.model.numpy() - bound.model)
         assert difference <= 0.2 * np.linalg.norm(bound.model - bound.ref), name
         assert float(mine.floor) == pytest.approx(bound.floor, rel=1e-6, abs=1e-12), name
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in NAMES), NAMES[:1] + NAMES[2:]], ids=" ".join)
+def test_the_oracle_is_the_reference_of_scores(names: tuple[str, ...]) -> None:
+    case = Case(70, 45, 24, "bfloat16", True, heads=(6, 3), window=(30, -1), seed=3)
+    keywords = draw_features(names, case.seed, case.batch, case.heads[0], case.dtype)
+    features = features_of(keywords, case.batch, case.heads[0], case.seqlen_q, case.seqlen_k)
+    inputs = runner.inputs_of(case, CPU)
+    arrays = [inputs[name] for name in ("q", "k", "v", "dout")]
+    options = {"causal": True, "scale": case.softmax_scale, "window": case.window}
+    _same(oracle.attention(*arrays, **options, **oracle.features_on(features, CPU)),
+          reference.expect(*arrays, **options, features=features))  # fmt: skip
 
 
 def test_good_results_pass_in_every_layout() -> None:
@@ -130,7 +148,7 @@ def test_faults_are_caught(what: str, sentence: str, monkeypatch: pytest.MonkeyP
 
 def test_plans_are_made_for_every_case_of_the_plan() -> None:
     wanted = [(case, True) for group in cases.groups()[:3] for case in group.values[0]]
-    jobs = compile_ahead.jobs_of(wanted, H100)
+    jobs = list(compile_ahead.jobs_of(wanted, H100))
     assert {job.name for job in jobs} >= {"flash_fwd", "flash_bwd", "fill_unseen"} and len(jobs) < 50
 
 

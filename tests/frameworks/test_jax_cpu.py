@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,7 +134,8 @@ def test_checked_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     PREPARED.clear()
     PLAIN.clear()
     first = both(Inputs(q, q, q, q))
-    assert len(PREPARED) == 2 and len(PLAIN) == 1  # the forward by the door of all functions, and by its own
+    assert len(PREPARED) == 2  # the forward by the door of all functions, and by its own
+    assert [len(functions) for functions in PLAIN.values()] == [1]
     with monkeypatch.context() as patch:
         patch.setattr(first_call, "first_call", None)
         again = both(Inputs(q + 0, q + 0, q + 0, q + 0))
@@ -153,7 +155,26 @@ def test_checked_signatures_are_remembered(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InvalidType, match=r"k has dtype float32 but q has float16"):
         fa2cupy.attention(q, q.astype("float32"), q, return_lse=True)
     fa2cupy.attention(q, q, q, return_lse=True)
-    assert len(PREPARED) == 2 and len(PLAIN) == 1
+    assert len(PREPARED) == 2 and [len(functions) for functions in PLAIN.values()] == [1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_defaults_have_a_key_of_their_own(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = jnp.asarray(np.random.default_rng(5).standard_normal((2, 5, 4, 16)), "float16")
+    PREPARED.clear()
+    PLAIN.clear()
+    right = fa2cupy.attention(q, q, q, causal=causal)
+    assert causal in PLAIN[q.dtype] and (not causal) not in PLAIN[q.dtype]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["fa2cupy.attention"], "call", None)
+        np.testing.assert_array_equal(fa2cupy.attention(q, q, q, causal=causal), right)
+    for wrong in (int(causal), float(causal)):
+        with pytest.raises(InvalidType, match="causal"):
+            fa2cupy.attention(q, q, q, causal=wrong)
+    for option in ({"softmax_scale": 0.5}, {"layout": "bhsd"}, {"causal": not causal}):
+        assert not np.array_equal(fa2cupy.attention(q, q, q, **{"causal": causal, **option}), right)
+    out, _ = fa2cupy.attention(q, q, q, causal=causal, return_lse=True)
+    np.testing.assert_array_equal(out, right)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])

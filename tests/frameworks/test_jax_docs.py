@@ -15,7 +15,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), 
 
 
 def test_snippets() -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 6
     names: dict[str, object] = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, str(PAGE), "exec"), names)

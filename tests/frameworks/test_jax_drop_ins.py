@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,12 @@ def test_dot_product_attention(is_causal: bool) -> None:
     assert_close(single, jax.nn.dot_product_attention(q[0], k[0], v[0], is_causal=is_causal))
 
 
+def by_jax(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+    """jax.nn's, which before 0.7 forgets a window that nothing else is beside."""
+    mask = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, **options)
+
+
 @pytest.mark.parametrize("window", [3, (2, 1), (0, 0), (100, 2)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_windows(is_causal: bool, window: int | tuple[int, int]) -> None:
@@ -34,7 +41,7 @@ def test_windows(is_causal: bool, window: int | tuple[int, int]) -> None:
         return (function(*arrays, is_causal=is_causal, local_window_size=window) * weights).sum()
 
     q, k, v, weights = X
-    functions = fa2cupy.jax.dot_product_attention, jax.nn.dot_product_attention
+    functions = fa2cupy.jax.dot_product_attention, by_jax
     ours, expected = (jax.value_and_grad(functools.partial(loss, each), (0, 1, 2))(q, k, v) for each in functions)
     assert_close(ours[0], expected[0])
     for found, wanted in zip(ours[1], expected[1], strict=True):
@@ -49,7 +56,7 @@ def test_the_first_query_stands_beside_the_first_key(
 ) -> None:
     q, k, v = X[0][:, :queries], X[1][:, :keys], X[2][:, :keys]
     options = {"is_causal": is_causal, "local_window_size": window}
-    expected = jax.nn.dot_product_attention(q, k, v, **options)
+    expected = by_jax(q, k, v, **options)
     if window is not None:  # rows that see no key are 0 here, and something there
         left = window if isinstance(window, int) else window[0]
         expected = expected.at[:, keys + left :].set(0.0)
@@ -81,8 +88,13 @@ def test_flax_attention() -> None:
     out = fa2cupy.jax.flax_attention(q[None], k[None], v[None], causal=True, dtype="bfloat16")
     assert out.shape == (1, *q.shape) and out.dtype == "bfloat16"
     assert_close(out[0].astype("float32"), theirs(q, k, v), 3e-2)
-    with pytest.raises(InvalidArgument, match=r"dropout_rate=0\.1 is not supported yet"):
+    with pytest.raises(InvalidArgument, match=r"broadcast_dropout=True with dropout_rate=0\.1"):
         fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1)
+    with pytest.raises(InvalidArgument, match=r"dropout_rng=None with dropout_rate=0\.1: a key is needed"):
+        fa2cupy.jax.flax_attention(q, k, v, broadcast_dropout=False, dropout_rate=0.1)
+    key = jax.random.key(3)
+    dropped = fa2cupy.jax.flax_attention(q, k, v, broadcast_dropout=False, dropout_rate=0.1, dropout_rng=key)
+    assert_close(dropped, fa2cupy.attention(q, k, v, dropout_p=0.1, dropout_seed=key), 0)
     fa2cupy.jax.flax_attention(q, k, v, dropout_rate=0.1, deterministic=True)
     assert_close(fa2cupy.jax.flax_attention(q, k, v, is_causal=True), theirs(q, k, v))
     for queries, keys in ((16, 8), (5, 16)):

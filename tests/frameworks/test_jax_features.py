@@ -1,4 +1,4 @@
-"""Arrays in keywords, under every transformation: dummies that scale q, since what is to come is not there yet."""
+"""Arrays in keywords, under every transformation: dummies that scale q, which no feature's own rule knows."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def derived(attention: Any) -> Any:
 
 
 def test_every_array_has_roles() -> None:
-    to_come = {"alibi_slopes", "sinks", "dropout_seed", "mask", *MASK_ARRAYS}  # refused by name: test_scores.py
+    to_come = {"mask", *MASK_ARRAYS}  # refused by name: test_scores.py
     assert set(ARRAY_RULES) - set(ROLES) == to_come
 
 
@@ -91,8 +91,8 @@ def test_new_values_do_not_recompile() -> None:
     assert_close(gradients, derived(plain)(*arrays), 1e-4)
 
 
-def test_they_have_no_gradient_yet() -> None:
-    with pytest.raises(InvalidType, match=r"of_head has no gradient yet: pass jax\.lax\.stop_gradient\(of_head\)"):
+def test_they_have_no_gradient() -> None:
+    with pytest.raises(InvalidType, match=r"of_head has no gradient: pass jax\.lax\.stop_gradient\(of_head\)"):
         jax.grad(lambda of_head: ours(*X[:3], of_head, OF_BATCH).sum())(OF_HEAD)
     stopped = jax.grad(lambda q, h: ours(q, *X[1:3], jax.lax.stop_gradient(h), None).sum(), (0, 1))(X[0], OF_HEAD)
     assert bool(stopped[0].any()) and not stopped[1].any()

@@ -17,12 +17,19 @@ from tests.frameworks.xla_frame import CallFrame, FakeApi, FakeFrame
 
 Q, LSE = ((2, 5, 4, 16), "float16"), ((2, 4, 5), "float32")
 OPTIONS = {"causal": True, "softmax_scale": None, "layout": "bshd", "dtype": None, "deterministic": False}
+EXTRA = {
+    "alibi_slopes": ((2, 4), "float32"),
+    "sinks": ((4,), "float32"),
+    "dropout_seed": ((8,), "uint32"),
+    "dlse": LSE,
+}
 
 
-def call(extra: tuple[str, ...] = ()) -> ffi.Call:
-    inputs = ("dout", "q", "k", "v", "out", "lse", *extra)
-    buffers = (Q, Q, Q, Q, Q, LSE, *(LSE,) * len(extra), Q, Q, Q)
-    return ffi.Call("attention_backward", inputs, ("dq", "dk", "dv"), extra, buffers, {**OPTIONS, "features": ()})
+def call(extra: tuple[str, ...] = (), further: tuple[str, ...] = ()) -> ffi.Call:
+    inputs, outputs = ("dout", "q", "k", "v", "out", "lse", *extra), ("dq", "dk", "dv", *further)
+    buffers = (Q, Q, Q, Q, Q, LSE, *(EXTRA[name] for name in extra), Q, Q, Q, *(EXTRA[name[1:]] for name in further))
+    features = (("softcap", 30.0), ("dropout_p", 0.25)) if "dropout_seed" in extra else ()
+    return ffi.Call("attention_backward", inputs, outputs, extra, buffers, {**OPTIONS, "features": features})
 
 
 def frame(api: FakeApi, call: ffi.Call, workspace: int, start: int = 0x10000) -> FakeFrame:
@@ -42,15 +49,17 @@ def one_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return gpu
 
 
-@pytest.mark.parametrize("extra", [(), ("dlse",)])
-def test_pointers_stream_and_workspace(one_gpu: FakeGpu, extra: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("extra", "further"), [((), ()), (("dlse",), ()), (tuple(EXTRA), ()), (tuple(EXTRA), ("dsinks",))]
+)
+def test_pointers_stream_and_workspace(one_gpu: FakeGpu, extra: tuple[str, ...], further: tuple[str, ...]) -> None:
     assert set(extra) <= set(ARRAY_RULES)
     api = FakeApi(stream=0x123)
     for start in (0x10000, 0x50000):
-        given = frame(api, call(extra), one_gpu.workspace_bytes + 255, start)
+        given = frame(api, call(extra, further), one_gpu.workspace_bytes + 255, start)
         assert ffi._callbacks["CUDA"](given.address) is None and not api.errors
         launched = one_gpu.last
-        names = ("dout", "q", "k", "v", "out", "lse", *extra, "dq", "dk", "dv")
+        names = ("dout", "q", "k", "v", "out", "lse", *extra, "dq", "dk", "dv", *further)
         for i, name in enumerate(names):
             assert launched.pointers[name] == start + 0x1000 * i
         assert launched.pointers["workspace"] == 0x99A00

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import fa2cupy
 from fa2cupy.errors import InvalidArgument
 from tests.frameworks.jax_problems import assert_close, normal
+from tests.frameworks.jax_versions import x64
 from tests.lengths import FORMS, Case, draw, expect_sequences
 
 PAIRS = ((3, 5), (0, 4), (1, 1), (7, 0), (6, 6))
@@ -70,7 +71,7 @@ def test_other_lengths_do_not_recompile() -> None:
 
 
 def test_int64_and_float64() -> None:
-    with jax.enable_x64(True):
+    with x64():
         x = make("packed", dtype="float64")
         wide = {name: array.astype("int64") for name, array in x.lengths.items()}
         results = derived(x.qkv, x.dout, wide)
@@ -126,9 +127,10 @@ def test_shardings(form: str, kind: str) -> None:
 
 
 def test_export_and_remat() -> None:
+    export = pytest.importorskip("jax.export")
     x = make("packed")
     run = jax.jit(jax.checkpoint(lambda q, k, v, of: fa2cupy.attention(q, k, v, causal=True, **of)))
-    exported = jax.export.export(run, disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("fa2cupy")])
+    exported = export.export(run, disabled_checks=[export.DisabledSafetyCheck.custom_call("fa2cupy")])
     assert_close(exported(*x.qkv, x.lengths).call(*x.qkv, x.lengths), run(*x.qkv, x.lengths), 0)
 
 

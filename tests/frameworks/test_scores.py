@@ -22,7 +22,7 @@ SLOPES = np.array([0.5, 0.25, -0.125, 0.0625], np.float32)
 SINKS = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
 SEED = (5, 2**63 + 1)
 ALL = {"softcap": 2.0, "alibi_slopes": SLOPES, "sinks": SINKS, "dropout_p": 0.3, "dropout_seed": SEED}
-# What a door that has no arrays but lengths names, by what it is given.
+# By the keyword that asks for them; of doors that do not carry one it is named.
 ARRAYS: dict[str, dict[str, Any]] = {
     "alibi_slopes": {"alibi_slopes": SLOPES},
     "sinks": {"sinks": SINKS},
@@ -111,7 +111,7 @@ def test_softcap_of_jax() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", ["mask"])
 def test_what_jax_does_not_carry_is_named(name: str) -> None:
     q, k, v, dout = map(jnp.asarray, INPUTS)
     keywords = {key: jnp.asarray(x) if isinstance(x, np.ndarray) else x for key, x in ARRAYS[name].items()}

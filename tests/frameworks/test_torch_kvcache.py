@@ -56,10 +56,3 @@ def test_refused() -> None:
         fa2cupy.KVCache(k, k.clone()).attend(q.detach().numpy())
     with pytest.raises(InvalidType, match=r"v is a numpy.ndarray but k is a torch.Tensor"):
         fa2cupy.KVCache(k, k.numpy())
-
-
-def test_jax_is_to_come() -> None:
-    jax = pytest.importorskip("jax")
-    k = jax.numpy.zeros((2, 8, 1, 16))
-    with pytest.raises(InvalidType, match="a cache of JAX arrays is not supported yet"):
-        fa2cupy.KVCache(k, k)

@@ -28,6 +28,18 @@ class Ledger:
             if name != "lse":
                 worst["rms_over_limit"] = max(worst.get("rms_over_limit", 0.0), round(judgement.rms_ratio, 4))
 
+    def merge(self, other: dict[str, Any]) -> None:
+        """What another process saw: its `vars`."""
+        self.compared += other["compared"]
+        for name, dtypes in other["worst"].items():
+            for dtype, numbers in dtypes.items():
+                worst = self.worst.setdefault(name, {}).setdefault(dtype, {})
+                for number, value in numbers.items():
+                    worst[number] = max(worst.get(number, 0.0), value)
+        for name, value in other["notes"].items():
+            known = self.notes.get(name)
+            self.notes[name] = {**known, **value} if isinstance(known, dict) else value
+
     def note(self, name: str, value: Any) -> None:
         self.notes[name] = value
 

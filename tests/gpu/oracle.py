@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-__all__ = ["Bound", "Judgement", "attention", "judge", "rms_errors"]
+from tests.reference import Features
+
+__all__ = ["Bound", "Judgement", "attention", "features_on", "judge", "rms_errors"]
 
 Tensor = torch.Tensor
 
@@ -37,10 +40,15 @@ def attention(
     out: Tensor | None = None,
     sinks: Tensor | None = None,
     dlse: Tensor | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
     want_model: bool = True,
 ) -> tuple[Tensor, dict[str, Bound]]:
     """lse (batch, heads, seqlen_q) and the bounds of out, and with `dout` of dq, dk, dv, and with `sinks` (heads,) of
-    dsinks. All (batch, seqlen, heads, d), dlse as lse.
+    dsinks. All (batch, seqlen, heads, d), dlse as lse. slopes: (heads,) or (batch, heads). keep: which P dropout keeps,
+    bool (batch, heads, seqlen_q, seqlen_k).
 
     Rows of q and dout that see no key may hold anything, and so may keys that no query sees. `out`: what the backward
     was given, which the model takes D from; the errors of another out would be another draw.
@@ -61,6 +69,9 @@ def attention(
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).double()
 
+    def kept(x: Tensor) -> Tensor:
+        return x if keep is None else torch.where(keep.reshape(x.shape), x, 0.0)
+
     def of_rows(x: Tensor) -> Tensor:
         """(batch, heads, seqlen_q) -> (batch, heads_k, heads in the group x seqlen_q, 1)"""
         return x.double().reshape(batch, heads_k, group * seqlen_q, 1)
@@ -79,7 +90,13 @@ def attention(
 
     Q = torch.where(sees, split(q, group), 0.0)
     K, V = torch.where(seen, split(k, 1), 0.0), torch.where(seen, split(v, 1), 0.0)
-    S = (Q @ K.mT).mul_(scale).masked_fill_(hidden, -math.inf)
+    S, derivative, r = (Q @ K.mT).mul_(scale), None, 1 / (1 - dropout_p)
+    if softcap is not None:
+        t = torch.tanh(S / softcap)
+        S, derivative = softcap * t, 1 - t * t
+    if slopes is not None:
+        S = S - of_rows(slopes.expand(batch, heads)[..., None].expand(batch, heads, seqlen_q)) * distance.abs()
+    S = S.masked_fill_(hidden, -math.inf)
     m = S.amax(-1, keepdim=True) if seqlen_k else torch.zeros_like(Q[..., :1])
     m = torch.where(sees, m, 0.0)
     P = torch.exp(S - m)
@@ -89,33 +106,38 @@ def attention(
         sink = of_rows(sinks[None, :, None].expand(batch, heads, seqlen_q))
         lse = torch.logaddexp(lse, sink)
         l = torch.where(sees, torch.exp(lse - m), 1.0)
-    O = (P @ V) / l
-    out_model = rounded((rounded(P) @ V) / l) if want_model else O
-    bounds = {"out": Bound(merge(O, group, seqlen_q), merge(out_model, group, seqlen_q), _largest(V, 1e-5))}
+    O = (kept(P) @ V) * r / l
+    out_model = rounded((rounded(kept(P)) @ V) * r / l) if want_model else O
+    bounds = {"out": Bound(merge(O, group, seqlen_q), merge(out_model, group, seqlen_q), _largest(V, r * 1e-5))}
     lse_out = lse.reshape(batch, heads, seqlen_q)
     if dout is None:
         return lse_out, bounds
 
     dO = torch.where(sees, split(dout, group), 0.0)
-    dP = dO @ V.mT
+    dP = kept(dO @ V.mT) * r
     P = P.div_(l)
     of_lse = 0.0 if dlse is None else of_rows(dlse)
     D = (dO * O).sum(-1, keepdim=True) - of_lse
     model_D = D
-    dS = (dP - torch.where(sees, D, 0.0)).mul_(P)
-    refs = scale * (dS @ K), scale * (dS.mT @ Q), P.mT @ dO
+
+    def of_scores(D: Tensor) -> Tensor:
+        dS = (dP - torch.where(sees, D, 0.0)).mul_(P)
+        return dS if derivative is None else dS.mul_(derivative)
+
+    dS = of_scores(D)
+    refs = scale * (dS @ K), scale * (dS.mT @ Q), r * (kept(P).mT @ dO)
     models = refs
     if want_model:
         P = torch.exp(S - torch.where(sees, lse.float().double(), 0.0))
         if out is not None:
             out_model = torch.where(sees, split(out, group), 0.0)
         model_D = (dO * out_model).sum(-1, keepdim=True) - of_lse
-        dS = rounded((dP - torch.where(sees, model_D, 0.0)).mul_(P))
-        models = rounded(scale * (dS @ K)), rounded(scale * (dS.mT @ Q)), rounded(rounded(P).mT @ dO)
+        dS = rounded(of_scores(model_D).div_(r)).mul_(r)
+        models = rounded(scale * (dS @ K)), rounded(scale * (dS.mT @ Q)), rounded(r * (rounded(kept(P)).mT @ dO))
     if dlse is not None:
         dP = dP + torch.where(sees, of_lse, 0.0)
     largest_dP = _largest(dP.masked_fill_(hidden, 0.0), abs(scale) * 1e-5)
-    floors = largest_dP * _largest(K), largest_dP * _largest(Q), _largest(dO, 1e-5)
+    floors = largest_dP * _largest(K), largest_dP * _largest(Q), _largest(dO, r * 1e-5)
     shapes = ((group, seqlen_q), (1, seqlen_k), (1, seqlen_k))
     for name, ref, model, floor, shape in zip(("dq", "dk", "dv"), refs, models, floors, shapes, strict=True):
         bounds[name] = Bound(merge(ref, *shape), merge(model, *shape), floor)
@@ -126,6 +148,18 @@ def attention(
         floor = _largest(terms.abs().reshape(batch, heads, seqlen_q).sum((0, 2)), 1e-5)
         bounds["dsinks"] = Bound(ref, model.to(sinks.dtype).double(), floor)
     return lse_out, bounds
+
+
+def features_on(features: Features, device: torch.device) -> dict[str, Any]:
+    """Those of tests/reference.py as keywords of `attention`."""
+    found = {}
+    for name, value in features._asdict().items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value).to(device)
+            value = value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
+        found[name] = value
+    assert found.pop("mask") is None
+    return found
 
 
 def _largest(x: Tensor, unit: float = 1.0) -> Tensor:

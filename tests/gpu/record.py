@@ -31,9 +31,20 @@ SOURCES = (
     "fa2cupy/kernels/**/*.py",
     "fa2cupy/jit/**/*.py",
     "fa2cupy/frameworks/**/*.py",
+    "fa2cupy/cached/*.py",
     *(
         f"fa2cupy/{module}.py"
-        for module in ("attention", "calls", "first_call", "operations", "options", "prepared", "problem", "spec")
+        for module in (
+            "attention",
+            "calls",
+            "first_call",
+            "kvcache",
+            "operations",
+            "options",
+            "prepared",
+            "problem",
+            "spec",
+        )
     ),
 )
 

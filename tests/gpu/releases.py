@@ -87,7 +87,7 @@ def cases() -> list[Case]:
 def compile_them(kind: str) -> None:
     """In a process with the release in question: compile, and let the driver assemble what is PTX."""
     start = time.perf_counter()
-    jobs = jobs_of([(case, True) for case in cases()], driver.device_info(0))
+    jobs = list(jobs_of([(case, True) for case in cases()], driver.device_info(0)))
     results = compile_many(jobs)
     for result in results:
         if result.error is not None:

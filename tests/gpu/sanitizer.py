@@ -2,9 +2,10 @@
 
     python tests/gpu/sanitizer.py [--tools memcheck,racecheck,initcheck,synccheck] [--record tests/gpu/record.json]
 
-Each tool runs the cases below in a process of its own, with CuPy's pool off: every array is an allocation that the tool
-knows the bounds of. Fails when a tool reports an error; with --record the outcome goes into that record, if it is for
-these sources.
+The cases below are run once without a tool, which compiles their kernels, then by each tool, all side by side, with
+CuPy's pool off: every array is an allocation that the tool knows the bounds of. The cases of a tool are shared by some
+processes, for most of its time is the host's. Fails when a tool reports an error; with --record the outcome goes into
+that record, if it is for these sources.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,49 +39,70 @@ EXTRA = {
     "synccheck": [],
 }
 
+SHARES = {"memcheck": 2, "racecheck": 6, "initcheck": 3, "synccheck": 3}  # processes of each tool
+
 # seqlen_q, seqlen_k, (head_dim, head_dim_v), heads, dtype, causal, deterministic, unaligned, window. A tile and a bit
 # in both directions and every kind of kernel: wide and narrow heads, a v of another width, GQA, 16-byte and 2-byte
 # loads, empty rows, masked and unmasked blocks, windows.
-CASES = (
-    (200, 330, (64, 64), (2, 1), "bfloat16", True, False, False, None),
-    (200, 330, (64, 64), (2, 2), "float16", False, True, False, None),
-    (150, 280, (128, 128), (2, 1), "float16", True, False, False, None),
-    (150, 280, (128, 128), (2, 2), "bfloat16", False, False, True, None),
+DENSE = (
+    (150, 230, (64, 64), (2, 1), "bfloat16", True, False, False, None),
+    (150, 230, (64, 64), (1, 1), "float16", False, True, False, None),
+    (150, 230, (128, 128), (2, 1), "float16", True, False, False, None),
+    (150, 230, (128, 128), (1, 1), "bfloat16", False, False, True, None),
     (130, 130, (59, 59), (2, 1), "bfloat16", True, True, False, None),
     (100, 140, (192, 192), (1, 1), "bfloat16", True, False, False, None),
     (100, 140, (256, 256), (2, 1), "bfloat16", True, True, False, None),
     (100, 140, (256, 256), (1, 1), "float16", False, False, True, None),
-    (190, 70, (96, 96), (2, 2), "bfloat16", True, False, False, None),
-    (
-        40,
-        3200,
-        (64, 64),
-        (8, 1),
-        "bfloat16",
-        True,
-        True,
-        False,
-        None,
-    ),  # query heads in each of those that share keys
-    (40, 2300, (64, 64), (1, 1), "float16", False, False, False, None),  # so many key blocks that dQ is cleared before
-    (150, 280, (192, 128), (4, 1), "bfloat16", True, False, False, None),
-    (150, 280, (40, 72), (2, 2), "float16", False, True, False, None),
+    (190, 70, (96, 96), (1, 1), "bfloat16", True, False, False, None),
+    # Query heads in each of those that share keys; so many key blocks that dQ is cleared before.
+    (40, 3200, (64, 64), (8, 1), "bfloat16", True, True, False, None),
+    (40, 2300, (64, 64), (1, 1), "float16", False, False, False, None),
+    (150, 230, (192, 128), (2, 1), "bfloat16", True, False, False, None),
+    (150, 230, (40, 72), (1, 1), "float16", False, True, False, None),
     (9, 0, (64, 64), (1, 1), "bfloat16", False, False, False, None),
-    (200, 330, (64, 64), (2, 1), "float16", False, False, False, (70, 20)),
-    (150, 480, (128, 128), (2, 1), "bfloat16", False, True, False, (200, 10)),
-    (200, 140, (256, 256), (2, 1), "bfloat16", True, False, False, (30, 0)),
+    (150, 330, (64, 64), (2, 1), "float16", False, False, False, (70, 20)),
+    (150, 330, (128, 128), (2, 1), "bfloat16", False, True, False, (100, 10)),
+    (200, 140, (256, 256), (1, 1), "bfloat16", True, False, False, (30, 0)),
 )
 
-# (head_dim, head_dim_v), heads, dtype, causal, deterministic, window: of sequences whose lengths only the device knows,
-# packed, padded, and segments: every kernel that takes its tiles from lists.
+# Which lengths, (head_dim, head_dim_v), heads, dtype, causal, deterministic, window: of sequences that only the device
+# knows, which take their tiles from lists. Each kind of lengths has a narrow and a wide head, and both orders.
 LISTED = (
-    ((64, 64), (2, 1), "bfloat16", True, False, None),
-    ((59, 59), (2, 2), "float16", False, False, None),
-    ((128, 128), (4, 2), "float16", False, True, None),
-    ((128, 128), (2, 1), "bfloat16", False, False, (100, 20)),
-    ((192, 128), (2, 2), "bfloat16", True, True, None),
-    ((256, 256), (2, 1), "float16", True, False, (60, 0)),
+    ("segments", (64, 64), (2, 1), "bfloat16", True, False, None),
+    ("packed", (59, 59), (1, 1), "float16", False, False, None),
+    ("padded", (128, 128), (2, 1), "float16", False, True, None),
+    ("segments", (128, 128), (1, 1), "bfloat16", False, True, (100, 20)),
+    ("packed", (192, 128), (1, 1), "bfloat16", True, True, None),
+    ("segments", (256, 256), (2, 1), "float16", True, False, (60, 0)),
+    ("padded", (256, 256), (1, 1), "bfloat16", True, False, None),
 )
+
+# head_dim, dtype, whether packed, which of tests/scores.py.
+SCORED = (
+    (64, "bfloat16", False, ("sinks",)),
+    (128, "float16", True, ("sinks", "dropout_p")),
+    (256, "bfloat16", True, ("softcap", "sinks")),
+    (64, "float16", False, ("softcap", "alibi_slopes", "dropout_p")),
+    (128, "bfloat16", False, ("alibi of batch", "dropout_p")),
+    (256, "float16", False, ("softcap", "alibi_slopes", "dropout_p")),
+)
+
+MERGED = ((4, 128, "bfloat16"), (2, 59, "float16"), (9, 64, "float32"))  # pieces, head_dim_v, dtype
+
+# Keys of each sequence before the call, and what else a cache and a call on it are (tests/caches.py): rows, pages, new
+# keys that are turned, many of them, odd columns, scores, 8 bits.
+_TURNED = (32, "neox", "float32")
+CACHED: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+    ((700, 0, 17), {"head_dim": 128, "capacity": 704}),
+    ((300, 0, 17), {"queries": 9, "head_dim": 64, "page": 64, "capacity": 320, "dtype": "bfloat16"}),
+    ((300, 5), {"queries": 2, "new": 2, "head_dim": 128, "page": 17, "capacity": 306, "rotary": _TURNED}),
+    ((90, 5), {"queries": (70, 40), "new": 1, "head_dim": 64, "page": 16, "rotary": _TURNED}),
+    ((100, 7), {"queries": 2, "new": 1, "head_dim": 33, "head_dim_v": 7, "leftpad": (30, 0), "softcap": 2.0,
+                "slopes": "head", "sinks": "float32", "dtype": "bfloat16"}),
+    ((40, 7), {"queries": 2, "new": 2, "head_dim": 64, "page": 16, "kv_dtype": "float8_e4m3fn",
+               "scales": ("page", "head")}),
+    ((300, 7), {"new": 1, "head_dim": 256, "page": 16, "capacity": 320, "kv_dtype": "int8"}),
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -94,145 +117,198 @@ def sm80_kernels() -> Iterator[None]:
     PREPARED.clear()
 
 
-def run_cases() -> None:
-    """What the tools watch: every case once, forward and backward, results finite."""
-    import cupy
-    import ml_dtypes
-    import numpy as np
+class Tools:
+    """What a case needs."""
 
-    import fa2cupy
+    def __init__(self, seed: int) -> None:
+        import cupy
+        import ml_dtypes
+        import numpy as np
+
+        self.np, self.cupy, self.rng = np, cupy, np.random.default_rng(seed)
+        self.types = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+    def normal(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+        """On the host."""
+        return self.rng.standard_normal(shape).astype(self.types[dtype])
+
+    def int32(self, *values: int) -> Any:
+        return self.cupy.asarray(self.np.array(values, self.np.int32))
+
+    def nan_like(self, x: Any) -> Any:
+        """For results. Bulk stores initialise nothing in initcheck's eyes: NaN is there already, none may be left."""
+        return self.cupy.full_like(x, math.nan)
+
+    def workspace(self, size: int) -> dict[str, Any]:
+        """Likewise: there the Hopper backward's first key block writes dQ."""
+        return {"workspace": self.cupy.full(size, 0xFF, self.cupy.uint8)} if size else {}
+
+    def check(self, *results: Any) -> None:
+        for x in results:
+            assert self.np.isfinite(self.cupy.asnumpy(x).astype(self.np.float32)).all()
+
+
+def run_cases(share: int, shares: int) -> None:
+    """What the tools watch: a share of the cases, forward and backward, results finite."""
+    import cupy
 
     cupy.cuda.set_allocator(None)  # cudaMalloc and cudaFree of the exact size
-    rng = np.random.default_rng(0)
-    types = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    for seqlen_q, seqlen_k, (d, d_v), (heads, heads_k), dtype, causal, deterministic, unaligned, window in CASES:
-
-        def array(seqlen: int, h: int, d: int, dtype: str = dtype, unaligned: bool = unaligned) -> Any:
-            shape = (2, seqlen, h, d)
-            flat = rng.standard_normal(math.prod(shape) + unaligned).astype(types[dtype])
-            return cupy.asarray(flat)[int(unaligned) :].reshape(shape)
-
-        q, dout = array(seqlen_q, heads, d), array(seqlen_q, heads, d_v)
-        k, v = array(seqlen_k, heads_k, d), array(seqlen_k, heads_k, d_v)
-        # Bulk stores initialise nothing in initcheck's eyes: `out` holds NaN already, and none may be left in it.
-        out = cupy.full_like(dout, math.nan)
-        seen = {"causal": causal, "window_size": window}
-        out, lse = fa2cupy.attention(q, k, v, **seen, return_lse=True, out=out)
-        with sm80_kernels():
-            again = fa2cupy.attention(q, k, v, **seen)
-        # Nor the workspace, where the Hopper backward's first key block writes dQ.
-        options = {**seen, "deterministic": deterministic}
-        workspace = cupy.full(fa2cupy.backward_workspace_bytes(q, k, v, **options), 0xFF, cupy.uint8)
-        gradients = fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, workspace=workspace)
-        for x in (out, again, *gradients):
-            assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
-    run_listed_cases(cupy, np, rng, types)
-    run_sinks_cases(cupy, np, rng, types)
-    run_merge_cases(cupy, np, rng, types)
-    cupy.cuda.Device().synchronize()
+    runs = [(run, case) for run, cases in RUNS.items() for case in cases]
+    for number in range(share, len(runs), shares):
+        run, case = runs[number]
+        start = time.monotonic()
+        run(Tools(number), *case)
+        cupy.cuda.Device().synchronize()
+        print(f"{time.monotonic() - start:6.1f} s  {run.__name__}{case}", flush=True)
 
 
-def run_listed_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None:
+def dense(
+    tools: Tools, seqlen_q: int, seqlen_k: int, widths: tuple[int, int], all_heads: tuple[int, int], dtype: str,
+    causal: bool, deterministic: bool, unaligned: bool, window: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    import fa2cupy
+
+    def array(seqlen: int, heads: int, width: int) -> Any:
+        shape = (1, seqlen, heads, width)
+        return tools.cupy.asarray(tools.normal((math.prod(shape) + unaligned,), dtype))[int(unaligned) :].reshape(shape)
+
+    (d, d_v), (heads, heads_k) = widths, all_heads
+    q, dout = array(seqlen_q, heads, d), array(seqlen_q, heads, d_v)
+    k, v = array(seqlen_k, heads_k, d), array(seqlen_k, heads_k, d_v)
+    seen = {"causal": causal, "window_size": window}
+    out, lse = fa2cupy.attention(q, k, v, **seen, return_lse=True, out=tools.nan_like(dout))
+    with sm80_kernels():
+        again = fa2cupy.attention(q, k, v, **seen)
+    options = {**seen, "deterministic": deterministic}
+    workspace = tools.workspace(fa2cupy.backward_workspace_bytes(q, k, v, **options))
+    tools.check(out, again, *fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, **workspace))
+
+
+def listed(
+    tools: Tools, kind: str, widths: tuple[int, int], all_heads: tuple[int, int], dtype: str, causal: bool,
+    deterministic: bool, window: tuple[int, int] | None,
+) -> None:  # fmt: skip
     """NaN in rows of no sequence, and none in any result."""
     import fa2cupy
 
-    def numbers(*values: int) -> Any:
-        return cupy.asarray(np.array(values, np.int32))
+    np, (d, d_v), (heads, heads_k) = tools.np, widths, all_heads
+    if kind == "packed":
+        used_q, used_k = np.arange(230) >= 3, np.arange(333) < 330
+        lengths = {
+            "cu_seqlens_q": tools.int32(3, 153, 153, 154, 230),
+            "cu_seqlens_k": tools.int32(0, 200, 230, 231, 330),
+        }
+    elif kind == "padded":
+        used_q = np.arange(150) < np.array([[150], [70]])
+        used_k = (np.arange(200) < np.array([[200], [160]])) & (np.arange(200) >= np.array([[0], [37]]))
+        lengths = {
+            "seqused_q": tools.int32(150, 70),
+            "seqused_k": tools.int32(200, 160),
+            "leftpad_k": tools.int32(0, 37),
+        }
+    else:
+        # Two rows: of a long segment, many short ones, more than have room, and padding; and of a single one.
+        ids = [
+            np.array(
+                [np.concatenate([np.zeros(long), np.repeat(np.arange(1, 21), short), np.full(rest, -1)]), np.full(n, 3)]
+            )
+            for n, long, short, rest in ((150, 60, 3, 30), (230, 100, 5, 30))
+        ]
+        used_q, used_k = (x >= 0 for x in ids)
+        lengths = {"segment_ids": tuple(tools.cupy.asarray(x.astype(np.int32)) for x in ids)}
 
-    packed = {"cu_seqlens_q": numbers(3, 153, 153, 154, 354), "cu_seqlens_k": numbers(0, 280, 310, 311, 520)}
-    padded = {"seqused_q": numbers(150, 70), "seqused_k": numbers(280, 200), "leftpad_k": numbers(0, 37)}
-    # Two rows: of a long segment, many short ones, more than have room, and padding; and of a single one.
-    ids_q, ids_k = (
-        np.array(
-            [np.concatenate([np.zeros(long), np.repeat(np.arange(1, 21), short), np.full(rest, -1)]), np.full(n, 3)]
-        )
-        for n, long, short, rest in ((150, 60, 3, 30), (280, 100, 5, 80))
-    )
-    ids = {"segment_ids": tuple(cupy.asarray(x.astype(np.int32)) for x in (ids_q, ids_k))}
-    for (d, d_v), (heads, heads_k), dtype, causal, deterministic, window in LISTED:
-        for lengths, rows_q, rows_k in (
-            (packed, (360,), (523,)),
-            (padded, (2, 150), (2, 280)),
-            (ids, (2, 150), (2, 280)),
-        ):
+    def array(used: Any, heads: int, width: int) -> Any:
+        values = tools.normal((*used.shape, heads, width), dtype)
+        values[~used] = np.nan
+        return tools.cupy.asarray(values)
 
-            def array(rows: tuple[int, ...], h: int, d: int, used: Any, dtype: str = dtype) -> Any:
-                values = rng.standard_normal((*rows, h, d)).astype(types[dtype])
-                values[~used] = np.nan
-                return cupy.asarray(values)
-
-            used_q, used_k = np.zeros(rows_q, bool), np.zeros(rows_k, bool)
-            if lengths is packed:
-                used_q[3:354], used_k[:520] = True, True
-            elif lengths is ids:
-                used_q, used_k = ids_q >= 0, ids_k >= 0
-            else:
-                used_q[0], used_q[1, :70], used_k[0], used_k[1, 37:200] = True, True, True, True
-            q, dout = array(rows_q, heads, d, used_q), array(rows_q, heads, d_v, used_q)
-            k, v = array(rows_k, heads_k, d, used_k), array(rows_k, heads_k, d_v, used_k)
-            seen = {"causal": causal, "window_size": window, **lengths}
-            out = cupy.full_like(dout, math.nan)
-            workspace = cupy.full(fa2cupy.forward_workspace_bytes(q, k, v, **seen), 0xFF, cupy.uint8)
-            out, lse = fa2cupy.attention(q, k, v, **seen, return_lse=True, out=out, workspace=workspace)
-            options = {**seen, "deterministic": deterministic}
-            gradients = []
-            for kernels in (contextlib.nullcontext, sm80_kernels):
-                with kernels():
-                    gradients.append(fa2cupy.attention(q, k, v, **seen))
-                    size = fa2cupy.backward_workspace_bytes(q, k, v, **options)
-                    workspace = cupy.full(size, 0xFF, cupy.uint8)
-                    gradients += fa2cupy.attention_backward(dout, q, k, v, out, lse, **options, workspace=workspace)
-            for x in (out, *gradients):
-                assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+    q, dout = array(used_q, heads, d), array(used_q, heads, d_v)
+    k, v = array(used_k, heads_k, d), array(used_k, heads_k, d_v)
+    run_both(tools, fa2cupy, (q, k, v, dout), {"causal": causal, "window_size": window, **lengths}, deterministic)
 
 
-def run_sinks_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None:
+def scored(tools: Tools, d: int, dtype: str, packed: bool, names: tuple[str, ...]) -> None:
     """With rows that see no key but the sink: dense, and packed with NaN in rows of no sequence."""
     import fa2cupy
+    from tests.reference import as_ml_dtypes
+    from tests.scores import draw_features
 
-    starts = cupy.asarray(np.array((3, 153, 153, 154, 354), np.int32))
-    for d, dtype, packed in ((64, "bfloat16", False), (128, "float16", True), (256, "bfloat16", True)):
+    np, batch = tools.np, 4 if packed else 1
+    features = {
+        name: tools.cupy.asarray(as_ml_dtypes(value)) if isinstance(value, np.ndarray) else value
+        for name, value in draw_features(names, d // 64, batch, 2, dtype).items()
+    }
+    lengths = {}
+    if packed:
+        lengths["cu_seqlens_q"] = tools.int32(3, 103, 103, 104, 204)
+        # At 256 some are shorter: rows that see nothing.
+        lengths["cu_seqlens_k"] = lengths["cu_seqlens_q"] if d == 128 else tools.int32(3, 40, 70, 104, 204)
 
-        def array(rows: int, h: int, d: int = d, dtype: str = dtype, packed: bool = packed) -> Any:
-            values = rng.standard_normal((rows, h, d)).astype(types[dtype])
-            if packed:
-                values[:3], values[354:] = np.nan, np.nan
-            return cupy.asarray(values if packed else values[None])
+    def array(rows: int, heads: int) -> Any:
+        values = tools.normal((rows, heads, d), dtype)
+        if packed:
+            values[:3], values[204:] = np.nan, np.nan
+        return tools.cupy.asarray(values if packed else values[None])
 
-        q, dout, k, v = array(360, 4), array(360, 4), array(360 if packed else 200, 2), array(360 if packed else 200, 2)
-        sinks = cupy.asarray(rng.standard_normal(4).astype(np.float32))
-        dlse = cupy.asarray(rng.standard_normal((4, 360) if packed else (1, 4, 360)).astype(np.float32))
-        keys = starts if d == 128 else cupy.asarray(np.array((3, 40, 100, 154, 354), np.int32))  # some are shorter
-        lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": keys} if packed else {}
-        options = {"causal": True, "sinks": sinks, **lengths}
-        for kernels in (contextlib.nullcontext, sm80_kernels):
-            with kernels():
-                size = fa2cupy.forward_workspace_bytes(q, k, v, **options)
-                given = {"workspace": cupy.full(size, 0xFF, cupy.uint8)} if size else {}
-                out, lse = fa2cupy.attention(
-                    q, k, v, **options, return_lse=True, out=cupy.full_like(dout, math.nan), **given
-                )
-                workspace = cupy.full(fa2cupy.backward_workspace_bytes(q, k, v, **options), 0xFF, cupy.uint8)
-                gradients = fa2cupy.attention_backward(
-                    dout, q, k, v, out, lse, **options, dlse=dlse, grad_of=("sinks",), workspace=workspace
-                )
-                for x in (out, *gradients):
-                    assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+    rows_k = 210 if packed else 140
+    inputs = array(210, 2), array(rows_k, 1), array(rows_k, 1), array(210, 2)
+    more: dict[str, Any] = {}
+    if "sinks" in names:
+        more = {"dlse": tools.cupy.asarray(tools.normal((2, 210) if packed else (1, 2, 210))), "grad_of": ("sinks",)}
+    run_both(tools, fa2cupy, inputs, {"causal": True, **features, **lengths}, False, **more)
 
 
-def run_merge_cases(cupy: Any, np: Any, rng: Any, types: dict[str, Any]) -> None:
+def run_both(
+    tools: Tools, fa2cupy: Any, inputs: Any, options: dict[str, Any], deterministic: bool, **more: Any
+) -> None:
+    """Forward and backward, by the kernels of this GPU and those of every GPU."""
+    q, k, v, dout = inputs
+    for kernels in (contextlib.nullcontext, sm80_kernels):
+        with kernels():
+            workspace = tools.workspace(fa2cupy.forward_workspace_bytes(q, k, v, **options))
+            given = {"out": tools.nan_like(dout), **workspace}
+            out, lse = fa2cupy.attention(q, k, v, **options, return_lse=True, **given)
+            backward = {**options, "deterministic": deterministic}
+            workspace = tools.workspace(fa2cupy.backward_workspace_bytes(q, k, v, **backward))
+            gradients = fa2cupy.attention_backward(dout, q, k, v, out, lse, **backward, **more, **workspace)
+            tools.check(out, *gradients)
+
+
+def merging(tools: Tools, pieces: int, d: int, dtype: str) -> None:
     from fa2cupy import merged
     from fa2cupy.frameworks import CUPY
     from fa2cupy.merge import merge_attention
 
-    for pieces, d, dtype in ((4, 128, "bfloat16"), (2, 59, "float16"), (9, 64, "float32")):
-        kind = types.get(dtype, np.float32)
-        outs = [cupy.asarray(rng.standard_normal((2, 13, 3, d)).astype(kind)) for _ in range(pieces)]
-        lses = [cupy.asarray(rng.standard_normal((2, 3, 13)).astype(np.float32)) for _ in range(pieces)]
-        out, lse = merge_attention(outs, lses)
-        douts, dlses = merged.differentiate(CUPY, (out, lse), outs, lses, out, lse)
-        for x in (out, lse, *douts, *dlses):
-            assert np.isfinite(cupy.asnumpy(x).astype(np.float32)).all()
+    outs = [tools.cupy.asarray(tools.normal((2, 13, 3, d), dtype)) for _ in range(pieces)]
+    lses = [tools.cupy.asarray(tools.normal((2, 3, 13))) for _ in range(pieces)]
+    out, lse = merge_attention(outs, lses)
+    douts, dlses = merged.differentiate(CUPY, (out, lse), outs, lses, out, lse)
+    tools.check(out, lse, *douts, *dlses)
+
+
+def cached(tools: Tools, before: tuple[int, ...], changes: dict[str, Any]) -> None:
+    """NaN where nobody may read; tiles that thread blocks share, cut as they come and where split_size says."""
+    import fa2cupy
+    from tests import caches
+    from tests.host.caches import arguments
+
+    drawn = caches.draw(caches.CacheCase(before, heads=(4, 2), causal=True, **changes))
+    q, k, v, of_cache, of_call = arguments(drawn)
+
+    def on_gpu(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(on_gpu, x))
+        return tools.cupy.asarray(x) if isinstance(x, tools.np.ndarray) else x
+
+    of_cache, of_call = ({name: on_gpu(x) for name, x in given.items()} for given in (of_cache, of_call))
+    for split_size in (None, 64):
+        cache = fa2cupy.KVCache(on_gpu(k), on_gpu(v), **of_cache)
+        q = on_gpu(q)
+        out = tools.nan_like(q[..., : drawn.case.head_dim_v] if drawn.case.head_dim_v else q)
+        tools.check(cache.attend(q, **of_call, split_size=split_size, out=out, **tools.workspace(1 << 23)))
+
+
+RUNS = {dense: DENSE, listed: LISTED, scored: SCORED, merging: MERGED, cached: CACHED}
 
 
 def errors_reported(output: str) -> int:
@@ -241,50 +317,75 @@ def errors_reported(output: str) -> int:
     return int(found[-1]) if found else -1
 
 
+def started(prefix: list[str], shares: int) -> list[subprocess.Popen[str]]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [*prefix, sys.executable, str(Path(__file__).resolve()), "--run-cases"]
+    return [
+        subprocess.Popen(
+            [*command, f"{share}/{shares}"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        for share in range(shares)
+    ]  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str], end: float) -> str:
+    """Its output. A tool and what it watches are processes of one session."""
+    try:
+        return process.communicate(timeout=max(1.0, end - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0] + "\nstopped: out of time"
+
+
+def without_a_tool(end: float) -> float:
+    """How many seconds the cases take, mostly to compile; exits if one fails."""
+    start = time.monotonic()
+    processes = started([], len(os.sched_getaffinity(0)))
+    for process, output in [(process, ended(process, end)) for process in processes]:
+        if process.returncode:
+            sys.exit(f"the cases fail without a tool:\n{output}")
+    return time.monotonic() - start
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--timeout", type=float, default=420.0, help="seconds for each tool")
-    parser.add_argument("--run-cases", action="store_true", help="only what the tools watch, without a tool")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for all of it")
+    parser.add_argument("--run-cases", metavar="SHARE/OF", help="only what the tools watch, without a tool")
     args = parser.parse_args(arguments)
     if args.run_cases:
-        run_cases()
+        run_cases(*(int(number) for number in args.run_cases.split("/")))
         return 0
     sanitizer = shutil.which("compute-sanitizer") or next(
         iter(map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))), None
     )
     if sanitizer is None:
         sys.exit("compute-sanitizer is not here: it comes with the CUDA toolkit")
-    environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    )
-    command = [sys.executable, str(Path(__file__).resolve()), "--run-cases"]
-    subprocess.run(command, check=True, env=environment, timeout=args.timeout)  # compiles everything
     tools = args.tools.split(",")
+    end = time.monotonic() + args.timeout
+    print(f"without a tool: {without_a_tool(end):.0f} s", flush=True)
     start = time.monotonic()
-    # Side by side: most of their time is the host's.
-    processes = {
-        tool: subprocess.Popen(
-            [sanitizer, "--tool", tool, "--error-exitcode", "9", *EXTRA[tool], *command],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
+    running = {
+        tool: started([sanitizer, "--tool", tool, "--error-exitcode", "9", *EXTRA[tool]], SHARES[tool])
         for tool in tools
-    }  # fmt: skip
+    }
     outcome: dict[str, Any] = {}
-    for tool, process in processes.items():
-        try:
-            output, _ = process.communicate(timeout=max(1.0, args.timeout - (time.monotonic() - start)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0] + "\nstopped: out of time"
-        errors = errors_reported(output)
-        clean = process.returncode == 0 and errors == 0
-        outcome[tool] = "clean" if clean else f"{errors} errors" if errors > 0 else "did not finish"
-        print(f"{tool}: {outcome[tool]} ({time.monotonic() - start:.0f} s)", flush=True)
-        if not clean:
-            lines = output.splitlines()
-            print("\n".join([*lines[:60], "...", *lines[-20:]] if len(lines) > 80 else lines), flush=True)
+    for tool, processes in running.items():
+        outputs = [ended(process, end) for process in processes]
+        errors = [errors_reported(output) for output in outputs]
+        clean = [process.returncode == 0 and found == 0 for process, found in zip(processes, errors, strict=True)]
+        found = sum(max(0, n) for n in errors)
+        outcome[tool] = "clean" if all(clean) else f"{found} errors" if found else "did not finish"
+        seconds = re.findall(r"^ *([\d.]+ s  .*)$", "\n".join(outputs), re.MULTILINE)
+        slowest = max(seconds, key=lambda line: float(line.split()[0]), default="no case")
+        print(f"{tool}: {outcome[tool]} ({time.monotonic() - start:.0f} s; the slowest: {slowest})", flush=True)
+        for output, is_clean in zip(outputs, clean, strict=True):
+            if not is_clean:
+                lines = output.splitlines()
+                print("\n".join([*lines[:60], "...", *lines[-20:]] if len(lines) > 80 else lines), flush=True)
     print("all: " + ", ".join(f"{tool} {text}" for tool, text in outcome.items()), flush=True)
     if args.record:
         current = record.read(args.record)

@@ -24,8 +24,9 @@ def _expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ..
     return out, lse, *fa2cupy.attention_backward(dout, q, k, v, out, lse, causal=True, deterministic=True)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_or_not_the_same_bits(dtype: str, device: torch.device) -> None:
+def test_packed_or_not_the_same_bits(dtype: str, compiled: bool, device: torch.device) -> None:
     inputs = inputs_of(Case(150, 150, 64, dtype, True, seed=5), device)
     q, k, v, dout = (inputs[name] for name in NAMES)
     out, lse, dq, dk, dv = _expected(q, k, v, dout)
@@ -36,8 +37,9 @@ def test_packed_or_not_the_same_bits(dtype: str, device: torch.device) -> None:
         (flash_attn_qkvpacked_func, [torch.stack((q, k, v), 2)], [torch.stack((dq, dk, dv), 2)]),
     )
     for function, arrays, gradients in calls:
-        arrays = [x.requires_grad_() for x in arrays]
-        results = function(*arrays, **options)
+        arrays = [x.detach().requires_grad_() for x in arrays]
+        run = torch.compile(function, backend="aot_eager", fullgraph=True) if compiled else function
+        results = run(*arrays, **options)
         assert torch.equal(results[0], out), function
         assert torch.equal(results[1], lse), function
         for found, gradient in zip(torch.autograd.grad(results[0], arrays, dout), gradients, strict=True):

@@ -1,4 +1,4 @@
-"""The backward against float64: the plan of shapes, every head_dim and pair of heads, random combinations, bits."""
+"""Forward and backward against float64: the plan of shapes, every head_dim and pair of heads, random ones, bits."""
 
 from __future__ import annotations
 

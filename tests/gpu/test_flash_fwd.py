@@ -1,4 +1,5 @@
-"""The forward against float64: the plan of shapes, every head_dim and pair of heads, random combinations, bits."""
+"""The forward against float64 where test_flash_bwd, whose cases run it too, does not go: long sequences, the kernel of
+every GPU; bits."""
 
 from __future__ import annotations
 
@@ -8,11 +9,6 @@ import torch
 import fa2cupy
 from tests.gpu.cases import DTYPES, Case, groups
 from tests.gpu.runner import check_all, inputs_of
-
-
-@pytest.mark.parametrize("cases", groups())
-def test_forward(cases: list[Case], device: torch.device) -> None:
-    check_all(cases, False, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -26,9 +22,9 @@ def test_rows_for_long_sequences(dtype: str, device: torch.device) -> None:
 @pytest.mark.parametrize("cases", groups())
 @pytest.mark.usefixtures("sm80_kernels")
 def test_forward_of_sm80(cases: list[Case], device: torch.device) -> None:
-    """The same with the kernel that every GPU has, on a GPU that would take another."""
+    """test_flash_bwd's cases with the kernel that every GPU has, on a GPU that would take another."""
     if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("test_forward has run the only kernel that there is")
+        pytest.skip("test_flash_bwd has run the only kernel that there is")
     check_all(cases, False, device)
 
 

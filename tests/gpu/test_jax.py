@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fa2cupy
+from tests.gpu.cases import Case
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -24,7 +25,14 @@ SHAPES = {
     "64 wide batch": ((3, 130, 4, 64), (3, 257, 4, 64)),
     "256": ((1, 200, 4, 256), (1, 333, 2, 256)),
     "72 unaligned": ((1, 150, 2, 72), (1, 150, 2, 72)),
+    "64 even": ((2, 130, 4, 64), (2, 130, 2, 64)),
 }
+
+NEEDS = [
+    Case(q[1], k[1], q[3], "bfloat16", causal, q[0], (q[2], k[2]), given=False, deterministic=deterministic)
+    for q, k in SHAPES.values()
+    for causal, deterministic in ((True, False), (False, False), (True, True))
+]
 
 
 def normal(seed: int, *shape: int, dtype: str = "bfloat16") -> Any:
@@ -144,6 +152,76 @@ def test_segments_are_packed_sequences() -> None:
     assert value == 0 and not any(bool(x.any()) for x in gradients)
 
 
+def with_features(q: Any, k: Any, v: Any, sinks: Any, slopes: Any, keep: Any, softcap: float, p: float) -> Any:
+    """The formula in float32 with softcap, ALiBi, sinks and a dropout mask, causal; as many queries as keys."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.astype("float32") for x in (q, jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * q.shape[3] ** -0.5
+    scores = softcap * jnp.tanh(scores / softcap)
+    i = jnp.arange(scores.shape[3])
+    scores -= slopes[..., None, None] * abs(i[:, None] - i)
+    scores = jnp.where(i[:, None] >= i, scores, -jnp.inf)
+    own = jnp.broadcast_to(sinks.astype("float32")[:, None, None], (*scores.shape[:3], 1))
+    lse = jax.nn.logsumexp(jnp.concatenate([scores, own], -1), -1)
+    kept = jnp.exp(scores - lse[..., None]) * keep / (1 - round(p * 2**15) / 2**15)
+    return jnp.einsum("bhqk,bkhd->bqhd", kept, v, precision="highest"), lse
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_and_dropout(dtype: str) -> None:
+    """softcap, ALiBi, sinks and dropout together, by a key that is an operand; dtype: of the sinks."""
+    x = inputs("128")
+    batch, rows, heads, _ = x[0].shape
+    sinks, slopes = jnp.linspace(-1, 2, heads).astype(dtype), 2.0 ** -normal(7, batch, heads, dtype="float32") / 16
+    softcap, p = 5.0, 0.2
+
+    def ours(sinks: Any, key: Any, *qkv: Any) -> Any:
+        of = {"sinks": sinks, "alibi_slopes": slopes, "softcap": softcap, "dropout_p": p, "dropout_seed": key}
+        return fa2cupy.attention(*qkv, causal=True, return_lse=True, deterministic=True, **of)
+
+    def formula(sinks: Any, keep: Any, *qkv: Any) -> Any:
+        return with_features(*qkv, sinks, slopes, keep, softcap, p)
+
+    def derived(function: Any) -> Any:
+        def total(q: Any, k: Any, v: Any, sinks: Any, drawn: Any) -> Any:
+            return loss(functools.partial(function, sinks, drawn), 1.0, q, k, v, *x[3:])
+
+        return jax.jit(jax.grad(total, (0, 1, 2, 3)))
+
+    run, by_formula = derived(ours), derived(formula)
+    for key in jax.random.split(jax.random.key(3), 2):
+        keep = jnp.asarray(fa2cupy.dropout_mask(batch, heads, rows, rows, p, key))
+        got = run(*x[:3], sinks, key)
+        for mine, right in zip(got, by_formula(*x[:3], sinks, keep), strict=True):
+            assert mine.dtype == right.dtype and error(mine, right) < 2e-2
+        assert got[3].dtype == dtype
+        for again, first in zip(run(*x[:3], sinks, key), got, strict=True):
+            assert bool((again == first).all())
+    assert run._cache_size() == 1
+
+
+def test_keys_in_a_command_buffer() -> None:
+    """A chain long enough for one, with a key for each link: other keys are read anew, without a recompilation."""
+    q, k, v, *_ = inputs("128")
+    attend = functools.partial(fa2cupy.attention, causal=True, dropout_p=0.3)
+
+    def chain(q: Any, keys: Any) -> Any:
+        for key in keys:
+            q = q + attend(q, k, v, dropout_seed=key)
+        return q
+
+    run, results = jax.jit(chain), []
+    for seed in (0, 1, 0):
+        keys = jax.random.split(jax.random.key(seed), 8)
+        results.append(run(q, keys))
+        by_hand = q
+        for key in keys:
+            by_hand = by_hand + attend(by_hand, k, v, dropout_seed=key)
+        assert bool((results[-1] == by_hand).all())
+    assert bool((results[0] == results[2]).all()) and bool((results[0] != results[1]).any())
+    assert run._cache_size() == 1
+
+
 def test_vmap_is_a_larger_batch() -> None:
     q, k, v, *_ = inputs("64 wide batch")
     qs, ks, vs = (jnp.stack([x, -x]) for x in (q, k, v))
@@ -246,6 +324,34 @@ def test_sharded_over_two_gpus(kind: str) -> None:
             assert got.sharding.spec[0] == "gpus" and error(got, right) < 1e-2
 
 
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="one GPU: shardings are tested on four devices of the CPU")
+@pytest.mark.parametrize("dimension", [0, 2])
+def test_dropout_and_sinks_over_two_gpus(dimension: int) -> None:
+    """Sharded by batch and by heads, dropout drops what it drops on one GPU."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((2,), ("gpus",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    q, k, v, weight, _ = inputs("64 even")
+    sinks, key = jnp.linspace(-1, 2, q.shape[2]), jax.random.key(5)
+
+    @jax.jit
+    def derived(q: Any, k: Any, v: Any, weight: Any, sinks: Any) -> Any:
+        def attend(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+            how = {"deterministic": True, "dropout_p": 0.3, "dropout_seed": key}
+            return fa2cupy.attention(q, k, v, causal=True, sinks=sinks, **how)
+
+        out, pullback = jax.vjp(attend, q, k, v, sinks)
+        return out, *pullback(weight)
+
+    wanted = derived(q, k, v, weight, sinks)
+    spec = PartitionSpec(*("gpus" if i == dimension else None for i in range(4)))
+    placed = [jax.device_put(np.asarray(y), NamedSharding(mesh, spec)) for y in (q, k, v, weight)]
+    of_heads = NamedSharding(mesh, PartitionSpec("gpus" if dimension == 2 else None))
+    got = derived(*placed, jax.device_put(np.asarray(sinks), of_heads))
+    for mine, right in zip(got, wanted, strict=True):  # perhaps by other tiles, and never by another mask
+        assert error(mine, right) < 1e-2
+
+
 def test_an_eager_call_is_remembered() -> None:
     from fa2cupy.prepared import PREPARED
 
@@ -254,3 +360,33 @@ def test_an_eager_call_is_remembered() -> None:
     known = len(PREPARED)
     assert known and bool((fa2cupy.attention(q + 0, k, v, causal=True) == first).all())
     assert len(PREPARED) == known
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_kv_cache_in_a_loop(page: int) -> None:
+    """Token by token by lax.scan, the caches carried along and written in place; eagerly, too."""
+    q, k, v = (normal(seed, 2, 40, heads, 128) for seed, heads in enumerate((8, 2, 2)))
+    shape = (2, 64, 2, 128) if not page else (9, page, 2, 128)
+    empty = jnp.full(shape, jnp.nan, jnp.bfloat16)
+    table = {} if not page else {"block_table": jnp.array([[8, 1, 3, 2], [0, 7, 4, 5]], jnp.int32)}
+
+    def step(state: Any, new: Any) -> Any:
+        keys, values, length = state
+        q, k, v = (x[:, None] for x in new)
+        out, keys, values = fa2cupy.attention_with_kvcache(
+            q, keys, values, k, v, cache_seqlens=jnp.full((2,), length, jnp.int32), causal=True, **table
+        )
+        return (keys, values, length + 1), out[:, 0]
+
+    tokens = tuple(x.swapaxes(0, 1) for x in (q, k, v))
+    (keys, values, _), outs = jax.jit(lambda tokens: jax.lax.scan(step, (empty, empty + 0, 0), tokens))(tokens)
+    assert error(outs.swapaxes(0, 1), plain(q, k, v, True)[0]) < 0.01
+    for stored, new in ((keys, k), (values, v)):
+        whole = stored[table["block_table"]].reshape(2, -1, 2, 128) if page else stored
+        assert (whole[:, :40] == new).all() and jnp.isnan(whole[:, 40:]).all()
+    cache, written = fa2cupy.KVCache(keys, values, **table), keys
+    lengths = jnp.full((2,), 40, jnp.int32)
+    seen = cache.attend(q[:, :1], cache_seqlens=lengths)
+    assert error(seen, plain(q[:, :1], k, v, False)[0]) < 0.01 and not written.is_deleted()
+    again, keys, _ = cache.attend(q[:, :1], k=k[:, :1], v=v[:, :1], cache_seqlens=lengths - 1)
+    assert written.is_deleted() and not jnp.isnan(again).any()

@@ -14,6 +14,7 @@ from tests.gpu.cases import Case
 
 Tensor = torch.Tensor
 GIB = 1 << 30
+pytestmark = pytest.mark.xdist_group("large")  # one after the other: together they would need too much memory
 NEEDS = [Case(64, 64, d, "bfloat16", causal) for d in (64, 128) for causal in (False, True)]
 
 

@@ -1,4 +1,5 @@
-"""Attention of sequences whose lengths only the device knows: each beside float64, with NaN around all of them."""
+"""The forward of sequences whose lengths only the device knows: bits, graphs, waiting, wrong lengths. Beside float64
+they are in test_lengths_backward."""
 
 from __future__ import annotations
 
@@ -7,82 +8,10 @@ import pytest
 import torch
 
 import fa2cupy
-from tests.gpu import oracle
-from tests.gpu.cases import SM80_WIDTHS, WIDTHS
-from tests.gpu.ledger import LEDGER
-from tests.gpu.test_lengths_backward import (
-    EQUAL,
-    MIXED,
-    SKEWED,
-    Call,
-    call_of,
-    cases_of,
-    unseen_of,
-)
+from tests.gpu.test_lengths_backward import EQUAL, MIXED, SKEWED, call_of
 from tests.host.lengths import LengthsCase, lengths_of
 
 Tensor = torch.Tensor
-
-
-def run(call: Call) -> tuple[Tensor, Tensor, bool]:
-    """out and lse, from arrays of NaN between guards, and whether these are as they were."""
-    wholes = []
-    for name in ("out", "lse"):
-        like = call.tensors[name]
-        whole = torch.full((3, *like.shape), 7.0, dtype=like.dtype, device=like.device)
-        whole[1] = torch.nan
-        wholes.append(whole)
-    out, lse = (whole[1] for whole in wholes)
-    options = {name: value for name, value in call.options.items() if name != "deterministic"}
-    inputs = (call.tensors[name] for name in "qkv")
-    found = fa2cupy.attention(*inputs, return_lse=True, out=out, lse_out=lse, **options)
-    assert found[0] is out and found[1] is lse
-    return out, lse, all(bool((whole[place] == 7).all()) for whole in wholes for place in (0, 2))
-
-
-def problems_of(case: LengthsCase, device: torch.device) -> list[str]:
-    """What is wrong with a case, one sentence each."""
-    call = call_of(case, device)
-    lengths = case.lengths
-    call.tensors["out"], call.tensors["lse"], guarded = run(call)
-    problems = [] if guarded else [f"{case}: memory beside the results was written"]
-    nobodys = Call(case, {name: torch.ones_like(call.tensors[name], dtype=torch.bool) for name in ("out", "lse")}, {})
-    for sequence in range(lengths.sequences):
-        seqlens = [lengths.runs(side)[sequence][1] for side in "qk"]
-        first, _ = unseen_of(lengths, *seqlens)
-        nobodys.part("out", sequence)[first:] = False
-        nobodys.part("lse", sequence)[:, first:] = False
-        if 0 in seqlens:
-            continue
-        one = {name: call.part(name, sequence)[None] for name in ("q", "k", "v", "out", "lse")}
-        lse, bounds = oracle.attention(
-            *(one[name] for name in "qkv"), None,
-            causal=lengths.causal, scale=case.head_dim**-0.5, window=lengths.window,
-        )  # fmt: skip
-        judgements = oracle.judge({"out": one["out"]}, one["lse"], lse, bounds, {})
-        LEDGER.add(case.dtype, judgements)
-        problems += [f"{case} sequence {sequence}: {text}" for each in judgements.values() for text in each.problems]
-    if not (call.tensors["out"][nobodys.tensors["out"]] == 0).all():
-        problems.append(f"{case}: out is not 0 in rows of no sequence, or that see nothing")
-    if not (call.tensors["lse"][nobodys.tensors["lse"]] == -torch.inf).all():
-        problems.append(f"{case}: lse is not -inf there")
-    return problems
-
-
-def check_all(cases: list[LengthsCase], device: torch.device) -> None:
-    problems = [problem for case in cases for problem in problems_of(case, device)]
-    assert not problems, f"{len(problems)} problems in {len(cases)} cases:\n" + "\n".join(problems[:40])
-
-
-@pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype"), WIDTHS)
-def test_lengths(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
-    check_all(list(cases_of(head_dim, head_dim_v, dtype)), device)
-
-
-@pytest.mark.parametrize(("head_dim", "dtype"), SM80_WIDTHS)
-@pytest.mark.usefixtures("sm80_kernels")
-def test_lengths_of_sm80(head_dim: int, dtype: str, device: torch.device) -> None:
-    check_all(list(cases_of(head_dim, None, dtype))[::2], device)
 
 
 def equal_lengths(seqlen: int, head_dim: int, batch: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -125,18 +54,12 @@ def test_many_short_sequences(head_dim: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_a_long_sequence_among_small_ones(head_dim: int, device: torch.device) -> None:
-    lengths = lengths_of((5, 9), (100_000, 700), (64, 64), (700, 100_000), (0, 3), causal=True)
-    check_all([LengthsCase(lengths, head_dim, heads=(1, 1))], device)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_bits_repeat(head_dim: int, device: torch.device) -> None:
     """They do not depend on the order of the list, which may be another each time."""
     call = call_of(LengthsCase(lengths_of(*SKEWED, causal=True), head_dim, heads=(4, 2)), device)
-    out, lse, _ = run(call)
+    out, lse, _ = call.forward()
     for _ in range(100):
-        again = run(call)
+        again = call.forward()
         assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
@@ -160,13 +83,13 @@ def test_a_graph_serves_other_lengths(device: torch.device) -> None:
             array.copy_(other.options[name])  # type: ignore[attr-defined]
         graph.replay()
         torch.cuda.synchronize(device)
-        expected = run(other)
+        expected = other.forward()
         assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 
 def test_nothing_waits(device: torch.device) -> None:
     call = call_of(LengthsCase(lengths_of(*MIXED)), device)
-    run(call)
+    call.forward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         inputs = (call.tensors[name] for name in "qkv")
@@ -190,14 +113,14 @@ def test_wrong_lengths_write_nowhere_else(
         assert isinstance(starts, Tensor)
         for wrong in (starts.flip(0), starts * 1000, starts - 10**6, starts * 0 - 5, starts * 0 + 2**31 - 1):
             call.options = right | {name: wrong.contiguous()}
-            assert run(call)[2], f"{name} = {wrong.tolist()}"
+            assert call.forward()[2], f"{name} = {wrong.tolist()}"
             torch.cuda.synchronize(device)
 
 
 def test_cupy_arrays(device: torch.device) -> None:
     """The same bits as of torch's tensors, new or given results, and inside a capture."""
     call = call_of(LengthsCase(lengths_of(*SKEWED, causal=True), 128, "float16", heads=(4, 2)), device)
-    out, lse, _ = run(call)
+    out, lse, _ = call.forward()
     arrays = [cupy.from_dlpack(call.tensors[name]) for name in "qkv"]
     starts = {name: cupy.from_dlpack(call.options[name]) for name in call.lengths.arrays}
     found = fa2cupy.attention(*arrays, causal=True, return_lse=True, **starts)

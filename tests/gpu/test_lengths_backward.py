@@ -1,9 +1,9 @@
-"""Gradients of sequences whose lengths only the device knows: each beside float64, with NaN around all of them."""
+"""Sequences whose lengths only the device knows, forward and backward: each beside float64, with NaN around all of
+them; then gradients alone."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common, plan_backward, plan_forward
 from fa2cupy.kernels.plan import Plan
 from fa2cupy.problem import SPECS, AttentionProblem
+from tests.covering import covering
 from tests.gpu import oracle
 from tests.gpu.cases import SM80_WIDTHS, WIDTHS
 from tests.gpu.ledger import LEDGER
@@ -60,6 +61,21 @@ class Call:
             whole = whole[self.lengths.row(side, sequence)]
         return whole[:, first : first + length] if name == "lse" else whole[first : first + length]
 
+    def forward(self) -> tuple[Tensor, Tensor, bool]:
+        """out and lse, from arrays of NaN between guards, and whether these are as they were."""
+        wholes = []
+        for name in ("out", "lse"):
+            like = self.tensors[name]
+            whole = torch.full((3, *like.shape), 7.0, dtype=like.dtype, device=like.device)
+            whole[1] = torch.nan
+            wholes.append(whole)
+        out, lse = (whole[1] for whole in wholes)
+        options = {name: value for name, value in self.options.items() if name != "deterministic"}
+        inputs = (self.tensors[name] for name in "qkv")
+        found = fa2cupy.attention(*inputs, return_lse=True, out=out, lse_out=lse, **options)
+        assert found[0] is out and found[1] is lse
+        return out, lse, all(bool((whole[place] == 7).all()) for whole in wholes for place in (0, 2))
+
     def gradients(self) -> tuple[Tensor, ...]:
         """Into results of NaN."""
         inputs = (self.tensors[name] for name in ("dout", "q", "k", "v", "out", "lse"))
@@ -69,7 +85,7 @@ class Call:
 
 
 def call_of(case: LengthsCase, device: torch.device) -> Call:
-    """`out` and `lse` are those of dense calls, sequence by sequence."""
+    """`out` and `lse` are those of `forward`, but NaN where it writes what everybody knows."""
     lengths = case.lengths
     generator = torch.Generator(device=device).manual_seed(case.seed)
     mask = {"causal": lengths.causal} | ({} if lengths.window is None else {"window_size": lengths.window})
@@ -77,6 +93,7 @@ def call_of(case: LengthsCase, device: torch.device) -> Call:
     if lengths.segment_ids is not None:
         given["segment_ids"] = given.pop("segment_ids_q"), given.pop("segment_ids_k")
     call = Call(case, {}, {"deterministic": case.deterministic, **mask, **given})
+    seen = {side: seen_of(lengths, side, device) for side in "qk"}
     for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse"):
         side = "k" if name in ("k", "v", "dk", "dv") else "q"
         rows, heads = getattr(lengths, f"rows_{side}"), case.heads[side == "k"]
@@ -88,19 +105,23 @@ def call_of(case: LengthsCase, device: torch.device) -> Call:
         dtype = getattr(torch, case.dtype)
         whole = torch.full((*batch, rows, heads, width + case.pad), torch.nan, dtype=dtype, device=device)
         call.tensors[name] = whole[..., :width]
-    for sequence in range(lengths.sequences):
-        seqlens = [lengths.runs(side)[sequence][1] for side in "qk"]
-        queries, keys = unseen_of(lengths, *seqlens)
-        for name in ("q", "k", "v", "dout"):
-            part = call.part(name, sequence)
-            part.copy_(torch.randn(part.shape, device=device, generator=generator))
-            part[: keys if name in ("k", "v") else queries] = torch.nan
-        if 0 not in seqlens:
-            one = (call.part(name, sequence)[None] for name in ("q", "k", "v"))
-            out, lse = fa2cupy.attention(*one, return_lse=True, **mask)
-            call.part("out", sequence).copy_(out[0])
-            call.part("lse", sequence).copy_(lse[0])
+        if name in ("q", "k", "v", "dout"):
+            numbers = torch.randn((*batch, rows, heads, width), device=device, generator=generator)
+            whole[..., :width] = torch.where(seen[side][..., None, None], numbers, torch.nan)
+    out, lse, _ = call.forward()
+    call.tensors["out"] = torch.where(seen["q"][..., None, None], out, torch.nan)
+    call.tensors["lse"] = torch.where(seen["q"][..., None, :], lse, torch.nan)
     return call
+
+
+def seen_of(lengths: Lengths, side: str, device: torch.device) -> Tensor:
+    """Of the array's rows, with its batch if it has one: which of the queries see a key, or which keys a query sees."""
+    seen = torch.zeros((lengths.batch(side), getattr(lengths, f"rows_{side}")), dtype=torch.bool)
+    for sequence, runs in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
+        unseen = unseen_of(lengths, *(length for _, length in runs))["qk".index(side)]
+        first, length = runs["qk".index(side)]
+        seen[lengths.row(side, sequence), first + unseen : first + length] = True
+    return (seen[0] if lengths.is_packed(side) else seen).to(device)
 
 
 def unseen_of(lengths: Lengths, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
@@ -113,35 +134,32 @@ def unseen_of(lengths: Lengths, seqlen_q: int, seqlen_k: int) -> tuple[int, int]
 
 
 def problems_of(case: LengthsCase, device: torch.device) -> list[str]:
-    """What is wrong with a case, one sentence each."""
-    call = call_of(case, device)
+    """What is wrong with a case, one sentence each. Sequences of the same lengths are judged together."""
+    call, lengths = call_of(case, device), case.lengths
     call.gradients()
-    lengths = case.lengths
-    results = ("dq", "dk", "dv")
-    problems = []
-    nobodys = Call(case, {name: torch.ones_like(call.tensors[name], dtype=torch.bool) for name in results}, {})
-    for sequence in range(lengths.sequences):
-        empty = 0 in (lengths.runs(side)[sequence][1] for side in "qk")
-        for name in results:
-            nobodys.part(name, sequence)[...] = empty
-        if empty:
-            continue
-        one = {name: call.part(name, sequence)[None] for name in (*results, "q", "k", "v", "dout", "out")}
+    call.tensors["out"], call.tensors["lse"], guarded = call.forward()
+    problems = [] if guarded else [f"{case}: memory beside the results was written"]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for sequence, ((_, seqlen_q), (_, seqlen_k)) in enumerate(zip(lengths.runs("q"), lengths.runs("k"), strict=True)):
+        if seqlen_q and seqlen_k:
+            alike.setdefault((seqlen_q, seqlen_k), []).append(sequence)
+    for sequences in alike.values():
+        of = {name: torch.stack([call.part(name, sequence) for sequence in sequences]) for name in call.tensors}
         lse, bounds = oracle.attention(
-            *(one[name] for name in ("q", "k", "v", "dout")),
+            *(of[name] for name in ("q", "k", "v", "dout")),
             causal=lengths.causal,
             scale=case.head_dim**-0.5,
             window=lengths.window,
-            out=one["out"],
+            out=of["out"],
         )
-        judgements = oracle.judge({name: one[name] for name in results}, None, lse, bounds, {})
+        judgements = oracle.judge({name: of[name] for name in ("out", "dq", "dk", "dv")}, of["lse"], lse, bounds, {})
         LEDGER.add(case.dtype, judgements)
-        problems += [
-            f"{case} sequence {sequence}: {text}" for judged in judgements.values() for text in judged.problems
-        ]
-    for name, rows in nobodys.tensors.items():
-        if not (call.tensors[name][rows] == 0).all():
-            problems.append(f"{case}: {name} is not 0 in rows of no sequence")
+        problems += [f"{case} sequences {sequences}: {text}" for each in judgements.values() for text in each.problems]
+    for name, nothing in (("out", 0), ("dq", 0), ("dk", 0), ("dv", 0), ("lse", -torch.inf)):
+        seen = seen_of(lengths, "k" if name in ("dk", "dv") else "q", device)
+        seen = seen[..., None, :] if name == "lse" else seen[..., None, None]
+        if not ((call.tensors[name] == nothing) | seen).all():
+            problems.append(f"{case}: {name} is not {nothing} in rows of no sequence, or that see nothing")
     return problems
 
 
@@ -150,25 +168,33 @@ def check_all(cases: list[LengthsCase], device: torch.device) -> None:
     assert not problems, f"{len(problems)} problems in {len(cases)} cases:\n" + "\n".join(problems[:40])
 
 
-def cases_of(head_dim: int, head_dim_v: int | None, dtype: str) -> Iterator[LengthsCase]:
-    masks = ((False, None), (True, None), (False, (100, 30)), (True, (257, -1)))
-    sides = ((True, True), (True, False), (False, True), (False, False))
-    for number, (sequences, (causal, window), (packed_q, packed_k)) in enumerate(
-        itertools.product((MIXED, FEW, EQUAL), masks, sides)
-    ):
+MASKS = ((False, None), (True, None), (False, (100, 30)), (True, (257, -1)))
+
+
+def cases_of(head_dim: int, head_dim_v: int | None, dtype: str) -> list[LengthsCase]:
+    """Every two choices of lengths, mask, layout, heads and order; which three, differs from width to width."""
+    factors = {
+        "sequences": (MIXED, FEW, EQUAL),
+        "mask": MASKS,
+        "packed": ((True, True), (True, False), (False, True), (False, False)),
+        "heads": ((4, 4), (6, 3), (4, 1)),
+        "deterministic": (False, True),
+    }
+    cases = []
+    for number, chosen in enumerate(covering(factors, seed=head_dim + (dtype == "float16"))):
+        (packed_q, packed_k), (causal, window) = chosen["packed"], chosen["mask"]
         lengths = lengths_of(
-            *sequences, packed_q=packed_q, packed_k=packed_k, behind=number % 4 * 3, causal=causal, window=window
+            *chosen["sequences"],
+            packed_q=packed_q,
+            packed_k=packed_k,
+            behind=number % 4 * 3,
+            causal=causal,
+            window=window,
         )
-        yield LengthsCase(
-            lengths,
-            head_dim,
-            dtype,
-            ((4, 4), (6, 3), (4, 1))[number % 3],
-            head_dim_v=head_dim_v,
-            pad=(0, 8)[number % 7 == 0],
-            deterministic=number % 5 < 2,
-            seed=number,
-        )
+        of_call = {name: chosen[name] for name in ("heads", "deterministic")}
+        pad = (0, 8)[number % 7 == 0]
+        cases.append(LengthsCase(lengths, head_dim, dtype, head_dim_v=head_dim_v, pad=pad, seed=number, **of_call))
+    return cases
 
 
 def needed_plans(info: DeviceInfo) -> Iterator[Plan]:
@@ -177,7 +203,7 @@ def needed_plans(info: DeviceInfo) -> Iterator[Plan]:
     cases += [
         dataclasses.replace(case, family="sm80")
         for head_dim, dtype in SM80_WIDTHS
-        for case in list(cases_of(head_dim, None, dtype))[::2]
+        for case in cases_of(head_dim, None, dtype)
     ]
     for case in cases:
         yield plan_forward(planned(case, common.FORWARD_ARRAYS), info, family=case.family)
@@ -208,14 +234,14 @@ def planned(case: LengthsCase, names: tuple[str, ...]) -> AttentionProblem:
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype"), WIDTHS)
-def test_gradients(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
-    check_all(list(cases_of(head_dim, head_dim_v, dtype)), device)
+def test_lengths(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
+    check_all(cases_of(head_dim, head_dim_v, dtype), device)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), SM80_WIDTHS)
 @pytest.mark.usefixtures("sm80_kernels")
-def test_gradients_of_sm80(head_dim: int, dtype: str, device: torch.device) -> None:
-    check_all(list(cases_of(head_dim, None, dtype))[::2], device)
+def test_lengths_of_sm80(head_dim: int, dtype: str, device: torch.device) -> None:
+    check_all(cases_of(head_dim, None, dtype), device)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])

@@ -55,6 +55,7 @@ def expected(inputs: dict[str, Tensor]) -> list[Tensor]:
     return results
 
 
+@pytest.mark.alone
 def test_torch_current_stream(inputs: dict[str, Tensor], expected: list[Tensor]) -> None:
     """On the current stream, behind what is queued there, and back at once."""
     stream = torch.cuda.Stream()
@@ -71,6 +72,7 @@ def test_torch_current_stream(inputs: dict[str, Tensor], expected: list[Tensor])
     assert _same(results, expected)
 
 
+@pytest.mark.alone
 def test_cupy_current_stream(inputs: dict[str, Tensor], expected: list[Tensor]) -> None:
     arrays = {name: cupy.from_dlpack(x).copy() for name, x in inputs.items()}
     late = {name: cupy.full_like(x, math.nan) for name, x in arrays.items()}
@@ -233,6 +235,7 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.alone
 def test_first_calls_cold_and_warm(tmp_path: Path) -> None:
     """From an existing context: at most 3 s with an empty cache, 50 ms with a full one, which does not load NVRTC."""
     _answer(_worker(tmp_path / "rehearsal"))  # CuPy's own caches and the file system's
@@ -279,6 +282,7 @@ def test_arrays_on_a_second_gpu_while_the_first_is_current(inputs: dict[str, Ten
         fa2cupy.attention(inputs["q"], there["k"], there["v"])
 
 
+@pytest.mark.alone
 def test_host_time_of_a_repeated_call(inputs: dict[str, Tensor]) -> None:
     """Reported here; benchmarks/host_cost.py measures it beside torch's."""
     q, k, v = (inputs[name][:1, :128] for name in ("q", "k", "v"))

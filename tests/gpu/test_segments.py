@@ -4,7 +4,6 @@ room for a tile of their own."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,9 +14,9 @@ import fa2cupy
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common, plan_backward, plan_forward
 from fa2cupy.kernels.plan import Plan
-from tests.gpu import test_lengths, test_lengths_backward
+from tests.covering import covering
 from tests.gpu.cases import SM80_WIDTHS, WIDTHS
-from tests.gpu.test_lengths_backward import call_of, planned
+from tests.gpu.test_lengths_backward import call_of, check_all, planned
 from tests.host.lengths import LengthsCase, segments_of
 
 Tensor = torch.Tensor
@@ -26,25 +25,26 @@ Tensor = torch.Tensor
 MIXED = (((300, 300), (0, 30), (513, 130, 3), (65, 0), (1, 1)), ((1030, 1030), (40, 40, 9)), ((3, 700), (700, 900)))
 EQUAL = (((256, 256),) * 6, ((512, 512),) * 3)
 SHORT = (tuple((1 + n % 7, 1 + n % 7, n % 11 == 0) for n in range(60)), ((150, 6), (200, 200), *((2, 3),) * 20))
-USED = {"seqused_q": (700, 1050, 600), "seqused_k": (440, 1060, 1500), "leftpad_k": (20, 0, 650)}
+USED = (("seqused_q", (700, 1050, 600)), ("seqused_k", (440, 1060, 1500)), ("leftpad_k", (20, 0, 650)))
 
 
-def cases_of(head_dim: int, head_dim_v: int | None, dtype: str) -> Iterator[LengthsCase]:
-    masks = ((False, None), (True, None), (False, (100, 30)))
-    for number, (rows, (causal, window)) in enumerate(itertools.product((MIXED, EQUAL, SHORT, MIXED), masks)):
-        lengths = segments_of(
-            *rows, reverse_keys=number % 2 == 1, used=USED if number > 8 else None, causal=causal, window=window
-        )
-        yield LengthsCase(
-            lengths,
-            head_dim,
-            dtype,
-            ((4, 4), (6, 3), (4, 1))[number % 3],
-            head_dim_v=head_dim_v,
-            pad=(0, 8)[number % 5 == 0],
-            deterministic=number % 2 == 0,
-            seed=number,
-        )
+def cases_of(head_dim: int, head_dim_v: int | None, dtype: str) -> list[LengthsCase]:
+    """Every two choices; which three, differs from width to width."""
+    factors = {
+        "rows": ((MIXED, ()), (EQUAL, ()), (SHORT, ()), (MIXED, USED)),
+        "mask": ((False, None), (True, None), (False, (100, 30))),
+        "reverse_keys": (False, True),
+        "heads": ((4, 4), (6, 3), (4, 1)),
+        "deterministic": (False, True),
+    }
+    cases = []
+    for number, chosen in enumerate(covering(factors, seed=head_dim + (dtype == "float16"))):
+        (rows, used), (causal, window) = chosen["rows"], chosen["mask"]
+        lengths = segments_of(*rows, reverse_keys=chosen["reverse_keys"], used=dict(used), causal=causal, window=window)
+        of_call = {name: chosen[name] for name in ("heads", "deterministic")}
+        pad = (0, 8)[number % 5 == 0]
+        cases.append(LengthsCase(lengths, head_dim, dtype, head_dim_v=head_dim_v, pad=pad, seed=number, **of_call))
+    return cases
 
 
 def needed_plans(info: DeviceInfo) -> Iterator[Plan]:
@@ -62,17 +62,13 @@ def needed_plans(info: DeviceInfo) -> Iterator[Plan]:
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype"), WIDTHS)
 def test_segments(head_dim: int, head_dim_v: int | None, dtype: str, device: torch.device) -> None:
-    cases = list(cases_of(head_dim, head_dim_v, dtype))
-    test_lengths.check_all(cases, device)
-    test_lengths_backward.check_all(cases, device)
+    check_all(cases_of(head_dim, head_dim_v, dtype), device)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), SM80_WIDTHS)
 @pytest.mark.usefixtures("sm80_kernels")
 def test_segments_of_sm80(head_dim: int, dtype: str, device: torch.device) -> None:
-    cases = list(cases_of(head_dim, None, dtype))
-    test_lengths.check_all(cases[::2], device)
-    test_lengths_backward.check_all(cases[1::2], device)
+    check_all(cases_of(head_dim, None, dtype), device)
 
 
 def random_call(
@@ -113,11 +109,9 @@ def test_equal_segments_are_a_dense_batch(
 def test_bits_repeat(head_dim: int, device: torch.device) -> None:
     """In turn, or of short segments: dq too."""
     call = call_of(LengthsCase(segments_of(*MIXED, *SHORT, causal=True), head_dim, deterministic=True), device)
-    first = [x.clone() for x in (*test_lengths.run(call)[:2], *call.gradients())]
+    first = [x.clone() for x in (*call.forward()[:2], *call.gradients())]
     for _ in range(50):
-        assert all(
-            torch.equal(x, y) for x, y in zip((*test_lengths.run(call)[:2], *call.gradients()), first, strict=True)
-        )
+        assert all(torch.equal(x, y) for x, y in zip((*call.forward()[:2], *call.gradients()), first, strict=True))
 
 
 def test_a_graph_serves_other_ids(device: torch.device) -> None:
@@ -147,7 +141,7 @@ def test_a_graph_serves_other_ids(device: torch.device) -> None:
 
 def test_nothing_waits(device: torch.device) -> None:
     call = call_of(LengthsCase(segments_of(*MIXED, causal=True)), device)
-    test_lengths.run(call)
+    call.forward()
     call.gradients()
     torch.cuda.set_sync_debug_mode("error")
     try:

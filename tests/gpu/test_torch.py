@@ -183,6 +183,7 @@ def test_autocast_and_float32_masters(device: torch.device) -> None:
         assert got.dtype is torch.float32 and torch.equal(got, wanted.float())
 
 
+@pytest.mark.alone
 def test_the_stream_of_the_forward(device: torch.device) -> None:
     """autograd runs the backward on the stream of the forward, in a thread of its own, and nothing waits."""
     q, k, v, dout = leaves(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import fa2cupy
+from fa2cupy.frameworks.base import Device, TensorRef
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.kernels import backward, common, plan_backward, plan_forward
 from fa2cupy.kernels.plan import Plan
@@ -83,6 +85,16 @@ def needed_plans(info: DeviceInfo) -> Iterator[Plan]:
     for whisper in ((10, 10, False), (30, 30, True), (30, 10, False)):
         yield plan_forward(problem(*whisper, heads_k=HEADS), info)
     yield plan_forward(problem(dtype="float16"), info)
+    sinks = TensorRef(0, (HEADS,), (1,), "bfloat16", Device("cuda", 0), None)
+    for lengths, window in itertools.product((None, padding), (0, WINDOW)):  # gemma2's softcaps, gpt-oss' sinks
+        capped = SPECS["softcap"](problem(lengths=lengths, window=window), 0.1)
+        yield plan_forward(capped, info)
+        yield plan_backward(capped, info, False)
+        yield plan_forward(
+            SPECS["sinks"](problem(lengths=lengths, window=window, names=common.FORWARD_ARRAYS), sinks), info
+        )
+        of_backward = SPECS["sinks"](problem(lengths=lengths, window=window), sinks)
+        yield plan_backward(SPECS["dsinks"](of_backward, sinks), info, False)
 
 
 def problem(
@@ -93,8 +105,9 @@ def problem(
     lengths: LengthsSpec | None = None,
     window: int = 0,
     dtype: str = "bfloat16",
+    names: tuple[str, ...] = (*common.FORWARD_ARRAYS, *backward.ARRAYS),
 ) -> AttentionProblem:
-    """Of a layer. window: as layers count it, 0 for none; if not causal, to either side."""
+    """Of a layer. window: as layers count it, 0 for none; if not causal, to either side. names: of the arrays."""
     found = AttentionProblem(
         batch=BATCH if lengths is None else lengths.sequences,
         seqlen_q=seqlen_q,
@@ -106,7 +119,7 @@ def problem(
         dtype=dtype,
         causal=causal,
         softmax_scale=HEAD_DIM**-0.5,
-        strides=tuple((name, (0, HEADS * HEAD_DIM, HEAD_DIM)) for name in (*common.FORWARD_ARRAYS, *backward.ARRAYS)),
+        strides=tuple((name, (0, HEADS * HEAD_DIM, HEAD_DIM)) for name in names),
         aligned=True,
         lengths=lengths,
     )

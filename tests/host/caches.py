@@ -84,9 +84,9 @@ def _drawn(case: CacheCase) -> tuple[Drawn, list[reference.Expected]]:
     return drawn, caches.expect(drawn)
 
 
-def prepare(host_cache: HostCache) -> Prepared:
-    case = host_cache.case
-    drawn, expected = _drawn(case)
+def call_of(drawn: Drawn, split_size: int | None = None) -> tuple[Call, dict[str, Tensor]]:
+    """A call with results of its own, which are returned too."""
+    case = drawn.case
     q, k, v, of_cache, of_call = arguments(drawn)
     cache = Cache.of(k, v, given("KVCache", (), of_cache), ("k", "v"))
     sizes = Call.of(cache, q, given("KVCache.attend", (), of_call), None)
@@ -96,9 +96,14 @@ def prepare(host_cache: HostCache) -> Prepared:
         tensors[name] = Tensor(shape, _strides(shape), dtype)
         values = tensors[name].values
         of_call[name] = values.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else values.view(dtype)
-    if host_cache.split_size is not None:
-        of_call["split_size"] = host_cache.split_size
-    call = Call.of(cache, q, given("KVCache.attend", (), of_call), None)
+    if split_size is not None:
+        of_call["split_size"] = split_size
+    return Call.of(cache, q, given("KVCache.attend", (), of_call), None), tensors
+
+
+def prepare(host_cache: HostCache) -> Prepared:
+    drawn, expected = _drawn(host_cache.case)
+    call, tensors = call_of(drawn, host_cache.split_size)
     gpu = dataclasses.replace(device(host_cache.arch), sm_count=host_cache.sm_count)
     plan = plan_decode(CacheProblem.of(call), gpu, host_cache.tile)
     workspace = Tensor((plan.workspace_bytes // 4,), (1,), "float32")

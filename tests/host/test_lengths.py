@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fa2cupy.kernels import plan_forward
+from fa2cupy.kernels import order, plan_forward
+from fa2cupy.kernels.params import FwdTmaParams
 from tests.host.build import Mutation
 from tests.host.kernel_run import Tensor, device, run_plan
 from tests.host.lengths import (
@@ -157,7 +158,6 @@ MUTANTS = [
     ("sm80-dense", VISIT, "return tile.batch_k;", "return 0;"),
     ("sm80", ORDER, "count - first), index", "kListedRun), index"),
     ("sm90", ORDER, "first + kListedRun > count", "first >= count"),
-    ("sm80", ORDER, "if (linear >= count * heads) return {0, -1};", ""),
     ("sm90", ORDER, "if (linear >= count * heads) return {0, -1};", "if (linear >= count) return {0, -1};"),
     ("sm90", TILE90, "min(query, tile.seqlen_q - 1)", "min(query + 1, tile.seqlen_q - 1)"),
     ("sm90", TILE90, "min(key, tile.seqlen_k - 1)", "key - 1"),
@@ -174,6 +174,47 @@ MUTANTS = [
         "0, 0};\n  } else {\n    return {tile.first_q",
     ),
 ]
+
+
+@pytest.fixture
+def sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one key head each, for sequences of any length."""
+    monkeypatch.setattr(order, "_LONG_SEQUENCE", 0)
+    monkeypatch.setattr(order, "_LISTED_TILES", 1e-9)
+
+
+RUNS = Lengths(780, 390, 6, starts(*[130] * 6), starts(*[65] * 6))  # more than eight tiles
+SECTIONED = [("causal", 64, (4, 4)), ("gaps", 128, (6, 2)), ("window", 64, (3, 1)), ("more-than-tokens", 64, (3, 3))]
+
+
+@pytest.mark.parametrize(("name", "head_dim", "heads"), SECTIONED)
+@pytest.mark.usefixtures("sections")
+def test_sections_of_heads(name: str, head_dim: int, heads: tuple[int, int]) -> None:
+    case = LengthsCase(LENGTHS[name], head_dim, heads=heads)
+    prepared = prepare(case, False)
+    (launch,) = (each for each in prepared.plan.launches if each.name == "flash_fwd")
+    assert FwdTmaParams.from_buffer_copy(launch.params).shape.heads_per_section == max(1, heads[0] // heads[1])
+    check(case, False, schedules=tuple(Schedule))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("count - 1 - entry : entry", "count - entry : entry"),
+        ("first_head + index / neighbours", "index / neighbours"),
+        ("place = linear - first_head * count;", "place = linear;"),
+        ("first + kListedRun > count || params.shape.heads_per_section < heads", "first + kListedRun > count"),
+    ],
+)
+@pytest.mark.usefixtures("sections")
+def test_mutants_of_sections(old: str, new: str) -> None:
+    with pytest.raises((AssertionError, HostRunError)):
+        check(LengthsCase(RUNS, 64, heads=(4, 4)), False, mutation=Mutation(ORDER, old, new))
+
+
+@pytest.mark.usefixtures("sections")
+def test_runs_within_sections() -> None:
+    check(LengthsCase(RUNS, 64, heads=(4, 4)), False)
 
 
 @pytest.mark.parametrize("name", OF_MUTANTS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fa2cupy.kernels import order
+from fa2cupy.kernels.params import BwdTmaParams
 from tests.host.build import Mutation
 from tests.host.lengths import LengthsCase, check, execute, judge_memory, lengths_of, prepare
 from tests.host.run import HostRunError, Schedule
@@ -63,6 +65,21 @@ CASES = (
 def test_backward(number: int) -> None:
     """Each fourth under all schedules."""
     check(CASES[number], True, schedules=tuple(Schedule) if number % 4 == 0 else (Schedule(number % 3),))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "heads"), [(64, True, (4, 4)), (128, False, (6, 3)), (192, True, (3, 3))]
+)
+def test_sections_of_heads(
+    head_dim: int, causal: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one key head each, for sequences of any length."""
+    monkeypatch.setattr(order, "_LONG_SEQUENCE", 0)
+    monkeypatch.setattr(order, "_LISTED_TILES", 1e-9)
+    one = case(MIXED, head_dim, "sm_90", causal=causal, heads=heads)
+    (launch,) = (each for each in prepare(one, True).plan.launches if each.name == "flash_bwd")
+    assert BwdTmaParams.from_buffer_copy(launch.params).shape.heads_per_section == 1
+    check(one, True)
 
 
 @pytest.mark.parametrize("arch, head_dim", [("sm_80", 64), ("sm_90", 128), ("sm_90", 192)])

@@ -13,10 +13,10 @@ import pytest
 
 from fa2cupy.kernels import common
 from fa2cupy.kernels.listed import Lists, Segments
-from fa2cupy.kernels.params import ListedPlace
+from fa2cupy.kernels.params import ListedPlace, ListedPosition
 from fa2cupy.kernels.smxx import find_segments, list_tiles
 from fa2cupy.problem import AttentionProblem
-from fa2cupy.spec import WindowSpec
+from fa2cupy.spec import DropoutSpec, WindowSpec
 from tests.host import build, run
 from tests.host.build import Mutation
 from tests.host.kernel_run import Tensor, device, run_launches
@@ -27,13 +27,14 @@ SOURCE = "smxx/list_tiles.cu"
 FIELDS = tuple(name for name, *_ in ListedPlace._fields_)
 HEADS, HEADS_K = 3, 1
 BLOCK_M, BLOCK_N = 64, 32
-RUNS = (8, 2)  # of equal sequences, of others: smxx/list_tiles.cu
+RUNS = (8, 2)  # of equal short sequences, of others: smxx/list_tiles.cu
 THREADS = 1024  # sequences that are looked at together
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What is to be listed, and for whom. window of `lengths`: both ends are numbers. short_keys: of segments."""
+    """What is to be listed, and for whom. window of `lengths`: both ends are numbers. short_keys: of segments.
+    positioned: for who must know which rows of their sequence tiles are: with dropout."""
 
     lengths: Lengths
     backward: bool = False
@@ -41,6 +42,7 @@ class Listing:
     head_dim: int = 16
     blocks: tuple[int, int] = (BLOCK_M, BLOCK_N)
     short_keys: int = 0
+    positioned: bool = False
 
 
 @dataclass
@@ -73,8 +75,8 @@ def expected(listing: Listing) -> tuple[dict[tuple[int, ...], int], ...]:
     for b, (sequence, visible) in enumerate(seen):
         together = seen[b // THREADS * THREADS :][:THREADS]
         blocks_q, blocks_k = -(-visible.shape[0] // block_m), -(-visible.shape[1] // block_n)
-        run_q = RUNS[len({-(-x.shape[0] // block_m) for _, x in together} - {0}) > 1]
-        run_k = RUNS[len({-(-x.shape[1] // block_n) for _, x in together} - {0}) > 1]
+        run_q = RUNS[blocks_q > 16 or len({-(-x.shape[0] // block_m) for _, x in together} - {0}) > 1]
+        run_k = RUNS[blocks_k > 16 or len({-(-x.shape[1] // block_n) for _, x in together} - {0}) > 1]
         for block in range(blocks_q):
             most = min(block // run_q * run_q + run_q, blocks_q) - 1
             met = np.nonzero(visible[most * block_m : (most + 1) * block_m].any(0))[0] // block_n
@@ -106,8 +108,8 @@ def make(
 ) -> Made:
     """arrays: other lengths than those of the listing."""
     lengths, width = listing.lengths, listing.head_dim
-    results = ("dq", "dk", "dv") if listing.backward else ("out", "lse")
-    tensors = {name: _tensor(lengths, name, width) for name in results}
+    written = ("dq", "dk", "dv") if listing.backward else ("out", "lse")
+    tensors = {name: _tensor(lengths, name, width) for name in written}
     strides = {name: each.strides[:3] for name, each in tensors.items()}
     strides = {name: (first if tensors[name].shape[0] > 1 else 0, *rest) for name, (first, *rest) in strides.items()}
     problem = AttentionProblem(
@@ -116,33 +118,48 @@ def make(
         tuple(strides.items()),
         width % 8 == 0,
         window=None if lengths.window is None else WindowSpec(*lengths.window),
+        dropout=DropoutSpec(8192, 4, moves=True) if listing.positioned else None,
         lengths=lengths.spec,
     )  # fmt: skip
+    assert problem.positioned == listing.positioned
     lists = Lists.of(problem, *listing.blocks, has_keys=listing.backward, offset=256, short_keys=listing.short_keys)
     segments = Segments(problem.batch, lists, listing.short_keys) if problem.lengths.segments else None
     workspace = Tensor(((segments or lists).end // 4,), (1,), "float32")
-    names = common.pointer_names(problem, results)
+    names = common.pointer_names(problem, written)
     gpu = device("sm_90")
-    listed = list_tiles.launch(problem, gpu, lists, results, names, in_order=listing.in_order, segments=segments)
+    listed = list_tiles.launch(problem, gpu, lists, written, names, in_order=listing.in_order, segments=segments)
     found = (find_segments.launch(problem, gpu, segments, names),) if segments else ()
-    arrays = lengths.arrays if arrays is None else arrays
+    arrays = {"dropout_seed": np.zeros(4, np.uint32), **(lengths.arrays if arrays is None else arrays)}
     pointers = [tensors[name].pointer if name in tensors else arrays[name].ctypes.data for name in names]
     run_launches((*found, listed), (*pointers, workspace.pointer), workspace, schedule, plant=plant, mutation=mutation)
     for name, tensor in {**tensors, "workspace": workspace}.items():
         assert tensor.untouched_outside(), f"{name}: something outside was written"
     words = workspace.values.view(np.int32)
     counts = words[lists.offsets["counts"] // 4 :]
-    entries: list[list[tuple[int, ...]]] = [[], []]
-    for number, field in enumerate(("tiles_q", "tiles_k")[: 1 + listing.backward]):
-        start, end = lists.offsets[field] // 4, lists.offsets[field] // 4 + len(FIELDS) * int(counts[number])
-        entries[number] = [tuple(map(int, row)) for row in words[start:end].reshape(-1, len(FIELDS))]
-    made = Made(*entries, {name: tensor.values for name, tensor in tensors.items()}, lists)
+
+    def entries(start: int, count: int) -> list[tuple[int, ...]]:
+        """The `ListedPlace`s of a list, whose positions are right if they have any."""
+        size = ctypes.sizeof(ListedPosition if listing.positioned else ListedPlace) // 4
+        rows = words[start // 4 :][: size * count].reshape(-1, size).tolist()
+        if listing.positioned:
+            check_positions(lengths, rows)
+        return [tuple(row[: len(FIELDS)]) for row in rows]
+
+    keys = entries(lists.offsets["tiles_k"], counts[1]) if listing.backward else []
+    results = {name: tensor.values for name, tensor in tensors.items()}
+    made = Made(entries(lists.offsets["tiles_q"], counts[0]), keys, results, lists)
     if segments is not None and listing.short_keys:
-        start = segments.offsets["shorts"] // 4
-        shorts = words[start : start + len(FIELDS) * int(counts[2])].reshape(-1, len(FIELDS))
         assert counts[2] == counts[3]
-        made.shorts = [tuple(map(int, row)) for row in shorts]
+        made.shorts = entries(segments.offsets["shorts"], counts[2])
     return made
+
+
+def check_positions(lengths: Lengths, rows: list[list[int]]) -> None:
+    """AssertionError unless each tile says how many stored rows of its sequence, or of its segment's row of the batch,
+    are in front of those that are computed."""
+    for first_q, _, first_k, _, batch, _, _, _, in_front_q, in_front_k, *rest in rows:
+        begin_q, begin_k = (0 if x is None else x[batch] for x in (lengths.cu_seqlens_q, lengths.cu_seqlens_k))
+        assert (in_front_q, in_front_k) == (first_q - begin_q, first_k - begin_k) and rest == [0, 0]
 
 
 def filled(lengths: Lengths, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -197,6 +214,10 @@ CASES = {name: Listing(lengths) for name, lengths in _LENGTHS.items()}
 CASES |= {f"{name}-backward": Listing(each, True, n % 2 == 0) for n, (name, each) in enumerate(_LENGTHS.items())}
 CASES |= {f"{name}-sorted": Listing(_LENGTHS[name], True) for name in ("packed", "gaps", "causal", "equal")}
 CASES |= {f"unaligned-{backward}": Listing(_LENGTHS["causal"], backward, head_dim=13) for backward in (False, True)}
+CASES |= {
+    f"{name}-positioned": Listing(_LENGTHS[name], n % 2 == 0, n % 3 == 0, positioned=True)
+    for n, name in enumerate(("gaps", "causal", "window", "dense", "queries-packed", "late-start"))
+}
 # Equal ones first, then others, with tiles for all warps.
 CASES["turning-sorted"] = Listing(
     Lengths(18044, 18044, 1124, *[starts(*[1] * 1024, *[170] * 99, 190)] * 2, causal=True), True, blocks=(16, 16)
@@ -269,6 +290,9 @@ MUTANTS = [
     ("causal", "own.seqlen - other.seqlen - reach, 0)", "own.seqlen - other.seqlen - reach - 1, 0)"),
     ("causal", "own.seqlen - other.seqlen - reach, 0)", "own.seqlen - other.seqlen - reach + 1, 0)"),
     ("window-backward", "return {params.left, params.right};", "return {params.right, params.left};"),
+    ("late-start-positioned", "queries.first - start_q", "queries.first"),
+    ("gaps-positioned", "keys.first - start_k", "keys.first - start_q"),
+    ("causal-positioned", "smem.set(thread, sequence.in_front_q, sequence", "smem.set(thread, 0, sequence"),
     ("packed-backward", "kOfKeys ? first_tile_q : first_tile_q + block", "first_tile_q + block"),
 ]
 

@@ -82,6 +82,8 @@ LISTINGS |= {
     "tiny-apart": Listing(LENGTHS["tiny"], True, True, short_keys=30),
     "many-apart": Listing(LENGTHS["many"], True, short_keys=64),
     "mixed-apart": Listing(segments_of(*MIXED, *TINY, causal=True), True, short_keys=64),
+    "used-positioned": Listing(LENGTHS["used"], True, positioned=True),
+    "tiny-apart-positioned": Listing(LENGTHS["tiny"], True, short_keys=30, positioned=True),
     "plain-has-room": Listing(LENGTHS["plain"], True, short_keys=64),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -99,7 +98,7 @@ DECODE_TILES_8: dict[int, tuple[DecodeTile, ...]] = {
         DecodeTile(64, 32, 32, 8, 3, 4, "120 KB of slices", 1),
         DecodeTile(128, 16, 32, 8, 2, 8, "144 KB of slices", 1),
         DecodeTile(128, 32, 16, 8, 3, 0, "108 KB of slices", 1),
-        DecodeTile(256, 16, 16, 4, 4, 0, "136 KB of slices", 1),
+        DecodeTile(256, 16, 16, 4, 4, 0, "136 KB of slices", 1, 48),  # new keys in int8, scales by page
     ),
     166912: (
         DecodeTile(64, 16, 32, 8, 2, 4, "80 KB of slices", 1),
@@ -233,28 +232,14 @@ _AHEAD_8: _Ways = (
 def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
     """Every row of the tables at its widest, in each of the ways of `_AHEAD`."""
     size = shared_memory_class(SHARED_MEMORY[arch])
-    digits = arch.removeprefix("sm_")
-    device = DeviceInfo(0, arch, (int(digits[:-1]), int(digits[-1])), 4, SHARED_MEMORY[arch], 1 << 20)
+    device = cache_params.device_of(arch)
     jobs = []
     for tables, ways in ((DECODE_TILES, _AHEAD), (DECODE_TILES_8, _AHEAD_8)):
         for tile in tables[size]:
             for name, page, more in ways:
-                problem = _problem(tile.head_dim, dtype, page, more)
+                problem = cache_params.problem_of(tile.head_dim, dtype, page, more)
                 each = launch(problem, device, tile, new_keys=problem.seqlen_new is not None)
                 label = f"decode {dtype} head_dim {tile.head_dim} {tile.block_m}x{tile.block_n}x{tile.num_warps} {name}"
                 shared = each.config.shared_mem_bytes
                 jobs.append(CompileJob(*_KERNEL, arch, each.defines, label, shared, tile.spill_bytes))
     return jobs
-
-
-def _problem(head_dim: int, dtype: str, page: int | None, more: Mapping[str, Any]) -> CacheProblem:
-    """One of its kind."""
-    names = ("k_cache", "v_cache", *(("block_table",) if page else ()), "q", "out", "lse_out", "cache_seqlens")
-    strides = tuple((name, (0, head_dim, head_dim)) for name in ("q", "k_cache", "v_cache", "out", "lse_out"))
-    strides += tuple((name, (0, head_dim, head_dim)) for name in ("k_new", "v_new"))
-    kind: dict[str, Any] = {"kv_dtype": dtype, **more}
-    return CacheProblem(
-        batch=1, seqlen_q=1, num_heads=8, num_heads_k=1, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype,
-        rows=1, page=page or 1024, tables=1, width=1, entries=0, arrays=names, by_number=False, left=1024, right=0,
-        softmax_scale=1.0, strides=strides, aligned=True, **kind,
-    )  # fmt: skip

@@ -123,7 +123,9 @@ def launch(
     keys_bytes = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     heads_k = problem.batch * problem.num_heads_k
     uneven = problem.causal or problem.mask is not None
-    section = order.heads_per_section(device, uneven, heads_k, m_blocks * group, keys_bytes)
+    section = problem.num_heads_k  # all, of lists, which have an order of their own
+    if lists is None:
+        section = order.heads_per_section(device, uneven, heads_k, m_blocks * group, keys_bytes)
 
     strides = dict(problem.strides)
     params = FwdParams()

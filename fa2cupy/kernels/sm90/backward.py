@@ -15,7 +15,13 @@ from fa2cupy.jit.tensor_map import TensorMapSpec
 from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import ARRAYS, WORKSPACES, Backward, Cleared, Defines, Order, Work
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch, TensorMapArgument
-from fa2cupy.kernels.order import heads_per_even_section, heads_per_turn_section
+from fa2cupy.kernels.order import (
+    Banded,
+    heads_per_banded_section,
+    heads_per_even_section,
+    heads_per_listed_section,
+    heads_per_turn_section,
+)
 from fa2cupy.kernels.params import BwdTmaParams
 from fa2cupy.kernels.sm90 import tma
 from fa2cupy.problem import AttentionProblem
@@ -115,8 +121,16 @@ def order(work: Work, cleared: Cleared, causal_turns: Callable[[int], float]) ->
     if deterministic:
         steps = work.steps[1] * work.group // splits
         section = _section_of_turns(work.clusters, steps, shares, causal_turns if causal or banded else _full_turns)
-    elif work.lists:  # which have an order of their own
-        section = shares
+    elif work.lists:
+        section = heads_per_listed_section(work.clusters, shares, work.n_blocks, work.blocks_of_a_sequence[1])
+    elif work.band is not None:
+        beside = work.keys - work.rows  # the key that query 0 stands beside
+        reach = beside + work.band.right, work.band.left - beside
+        row_bytes = (
+            work.group // splits * (6 * work.problem.head_dim + 2 * work.problem.head_dim_v)
+        )  # Q, sums of dQ, dO
+        band = Banded(work.wide, work.tile.block_m, work.keys, work.rows, *reach, row_bytes)
+        section = heads_per_banded_section(work.device, work.clusters, shares, band)
     else:
         section = heads_per_even_section(work.clusters, causal or masked, shares, work.n_blocks)
     # With many tiles, starting beside the kernel before gains nothing, and full ones lose: thread blocks that take

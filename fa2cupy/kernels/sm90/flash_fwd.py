@@ -146,14 +146,28 @@ def launch(
     m_blocks = -(-seqlen_q // tile.block_m)
     group = problem.num_heads // problem.num_heads_k
     heads_k = problem.batch * problem.num_heads_k
-    uneven = problem.causal or problem.mask is not None
-    section = order.heads_per_even_section(device.sm_count, uneven, heads_k, m_blocks * group)
+    window = problem.window
+    if lists is not None:
+        blocks, tiles = -(-common.mean_seqlen_q(problem) // tile.block_m), lists.tiles_of_head_q * group
+        section = group * order.heads_per_listed_section(device.sm_count, problem.num_heads_k, tiles, blocks)
+    elif window is not None and not window.only_drops:
+        keys = problem.seqlen_k - problem.empty_keys
+        beside = keys - seqlen_q  # the key that query 0 stands beside
+        reach = window.left - beside, window.right + beside
+        row_bytes = 2 * (problem.head_dim + problem.head_dim_v)
+        band = order.Banded(tile.block_m, tile.block_n, seqlen_q, keys, *reach, row_bytes)
+        section = order.heads_per_banded_section(device, device.sm_count, heads_k * group, band, group)
+    else:
+        uneven = problem.causal or problem.mask is not None
+        section = group * order.heads_per_even_section(device.sm_count, uneven, heads_k, m_blocks * group)
 
     strides = dict(problem.strides)
     params = FwdTmaParams()
     for name in _PLAIN:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
-    params.shape = common.shape_params(problem, seqlen_q, section * group)
+    params.shape = common.shape_params(problem, seqlen_q, section)
+    if lists is not None:
+        params.shape.batch = 1  # in which all tiles of a head are one after the other
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
 
     names = common.pointer_names(problem, FORWARD_ARRAYS)

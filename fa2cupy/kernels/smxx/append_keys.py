@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from fa2cupy.cached.problem import CacheProblem
+from typing import Any
+
+from fa2cupy.cached.problem import CacheProblem, Rotary
 from fa2cupy.jit.driver import DeviceInfo
 from fa2cupy.jit.kernel import LaunchConfig
 from fa2cupy.kernels import cache_params, common
-from fa2cupy.kernels.launch import KernelLaunch
+from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 
-__all__ = ["launch"]
+__all__ = ["compile_jobs", "launch"]
 
 _KERNEL = ("smxx/append_keys.cu", "append_keys")
 _WARPS = 8
 _BLOCKS = 4  # of a multiprocessor, at most
+
+
+# What is compiled ahead, whatever the head_dim: name, keys of a page, fields of the problem.
+_AHEAD: tuple[tuple[str, int | None, dict[str, Any]], ...] = (
+    ("rows", None, {}),
+    ("pages, turned", 16, {"rotary": Rotary(32, 1, False, True, True)}),
+    ("pages, e4m3", 16, {"kv_dtype": "float8_e4m3fn"}),
+    ("pages, int8, turned", 16, {"kv_dtype": "int8", "rotary": Rotary(32, 1, False, True, True)}),
+)
 
 
 def launch(problem: CacheProblem, device: DeviceInfo) -> KernelLaunch:
@@ -36,3 +47,12 @@ def launch(problem: CacheProblem, device: DeviceInfo) -> KernelLaunch:
         bytes(params),
         tuple(pointers),
     )
+
+
+def compile_jobs(arch: str, dtype: str) -> list[CompileJob]:
+    jobs = []
+    for name, page, more in _AHEAD:
+        problem = cache_params.problem_of(64, dtype, page, {"seqlen_new": 512, **more})
+        each = launch(problem, cache_params.device_of(arch))
+        jobs.append(CompileJob(*_KERNEL, arch, each.defines, f"append {dtype} {name}", 0, 0))
+    return jobs

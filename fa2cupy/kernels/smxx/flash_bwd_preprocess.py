@@ -10,12 +10,16 @@ from fa2cupy.kernels import backward, common
 from fa2cupy.kernels.backward import PREPROCESS_WARPS, Backward, BwdRow, Defines
 from fa2cupy.kernels.launch import CompileJob, KernelLaunch
 from fa2cupy.kernels.params import BwdParams, composed
-from fa2cupy.spec import PREPROCESS, SinksSpec, SoftmaxSpec
+from fa2cupy.spec import PREPROCESS, DropoutSpec, SinksSpec, SoftmaxSpec, Spec
 
 __all__ = ["compile_jobs", "launch"]
 
 _KERNEL = (PREPROCESS, "flash_bwd_preprocess")
-_SPECS: dict[str, SinksSpec | SoftmaxSpec] = {"sinks": SinksSpec(False, True, True), "dlse": SoftmaxSpec((0, 0, 0))}
+_SPECS: dict[str, Spec] = {
+    "sinks": SinksSpec(False, True, True),
+    "dropout": DropoutSpec(threshold=8192, words=4),
+    "dlse": SoftmaxSpec((0, 0, 0)),
+}
 
 
 def launch(whole: Backward) -> KernelLaunch:
@@ -34,10 +38,11 @@ def _defines(tile: BwdRow, side: Defines, cleared: bool) -> Defines:
 
 
 def compile_jobs(arch: str, label: str, tile: BwdRow, side: Defines, cleared: backward.Cleared) -> list[CompileJob]:
-    """Beside a main kernel's jobs for a row: for nothing beyond dense attention; a gradient of lse, of sinks, both."""
+    """Beside a main kernel's jobs for a row: for nothing beyond dense attention; a gradient of lse, of sinks, both;
+    dropout."""
     clears = sorted({clear for clear, *_ in backward.modes(cleared)})
     jobs = []
-    for features, clear in itertools.product(("", " dlse", " sinks", " sinks dlse"), clears):
+    for features, clear in itertools.product(("", " dlse", " sinks", " sinks dlse", " dropout"), clears):
         defines = _defines(tile, side, clear)
         specs = [_SPECS[name] for name in features.split()]
         for spec in specs:
