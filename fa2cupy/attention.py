@@ -18,7 +18,7 @@ from fa2cupy.frameworks.jax import is_traced
 from fa2cupy.keywords import asked, not_through_torch, public
 from fa2cupy.operations import ASKED, BACKWARD, FORWARD, FORWARD_OUT, STRAIGHT, Operation
 from fa2cupy.options import RawOptions, given, gradients
-from fa2cupy.spec import CARRIED
+from fa2cupy.spec import CARRIED, MASK_ARRAYS
 
 __all__ = [
     "attention",
@@ -194,7 +194,8 @@ def _with_extra(
     deterministic: bool,
 ) -> Any:
     """`attention` with arrays beyond q, k, v and outputs, the last ones, called `extra`."""
-    arrays = with_mask(arrays, extra, arrays[0])
+    if MASK_ARRAYS[0] in extra:
+        arrays = with_mask(arrays, extra, arrays[0])
     q, k, v, out, lse_out, *more = arrays
     if doors.has_torch() and out is None and lse_out is None and workspace is None:
         way, others = doors.torch_way(q, k, v), [name for name in extra if name not in CARRIED]

@@ -354,7 +354,7 @@ LENGTHS = (
 
 # The arrays that torch's operators carry as arguments of their own, in the order of the keywords; and of these the ones
 # that may have a gradient.
-CARRIED = ("alibi_slopes", *MASK_ARRAYS, "sinks", "dropout_seed", *LENGTHS)
+CARRIED = ("alibi_slopes", "mask", *MASK_ARRAYS, "sinks", "dropout_seed", *LENGTHS)
 DIFFERENTIABLE = ("sinks",)
 
 

@@ -178,6 +178,21 @@ _DROPOUT_SPILLS = {
     ("sm_90", "sm80/flash_bwd.cu", 96, True): 28,
     ("sm_90", "sm80/flash_bwd.cu", 192, False): 20,
     ("sm_90", "sm80/flash_bwd.cu", 192, True): 32,
+    ("sm_80", "sm80/flash_fwd.cu", 192, False): 24,
+    ("sm_80", "sm80/flash_fwd.cu", 192, True): 60,
+    ("sm_80", "sm80/flash_fwd.cu", 256, False): 44,
+    ("sm_80", "sm80/flash_fwd.cu", 256, True): 20,
+    ("sm_80", "sm80/flash_bwd.cu", 64, False): 32,
+    ("sm_80", "sm80/flash_bwd.cu", 64, True): 48,
+    ("sm_80", "sm80/flash_bwd.cu", 128, False): 28,
+    ("sm_80", "sm80/flash_bwd.cu", 128, True): 52,
+    ("sm_80", "sm80/flash_bwd.cu", 256, False): 12,
+    ("sm_80", "sm80/flash_bwd.cu", 256, True): 24,
+    ("sm_86", "sm80/flash_fwd.cu", 128, True): 12,
+    ("sm_86", "sm80/flash_fwd.cu", 256, True): 20,
+    ("sm_120", "sm80/flash_bwd.cu", 64, True): 24,
+    ("sm_120", "sm80/flash_bwd.cu", 256, False): 4,
+    ("sm_120", "sm80/flash_bwd.cu", 256, True): 4,
 }
 
 

@@ -323,7 +323,7 @@ def _vmap(operator: Any, count: int, outputs: int, of_gradients: bool) -> Callab
                     "dropout_seed is not supported under vmap: the problems would have to share a mask, or their order "
                     "would decide; make one call with a batch"
                 )
-            if name in MASK_ARRAYS:
+            if name == "mask" or name in MASK_ARRAYS:
                 raise InvalidArgument("mask is not supported under vmap: make one call with a batch")
             if name.startswith("cu_seqlens"):
                 raise InvalidArgument(

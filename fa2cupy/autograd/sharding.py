@@ -111,7 +111,7 @@ class _Split(NamedTuple):
 
 def _splits(specs: tuple[Any, ...], layout: str, rest: Sequence[Any]) -> list[_Split]:
     """A packed side has no batch to be split; of dropout nothing is, since it goes by the numbers of sequences and
-    heads, which a rank does not know; nor with a BlockMask, whose lists are of all."""
+    heads, which a rank does not know; nor with a mask, which is of all."""
     from torch.distributed.tensor import Replicate, Shard
 
     arrays = _arrays(rest)
@@ -120,7 +120,7 @@ def _splits(specs: tuple[Any, ...], layout: str, rest: Sequence[Any]) -> list[_S
     heads_q, heads_k = (1 if packed else heads for packed in (packed_q, packed_k))
     whole = Replicate()
     found = [_Split(*(whole,) * 7)]
-    if "dropout_seed" in arrays or MASK_ARRAYS[0] in arrays:
+    if not {"dropout_seed", "mask", MASK_ARRAYS[0]}.isdisjoint(arrays):
         return found
     if not packed_q and not packed_k:
         found.append(_Split(*(Shard(0),) * 4, whole, Shard(0), Shard(0)))

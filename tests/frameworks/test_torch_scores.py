@@ -10,6 +10,7 @@ import torch
 
 import fa2cupy
 from fa2cupy.errors import InvalidArgument
+from fa2cupy.spec import CARRIED
 
 Tensor = torch.Tensor
 
@@ -89,7 +90,8 @@ def test_the_operators_pass_opcheck() -> None:
     (q, k, v, sinks), keywords = problem()
     seed, slopes = torch.tensor([7, 3]), keywords["alibi_slopes"]
     features = "(('softcap', 2.0), ('dropout_p', 0.25))"
-    arguments = (q, k, v, True, None, "bshd", None, False, features, slopes, sinks, seed)
+    given = {"alibi_slopes": slopes, "sinks": sinks, "dropout_seed": seed}
+    arguments = (q, k, v, True, None, "bshd", None, False, features, *(given.get(name) for name in CARRIED))
     torch.library.opcheck(torch.ops.fa2cupy.forward.default, arguments)
 
 
