@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fa2cupy import doors, dynamo
-from fa2cupy.cached import prompts, repeated
+from fa2cupy.cached import eager, prompts, repeated
 from fa2cupy.cached.arguments import Given, given
 from fa2cupy.cached.cache import Cache
 from fa2cupy.cached.call import Call
@@ -114,6 +114,9 @@ def attention_with_kvcache(
         arrays = {"k_cache": k_cache, "v_cache": v_cache}
         return _traced("attention_with_kvcache", q, arrays, (), positional, {"k": k, "v": v, **keywords})
     return _attend_once(q, k_cache, v_cache, k, v, positional, keywords)
+
+
+eager.attend = attention_with_kvcache
 
 
 def _attend_once(

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-import fa2cupy
 from fa2cupy import dynamo
+from fa2cupy.cached import eager
 from fa2cupy.errors import InvalidArgument
 from fa2cupy.keywords import unknown
 
@@ -122,7 +122,7 @@ def _run(q: Any, k_cache: Any, v_cache: Any, new: dict[str, Any], rest: tuple[An
     if softmax_scale is not None:
         keywords["softmax_scale"] = softmax_scale
     with torch.no_grad():
-        out, lse = fa2cupy.attention_with_kvcache(q, k_cache, v_cache, **keywords, **options, return_lse=True)
+        out, lse = eager.attend(q, k_cache, v_cache, **keywords, **options, return_lse=True)
     return out, lse
 
 
