@@ -7,9 +7,9 @@
     python benchmarks/bench.py --cases features --records [--check]      tables and bars again, from the records alone
     python benchmarks/bench.py --cases features --rehearse               on the CPU, NumPy, tiny, written nowhere
 
-The cells and their bars are in feature_cells.py, the libraries in feature_peers.py. Every result is compared with the
-formula in float64 on some of the sequences: a library that is wrong is marked, and no bar. Libraries far from the
-fastest are timed in two bursts only. Records go to results/features/<gpu>.jsonl.
+The cells and their bars are in feature_cells.py, the libraries in feature_peers.py, ours in feature_inputs.py. Every
+result is compared with the formula in float64 on some of the sequences: a library that is wrong is marked, and no bar.
+Libraries far from the fastest are timed in two bursts only. Records go to results/features/<gpu>.jsonl.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import feature_peers, results
+from benchmarks import feature_peers, feature_warm, results
 from benchmarks.feature_cells import CELLS, DENSE, GROUPS, MODES, Cell, References, judge, ratio, select, tiny
 from benchmarks.feature_peers import FORMULA, OTHERS, MissingError, Queued, UnableError
 from benchmarks.timing import Clock, Timing, TorchClock, take_turns
@@ -329,7 +329,7 @@ def on_gpu(args: argparse.Namespace, gpu: str, device: str = "cuda", clock: Cloc
         flush=True,
     )
     if device == "cuda":
-        ready = feature_peers.warm(others, args.selected, max(1, min(10, (os.cpu_count() or 2) - 2)), COMPILING_SECONDS)
+        ready = feature_warm.warm(others, args.selected, max(1, min(10, (os.cpu_count() or 2) - 2)), COMPILING_SECONDS)
         compile_ours(args.selected, args.modes)
         ready()
         print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
