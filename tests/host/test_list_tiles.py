@@ -237,7 +237,7 @@ def test_lists(name: str) -> None:
         check(CASES[name], schedule)
 
 
-@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("in_order", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_long_one_among_short_ones(in_order: bool) -> None:
     """A few rounds of sequences, many of them empty, and one with more tiles than there are threads."""
     rng = np.random.default_rng(1)
