@@ -197,11 +197,12 @@ def flash_taken_over(device: str) -> Iterator[None]:
             yield
         return
     from fa2cupy.torch import takeover
+    from fa2cupy.torch.counted import counted
 
     operators = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
     library = torch.library.Library("aten", "IMPL", "CPU")
     for name in operators:
-        kernel = takeover._OPERATORS["cuda"][name](takeover._counted(name, None))
+        kernel = takeover._OPERATORS["cuda"][name](counted(name, None))
         library.impl(name, kernel, "CPU", with_keyset=True)
 
     def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
