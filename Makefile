@@ -30,7 +30,7 @@ demo: venv-demo  ## exact attention on this machine's GPU, or its CPU: computed,
 env: venv-demo  ## what a bug report needs
 	@$(BIN)/python -m fa2cupy env
 
-test: lint check-g++ nvrtc-releases  ## lint, then the tests that need no GPU: 6:30 on 2 quiet cores, 10 minutes at most, ever
+test: lint check-g++ nvrtc-releases  ## lint, then the tests that need no GPU: 7:45 on 2 quiet cores, 10 minutes at most, ever
 	$(PYTEST) -m "not slow" --ignore=tests/gpu --ignore=tests/frameworks tests
 
 test-all: lint check-g++ nvrtc-releases  ## the same, tests/host with whole products and large sizes, every tile row compiled
