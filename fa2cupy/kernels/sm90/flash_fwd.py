@@ -166,8 +166,6 @@ def launch(
     for name in _PLAIN:
         setattr(params, f"{name}_strides", pack_strides(name, strides[name]))
     params.shape = common.shape_params(problem, seqlen_q, section)
-    if lists is not None:
-        params.shape.batch = 1  # in which all tiles of a head are one after the other
     params.scale_softmax_log2 = problem.softmax_scale * math.log2(math.e)
 
     names = common.pointer_names(problem, FORWARD_ARRAYS)
